@@ -1,0 +1,258 @@
+"""The moecc dialect: one node per MoE layer, defined by an eager reference.
+
+  moecc::experts       the dense experts of a layer, straight from the trace
+  moecc::klt_experts   the same with the shared basis taken out, the remainder still dense
+  moecc::vq_experts    the compressed form (`moecc.vq4`)
+  moecc::q_linear      group-quantized dense linear (attention, shared expert)
+  moecc::expert_linear one projection per chosen expert, not combined (JetMoE's mixture of attention heads)
+
+Each op has a schema, a fake shape, an eager reference and a backward that differentiates the reference again, so there is no
+hand-written derivative to keep. The reference is the definition: passes target it, backends are tested against it. Attributes
+are keyword-only without defaults, because torch.export drops arguments that equal a default.
+
+Shapes: T tokens, k experts per token, E experts, D hidden, F intermediate, N = 2F (F without a gate), r basis rows.
+  x [T, D]; topk_index i64 [T, k]; topk_weight [T, k]; gate_up [E, N, D]; down [E, D, F]; result [T, D] in x's dtype.
+  post_norm [D]: weight of a root-mean-square norm on each expert's output before the sum (muse_spark); eps its epsilon.
+  slope, offset [E, N]: the affine correction before it is folded: vq output * slope + offset.
+An index outside 0..E-1 raises IndexError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moecc import vq4
+from moecc.gates import apply_gate
+
+library = torch.library.Library("moecc", "FRAGMENT")
+_ATTRIBUTES = "str act, str gate, float alpha, float limit, float eps"
+Operand = Tensor | None
+
+
+def define(
+    name: str, tensors: str, attributes: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> None:
+    """Register `moecc::name(tensors, *, attributes) -> Tensor` with kernel, fake shape and recomputing backward."""
+    operands = [part.split() for part in tensors.split(",")]
+    keys = [part.split()[-1] for part in attributes.split(",")] if attributes else []
+    star = f", *, {attributes}" if attributes else ""
+    plain = f", {attributes}" if attributes else ""
+    library.define(f"{name}({tensors}{star}) -> Tensor")
+    library.define(f"{name}_backward(Tensor grad, Tensor?[] operands, bool[] wanted{plain}) -> Tensor[]")
+
+    def forward(*args: Operand, **kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            return reference(*args, **kwargs)
+
+    def backward(grad: Tensor, args: list[Operand], wanted: list[bool], *attrs: Any) -> list[Tensor]:
+        leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(args, wanted, strict=True)]
+        with torch.enable_grad():
+            y = reference(*leaves, **dict(zip(keys, attrs, strict=True)))
+        sources = [t for t, w in zip(leaves, wanted, strict=True) if w and t is not None]
+        grads = torch.autograd.grad(y, sources, grad, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, sources, strict=True)]
+
+    def backward_fake(grad: Tensor, args: list[Operand], wanted: list[bool], *attrs: Any) -> list[Tensor]:
+        return [t.new_empty(t.shape) for t, w in zip(args, wanted, strict=True) if w and t is not None]
+
+    def setup_context(ctx: Any, inputs: tuple[Operand, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.attrs = [keyword_only_inputs[k] for k in keys]
+
+    def autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [bool(w) for w in ctx.needs_input_grad[: len(operands)]]
+        op = getattr(torch.ops.moecc, f"{name}_backward")
+        grads = iter(op(grad.contiguous(), list(ctx.saved_tensors), wanted, *ctx.attrs))
+        return tuple(next(grads) if w else None for w in wanted)
+
+    torch.library.impl(f"moecc::{name}", ("CPU", "CUDA"), forward, lib=library)
+    torch.library.impl(f"moecc::{name}_backward", ("CPU", "CUDA"), backward, lib=library)
+    torch.library.register_fake(f"moecc::{name}", fake, lib=library)
+    torch.library.register_fake(f"moecc::{name}_backward", backward_fake, lib=library)
+    torch.library.register_autograd(f"moecc::{name}", autograd, setup_context=setup_context, lib=library)
+
+
+def _combine(x: Tensor, topk_index: Tensor, topk_weight: Tensor, experts: int, run: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """sum_k topk_weight[t, k] * run(topk_index[t, k], x[t]): each expert that is chosen at all runs once, on its tokens."""
+    tokens, k = topk_index.shape
+    flat = topk_index.reshape(-1)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= experts):
+        raise IndexError(f"moecc: expert index outside 0..{experts - 1}")
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=experts).tolist()
+    weight = topk_weight.reshape(-1)
+    parts, start = [], 0
+    for e, count in enumerate(counts):
+        if count:
+            slots = order[start : start + count]
+            parts.append(run(e, slots // k) * weight[slots, None])
+            start += count
+    if not parts:
+        return x.new_zeros(x.shape)
+    routed = torch.cat(parts)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return routed[inverse].view(tokens, k, -1).sum(1).to(x.dtype)
+
+
+def _post_norm(y: Tensor, weight: Operand, eps: float) -> Tensor:
+    if weight is None:
+        return y
+    scaled = (y.float() * weight.float()).to(y.dtype).float()  # scale, round, normalise: muse_spark's order
+    return (scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + eps)).to(y.dtype)
+
+
+def experts_reference(
+    x: Tensor, topk_index: Tensor, topk_weight: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Operand,
+    down_bias: Operand, post_norm: Operand, *, act: str, gate: str, alpha: float, limit: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """moecc::experts: y_t = sum_k w_tk norm(down_e gate(gate_up_e x_t + b_e) + c_e), in the weights' dtype."""
+
+    def run(e: int, tokens: Tensor) -> Tensor:
+        rows = F.linear(x[tokens].to(gate_up.dtype), gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
+        hidden = apply_gate(rows, act, gate, alpha, limit)
+        y = F.linear(hidden, down[e], None if down_bias is None else down_bias[e])
+        return _post_norm(y, post_norm, eps)
+
+    return _combine(x, topk_index, topk_weight, gate_up.shape[0], run)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _with_basis(dense: Tensor, parts: tuple[Operand, Operand, Operand], e: int, *, input_side: bool) -> Tensor:
+    basis, coef, coef_scale = parts
+    if basis is None or coef is None or coef_scale is None:
+        return dense
+    low = vq4.basis_part(coef[e : e + 1], coef_scale[e : e + 1], basis, dense.dtype, input_side=input_side)
+    return dense + low[0]
+
+
+def klt_experts_reference(
+    x: Tensor, topk_index: Tensor, topk_weight: Tensor, gate_up: Tensor, down: Tensor,
+    gate_up_basis: Operand, gate_up_coef: Operand, gate_up_coef_scale: Operand,
+    down_basis: Operand, down_coef: Operand, down_coef_scale: Operand,
+    gate_up_bias: Operand, down_bias: Operand, post_norm: Operand,
+    *, act: str, gate: str, alpha: float, limit: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """moecc::klt_experts: `experts` whose weights are a dense remainder plus the stored basis part. Computed in float32."""
+    dtype = _wide(x)
+    up_parts = (gate_up_basis, gate_up_coef, gate_up_coef_scale)
+    down_parts = (down_basis, down_coef, down_coef_scale)
+
+    def run(e: int, tokens: Tensor) -> Tensor:
+        w = _with_basis(gate_up[e].to(dtype), up_parts, e, input_side=True)
+        rows = F.linear(x[tokens].to(dtype), w, None if gate_up_bias is None else gate_up_bias[e].to(dtype))
+        hidden = apply_gate(rows, act, gate, alpha, limit)
+        w = _with_basis(down[e].to(dtype), down_parts, e, input_side=False)
+        y = F.linear(hidden, w, None if down_bias is None else down_bias[e].to(dtype))
+        return _post_norm(y, post_norm, eps)
+
+    return _combine(x, topk_index, topk_weight, gate_up.shape[0], run)
+
+
+def _project(
+    e: int, x: Tensor, codes: Tensor, signs: Operand, codebook: Tensor, scale: Tensor, bias: Operand,
+    basis: Operand, coef: Operand, coef_scale: Operand, slope: Operand, offset: Operand, *, input_side: bool,
+) -> Tensor:  # fmt: skip
+    """One expert's projection of x [n, K] -> [n, N], as `moecc.vq4` defines it; affine operands act on the VQ part."""
+    one = slice(e, e + 1)
+    table = codebook[one] if codebook.shape[0] > 1 else codebook
+    weight = vq4.decode(codes[one], None if signs is None else signs[one], table, x.shape[-1], x.dtype)[0]
+    y = F.linear(x, weight) * scale[e].to(x.dtype)
+    if slope is not None:
+        y = y * slope[e].to(x.dtype)
+    if basis is not None and coef is not None and coef_scale is not None:
+        low = coef[e].to(x.dtype) * coef_scale[e].to(x.dtype).unsqueeze(-1)
+        b = basis.to(x.dtype)
+        y = y + (F.linear(F.linear(x, b), low) if input_side else F.linear(x, low) @ b)
+    for shift in (bias, offset):
+        if shift is not None:
+            y = y + shift[e].to(x.dtype)
+    return y
+
+
+def vq_experts_reference(
+    x: Tensor, topk_index: Tensor, topk_weight: Tensor, *operands: Operand,
+    act: str, gate: str, alpha: float, limit: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """moecc::vq_experts: `experts` on the tensors of `moecc.vq4`, ten per projection, then post_norm. Computed in float32."""
+    gate_up, down, post_norm = operands[:10], operands[10:20], operands[20]
+    codes = gate_up[0]
+    assert codes is not None
+    dtype = _wide(x)
+
+    def run(e: int, tokens: Tensor) -> Tensor:
+        rows = _project(e, x[tokens].to(dtype), *gate_up, input_side=True)  # type: ignore[arg-type]
+        hidden = apply_gate(rows, act, gate, alpha, limit)
+        return _post_norm(_project(e, hidden, *down, input_side=False), post_norm, eps)  # type: ignore[arg-type]
+
+    return _combine(x, topk_index, topk_weight, codes.shape[0], run)
+
+
+def q_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Operand, *, bits: int) -> Tensor:
+    """moecc::q_linear: F.linear(x, (q - zero) * scale) in x's dtype, rounded once after float32 accumulation.
+
+    weight u8 [N, K*bits/8] (4 bit: even column in the low nibble); scale f16/bf16/f32 [N, K/group]; zero u8 [N, K/group].
+    """
+    w = dequantize_linear(weight, scale, zero, bits).to(_wide(x))
+    return F.linear(x.to(w.dtype), w, None if bias is None else bias.to(w.dtype)).to(x.dtype)
+
+
+def dequantize_linear(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The float32 [N, K] that a q_linear stands for (float64 where scale is)."""
+    q = weight if bits == 8 else torch.stack((weight & 15, weight >> 4), -1).flatten(-2)
+    groups = q.unflatten(-1, (scale.shape[-1], -1)).to(_wide(scale))
+    return ((groups - zero.to(groups.dtype).unsqueeze(-1)) * scale.to(groups.dtype).unsqueeze(-1)).flatten(-2)
+
+
+def expert_linear_reference(x: Tensor, topk_index: Tensor, weight: Tensor) -> Tensor:
+    """moecc::expert_linear: y[t, k] = weight[topk_index[t, k]] x[t] (or x[t, k]). x [T, D] | [T, k, D] -> [T, k, N]."""
+    tokens, k = topk_index.shape
+    rows = (x.unsqueeze(1).expand(-1, k, -1) if x.dim() == 2 else x).reshape(tokens * k, -1)
+    flat = topk_index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=weight.shape[0]).tolist()
+    parts = [F.linear(rows[slots], w) for slots, w in zip(order.split(counts), weight, strict=True)]
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return torch.cat(parts)[inverse].view(tokens, k, -1)
+
+
+def _same_shape(x: Tensor, topk_index: Tensor, topk_weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    torch._check(x.dim() == 2 and topk_index.dim() == 2 and topk_weight.dim() == 2)
+    torch._check(topk_index.size(0) == x.size(0))
+    return x.new_empty(x.shape)
+
+
+def _projection(name: str) -> str:
+    required = {"codes", "codebook", "scale"}
+    kinds = {t: "Tensor" if t in required else "Tensor?" for t in (*vq4.TENSORS, "slope", "offset")}
+    return ", ".join(f"{kind} {name}_{t}" for t, kind in kinds.items())
+
+
+_ROUTED = "Tensor x, Tensor topk_index, Tensor topk_weight"
+define("experts", f"{_ROUTED}, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor? post_norm",
+       _ATTRIBUTES, experts_reference, _same_shape)  # fmt: skip
+define("klt_experts", f"{_ROUTED}, Tensor gate_up, Tensor down, Tensor? gate_up_basis, Tensor? gate_up_coef, "
+       "Tensor? gate_up_coef_scale, Tensor? down_basis, Tensor? down_coef, Tensor? down_coef_scale, "
+       "Tensor? gate_up_bias, Tensor? down_bias, Tensor? post_norm",
+       _ATTRIBUTES, klt_experts_reference, _same_shape)  # fmt: skip
+define("vq_experts", f"{_ROUTED}, {_projection('gate_up')}, {_projection('down')}, Tensor? post_norm",
+       _ATTRIBUTES, vq_experts_reference, _same_shape)  # fmt: skip
+define("q_linear", "Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor? bias", "int bits", q_linear_reference,
+       lambda x, weight, scale, zero, bias, *, bits: x.new_empty((*x.shape[:-1], weight.shape[0])))  # fmt: skip
+define("expert_linear", "Tensor x, Tensor topk_index, Tensor weight", "", expert_linear_reference,
+       lambda x, topk_index, weight: x.new_empty((*topk_index.shape, weight.shape[1])))  # fmt: skip
+
+EXPERTS = torch.ops.moecc.experts.default
+KLT_EXPERTS = torch.ops.moecc.klt_experts.default
+VQ_EXPERTS = torch.ops.moecc.vq_experts.default
+Q_LINEAR = torch.ops.moecc.q_linear.default
+MOE_OPS = frozenset({EXPERTS, KLT_EXPERTS, VQ_EXPERTS})

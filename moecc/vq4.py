@@ -1,0 +1,76 @@
+"""The compressed-experts format `vq4`, version 1: what the stored tensors of one projection mean.
+
+E experts, N rows and K columns of one projection (gate_up: N = 2F or F, K = D; down: N = D, K = F), r basis rows.
+
+  tensor       shape, dtype                   meaning
+  codes        u8 [E, N, Kp/v]                one code for v neighbouring weights along K (v = 4 at 2 and 3 bit, 2 at 4 bit)
+  signs        u8 [E, N, Kp/8]                3 bit only: one sign bit per weight
+  codebook     i8 [E or 1, 256, v]            centroids, an expert's own or one for the layer
+  scale        f16/bf16 [E, N]                per output row, the affine slope folded in
+  bias         f16/bf16 [E, N] or absent      per output row, the affine offset and the expert's own bias
+  basis        f16/bf16 [r, D] or absent      shared by the layer, on the residual-stream side
+  coef         i8 [E, N, r] | i8 [E, r, F]    gate_up | down: an expert's coordinates in the basis
+  coef_scale   f16/bf16 [E, N] | [E, r]       one scale per row of coef
+
+Kp is K rounded up to a multiple of 8; the padding is decoded and cut off, and counts as bits.
+
+  2, 4 bit: weight = codebook[code]
+  3 bit:    weight = p where the sign bit is clear, -1-p where it is set (symmetric about -1/2, p in 0..127).
+            Bit c of a sign byte's low nibble belongs to component c of the even group of four, of its high nibble to the odd one.
+
+  gate_up:  y_e = scale_e * (VQ_e x) + coef_e (basis x) + bias_e
+  down:     y   = sum_e w_e (scale_e * (VQ_e h_e) + bias_e) + basis^T sum_e w_e (coef_e h_e)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+VERSION = 1
+CODEBOOK_SIZE = 256
+# The suffixes of one projection's tensors, in the order of the op's operands.
+TENSORS = ("codes", "signs", "codebook", "scale", "bias", "basis", "coef", "coef_scale")
+
+
+def group_size(bits: int) -> int:
+    """Weights per code (v)."""
+    return 2 if bits == 4 else 4
+
+
+def padded(columns: int) -> int:
+    return -(-columns // 8) * 8
+
+
+def pack_signs(negative: Tensor) -> Tensor:
+    """bool [..., Kp] -> u8 [..., Kp/8], bit i of a byte for weight i of its eight (Kp a multiple of 8)."""
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=negative.device)
+    return (negative.unflatten(-1, (-1, 8)).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_signs(signs: Tensor) -> Tensor:
+    """u8 [..., Kp/8] -> bool [..., Kp]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=signs.device)
+    return ((signs.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
+
+
+def decode(codes: Tensor, signs: Tensor | None, codebook: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Unscaled weights [E, N, columns] in `dtype`; differentiable in `codebook` where that is floating."""
+    experts = codes.shape[0]
+    table = codebook.to(dtype).expand(experts, -1, -1)
+    offset = torch.arange(experts, device=codes.device).view(-1, 1, 1) * table.shape[1]
+    values = table.reshape(-1, table.shape[2])[codes.long() + offset].flatten(-2)
+    if signs is not None:
+        values = torch.where(unpack_signs(signs), -1 - values, values)
+    return values[..., :columns]
+
+
+def basis_part(coef: Tensor, coef_scale: Tensor, basis: Tensor, dtype: torch.dtype, *, input_side: bool) -> Tensor:
+    """The dense [E, N, K] that basis and coefficients stand for (input_side: gate_up, else down)."""
+    scaled = coef.to(dtype) * coef_scale.to(dtype).unsqueeze(-1)
+    return scaled @ basis.to(dtype) if input_side else basis.to(dtype).T @ scaled
+
+
+def stored_bits(tensors: dict[str, Tensor | None]) -> int:
+    """Every bit stored for one projection, nothing left out."""
+    return sum(t.numel() * t.element_size() * 8 for t in tensors.values() if t is not None)
