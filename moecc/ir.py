@@ -1,0 +1,425 @@
+"""The IR: a torch.fx graph in the moecc dialect, the weights behind its placeholders, and what is known about both.
+
+A Program's graph is *lifted*: every parameter, buffer and constant is a placeholder, user inputs come last. A placeholder stands
+for a `Weight`, which is one of
+  plain      a tensor of the checkpoint, read from the store when asked for;
+  derived    a small graph over other weights (a transposed or interleaved experts tensor made canonical), computed when read;
+  held       a tensor that tracing captured or a pass made (`Program.tensors`).
+So a program of any size fits in memory, and a pass sees one canonical layout whatever the checkpoint's.
+
+Every node carries meta["val"] (its fake value), meta["layer"] (0 before the first decoder layer, i + 1 in decoder layer i, one more
+after the last; never smaller than that of its inputs) and meta["path"] (its module's path).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+
+from moecc import ops
+from moecc.errors import MoeccError
+
+_SHORT = {
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
+}  # fmt: skip
+
+
+class Store(Protocol):
+    """Where plain weights come from (`moecc.weights`)."""
+
+    def __contains__(self, name: object) -> bool: ...
+    def read(self, name: str, *, dtype: torch.dtype | None = None, experts: Sequence[int] | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a placeholder stands for: `name`, and for a derived weight the graph that computes it from `sources`."""
+
+    name: str
+    recipe: fx.GraphModule | None = None
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class MoE:
+    """One experts node and the names around it. `path` is the experts module's, `logits` the router's last linear."""
+
+    node: fx.Node
+    path: str
+    layer: int
+    logits: fx.Node | None
+
+    @property
+    def top_k(self) -> int:
+        return int(self.node.args[1].meta["val"].shape[1])  # type: ignore[union-attr]
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return dict(self.node.kwargs)
+
+    def operand(self, name: str) -> fx.Node | None:
+        """The operand called `name` in the op's schema, None where it is absent."""
+        return operand(self.node, name)
+
+
+def operand(node: fx.Node, name: str) -> Any:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [a.name for a in node.target._schema.arguments if not a.kwarg_only]
+    position = names.index(name)
+    return node.args[position] if position < len(node.args) else None
+
+
+@dataclass(eq=False)
+class Program:
+    """A model as passes see it. `facts` are what the passes so far have established (`moecc.base.Pass`)."""
+
+    module: fx.GraphModule
+    weights: dict[str, Weight]  # placeholder name -> what it stands for
+    tensors: dict[str, Tensor]  # held tensors by weight name
+    store: Store | None
+    exported_from: ExportedProgram  # signature pieces that torch.export wants back; its graph is not used
+    config: Any = None
+    source: str = ""
+    dtype: torch.dtype = torch.float32
+    restriction: str = ""  # a limit on input shapes that the trace had to accept
+    unreached: tuple[str, ...] = ()  # parameters that no traced path reads
+    facts: set[str] = field(default_factory=set)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def layers(self) -> int:
+        """Stages of the graph: decoder layers plus what comes before and after."""
+        return 1 + max(n.meta["layer"] for n in self.graph.nodes if n.op == "call_function")
+
+    @property
+    def user_inputs(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in self.weights]
+
+    def moe_layers(self) -> list[MoE]:
+        """Every experts node of the dialect, dense or compressed, in graph order."""
+        found = [n for n in self.graph.nodes if n.op == "call_function" and n.target in ops.MOE_OPS]
+        return [MoE(n, n.meta["path"], n.meta["layer"], router_logits(n)) for n in found]
+
+    # ---- weights
+
+    def read(self, name: str, *, experts: Sequence[int] | None = None) -> Tensor:
+        """The tensor called `name` in the program's dtype (integers as they are); `experts` picks rows of [E, ...]."""
+        if name in self.tensors:
+            held = self.tensors[name]
+            return held if experts is None else held[list(experts)]
+        derived = next((w for w in self.weights.values() if w.name == name and w.recipe is not None), None)
+        if derived is not None and derived.recipe is not None:
+            with torch.no_grad():
+                value: Tensor = derived.recipe(*[self.read(s) for s in derived.sources])
+            return value.contiguous() if experts is None else value[list(experts)]
+        if self.store is None:
+            raise MoeccError(f"{name}: no weights, the program was traced from a config; give a checkpoint folder or hub id")
+        if name not in self.store:
+            raise MoeccError(f"{name}: not in the checkpoint {self.source}; give a complete checkpoint")
+        return self.store.read(name, dtype=self.dtype, experts=experts)
+
+    def origins(self, name: str) -> tuple[str, ...]:
+        """The model parameters that the weight called `name` is computed from (itself where it is plain)."""
+        derived = next((w for w in self.weights.values() if w.name == name and w.recipe is not None), None)
+        return derived.sources if derived else (name,)
+
+    # ---- rewriting
+
+    def add(self, name: str, tensor: Tensor) -> fx.Node:
+        """A new held weight and its placeholder; an existing name is given its new value."""
+        self.tensors[name] = tensor
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name in self.weights and self.weights[node.name].name == name:
+                node.meta["val"] = self._fake(tensor)
+                return node
+        first_input = self.user_inputs[0]
+        with self.graph.inserting_before(first_input):
+            node = self.graph.placeholder("w_" + name.replace(".", "_"))
+        node.meta.update(val=self._fake(tensor), layer=0, path="")
+        self.weights[node.name] = Weight(name)
+        return node
+
+    def replace(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """Put a call of `target`, of the same result shape, in the place of `node`; drop weights that nothing reads any more."""
+        with self.graph.inserting_before(node):
+            new = self.graph.call_function(target, args, kwargs)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        self.drop_unused()
+        return new
+
+    def drop_unused(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder" and node.name in self.weights and not node.users:
+                name = self.weights.pop(node.name).name
+                self.tensors.pop(name, None)
+                self.graph.erase_node(node)
+
+    def copy(self) -> Program:
+        """The same program with a graph of its own; tensors and store are shared."""
+        return Program(
+            copy_module(self.module), dict(self.weights), dict(self.tensors), self.store, self.exported_from, self.config,
+            self.source, self.dtype, self.restriction, self.unreached, set(self.facts),
+        )  # fmt: skip
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        mode = next(n.meta["val"].fake_mode for n in self.graph.nodes if hasattr(n.meta.get("val"), "fake_mode"))
+        fake: Tensor = mode.from_tensor(tensor.detach(), static_shapes=True)
+        return fake
+
+    # ---- checking and printing
+
+    def verify(self) -> None:
+        """Raise MoeccError where the graph breaks a rule of the IR, naming node and shape."""
+        self.graph.lint()
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name in self.weights:
+                self._verify_weight(node)
+            if node.op != "call_function":
+                continue
+            if "val" not in node.meta or "layer" not in node.meta:
+                raise MoeccError(f"node %{node.name} ({_target(node.target)}) lacks meta 'val' or 'layer'; a pass must set both")
+            late = next((i for i in node.all_input_nodes if i.meta["layer"] > node.meta["layer"]), None)
+            if late is not None:
+                raise MoeccError(f"node %{node.name} in stage {node.meta['layer']} reads %{late.name} of stage {late.meta['layer']}")
+            if node.target in ops.MOE_OPS or node.target is ops.Q_LINEAR:
+                self._verify_call(node)
+
+    def _verify_weight(self, node: fx.Node) -> None:
+        held = self.tensors.get(self.weights[node.name].name)
+        val = node.meta["val"]
+        if held is not None and (held.shape != val.shape or held.dtype != val.dtype):
+            raise MoeccError(f"weight {self.weights[node.name].name} is {_type(held)} but its node says {_type(val)}")
+
+    def _verify_call(self, node: fx.Node) -> None:
+        values = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        mode = next(n.meta["val"].fake_mode for n in node.all_input_nodes if hasattr(n.meta["val"], "fake_mode"))
+        try:
+            with mode:
+                node.target(*values[0], **values[1])
+            check_operands(node)
+        except MoeccError:
+            raise
+        except Exception as e:
+            raise MoeccError(f"node %{node.name} ({_target(node.target)}) does not type-check: {e}") from e
+
+    def text(self) -> str:
+        """The graph as people read it and tests compare it: one line per node, with shapes and a digest of held tensors."""
+        lines = []
+        for node in self.graph.nodes:
+            if node.op == "output":
+                lines.append(f"return {_arg(node.args[0])}")
+                continue
+            lines.append(f"%{node.name} : {_type(node.meta.get('val'))} = {self._expression(node)}")
+        return "\n".join(lines) + "\n"
+
+    def _expression(self, node: fx.Node) -> str:
+        if node.op == "placeholder":
+            weight = self.weights.get(node.name)
+            if weight is None:
+                return "input"
+            if weight.name in self.tensors:
+                return f'held "{weight.name}" #{digest(self.tensors[weight.name])}'
+            return f'{"derived" if weight.recipe else "weight"} "{weight.name}"'
+        args = ", ".join([*map(_arg, node.args), *(f"{k}={_arg(v)}" for k, v in node.kwargs.items())])
+        return f"{_target(node.target)}({args})"
+
+    # ---- leaving the IR
+
+    def exported(self) -> ExportedProgram:
+        """An ordinary torch.export program with every weight loaded: for torch.compile, torch.export.save and other tools."""
+        module = copy_module(self.module)
+        old = self.exported_from.graph_signature
+        user = [s for s in old.input_specs if s.kind == InputKind.USER_INPUT]
+        specs, state = [], {}
+        for node in module.graph.nodes:
+            if node.op == "placeholder" and node.name in self.weights:
+                name = self.weights[node.name].name
+                specs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, True))
+                state[name] = self.read(name)
+        output = next(n for n in module.graph.nodes if n.op == "output")
+        outputs = [copy.copy(s) for s in old.output_specs]
+        for spec, value in zip(outputs, output.args[0], strict=True):
+            if isinstance(value, fx.Node):
+                spec.arg = TensorArgument(value.name)
+        return ExportedProgram(
+            root=module, graph=module.graph, graph_signature=ExportGraphSignature([*specs, *user], outputs), state_dict=state,
+            range_constraints=self.exported_from.range_constraints,
+            module_call_graph=copy.deepcopy(self.exported_from.module_call_graph[:1]),
+            example_inputs=self.exported_from.example_inputs, constants={}, verifiers=self.exported_from.verifiers,
+        )  # fmt: skip
+
+
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A GraphModule with its own graph; node metadata is shared value by value (fake tensors are not cloned)."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        new = graph.node_copy(node, lambda n: mapping[n])
+        new.meta = dict(node.meta)
+        if new.name != node.name:
+            new._rename(node.name)
+        mapping[node] = new
+    return fx.GraphModule(module, graph)
+
+
+def check_operands(node: fx.Node) -> None:
+    """Shapes of an experts node's weights against each other; MoeccError names node, operand and shape."""
+    if node.target is ops.Q_LINEAR:
+        return
+    val = {a.name: operand(node, a.name) for a in node.target._schema.arguments if not a.kwarg_only}  # type: ignore[union-attr]
+    shape = {k: tuple(v.meta["val"].shape) for k, v in val.items() if isinstance(v, fx.Node)}
+    hidden = shape["x"][1]
+    first = "gate_up_scale" if node.target is ops.VQ_EXPERTS else "gate_up"
+    experts, rows = shape[first][:2]
+    intermediate = rows if node.kwargs["gate"] == "none" else rows // 2
+    expected: dict[str, tuple[int, ...]] = {
+        "gate_up": (experts, rows, hidden), "down": (experts, hidden, intermediate), "gate_up_bias": (experts, rows),
+        "down_bias": (experts, hidden), "gate_up_scale": (experts, rows), "down_scale": (experts, hidden),
+        "gate_up_slope": (experts, rows), "gate_up_offset": (experts, rows), "down_slope": (experts, hidden),
+        "down_offset": (experts, hidden), "post_norm": (hidden,),
+    }  # fmt: skip
+    for name, want in expected.items():
+        if name in shape and shape[name] != want:
+            raise MoeccError(f"node %{node.name} ({_target(node.target)}): {name} is {shape[name]}, expected {want}")
+
+
+def router_logits(experts: fx.Node) -> fx.Node | None:
+    """The router's last linear: walk back from the chosen indices to the nearest linear that the experts' input does not need."""
+    inputs = ancestors([experts.args[0]])  # type: ignore[list-item]
+    index = experts.args[1]
+    frontier, seen = [index], set()
+    while frontier:
+        node = max(frontier, key=_position)  # type: ignore[arg-type]
+        frontier.remove(node)
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.op == "call_function" and "linear" in _target(node.target) and node not in inputs:
+            return node
+        if node.op == "call_function" and _target(node.target) in {"aten.mm", "aten.addmm", "aten.matmul"} and node not in inputs:
+            return node
+        frontier += [i for i in node.all_input_nodes if i.op == "call_function" and i not in inputs]
+    return None
+
+
+def _position(node: fx.Node) -> Any:
+    return node
+
+
+def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """The call nodes that `roots` are computed from, themselves included."""
+    seen: set[fx.Node] = set()
+    stack = [r for r in roots if isinstance(r, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
+
+
+def fold_weight_graphs(program: Program) -> None:
+    """Turn every weight-only subgraph that feeds an experts node into one derived weight, so that operands are placeholders."""
+    for moe in program.moe_layers():
+        names = [a.name for a in moe.node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+        args = list(moe.node.args)
+        for i, (name, value) in enumerate(zip(names, args, strict=False)):
+            if i > 2 and isinstance(value, fx.Node) and value.op != "placeholder":
+                args[i] = _derive(program, f"{moe.path}.{name}", value)
+        moe.node.args = tuple(args)
+    program.graph.eliminate_dead_code()
+    program.drop_unused()
+
+
+def _derive(program: Program, name: str, root: fx.Node) -> fx.Node:
+    inside = ancestors([root])
+    order = [n for n in program.graph.nodes if n in inside]
+    leaves = [n for n in program.graph.nodes if n.op == "placeholder" and any(u in inside for u in n.users)]
+    if any(leaf.name not in program.weights for leaf in leaves):
+        raise MoeccError(f"{name}: computed from the model's inputs, not from weights alone; this model can't be compiled")
+    recipe, mapping = fx.Graph(), {}
+    for leaf in leaves:
+        mapping[leaf] = recipe.placeholder(leaf.name)
+    for node in order:
+        mapping[node] = recipe.node_copy(node, lambda n: mapping[n])
+    recipe.output(mapping[root])
+    with program.graph.inserting_before(program.user_inputs[0]):
+        new = program.graph.placeholder("w_" + name.replace(".", "_"))
+    new.meta.update(val=root.meta["val"], layer=0, path="")
+    sources = tuple(program.weights[leaf.name].name for leaf in leaves)
+    program.weights[new.name] = Weight(name, fx.GraphModule(torch.nn.Module(), recipe), sources)
+    return new
+
+
+def digest(tensor: Tensor) -> str:
+    """Eight hexadecimal digits of a tensor's bytes."""
+    raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(raw.tobytes()).hexdigest()[:8]
+
+
+def stage_nodes(program: Program, stage: int) -> list[fx.Node]:
+    """The call nodes of one stage, in order."""
+    return [n for n in program.graph.nodes if n.op == "call_function" and n.meta["layer"] == stage]
+
+
+def run_nodes(
+    nodes: Iterable[fx.Node], values: dict[str, Any], weight: Mapping[str, Any], keep: set[str] | None = None
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Evaluate `nodes` in order; `values` (by node name) is read and extended, `weight` gives placeholders. Yields each result.
+
+    With `keep`, a value is dropped after its last use among `nodes` unless its name is in `keep`.
+    """
+    nodes = list(nodes)
+    last: dict[str, fx.Node] = {}
+    if keep is not None:
+        for node in nodes:
+            for i in node.all_input_nodes:
+                last[i.name] = node
+
+    def value(n: fx.Node) -> Any:
+        return values[n.name] if n.name in values else weight[n.name]
+
+    for node in nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        try:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, IndexError, TypeError) as e:
+            raise MoeccError(f"node %{node.name} ({_target(node.target)}) in stage {node.meta['layer']} failed: {e}") from e
+        values[node.name] = result
+        yield node, result
+        if keep is not None:
+            for i in node.all_input_nodes:
+                if last[i.name] is node and i.name not in keep:
+                    values.pop(i.name, None)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{_SHORT.get(value.dtype, str(value.dtype))}[{', '.join(map(str, value.shape))}]"
+    return "(" + ", ".join(map(_type, value)) + ")" if isinstance(value, (list, tuple)) else str(value)
+
+
+def _arg(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_arg, value)) + "]"
+    return f"%{value.name}" if isinstance(value, fx.Node) else str(value)
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
