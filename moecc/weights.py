@@ -1,0 +1,479 @@
+"""Weights by name, read when asked.
+
+  1. `resolve` turns what the user typed into a checkpoint folder.
+  2. `CheckpointStore` maps every parameter of a model without weights to the checkpoint tensors behind it. The map is
+     transformers' own (renamings, and converters that merge per-expert tensors), so a read gives the same bits as
+     `from_pretrained`, one parameter or some experts of it at a time.
+  3. `check` runs the same converters on shapes alone, so that a checkpoint which doesn't fit fails in seconds.
+  4. `ModuleStore` is the same interface over a module in memory; `write_safetensors` and `TensorFile` keep layers that
+     are finished.
+
+Files are read with plain reads, not mapped: a mapped file counts towards the process's memory as it is touched, and one
+that shrinks or sits on a failing disk kills the process instead of raising.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from moecc.errors import MoeccError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+# Copies of the same weights in other layouts (`original/`, `consolidated.safetensors`) would double a download.
+HUB_SKIPPED = ["*/*", "consolidated*"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- source
+
+
+def resolve(source: str, *, revision: str | None = None) -> Path:
+    """The checkpoint folder behind `source`: a local folder, or a hub id whose safetensors files are downloaded."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return _require_safetensors(folder, source)
+    if folder.exists():
+        raise MoeccError(f"{source} is a file; give the folder that holds config.json and the safetensors files")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
+        raise MoeccError(f"no folder '{source}'; give a checkpoint folder or a hub id such as 'Qwen/Qwen1.5-MoE-A2.7B'")
+    return _require_safetensors(_download(source, revision), source)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED))
+    except Exception as error:  # the hub client raises OSError, ValueError and httpx's own errors for one bad name
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise MoeccError(
+            f"no folder '{repo}' here, and the hub gave no model of that name ({type(error).__name__}: {why[0]}); "
+            "check the name, log in for a gated model, or download it once while online"
+        ) from error
+
+
+def _require_safetensors(folder: Path, source: str) -> Path:
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES and f.is_file())
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise MoeccError(
+            f"{source} has only pickled weights ({pickles[0]}), which moecc never loads; convert them to "
+            "safetensors, e.g. AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) where you trust the file"
+        )
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- safetensors files
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of one safetensors file; `start` counts bytes from the beginning of the file."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self, rows: Sequence[int] | None = None) -> Tensor:
+        """The tensor, or the given rows of its first dimension; only their bytes are read."""
+        if rows is None:
+            out = torch.empty(self.shape, dtype=self.dtype)
+            parts = [(out, self.start)]
+        else:
+            out = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
+            at = [range(self.shape[0])[row] for row in rows]
+            parts = [(out[i], self.start + row * (self.nbytes // self.shape[0])) for i, row in enumerate(at)]
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                for part, start in parts:
+                    self._fill(file, part, start)
+        except OSError as error:
+            raise MoeccError(f"can't read '{self.name}' from {self.file}: {error.strerror or error}") from error
+        return out
+
+    def _fill(self, file: Any, part: Tensor, start: int) -> None:
+        view = memoryview(_as_bytes(part).numpy())
+        file.seek(start)
+        while len(view):  # one call gives at most 2 GiB
+            got = file.readinto(view)
+            if not got:
+                raise MoeccError(f"{self.file} ends inside '{self.name}'; it was cut while in use: fetch it again")
+            view = view[got:]
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, which must be exactly as long as its header says."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            head = f.read(length) if length <= size - 8 else b""
+    except OSError as error:
+        raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
+    try:
+        table: dict[str, Any] = json.loads(head)
+        metadata = table.pop("__metadata__", None) or {}
+        entries = {name: _entry(name, file, 8 + length, item) for name, item in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MoeccError(f"{file} has no valid safetensors header (truncated or corrupt): fetch it again") from error
+    end = max((e.start + e.nbytes for e in entries.values()), default=8 + length)
+    if end != size:
+        raise MoeccError(f"{file} is {size} bytes and its header says {end} (truncated or corrupt): fetch it again")
+    return entries, metadata
+
+
+def _entry(name: str, file: Path, base: int, item: dict[str, Any]) -> TensorEntry:
+    dtype, shape, (start, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
+    if start < 0 or end - start != torch.Size(shape).numel() * dtype.itemsize:
+        raise ValueError(name)
+    return TensorEntry(name, file, dtype, shape, base + start, end - start)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `path` whole or not at all: a temporary file beside it, synced, then renamed.
+
+    The same tensors give the same bytes; safetensors' own writer orders the metadata by chance, and copies every tensor.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # keeps every tensor aligned
+    table: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize
+        table[name] = {
+            "dtype": DTYPE_NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for name in order:
+                file.write(memoryview(_as_bytes(tensors[name].cpu().contiguous()).numpy()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise MoeccError(
+            f"can't write {path} ({8 + len(head) + end} bytes): {error.strerror or error}; "
+            "free some space or write elsewhere"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def free_space(path: Path, needed_bytes: int) -> None:
+    """Raise if the disk that holds (or will hold) `path` has fewer than `needed_bytes` free."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        raise MoeccError(
+            f"{path} needs {needed_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+            "free some or write elsewhere"
+        )
+
+
+class TensorFile:
+    """The tensors of one safetensors file, each read when asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries, self.metadata = read_header(path)
+
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def read(self, name: str, *, rows: Sequence[int] | None = None) -> Tensor:
+        if name not in self.entries:
+            raise MoeccError(f"{self.path} has no tensor '{name}'; it has {len(self.entries)} others")
+        return self.entries[name].read(rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- stores
+
+
+@dataclass
+class _Recipe:
+    """How one runtime tensor (or several siblings, for a converter that splits) is made from checkpoint tensors."""
+
+    target: str
+    converter: WeightConverter | None
+    sources: dict[str, list[str]] = field(default_factory=dict)  # source pattern -> checkpoint names, in expert order
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for keys in self.sources.values() for key in keys]
+
+    @property
+    def per_expert(self) -> bool:
+        """One checkpoint tensor per expert and projection, and nothing after the stacking that mixes experts."""
+        if self.converter is None:
+            return False
+        first, *rest = self.converter.operations
+        stacks = isinstance(first, MergeModulelist) and first.dim == 0
+        return stacks and all(isinstance(op, Concatenate) and op.dim > 0 for op in rest)
+
+
+class CheckpointStore:
+    """The weights of `model`, a skeleton without any, in the safetensors files of `folder`.
+
+    Names are the model's own (`state_dict` keys). `tied` maps a name that shares another's tensor to that name;
+    `missing` are names nothing in the checkpoint gives; `unexpected` are checkpoint tensors nothing takes, and
+    `ignored` the ones that transformers says to leave (a multi-token-prediction head, say). Unreadable files raise here.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.folder, self.model = Path(folder), cast(Any, model)
+        self.entries = _checkpoint_entries(self.folder)
+        self._declared: dict[str, Tensor] = model.state_dict()
+        self._buffers = {name for name, _ in model.named_buffers()}
+        self._recipes: dict[str, _Recipe] = {}
+        unmatched = self._match()
+        self.tied = self._find_tied()
+        skip = _pattern(self.model, "_keys_to_ignore_on_load_missing")
+        given = self._recipes.keys() | self.tied.keys()
+        self.missing = [n for n in self._declared if n not in given and not (skip and skip.search(n))]
+        skip = _pattern(self.model, "_keys_to_ignore_on_load_unexpected", _moved_buffers(self._buffers))
+        self.ignored = [key for key, name in unmatched.items() if skip and skip.search(name)]
+        self.unexpected = [key for key in unmatched if key not in set(self.ignored)]
+
+    # -- the map
+
+    def _match(self) -> dict[str, str]:
+        """Give every checkpoint tensor to a recipe, as transformers does while loading; returns the ones left over."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        by_pattern = {p: c for c in converters for p in c.source_patterns}
+        left: dict[str, str] = {}
+        # Natural order: expert 10 comes after expert 9, and a stateful renaming sees its guard first.
+        for key in sorted(self.entries, key=dot_natural_key):
+            name, pattern = self._rename(key, renamings, converters)
+            if name not in self._declared and key in self._declared:
+                name, pattern = self._rename(key, [], [])
+            converter = by_pattern[pattern] if pattern is not None else None
+            if name not in self._declared or not self._take(name, converter, pattern or key, key):
+                left[key] = name
+        return left
+
+    def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        return rename_source_key(key, renamings, converters, self.model.base_model_prefix, self._declared)
+
+    def _take(self, name: str, converter: WeightConverter | None, pattern: str, key: str) -> bool:
+        recipe = self._recipes.get(name)
+        if recipe is None:
+            recipe = _Recipe(name, converter)
+            first, *others = converter.target_patterns if converter else [name]
+            for sibling in [name, *(name.replace(first, other) for other in others)]:
+                if sibling in self._declared:
+                    self._recipes[sibling] = recipe
+        elif recipe.converter is not converter or converter is None:
+            return False  # a second way to make the same tensor: the first one counts
+        recipe.sources.setdefault(pattern, []).append(key)
+        return True
+
+    def _find_tied(self) -> dict[str, str]:
+        """Only names without a tensor of their own are tied: where both are stored, each is read."""
+        groups: dict[str, set[str]] = defaultdict(set)
+        for alias, owner in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            groups[owner] |= {alias, owner}
+        tied: dict[str, str] = {}
+        for owner, names in groups.items():
+            stored = [n for n in [owner, *sorted(names - {owner})] if n in self._recipes]
+            tied.update({n: stored[0] for n in names if stored and n not in self._recipes})
+        return tied
+
+    def _recipe(self, name: str) -> _Recipe:
+        recipe = self._recipes.get(self.tied.get(name, name))
+        if recipe is None:
+            raise MoeccError(f"{self.folder} has no tensor for '{name}'")
+        return recipe
+
+    # -- what there is
+
+    def names(self) -> list[str]:
+        """Every name that can be read, tied ones included, in the model's order."""
+        return [name for name in self._declared if name in self]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._recipes or name in self.tied
+
+    def sources(self, name: str) -> list[str]:
+        """The checkpoint tensors behind `name`."""
+        return self._recipe(name).keys
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape the config implies; `check` makes sure that the checkpoint has it."""
+        self._recipe(name)
+        return tuple(self._declared[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype on disk; the widest where the sources differ."""
+        dtypes = {self.entries[key].dtype for key in self._recipe(name).keys}
+        out = dtypes.pop()
+        for other in dtypes:
+            out = torch.promote_types(out, other)
+        return out
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({entry.file for entry in self.entries.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files on disk."""
+        return sum(file.stat().st_size for file in self.files)
+
+    # -- reading
+
+    def read(
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        experts: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """The tensor of `name`, a copy the caller owns, in the dtype on disk or as `from_pretrained(dtype=dtype)` gives
+        it (which keeps some parameters in float32).
+
+        `experts` asks for those rows of a fused [E, ...] parameter, in that order. NaN or infinity raises."""
+        recipe = self._recipe(name)
+        to = self.dtype(name) if dtype is None else kept_dtype(self.model, name, self._declared[name], dtype)
+        load = partial(self._load, dtype=to, device=torch.device(device))
+        if experts is None:
+            return self._make(recipe, load)[self.tied.get(name, name)]
+        if recipe.converter is None:
+            return load(recipe.keys[0], rows=experts)
+        if recipe.per_expert:
+            return self._make(recipe, load, experts)[self.tied.get(name, name)]
+        return self._make(recipe, load)[self.tied.get(name, name)][list(experts)]
+
+    def _load(self, key: str, rows: Sequence[int] | None = None, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        entry = self.entries[key]
+        tensor = entry.read(rows)
+        require_finite(tensor, f"'{key}' in {entry.file}")
+        return tensor.to(device=device, dtype=dtype)
+
+    def _make(
+        self, recipe: _Recipe, load: Callable[[str], Tensor], experts: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        if recipe.converter is None:
+            return {recipe.target: load(recipe.keys[0])}
+        converter = copy.deepcopy(recipe.converter)
+        for pattern, keys in recipe.sources.items():
+            for key in keys if experts is None else [keys[e] for e in experts]:
+                converter.add_tensor(recipe.target, key, pattern, cast(Any, partial(load, key)))
+        made = converter.convert(recipe.target, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a checkpoint, from the single file or from the shards that the index names."""
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)[0]
+    if not (folder / INDEX).exists():
+        raise MoeccError(f"{folder} has neither {SINGLE} nor {INDEX}; moecc reads safetensors checkpoints only")
+    try:
+        where: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        shards = sorted(set(where.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MoeccError(f"{folder / INDEX} isn't a valid index (no 'weight_map'): fetch it again") from error
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise MoeccError(f"{folder} lacks {shard}, one of the {len(shards)} files its index names: fetch it again")
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards:
+        entries.update(read_header(folder / shard)[0])
+    for name, shard in where.items():
+        if name not in entries:
+            raise MoeccError(f"{folder / shard} has no '{name}', which {INDEX} says it has: fetch both again")
+    return entries
+
+
+def _pattern(model: Any, attribute: str, more: Iterable[str] = ()) -> re.Pattern[str] | None:
+    patterns = [*(getattr(model, attribute, None) or ()), *more]
+    return re.compile("|".join(f"({p})" for p in sorted(patterns))) if patterns else None
+
+
+def _moved_buffers(buffers: Iterable[str]) -> list[str]:
+    """Buffers that old checkpoints store and newer models compute; transformers leaves them in the same way."""
+    leaves = {name.rpartition(".")[2] for name in buffers}
+    moved = {"inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+    return [pattern for leaf, pattern in moved.items() if leaf in leaves]
+
+
+def kept_dtype(model: Any, name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that `name` gets when the model is loaded as `dtype`.
+
+    Codes and indices are never cast; neither are buffers or parameters that the model declares in a dtype of their own,
+    nor the float32 exceptions transformers lists (routing biases, for the most part)."""
+    if not declared.is_floating_point():
+        return declared.dtype
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    for pattern, kept in plan.items():
+        if re.search(pattern.replace("*", ".*"), name):
+            return kept
+    is_buffer = not isinstance(_attribute(model, name), nn.Parameter)
+    usual = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
+    return declared.dtype if is_buffer or declared.dtype != usual else dtype
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf, None)
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Raise if a float tensor holds NaN or infinity. `what` says which tensor of which file."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dtype.itemsize == 1:
+        return
+    low, high = tensor.aminmax()  # both are NaN if any element is; no temporary of the tensor's size
+    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+        return
+    nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
+    raise MoeccError(
+        f"{what} holds {nan} NaN and {inf} infinite values of {tensor.numel()}: fetch it again or retrain it"
+    )
