@@ -1,0 +1,232 @@
+"""torch.export of a skeleton: one `moecc::experts` node per MoE layer, dynamic batch and sequence, no weight read.
+
+  1. export with use_cache off, the experts implementation "moecc", adapters and opaque scans in place
+  2. refuse a graph that holds for some shapes only (guards, bounded ranges), but for families known to be bounded
+  3. strip assertions, casts to the dtype a tensor has already, dropout that is off, and what is dead then
+  4. check that every experts module is either one node or not there at all
+  5. mark every node with its stage and its module path
+
+`graph_module.meta` of the result: layers (decoder layers L), restriction (text, "" if the graph holds for every shape),
+unreached (names of experts parameters that no node reads). `node.meta`: layer (0 before the first decoder layer, i + 1
+in layer i, L + 1 after the last, never falling along an edge), path (the deepest module; for an experts node, its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+
+from moecc import experts, ops, stages
+from moecc.adapters import adapted
+from moecc.errors import MoeccError
+from moecc.seqmix import opaque_scans
+from moecc.skeleton import Skeleton, _first_line
+
+# Families whose own code bounds the sequence length, and by what; their graphs are right inside the bound.
+BOUNDED = ("deepseek_v4", "minimax")
+
+aten = torch.ops.aten
+ASSERTIONS = {
+    aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg,
+    aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default,
+}  # fmt: skip
+CASTS = {
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default,
+}  # fmt: skip
+COPIES = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
+
+
+def capture(found: Skeleton, *, batch: int = 2, sequence: int = 16) -> ExportedProgram:
+    """The program `input_ids [B, S] -> logits` (or hidden states) of a skeleton, traced at batch x sequence.
+
+    MoeccError where the model can't be traced, or only for some shapes.
+    """
+    program = _export(found, batch, sequence)
+    meta = program.graph_module.meta
+    meta["restriction"] = _restriction(found, program)
+    simplify(program.graph_module)
+    owners = _owners(found, program)
+    meta["unreached"] = _unreached(found, program, set(owners.values()))
+    meta["layers"] = stages.mark(found.model, program.graph_module)
+    for node, path in owners.items():
+        node.meta["path"] = path
+    program.validate()  # type: ignore[no-untyped-call]
+    return program
+
+
+# ---------------------------------------------------------------- 1. export
+
+
+@contextmanager
+def _moecc_experts(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, without cache, with moecc's experts; as it was afterwards."""
+    experts.register()
+    training, config = model.training, getattr(model, "config", None)
+    cache, dispatch = getattr(config, "use_cache", None), getattr(model, "_can_set_experts_implementation", bool)()
+    before = getattr(config, "_experts_implementation", None)
+    if dispatch:
+        model.set_experts_implementation(experts.IMPLEMENTATION)
+    if config is not None:
+        config.use_cache = False
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        if config is not None and cache is not None:
+            config.use_cache = cache
+        if dispatch:
+            model.set_experts_implementation(before or "eager")
+
+
+@contextmanager
+def _only_input_ids(model: Any) -> Iterator[None]:
+    """torch.export reads the signature; `**kwargs` in it would become an input of its own."""
+    forward = model.forward
+
+    def input_ids_only(input_ids: torch.Tensor) -> Any:
+        return forward(input_ids=input_ids)
+
+    had = "forward" in model.__dict__
+    model.forward = input_ids_only
+    try:
+        yield
+    finally:
+        if had:
+            model.forward = forward
+        else:
+            del model.forward
+
+
+def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
+    model = found.model
+    with found.mode or nullcontext():
+        ids = torch.zeros(batch, sequence, dtype=torch.long)
+    shapes = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    try:
+        # Under no_grad: otherwise parts of the graph hide in set_grad_enabled sub-graphs. It stays differentiable.
+        with torch.no_grad(), _moecc_experts(model), adapted(model), opaque_scans(model), _only_input_ids(model):
+            return torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes=shapes, strict=False)
+    except MoeccError:
+        raise
+    except Exception as error:
+        raise MoeccError(f"{found.model_type}: the model can't be traced: {_first_line(error)}") from error
+
+
+# ---------------------------------------------------------------- 2. shapes
+
+
+def _restriction(found: Skeleton, program: ExportedProgram) -> str:
+    """For which shapes the graph holds; "" for all."""
+    bounds = [f"{symbol} <= {r.upper}" for symbol, r in program.range_constraints.items() if not _unbounded(r.upper)]
+    guards = [str(guard) for guard in getattr(program, "_guards_code", None) or ()]
+    text = "; ".join((*bounds, *guards))
+    if text and found.model_type not in BOUNDED:
+        raise MoeccError(f"{found.model_type}: the trace would hold for some shapes only ({text[:200]})")
+    return text
+
+
+def _unbounded(upper: Any) -> bool:
+    from torch.utils._sympy.numbers import int_oo
+
+    return upper == int_oo or not getattr(upper, "is_finite", True) or int(upper) >= 2**31
+
+
+# ---------------------------------------------------------------- 3. simplification
+
+
+def _same(node: fx.Node, other: Any) -> bool:
+    """Whether both are tensors of one dtype and device."""
+    a: Any = node.meta.get("val")
+    b: Any = other.meta.get("val") if isinstance(other, fx.Node) else None
+    return (
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and bool(a.dtype == b.dtype and a.device == b.device)
+    )
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    if node.target in CASTS:
+        return _same(node, node.args[0])
+    if node.target is aten.dropout.default:
+        return node.args[2] is False or node.args[1] == 0
+    return node.target in COPIES
+
+
+def simplify(module: fx.GraphModule) -> None:
+    """Strip assertions and nodes that do nothing, then what nobody reads. Placeholders stay."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in ASSERTIONS:
+            module.graph.erase_node(node)
+        elif _does_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+
+
+# ---------------------------------------------------------------- 4. experts
+
+
+def _state_names(program: ExportedProgram) -> dict[str, str]:
+    signature = program.graph_signature
+    return {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+
+
+def _operand_names(node: fx.Node, names: dict[str, str]) -> set[str]:
+    """The parameters that an experts node's weight operands are made of."""
+    found, pending, seen = set(), [a for a in node.args[3:] if isinstance(a, fx.Node)], set()
+    while pending:
+        operand = pending.pop()
+        if operand in seen:
+            continue
+        seen.add(operand)
+        if operand.op == "placeholder":
+            found.add(names[operand.name])
+        pending += operand.all_input_nodes
+    return found
+
+
+def _owners(found: Skeleton, program: ExportedProgram) -> dict[fx.Node, str]:
+    """The experts module of each experts node. Every module that the graph touches must be exactly one node."""
+    names = _state_names(program)
+    owners: dict[fx.Node, str] = {}
+    for node in program.graph_module.graph.nodes:
+        if node.target in ops.MOE_OPS:
+            operands = _operand_names(node, names)
+            owners[node] = next(path for path in found.experts if any(name.startswith(path + ".") for name in operands))
+    repeated = {path for path in owners.values() if list(owners.values()).count(path) > 1}
+    touched = {p for p in found.experts if _read_names(program, p)} - set(owners.values())
+    if repeated or touched or not owners:
+        path = next(iter(sorted(repeated | touched)), "no experts module")
+        raise MoeccError(f"{found.model_type}: {path} isn't one experts node of the trace; the family isn't supported")
+    return owners
+
+
+def _read_names(program: ExportedProgram, path: str) -> set[str]:
+    """Names of state under `path` that some node of the graph reads."""
+    names, nodes = _state_names(program), program.graph_module.graph.find_nodes(op="placeholder")
+    return {names[n.name] for n in nodes if n.users and names.get(n.name, "").startswith(path + ".")}
+
+
+def _unreached(found: Skeleton, program: ExportedProgram, reached: set[str]) -> tuple[str, ...]:
+    """Experts parameters that no node reads: vision experts of a text trace, prediction layers that don't run."""
+    missing: list[str] = []
+    for path, module in found.experts.items():
+        if path not in reached:
+            missing += [f"{path}.{name}" for name, _ in _state(module)]
+    return tuple(missing)
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()

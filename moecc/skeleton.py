@@ -1,0 +1,269 @@
+"""A model without its weights, ready to be traced.
+
+  1. the source (folder, hub id, configuration) gives a transformers configuration; nothing but *.json is fetched
+  2. the configuration gives the class, and the class the module tree
+  3. every parameter becomes a FakeTensor the moment it is registered: shape, dtype and device, no storage. Buffers stay
+     real, because rotary frequencies and masks are computed in constructors and are in no checkpoint
+  4. each experts module is probed (`moecc.probe`), so that a gate that isn't known stops here and not in a trace
+
+An nn.Module can be given too; then its own parameters are used and it is left as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from moecc import adapters, experts
+from moecc.errors import MoeccError
+
+QUANTIZATION = "moecc"  # quant_method of the checkpoints that moecc writes
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model to trace. `mode` is the fake mode of its parameters, None for a model with weights of its own."""
+
+    model: nn.Module
+    config: Any
+    mode: FakeTensorMode | None
+    experts: dict[str, nn.Module]  # experts modules by path
+    folder: Path | None = None  # where the configuration was read, None for a configuration or a module
+
+    @property
+    def model_type(self) -> str:
+        return str(getattr(self.config, "model_type", type(self.model).__name__))
+
+
+def skeleton(
+    source: str | Path | nn.Module | Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> Skeleton:
+    """The weight-free model of a local folder, a hub id or a transformers configuration; or a given module, as it is.
+
+    dtype: of the parameters; by default what the configuration says, else float32. MoeccError where the source can't be
+    read, is no Mixture-of-Experts model, or belongs to a family that isn't known.
+    """
+    if isinstance(source, nn.Module):
+        return _checked(Skeleton(source, getattr(source, "config", None), None, experts.experts_modules(source)))
+    config, folder = read_config(source, trust_remote_code=trust_remote_code)
+    method = quantization_method(config)
+    if method not in (None, QUANTIZATION):
+        raise MoeccError(
+            f"{_name(source)}: its weights are quantized already ({method}); give the unquantized checkpoint"
+        )
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    model = _build(config, dtype or config_dtype(config), mode, trust_remote_code)
+    if method == QUANTIZATION:
+        _prepare_compressed(model, config, mode)
+    return _checked(Skeleton(model, config, mode, experts.experts_modules(model), folder))
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, (str, Path)) else type(source).__name__
+
+
+def read_config(source: Any, *, trust_remote_code: bool = False) -> tuple[Any, Path | None]:
+    """The configuration and, for a folder or a hub id, the local folder that holds it."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    if isinstance(source, PretrainedConfig):
+        return source, None
+    if not isinstance(source, (str, Path)):
+        raise MoeccError(
+            f"a model is a folder, a hub id, a transformers configuration or an nn.Module, not {_name(source)}"
+        )
+    folder = config_folder(str(source), trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise MoeccError(f"{source}: its config.json can't be used: {_first_line(error)}") from error
+    return config, folder
+
+
+def config_folder(source: str, trust_remote_code: bool) -> Path:
+    """A local folder itself, else a snapshot of the hub repository's configuration files."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MoeccError(f"{source}: no config.json in this folder")
+        return path
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise MoeccError(f"{source}: no such model folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.py"] if trust_remote_code else ["*.json"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:
+        raise MoeccError(f"{source}: neither a local folder nor a model that can be had from the hub") from error
+
+
+def quantization_method(config: Any) -> str | None:
+    """quant_method of the checkpoint, None for plain weights."""
+    for part in (config, text_config(config)):
+        quantization = getattr(part, "quantization_config", None)
+        if quantization:
+            get = quantization.get if isinstance(quantization, dict) else lambda k, d, q=quantization: getattr(q, k, d)
+            return str(getattr(get("quant_method", "unknown"), "value", get("quant_method", "unknown")))
+    return None
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part of a configuration."""
+    get = getattr(config, "get_text_config", None)
+    return get() if callable(get) else config
+
+
+def config_dtype(config: Any) -> torch.dtype:
+    """The dtype that the configuration names, else float32."""
+    for part in (config, text_config(config)):
+        dtype = getattr(part, "dtype", None)
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return torch.float32
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# ---------------------------------------------------------------- class and module tree
+
+
+def model_class(config: Any) -> Any:
+    """The (auto) class to build: the causal language model, else what the checkpoint says, else any."""
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None and getattr(found, "config_class", None) is type(config):
+            return found
+    if type(config) in MODEL_MAPPING:
+        return AutoModel
+    return _class_of_config(config)
+
+
+def _class_of_config(config: Any) -> Any:
+    """A text tower that no auto class maps: the model class of its modelling file that takes this configuration."""
+    from transformers import PreTrainedModel
+
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        __import__(name)
+    except ImportError as error:
+        raise MoeccError(f"{type(config).__name__}: transformers has no model class for this configuration") from error
+    classes = [c for _, c in inspect.getmembers(sys.modules[name], inspect.isclass) if c.__module__ == name]
+    mine = [
+        c for c in classes
+        if issubclass(c, PreTrainedModel) and getattr(c, "config_class", None) is type(config)
+        and not c.__name__.endswith("PreTrainedModel")
+    ]  # fmt: skip
+    if not mine:
+        raise MoeccError(f"{type(config).__name__}: transformers has no model class for this configuration")
+    return min(mine, key=lambda c: ("ForCausalLM" not in c.__name__, "Model" not in c.__name__, len(c.__name__)))
+
+
+@contextmanager
+def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, every parameter is replaced when it is registered by a storage-free one on the CPU."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(self, name, param)
+        if param is not None and not isinstance(param.data, FakeTensor):
+            with mode:
+                fake = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="cpu")
+            self._parameters[name] = nn.Parameter(fake, requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _build(config: Any, dtype: torch.dtype, mode: FakeTensorMode, trust_remote_code: bool) -> nn.Module:
+    from transformers.initialization import no_init_weights
+
+    experts.register()
+    cls = model_class(config)
+    auto = hasattr(cls, "from_config")
+    kwargs = {"dtype": dtype, **({"trust_remote_code": trust_remote_code} if auto else {})}
+    try:
+        with fake_parameters(mode), no_init_weights():
+            model: nn.Module = (cls.from_config if auto else cls._from_config)(config, **kwargs)
+    except Exception as error:
+        raise MoeccError(
+            f"{_family(config)}: the model can't be built from its config: {_first_line(error)}"
+        ) from error
+    _keep_float32(model, dtype)
+    return model.eval()
+
+
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    """Give the parameters that transformers keeps in float32 that dtype, as loading the checkpoint would."""
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    rules = [(re.compile(pattern), wanted) for pattern, wanted in plan.items()]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        wanted = next((w for rule, w in rules if rule.search(name)), None)
+        if wanted is not None and tensor.is_floating_point() and tensor.dtype != wanted:
+            tensor.data = tensor.data.to(wanted)
+
+
+def _prepare_compressed(model: nn.Module, config: Any, mode: FakeTensorMode) -> None:
+    """Give a checkpoint that moecc wrote its compressed modules; their buffers are fake, as parameters are."""
+    from moecc import hf
+
+    with mode:
+        hf.prepare(model, config)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _family(config: Any) -> str:
+    return str(getattr(config, "model_type", "") or type(config).__name__)
+
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+def _checked(found: Skeleton) -> Skeleton:
+    family = found.model_type
+    if getattr(found.config, "is_encoder_decoder", False):
+        raise MoeccError(f"{family}: an encoder-decoder model; moecc takes decoders")
+    if not found.experts:
+        part = text_config(found.config)
+        if any(isinstance(n := getattr(part, key, None), int) and n > 1 for key in EXPERT_COUNTS):
+            raise MoeccError(f"{family}: {type(found.model).__name__} has experts of a class that moecc doesn't know")
+        raise MoeccError(
+            f"{family}: {type(found.model).__name__} has no experts; moecc takes Mixture-of-Experts models"
+        )
+    for path, module in found.experts.items():
+        try:
+            experts.probe(module)
+        except MoeccError as error:
+            raise MoeccError(f"{family}, {path}: {error}") from error
+    return found
+
+
+_ = adapters.METHODS  # importing the adapters makes their classes known to `experts.is_experts`

@@ -1,0 +1,60 @@
+"""Which decoder layer each node of a trace belongs to, so that a program can be run layer by layer.
+
+A node inside decoder layer i has stage i + 1. Nodes in no layer follow their inputs: stage 0 before the first layer,
+the stage of the last input between layers, and L + 1 after the last layer. The stage never falls along an edge.
+"""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+
+def decoder_stack(model: nn.Module) -> tuple[str, int]:
+    """Path and length of the list of decoder layers: the longest outermost ModuleList, of the most parameters."""
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    outer = [(p, m) for p, m in lists if not any(p.startswith(q + ".") for q, _ in lists)]
+    if not outer:
+        return "", 0
+    path, stack = max(outer, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+    return path, len(stack)
+
+
+def paths(node: fx.Node) -> list[str]:
+    """Paths of the modules that the node was traced in, outermost first."""
+    return [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def _layer(node: fx.Node, prefix: str) -> int | None:
+    for path in paths(node):
+        if path.startswith(prefix):
+            return int(path[len(prefix) :].split(".")[0])
+    return None
+
+
+def mark(model: nn.Module, module: fx.GraphModule) -> int:
+    """Set meta["layer"] and meta["path"] on every node; returns the number of decoder layers L."""
+    stack, count = decoder_stack(model)
+    nodes = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
+    tags = {n: _layer(n, stack + ".") for n in nodes}
+    last = max((i for i, n in enumerate(nodes) if tags[n] is not None), default=-1)
+    for position, node in enumerate(nodes):
+        before = max((n.meta["layer"] for n in node.all_input_nodes if n.op != "placeholder"), default=0)
+        tag = tags[node]
+        if tag is not None:
+            stage = max(before, tag + 1)
+        else:
+            stage = count + 1 if before and position > last else before
+        node.meta["layer"] = stage
+        node.meta["path"] = next(reversed(paths(node)), "")
+    _mark_ends(module, count)
+    return count
+
+
+def _mark_ends(module: fx.GraphModule, count: int) -> None:
+    """A placeholder belongs to the first stage that reads it, the output to the last."""
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["layer"] = min((u.meta.get("layer", count + 1) for u in node.users), default=0)
+            node.meta["path"] = ""
+        elif node.op == "output":
+            node.meta["layer"], node.meta["path"] = count + 1, ""
