@@ -15,11 +15,12 @@ that shrinks or sits on a failing disk kills the process instead of raising.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -84,6 +86,8 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def _require_safetensors(folder: Path, source: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise MoeccError(f"{source} has no config.json; give the folder of a transformers checkpoint")
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES and f.is_file())
     if pickles and not any(folder.glob("*.safetensors")):
         raise MoeccError(
@@ -125,7 +129,7 @@ class TensorEntry:
         return out
 
     def _fill(self, file: Any, part: Tensor, start: int) -> None:
-        view = memoryview(_as_bytes(part).numpy())
+        view = memoryview(cast(Any, _as_bytes(part).numpy()))
         file.seek(start)
         while len(view):  # one call gives at most 2 GiB
             got = file.readinto(view)
@@ -144,13 +148,15 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         size = file.stat().st_size
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            head = f.read(length) if length <= size - 8 else b""
+            head = f.read(length) if length <= min(size - 8, 100 << 20) else b""  # 100 MiB: safetensors' own limit
     except OSError as error:
         raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
     try:
         table: dict[str, Any] = json.loads(head)
         metadata = table.pop("__metadata__", None) or {}
         entries = {name: _entry(name, file, 8 + length, item) for name, item in table.items()}
+    except MoeccError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MoeccError(f"{file} has no valid safetensors header (truncated or corrupt): fetch it again") from error
     end = max((e.start + e.nbytes for e in entries.values()), default=8 + length)
@@ -160,6 +166,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 
 def _entry(name: str, file: Path, base: int, item: dict[str, Any]) -> TensorEntry:
+    if item["dtype"] not in DTYPES:
+        raise MoeccError(f"'{name}' in {file} has dtype {item['dtype']}, which torch can't hold; use a bf16 checkpoint")
     dtype, shape, (start, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
     if start < 0 or end - start != torch.Size(shape).numel() * dtype.itemsize:
         raise ValueError(name)
@@ -169,18 +177,15 @@ def _entry(name: str, file: Path, base: int, item: dict[str, Any]) -> TensorEntr
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write `path` whole or not at all: a temporary file beside it, synced, then renamed.
 
-    The same tensors give the same bytes; safetensors' own writer orders the metadata by chance, and copies every tensor.
+    The same tensors give the same bytes; safetensors' own writer orders metadata by chance, and copies every tensor.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # keeps every tensor aligned
     table: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
     end = 0
     for name in order:
         start, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize
-        table[name] = {
-            "dtype": DTYPE_NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
+        dtype, shape = DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     part = path.with_name(f".{path.name}.part")
@@ -188,7 +193,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         with open(part, "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
             for name in order:
-                file.write(memoryview(_as_bytes(tensors[name].cpu().contiguous()).numpy()))
+                file.write(cast(Any, _as_bytes(tensors[name].cpu().contiguous()).numpy()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -261,7 +266,8 @@ class CheckpointStore:
 
     Names are the model's own (`state_dict` keys). `tied` maps a name that shares another's tensor to that name;
     `missing` are names nothing in the checkpoint gives; `unexpected` are checkpoint tensors nothing takes, and
-    `ignored` the ones that transformers says to leave (a multi-token-prediction head, say). Unreadable files raise here.
+    `ignored` the ones that transformers says to leave (a multi-token-prediction head, say). Files that are absent,
+    truncated or corrupt raise right here, before `check`.
     """
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
@@ -409,6 +415,99 @@ class CheckpointStore:
         made = converter.convert(recipe.target, model=self.model, config=self.model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    # -- checks that need no weights
+
+    def check(self) -> None:
+        """Raise if the checkpoint doesn't fit the model: missing tensors, quantized ones, shapes that the config
+        doesn't imply. The converters run on tensors without storage, made from the file headers."""
+        if self.missing:
+            lost, left = f"{len(self.missing)} of {len(self._declared)} missing", len(self.unexpected)
+            hint = f", {left} fit nothing, e.g. '{self.unexpected[0]}'" if left else ""
+            todo = self._quantized() or "check that config.json belongs to these weights, or fetch them again"
+            raise MoeccError(f"{self.folder} has no tensor for '{self.missing[0]}' ({lost}{hint}); {todo}")
+        names: dict[int, list[str]] = defaultdict(list)
+        for name, recipe in self._recipes.items():
+            names[id(recipe)].append(name)
+        for group in names.values():
+            self._check_recipe(self._recipes[group[0]], group)
+
+    def _quantized(self) -> str:
+        quantization = getattr(self.model.config, "quantization_config", None)
+        return "the checkpoint is quantized already; use one in bf16, fp16 or fp32" if quantization else ""
+
+    def _check_recipe(self, recipe: _Recipe, names: list[str]) -> None:
+        for key in recipe.keys:
+            self._check_dtype(self.entries[key], self._declared[names[0]])
+        if recipe.per_expert:
+            self._check_experts(recipe)
+        first = self.entries[recipe.keys[0]]
+        what = f"'{first.name}' in {first.file} is {list(first.shape)}"
+        try:
+            made = self._make(recipe, lambda key: torch.empty(self.entries[key].shape, device="meta"))
+        except Exception as error:  # converters check little: whatever torch makes of shapes they didn't expect
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise MoeccError(f"{what} and doesn't merge into '{recipe.target}' with its siblings: {why}") from error
+        for name in names:
+            got, want = list(made[name].shape) if name in made else None, list(self._declared[name].shape)
+            if got != want:
+                what += f", which makes '{name}' {got}" if got != list(first.shape) else ""
+                raise MoeccError(f"{what}, but config.json implies {want}; check that it belongs to these weights")
+
+    def _check_dtype(self, entry: TensorEntry, declared: Tensor) -> None:
+        if declared.is_floating_point():
+            fits, todo = entry.dtype.is_floating_point and entry.dtype.itemsize > 1, self._quantized()
+        else:
+            fits, todo = torch.promote_types(entry.dtype, declared.dtype) == declared.dtype, ""
+        if not fits:
+            what = f"'{entry.name}' in {entry.file} is {entry.dtype}, but the model has {declared.dtype} there"
+            raise MoeccError(f"{what}; {todo or 'check that config.json belongs to these weights'}")
+
+    def _check_experts(self, recipe: _Recipe) -> None:
+        """Every expert once for each projection, all of one shape; names the tensor that breaks this."""
+        assert recipe.converter is not None
+        experts = self._declared[recipe.target].shape[0]
+        for pattern in recipe.converter.source_patterns:
+            keys = recipe.sources.get(pattern, [])
+            what = f"'{recipe.target}' takes {experts} experts and {self.folder} has {len(keys)} of '{pattern}'"
+            if len(keys) > experts:
+                raise MoeccError(f"{what}; check that config.json belongs to these weights")
+            if absent := _absent_expert(keys, experts) or len(keys) < experts:
+                which = f" ('{absent}' is missing)" if isinstance(absent, str) else ""
+                raise MoeccError(f"{what}{which}; fetch it again")
+            usual = Counter(self.entries[key].shape for key in keys).most_common(1)[0][0]
+            for entry in (self.entries[key] for key in keys if self.entries[key].shape != usual):
+                what = f"'{entry.name}' in {entry.file} is {list(entry.shape)}"
+                raise MoeccError(f"{what}, but the other experts have {list(usual)}; fetch it again")
+
+    def digest(self) -> str:
+        """SHA-256 over names, sizes and headers of the weight files and samples of their content.
+
+        A file up to 16 MiB counts whole, a larger one with 256 bytes from the middle of each tensor. That tells
+        checkpoints apart, fine-tunes of one another too; it doesn't prove that every byte is intact."""
+        sha, by_file = hashlib.sha256(), defaultdict(list)
+        for entry in sorted(self.entries.values(), key=lambda e: e.start):
+            by_file[entry.file].append(entry)
+        for file, entries in sorted(by_file.items()):
+            size = file.stat().st_size
+            sha.update(f"{file.name}\0{size}\0".encode())
+            with open(file, "rb") as f:
+                sha.update(f.read(size if size <= 16 << 20 else entries[0].start))
+                for entry in entries if size > 16 << 20 else []:
+                    f.seek(entry.start + max(0, entry.nbytes // 2 - 128))
+                    sha.update(f.read(min(256, entry.nbytes)))
+        return sha.hexdigest()
+
+
+def _absent_expert(keys: list[str], experts: int) -> str | None:
+    """The name that the first missing expert's tensor would have, from the number that runs through the names."""
+    parts = [key.split(".") for key in keys]
+    for at, column in enumerate(zip(*parts, strict=False)):
+        numbers = {int(part) for part in column if part.isdigit()}
+        if len(numbers) > 1:
+            gap = min(set(range(experts)) - numbers, default=None)
+            return None if gap is None else "'" + ".".join([*parts[0][:at], str(gap), *parts[0][at + 1 :]]) + "'"
+    return None
+
 
 def _checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of a checkpoint, from the single file or from the shards that the index names."""
@@ -477,3 +576,76 @@ def require_finite(tensor: Tensor, what: str) -> None:
     raise MoeccError(
         f"{what} holds {nan} NaN and {inf} infinite values of {tensor.numel()}: fetch it again or retrain it"
     )
+
+
+class ModuleStore:
+    """The interface of `CheckpointStore` over the tensors of a module in memory."""
+
+    missing: list[str]
+    unexpected: list[str] = []
+    ignored: list[str] = []
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        owners: dict[int, str] = {}
+        shared = {name: owners.setdefault(id(tensor), name) for name, tensor in self._tensors.items()}
+        self.tied = {name: owner for name, owner in shared.items() if name != owner}
+        self.missing = [name for name, tensor in self._tensors.items() if tensor.is_meta or is_fake(tensor)]
+
+    def names(self) -> list[str]:
+        return [name for name in self._tensors if name in self]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors and name not in self.missing
+
+    def sources(self, name: str) -> list[str]:
+        return [self.tied.get(name, name)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensor(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensor(name).dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._tensors[name].nbytes for name in self.names() if name not in self.tied)
+
+    def read(
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        experts: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """A copy, so that what a pass does to it leaves the module as it was."""
+        tensor = self._tensor(name)
+        to = tensor.dtype if dtype is None else kept_dtype(self.model, name, tensor, dtype)
+        rows = tensor.detach() if experts is None else tensor.detach()[list(experts)]
+        require_finite(rows, f"'{name}' of the {type(self.model).__name__}")
+        return rows.to(device=device, dtype=to, copy=True)
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self:
+            raise MoeccError(f"the {type(self.model).__name__} has no tensor for '{name}'")
+        return self._tensors[name]
+
+    def check(self) -> None:
+        if self.missing:
+            raise MoeccError(
+                f"'{self.missing[0]}' has no values (a meta tensor); load the model's weights before tracing"
+            )
+
+    def digest(self) -> str:
+        """SHA-256 over every name, dtype, shape and byte."""
+        sha = hashlib.sha256()
+        for name in sorted(self.names()):
+            tensor = self._tensors[name]
+            sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            sha.update(cast(Any, _as_bytes(tensor.cpu().contiguous()).numpy()))
+        return sha.hexdigest()
+
+
+Store = CheckpointStore | ModuleStore
