@@ -505,7 +505,7 @@ def _absent_expert(keys: list[str], experts: int) -> str | None:
         numbers = {int(part) for part in column if part.isdigit()}
         if len(numbers) > 1:
             gap = min(set(range(experts)) - numbers, default=None)
-            return None if gap is None else "'" + ".".join([*parts[0][:at], str(gap), *parts[0][at + 1 :]]) + "'"
+            return None if gap is None else ".".join([*parts[0][:at], str(gap), *parts[0][at + 1 :]])
     return None
 
 
