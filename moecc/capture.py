@@ -49,7 +49,7 @@ def capture(found: Skeleton, *, batch: int = 2, sequence: int = 16) -> ExportedP
     program = _export(found, batch, sequence)
     meta = program.graph_module.meta
     meta["restriction"] = _restriction(found, program)
-    simplify(program.graph_module)
+    simplify(program)
     owners = _owners(found, program)
     meta["unreached"] = _unreached(found, program, set(owners.values()))
     meta["layers"] = stages.mark(found.model, program.graph_module)
@@ -159,8 +159,9 @@ def _does_nothing(node: fx.Node) -> bool:
     return node.target in COPIES
 
 
-def simplify(module: fx.GraphModule) -> None:
+def simplify(program: ExportedProgram) -> None:
     """Strip assertions and nodes that do nothing, then what nobody reads. Placeholders stay."""
+    module = program.graph_module
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -168,6 +169,7 @@ def simplify(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
         elif _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
+            program.graph_signature.replace_all_uses(node.name, node.args[0].name)  # it may be a result
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.graph.lint()

@@ -1,7 +1,7 @@
 """Experts modules of transformers as `moecc::experts`: what a module computes, in canonical operands.
 
   1. `layout_of` finds a module's gate function by running it on random numbers; the flags of transformers don't tell.
-  2. `dense_operands` makes the op's canonical operands of its parameters with plain tensor ops (transpose, de-interleave).
+  2. `dense_operands` makes the op's canonical operands of its parameters with plain tensor ops (transpose, reorder).
   3. `run_experts` is the one place that calls the op: on those operands, or on a compressed module's stored tensors.
   4. `compress_module` swaps a module's dense parameters for the tensors of `moecc.vq4`, as `moecc compile` writes them.
 

@@ -1,7 +1,7 @@
 """Which gate an experts module applies, found by running it on random numbers.
 
-transformers' flags say whether there is a gate, not which: `_apply_gate` is free code. It needs no weights, so it can be
-run on a model that has none and compared with every function of `moecc.gates`. What matches none of them is an error.
+transformers' flags say whether there is a gate, not which: `_apply_gate` is free code. It needs no weights, so it can
+be run on a model that has none and compared with all of `moecc.gates`. What matches none of them is an error.
 """
 
 from __future__ import annotations

@@ -1,0 +1,291 @@
+"""Tracing without weights: real-size configurations in little memory, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoConfig, LlamaConfig, MixtralConfig, T5Config
+
+from moecc import experts, ops, probe
+from moecc.capture import capture
+from moecc.errors import MoeccError
+from moecc.skeleton import skeleton
+
+torch.set_num_threads(1)
+
+TINY = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+)  # fmt: skip
+QWEN15_MOE_A2_7B = dict(
+    model_type="qwen2_moe", vocab_size=151936, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
+    num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=8192, rope_theta=1000000.0,
+    moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_experts=60, num_experts_per_tok=4,
+    decoder_sparse_step=1, norm_topk_prob=False, dtype="bfloat16",
+)  # fmt: skip
+DEEPSEEK_V3 = dict(
+    model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61,
+    num_attention_heads=128, num_key_value_heads=128, max_position_embeddings=163840, moe_intermediate_size=2048,
+    n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4, norm_topk_prob=True,
+    routed_scaling_factor=2.5, first_k_dense_replace=3, q_lora_rank=1536, kv_lora_rank=512, qk_rope_head_dim=64,
+    qk_nope_head_dim=128, v_head_dim=128, dtype="bfloat16",
+)  # fmt: skip
+
+MEASURE = """
+import json, resource, sys, torch
+torch.set_num_threads(1)
+from transformers import AutoConfig
+from moecc import ops
+from moecc.capture import capture
+from moecc.skeleton import skeleton
+config = json.loads(sys.argv[1])
+found = skeleton(AutoConfig.for_model(config.pop("model_type"), **config))
+program = capture(found)
+nodes = [n for n in program.graph.nodes if n.target is ops.EXPERTS]
+print(json.dumps({
+    "nodes": len(nodes), "layers": program.graph_module.meta["layers"],
+    "bytes": sum(p.numel() * p.element_size() for p in found.model.parameters()),
+    "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+}))
+"""
+
+
+def measure(config: dict[str, Any]) -> dict[str, int]:
+    """Trace in a process of its own; what came out, and its peak memory in bytes."""
+    command = [sys.executable, "-c", MEASURE, json.dumps(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_a_28_gb_model_is_traced_in_1_5_gb() -> None:
+    result = measure(QWEN15_MOE_A2_7B)
+    assert result["nodes"] == result["layers"] == 24
+    assert result["bytes"] > 28e9
+    assert result["rss"] < 1.5e9
+
+
+@pytest.mark.skipif(os.environ.get("MOECC_ALL_FAMILIES") != "1", reason="a minute; MOECC_ALL_FAMILIES=1 runs it")
+def test_deepseek_v3_is_traced_in_1_5_gb() -> None:
+    result = measure(DEEPSEEK_V3)
+    assert (result["nodes"], result["layers"]) == (58, 61)
+    assert result["bytes"] > 1.3e12
+    assert result["rss"] < 1.5e9
+
+
+# ---------------------------------------------------------------- skeletons
+
+
+def test_parameters_are_fake_and_buffers_are_real() -> None:
+    found = skeleton(MixtralConfig(**TINY))
+    assert all(isinstance(p.data, FakeTensor) for p in found.model.parameters())
+    buffers = dict(found.model.named_buffers())
+    frequencies = buffers["model.rotary_emb.inv_freq"]
+    assert not isinstance(frequencies, FakeTensor)
+    assert frequencies[0] == 1.0 and frequencies.device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_is_the_one_asked_for(dtype: torch.dtype) -> None:
+    found = skeleton(MixtralConfig(**TINY), dtype)
+    assert {p.dtype for p in found.model.parameters()} == {dtype}
+
+
+def test_dtype_is_the_configs_by_default() -> None:
+    assert next(skeleton(MixtralConfig(**TINY)).model.parameters()).dtype == torch.float32
+    assert next(skeleton(MixtralConfig(**TINY, dtype="bfloat16")).model.parameters()).dtype == torch.bfloat16
+
+
+def test_correction_bias_keeps_float32_in_a_bfloat16_model() -> None:
+    config = AutoConfig.for_model("deepseek_v3", **{**TINY, "num_key_value_heads": 4}, n_routed_experts=8,
+                                  n_group=2, topk_group=1, first_k_dense_replace=0)  # fmt: skip
+    buffers = dict(skeleton(config, torch.bfloat16).model.named_buffers())
+    bias = next(b for name, b in buffers.items() if name.endswith("e_score_correction_bias"))
+    assert bias.dtype == torch.float32
+
+
+def test_a_folder_gives_the_same_program_as_its_config(tmp_path: Path) -> None:
+    config = MixtralConfig(**TINY)
+    config.save_pretrained(tmp_path)
+    found = skeleton(tmp_path)
+    assert found.folder == tmp_path
+    assert [n.target for n in capture(found).graph.nodes] == [n.target for n in capture(skeleton(config)).graph.nodes]
+
+
+def test_a_module_is_left_as_it_was() -> None:
+    from transformers import MixtralForCausalLM
+
+    model = MixtralForCausalLM(MixtralConfig(**TINY)).train()
+    before, cache = model.config._experts_implementation, model.config.use_cache
+    capture(skeleton(model))
+    assert model.training and "forward" not in model.__dict__
+    assert (model.config._experts_implementation, model.config.use_cache) == (before, cache)
+
+
+# ---------------------------------------------------------------- errors
+
+
+def one_line(error: pytest.ExceptionInfo[MoeccError], *words: str) -> None:
+    text = str(error.value)
+    assert "\n" not in text
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (3, ("int", "folder")),
+        (LlamaConfig(), ("llama", "no experts")),
+        (T5Config(), ("t5", "encoder-decoder")),
+        ("./no/such/folder", ("no such model folder",)),
+        (nn.Linear(2, 2), ("Linear", "no experts")),
+        (MixtralConfig(**TINY, quantization_config={"quant_method": "fp8"}), ("fp8", "unquantized")),
+    ],
+)
+def test_wrong_sources_are_one_line_errors(source: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(MoeccError) as error:
+        skeleton(source)
+    one_line(error, *words)
+
+
+def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MoeccError) as error:
+        skeleton(tmp_path)
+    one_line(error, "config.json", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(MoeccError) as error:
+        skeleton(tmp_path)
+    one_line(error, "config.json")
+
+
+def test_an_unknown_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise OSError("we are\noffline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(MoeccError) as error:
+        skeleton("nobody/nothing")
+    one_line(error, "nobody/nothing", "hub")
+
+
+def test_experts_of_an_unknown_class_are_said_to_be_so() -> None:
+    config = AutoConfig.for_model("doge", **{k: v for k, v in TINY.items() if k != "num_local_experts"}, is_moe=True)
+    config.num_experts = 16
+    with pytest.raises(MoeccError) as error:
+        skeleton(config)
+    one_line(error, "doge", "doesn't know")
+
+
+# ---------------------------------------------------------------- gates
+
+
+class Gated(nn.Module):
+    """An experts module as far as the probe looks at it."""
+
+    has_gate, is_transposed, act_fn = True, False, nn.SiLU()
+
+    def __init__(self, gate: Any, **attributes: Any):
+        super().__init__()
+        self._apply_gate = gate
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def halves(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    g, u = rows.chunk(2, dim=-1)
+    return g, u
+
+
+UNKNOWN = {
+    "another activation": lambda rows: nn.functional.mish(halves(rows)[0]) * halves(rows)[1],
+    "swapped halves": lambda rows: nn.functional.silu(halves(rows)[1]) * halves(rows)[0],
+    "an unseen clamp": lambda rows: nn.functional.silu(halves(rows)[0].clamp(max=500.0)) * halves(rows)[1],
+    "a constant": lambda rows: nn.functional.silu(halves(rows)[0]) * (halves(rows)[1] + 0.01),
+    "not a gate": lambda rows: rows,
+}
+
+
+@pytest.mark.parametrize("gate", UNKNOWN.values(), ids=UNKNOWN.keys())
+def test_an_unknown_gate_is_an_error(gate: Any) -> None:
+    with pytest.raises(MoeccError) as error:
+        probe.probe_gate(Gated(gate))
+    one_line(error, "Gated", "moecc/gates.py")
+
+
+def test_a_gate_that_fails_alone_is_an_error() -> None:
+    with pytest.raises(MoeccError) as error:
+        probe.probe_gate(Gated(lambda rows: rows @ torch.ones(3, 3)))
+    one_line(error, "Gated")
+
+
+def test_the_probe_reads_rounding_clamp_and_order() -> None:
+    from moecc.gates import apply_gate
+
+    for gate, limit in (("glu", 0.0), ("f32", 0.0), ("clamp", 7.0), ("clamp_f32", 7.0), ("clamp_after", 7.0)):
+        module = Gated(lambda rows, g=gate, m=limit: apply_gate(rows, "silu", g, 1.0, m), limit=limit)
+        assert probe.probe_gate(module) == probe.Layout("silu", gate, 1.0, limit)
+    module = Gated(lambda rows: nn.functional.silu(rows[..., ::2]) * rows[..., 1::2])
+    assert probe.probe_gate(module) == probe.Layout("silu", interleaved=True)
+
+
+def test_the_probe_leaves_the_random_state_alone() -> None:
+    state = torch.random.get_rng_state()
+    probe.probe_gate(Gated(lambda rows: nn.functional.silu(halves(rows)[0]) * halves(rows)[1]))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+# ---------------------------------------------------------------- compressed modules
+
+
+def specs(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {
+        "codes": ((4, rows, -(-columns // 8) * 2), "uint8"), "codebook": ((4, 256, 4), "int8"),
+        "scale": ((4, rows), "float16"),
+    }  # fmt: skip
+
+
+def compressed(model: nn.Module) -> None:
+    for module in experts.experts_modules(model).values():
+        attributes = {**experts.gate_of(module), "eps": 0.0}
+        experts.compress_module(module, specs(32, 32), specs(32, 16), attributes, ["gate_up_proj", "down_proj"])
+
+
+def test_a_compressed_module_runs_its_stored_tensors() -> None:
+    from transformers import MixtralForCausalLM
+
+    model = MixtralForCausalLM(MixtralConfig(**TINY, experts_implementation="eager")).eval()
+    experts.register()
+    model.set_experts_implementation("moecc")
+    compressed(model)
+    names = {k for k in model.state_dict() if k.startswith("model.layers.0.mlp.experts.")}
+    assert names == {
+        f"model.layers.0.mlp.experts.{p}.{t}" for p in ("gate_up", "down") for t in ("codes", "codebook", "scale")
+    }
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.rpartition(".")[2] in ("codes", "codebook"):
+                buffer.random_(-100 if buffer.dtype == torch.int8 else 0, 100)
+            elif name.endswith(".scale"):
+                buffer.fill_(0.001)
+        ids = torch.arange(6).view(1, 6)
+        logits = model(input_ids=ids).logits
+        program = capture(skeleton(model))
+        assert torch.isfinite(logits).all()
+        torch.testing.assert_close(program.module()(input_ids=ids).logits, logits)
+    assert sum(n.target is ops.VQ_EXPERTS for n in program.graph.nodes) == 2
+
+
+def test_a_tensor_that_the_format_lacks_is_refused() -> None:
+    with pytest.raises(MoeccError) as error:
+        experts.CompressedProjection({"coeds": ((1,), "uint8")})
+    one_line(error, "coeds")
