@@ -293,7 +293,7 @@ def test_shapes_the_config_does_not_imply(tmp_path: Path) -> None:
 
     check()()
     fails(check(vocab_size=60), "[64, 32]", "[60, 32]", "config.json")
-    fails(check(moe_intermediate_size=8), "gate_up_proj", "[16, 32]", "[4, 32, 32]", "[4, 16, 32]")
+    fails(check(moe_intermediate_size=8), "down_proj", "[32, 16]", "[4, 32, 16]", "[4, 32, 8]")
     fails(check(num_experts=3), "gate")
     fails(check(num_experts=5), "gate")
     edit(tmp_path, {EXPERT: torch.ones(12, 32)})
