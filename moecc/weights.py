@@ -282,8 +282,9 @@ class CheckpointStore:
         given = self._recipes.keys() | self.tied.keys()
         self.missing = [n for n in self._declared if n not in given and not (skip and skip.search(n))]
         skip = _pattern(self.model, "_keys_to_ignore_on_load_unexpected", _moved_buffers(self._buffers))
-        self.ignored = [key for key, name in unmatched.items() if skip and skip.search(name)]
-        self.unexpected = [key for key in unmatched if key not in set(self.ignored)]
+        ignored = {key for key, name in unmatched.items() if skip and skip.search(name)}
+        self.ignored = sorted(ignored, key=dot_natural_key)
+        self.unexpected = [key for key in unmatched if key not in ignored]
 
     # -- the map
 
