@@ -152,12 +152,16 @@ class Program:
         return node
 
     def replace(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        """Put a call of `target`, of the same result shape, in the place of `node`; drop weights that nothing reads any more."""
+        """Put a call of `target`, of the same result shape, in the place of `node`; drop weights that nothing reads any more.
+
+        The new node keeps the old one's name, so that a rewritten program still lines up with its float reference.
+        """
         with self.graph.inserting_before(node):
             new = self.graph.call_function(target, args, kwargs)
-        new.meta = dict(node.meta)
+        new.meta, name = dict(node.meta), node.name
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
+        new._rename(name)
         self.drop_unused()
         return new
 

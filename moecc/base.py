@@ -1,0 +1,167 @@
+"""What a pass is, and what it is given.
+
+A pass is a frozen dataclass: its class attributes say what it is called and what it needs and gives (facts), its fields are its
+options. `str(pass)` prints the text that builds it again: `vq{bits=3,codebook=layer}`.
+
+  Pass        run(program, ctx)       once over the whole program
+  LayerPass   run_layer(layer, ctx)   once per decoder layer; consecutive layer passes run layer by layer, so that a later layer is
+                                      calibrated behind the compressed earlier ones
+  Composite   expand()                a name for several passes
+
+Facts in use: moments, basis, vq, affine, folded, routing, dense. `requires` must hold before, `provides` holds after, `spoils` no
+longer does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moecc.errors import MoeccError
+from moecc.ir import MoE, Program
+from moecc.stream import Stream
+
+__all__ = ["Composite", "Context", "Layer", "LayerPass", "MoeccError", "Pass", "option"]
+
+
+def option(
+    default: Any, *, help: str, choices: Sequence[Any] = (), low: float | None = None, high: float | None = None
+) -> Any:
+    """A pass option: a dataclass field with its help text and what it accepts (one of `choices`, or low <= value <= high)."""
+    return field(default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high})
+
+
+def accepts(f: Field[Any], value: Any) -> bool:
+    """Whether option `f` takes `value`."""
+    choices, low, high = (f.metadata.get(k) for k in ("choices", "low", "high"))
+    if choices and value in choices:
+        return True
+    if isinstance(value, str) or (low is None and high is None):
+        return not choices
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def accepted(f: Field[Any]) -> str:
+    """What option `f` takes, in words."""
+    choices, low, high = (f.metadata.get(k) for k in ("choices", "low", "high"))
+    parts = [" | ".join(map(str, choices))] if choices else []
+    if low is not None or high is not None:
+        parts.append(f"{'' if low is None else f'{low:g} <= '}number{'' if high is None else f' <= {high:g}'}")
+    return " | ".join(parts) or "any value"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """One named rewrite of a program."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[frozenset[str]] = frozenset()  # facts that come first where a pass of the pipeline provides them
+    provides: ClassVar[frozenset[str]] = frozenset()
+    spoils: ClassVar[frozenset[str]] = frozenset()
+    needs_data: ClassVar[bool] = False  # whether calibration text must have been given
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if not accepts(f, getattr(self, f.name)):
+                raise MoeccError(f"{self.name}: {f.name}={getattr(self, f.name)} is out of range; it takes {accepted(f)}")
+
+    @abstractmethod
+    def run(self, program: Program, ctx: Context) -> bool:
+        """Rewrite `program` in place; return whether it changed."""
+
+    def __str__(self) -> str:
+        changed = [f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return self.name + ("{" + ",".join(changed) + "}" if changed else "")
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPass(Pass):
+    """A pass that works on one decoder layer at a time."""
+
+    @abstractmethod
+    def run_layer(self, layer: Layer, ctx: Context) -> bool:
+        """Rewrite the nodes of `layer` and the tensors behind them; return whether anything changed."""
+
+    def run(self, program: Program, ctx: Context) -> bool:
+        raise MoeccError(f"{self.name} is a layer pass; run it with moecc.pipeline.run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composite(Pass):
+    """A name for several passes; it never runs itself."""
+
+    @abstractmethod
+    def expand(self) -> list[Pass]:
+        """The passes it stands for, in order."""
+
+    def run(self, program: Program, ctx: Context) -> bool:
+        raise MoeccError(f"{self.name} stands for {[str(p) for p in self.expand()]}; run those")
+
+
+@dataclass(eq=False)
+class Context:
+    """What passes share during one run: the seed, the audit, and how to show progress."""
+
+    seed: int = 0
+    audit: dict[str, dict[str, Any]] = field(default_factory=dict)  # weight name -> what became of it
+    notes: list[str] = field(default_factory=list)  # named lines of the audit: fallbacks, starved experts
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
+
+    def seed_for(self, *key: object) -> int:
+        """A seed that depends on the run's seed and `key` only, not on what ran before."""
+        text = "/".join(map(str, (self.seed, *key)))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+    def record(self, name: str, **facts: Any) -> None:
+        self.audit.setdefault(name, {}).update(facts)
+
+
+@dataclass(eq=False)
+class Layer:
+    """One decoder layer as a layer pass sees it.
+
+    `program` is the program being compiled, `inputs` the activations that enter this layer in it (behind compressed earlier
+    layers); `reference` is the float model, `targets` its activations after this layer. `data` carries what passes leave for each
+    other within the layer, by fact and experts path.
+    """
+
+    index: int
+    program: Program
+    reference: Program
+    inputs: Stream
+    targets: Stream
+    data: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    @property
+    def moe(self) -> list[MoE]:
+        """The experts nodes of this layer, dense or compressed."""
+        return [m for m in self.program.moe_layers() if m.layer == self.index]
+
+    def tap(self, names: Iterable[str]) -> dict[str, list[Any]]:
+        """Run every calibration batch through this layer and return the values of the nodes called `names`, batch by batch."""
+        return self.inputs.tap(self.index, names)
+
+    def weight(self, moe: MoE, name: str) -> Tensor | None:
+        """The float32 tensor behind operand `name` of an experts node of the program."""
+        return _float(self.program, moe, name)
+
+    def original(self, moe: MoE, name: str) -> Tensor | None:
+        """The float32 tensor behind operand `name` of the same layer's experts node in the float model."""
+        reference = next(m for m in self.reference.moe_layers() if m.path == moe.path)
+        return _float(self.reference, reference, name)
+
+
+def _float(program: Program, moe: MoE, name: str) -> Tensor | None:
+    node = moe.operand(name)
+    return None if node is None else program.read(program.weights[node.name].name).to(torch.float32)

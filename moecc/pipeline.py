@@ -1,0 +1,358 @@
+"""From `--passes vsraq,kbvq{bits=2}` to a run: read, find, order, run, verify, report.
+
+  1. parse   text -> passes; a pass is a file of `moecc.passes`, an entry point of group `moecc.passes`, or a path to a file
+  2. resolve composites are expanded, a missing provider is put in front of who needs it (and said), the order comes from the facts:
+             providers before users, ties as typed
+  3. run     consecutive layer passes go through the model together, layer by layer; after each pass the graph is verified
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+from moecc.base import Composite, Context, Layer, LayerPass, MoeccError, Pass, accepted, accepts
+from moecc.ir import Program
+from moecc.stream import Stream
+
+_ITEM = re.compile(r"\s*([^\s,{}]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+
+
+# ---- 1. from text to passes
+
+
+def names() -> list[str]:
+    """Every pass that can be named without a path."""
+    import moecc.passes
+
+    local = [m.name for m in pkgutil.iter_modules(moecc.passes.__path__) if not m.name.startswith("_")]
+    return sorted({*local, *(ep.name for ep in entry_points(group="moecc.passes"))})
+
+
+def find(name: str) -> type[Pass]:
+    """The pass called `name`: a path to a Python file, an installed entry point, or `moecc/passes/<name>.py`."""
+    if name.endswith(".py"):
+        return _pass_in(_load_file(Path(name)), Path(name).name)
+    for ep in entry_points(group="moecc.passes", name=name):
+        found: type[Pass] = ep.load()
+        return found
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        raise MoeccError(f"no pass {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names())}"))
+    return _pass_in(importlib.import_module(f"moecc.passes.{name}"), name)
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise MoeccError(f"no pass file {path}; give the path of a Python file that defines a pass")
+    key = f"moecc_pass_{path.stem}"
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise MoeccError(f"pass file {path} can't be imported: {type(e).__name__}: {e}") from e
+    return module
+
+
+def _pass_in(module: Any, where: str) -> type[Pass]:
+    own = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Pass) and v.__module__ == module.__name__]
+    if len(own) != 1:
+        raise MoeccError(f"{where} defines {len(own)} passes; a pass file defines one")
+    return own[0]
+
+
+def parse(text: str, *, bits: int | None = None) -> tuple[list[Pass], list[str]]:
+    """The passes that `text` names, and remarks. `bits` is the default of every option called `bits` that takes it."""
+    found, remarks, at = [], [], 0
+    if not text.strip():
+        raise MoeccError("no passes given; try --passes kbvq, or `moecc passes` for what there is")
+    while at < len(text):
+        m = _ITEM.match(text, at)
+        if not m or m.end() == at:
+            raise MoeccError(f"can't read the pipeline at column {at + 1}: {text[at:]!r}; expected name or name{{key=value,...}}")
+        found.append(_build(find(m[1]), m[2] or "", bits, remarks))
+        at = m.end()
+    return found, remarks
+
+
+def _build(cls: type[Pass], options: str, bits: int | None, remarks: list[str]) -> Pass:
+    known = {f.name: f for f in fields(cls)}
+    given: dict[str, Any] = {}
+    for item in filter(None, (o.strip() for o in options.split(","))):
+        key, equals, value = item.partition("=")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(known)}"
+            raise MoeccError(f"{cls.name} has no option {key!r}{hint}")
+        if not equals:
+            raise MoeccError(f"{cls.name}: option {key!r} lacks a value; write {key}=VALUE")
+        given[key] = read_option(cls.name, known[key], value)
+    if bits is not None and "bits" in known and "bits" not in given:
+        if accepts(known["bits"], bits):
+            given["bits"] = bits
+        else:
+            remarks.append(f"{cls.name} keeps bits={known['bits'].default} (it takes {accepted(known['bits'])}, not {bits})")
+    return cls(**given)
+
+
+def read_option(owner: str, f: Field[Any], text: str) -> Any:
+    """The value that `text` means for option `f`, by the type of its default and its choices."""
+    choices = f.metadata.get("choices", ())
+    for choice in choices:
+        if text == str(choice):
+            return choice
+    default = None if f.default is MISSING else f.default
+    kinds: list[Callable[[str], Any]] = []
+    if isinstance(default, bool):
+        if text in ("true", "false"):
+            return text == "true"
+    elif isinstance(default, int) or (isinstance(default, str) and f.metadata.get("low") is not None):
+        kinds = [int]
+    elif isinstance(default, float):
+        kinds = [float]
+    elif isinstance(default, str) and not choices:
+        return text
+    for kind in kinds:
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    what = "true | false" if isinstance(default, bool) else accepted(f)
+    raise MoeccError(f"{owner}: {f.name}={text!r} is out of range; it takes {what}")
+
+
+# ---- 2. order
+
+
+def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pass], list[str]]:
+    """The order in which the passes run, and remarks on what was inserted. `facts` hold already."""
+    flat = [q for p in passes for q in (p.expand() if isinstance(p, Composite) else [p])]
+    remarks: list[str] = []
+    while (lack := _first_lack(flat, set(facts))) is not None:
+        user, fact = lack
+        provider = _provider(user, fact)
+        flat.insert(flat.index(user), provider)
+        remarks.append(f"{user.name} requires {fact!r}; inserted {provider.name!r} before it")
+    return _sort(flat, set(facts)), remarks
+
+
+def _first_lack(passes: list[Pass], facts: set[str]) -> tuple[Pass, str] | None:
+    given = facts.union(*(p.provides for p in passes))
+    return next(((p, f) for p in passes for f in sorted(p.requires - given)), None)
+
+
+def _provider(user: Pass, fact: str) -> Pass:
+    """The one pass that provides `fact` and can be made with its defaults."""
+    makers = [n for n in names() if fact in find(n).provides and not issubclass(find(n), Composite)]
+    if len(makers) != 1:
+        raise MoeccError(f"{user.name} requires {fact!r}; provided by {makers or 'no known pass'}; name one of them")
+    return find(makers[0])()
+
+
+def _sort(passes: list[Pass], facts: set[str]) -> list[Pass]:
+    graph: nx.DiGraph[int] = nx.DiGraph()
+    graph.add_nodes_from(range(len(passes)))
+    for i, a in enumerate(passes):
+        for j, b in enumerate(passes):
+            if i != j and (a.provides & (b.requires | b.after) or b.spoils & a.requires):
+                graph.add_edge(i, j)
+    try:
+        return [passes[i] for i in nx.lexicographical_topological_sort(graph, key=int)]
+    except nx.NetworkXUnfeasible:
+        cycle = " -> ".join(passes[i].name for i, _ in nx.find_cycle(graph))
+        raise MoeccError(f"these passes need each other: {cycle}; leave one out") from None
+
+
+# ---- 3. run
+
+
+@dataclass
+class PassReport:
+    """What one pass did, over all layers."""
+
+    text: str
+    changed: bool = False
+    seconds: float = 0.0
+    nodes: int = 0
+    bits: float = 0.0  # bits per weight over the routed experts as they stand
+    error: float | None = None  # mean relative output error of the coded projections
+
+    def line(self) -> str:
+        error = "" if self.error is None else f", error {self.error:.4f}"
+        state = f"{self.nodes} nodes, {self.bits:.3f} bits/weight{error}" if self.changed else "no change"
+        return f"{self.text}: {state}, {self.seconds:.1f} s"
+
+
+@dataclass
+class Hooks:
+    """What the caller wants to see or keep of a run; each may be left out."""
+
+    after_pass: Callable[[PassReport, Program], None] = lambda report, program: None
+    after_layer: Callable[[int, Program, Context], None] = lambda stage, program, ctx: None
+    restore_layer: Callable[[int, Program, Context], bool] = lambda stage, program, ctx: False
+    dump: Callable[[str, Program], None] = lambda name, program: None
+
+
+@dataclass
+class Result:
+    """A finished run: `logits` are the compiled program's own on the calibration rows, if it saw any."""
+
+    reports: list[PassReport] = field(default_factory=list)
+
+
+def run(
+    program: Program, passes: Sequence[Pass], ctx: Context, batches: Sequence[Tensor] = (), hooks: Hooks | None = None
+) -> Result:
+    """Run resolved passes over `program` in place. `batches`: calibration token ids, i64 [1 or more, S] each."""
+    hooks, result = hooks or Hooks(), Result()
+    if not batches and (needy := next((p for p in passes if p.needs_data), None)) is not None:
+        raise MoeccError(f"{needy.name} needs calibration text; give --calib FILE")
+    done: list[Pass] = []
+    for group in _groups(passes):
+        try:
+            if isinstance(group[0], LayerPass):
+                reports = _run_layers(program, [p for p in group if isinstance(p, LayerPass)], ctx, batches, hooks, done)
+            else:
+                reports = [_run_model(program, group[0], ctx, done)]
+        finally:
+            program.module.recompile()
+        for p, report in zip(group, reports, strict=True):
+            program.facts = (program.facts - p.spoils) | p.provides
+            _finish(report, program, ctx)
+            hooks.after_pass(report, program)
+            done.append(p)
+        result.reports += reports
+    return result
+
+
+def _groups(passes: Sequence[Pass]) -> list[list[Pass]]:
+    groups: list[list[Pass]] = []
+    for p in passes:
+        if groups and isinstance(p, LayerPass) and isinstance(groups[-1][0], LayerPass):
+            groups[-1].append(p)
+        else:
+            groups.append([p])
+    return groups
+
+
+def _run_model(program: Program, p: Pass, ctx: Context, done: list[Pass]) -> PassReport:
+    report = PassReport(str(p))
+    start = time.perf_counter()
+    with _named(p, done, None):
+        report.changed = p.run(program, ctx)
+        program.verify()
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _run_layers(
+    program: Program, passes: list[LayerPass], ctx: Context, batches: Sequence[Tensor], hooks: Hooks, done: list[Pass]
+) -> list[PassReport]:
+    reports = [PassReport(str(p)) for p in passes]
+    reference, stream, target = program.copy(), None, None
+    if any(p.needs_data for p in passes) or batches:
+        stream, target = Stream(program, batches), Stream(reference, batches)
+    for stage in ctx.progress(range(program.layers), "layers"):
+        if target is not None:
+            target.advance()
+        if 0 < stage and not hooks.restore_layer(stage, program, ctx):
+            empty = Stream(program, ())
+            layer = Layer(stage, program, reference, stream or empty, target or empty)
+            for p, report in zip(passes, reports, strict=True):
+                start = time.perf_counter()
+                with _named(p, done + passes[: passes.index(p)], stage):
+                    report.changed |= p.run_layer(layer, ctx)
+                    program.verify()
+                report.seconds += time.perf_counter() - start
+                hooks.dump(f"layer{stage:03d}-{p.name}", program)
+            program.module.recompile()
+            hooks.after_layer(stage, program, ctx)
+        if stream is not None:
+            stream.advance()
+    return reports
+
+
+class _named:
+    """Adds pass, layer and what ran before to whatever goes wrong inside."""
+
+    def __init__(self, p: Pass, done: Sequence[Pass], stage: int | None):
+        self.p, self.done, self.stage = p, done, stage
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
+            return
+        where = "" if self.stage is None else f" in layer {self.stage - 1}"
+        after = f" (after {', '.join(p.name for p in self.done)})" if self.done else ""
+        kind_text = "" if isinstance(error, MoeccError) else f"{type(error).__name__}: "
+        raise MoeccError(f"{self.p} failed{where}{after}: {kind_text}{error}") from error
+
+
+def _finish(report: PassReport, program: Program, ctx: Context) -> None:
+    report.nodes = sum(n.op == "call_function" for n in program.graph.nodes)
+    report.bits = experts_bits(program)
+    errors = [row["error"] for row in ctx.audit.values() if "error" in row]
+    report.error = sum(errors) / len(errors) if errors else None
+
+
+def experts_bits(program: Program) -> float:
+    """Bits per weight of the routed experts as they would be stored now, everything counted."""
+    stored = weights = 0
+    for moe in program.moe_layers():
+        for node in moe.node.args[3:]:
+            if isinstance(node, torch.fx.Node):
+                val = node.meta["val"]
+                stored += val.numel() * _stored_bits(program, node)
+        weights += expert_weights(moe)
+    return stored / weights if weights else 0.0
+
+
+def _stored_bits(program: Program, node: torch.fx.Node) -> int:
+    val: Tensor = node.meta["val"]
+    name = program.weights[node.name].name
+    if name in program.tensors or not val.is_floating_point():
+        return int(val.element_size() * 8)
+    dtype = getattr(program.config, "dtype", None)
+    return int(dtype.itemsize * 8) if isinstance(dtype, torch.dtype) else int(val.element_size() * 8)
+
+
+def expert_weights(moe: Any) -> int:
+    """Weights that a layer's routed experts had before anything was done to them: E N D + E D F."""
+    hidden = moe.node.args[0].meta["val"].shape[1]
+    rows = next(v for v in (moe.operand(n) for n in _ROWS[moe.node.target]) if v is not None).meta["val"].shape
+    experts, n = int(rows[0]), int(rows[1])
+    intermediate = n if moe.attributes["gate"] == "none" else n // 2
+    return int(experts * (n * hidden + hidden * intermediate))
+
+
+def _rows() -> dict[Any, tuple[str, ...]]:
+    from moecc import ops
+
+    return {ops.EXPERTS: ("gate_up",), ops.KLT_EXPERTS: ("gate_up",), ops.VQ_EXPERTS: ("gate_up_scale",)}
+
+
+_ROWS = _rows()
+
+
+def with_default(p: Pass, **values: Any) -> Pass:
+    """A copy of a pass with some options changed."""
+    return replace(p, **values)

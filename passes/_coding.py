@@ -1,0 +1,337 @@
+"""Coding a projection as `vq4`: importance-weighted k-means, error feedback, and joint refits of codebook, scales and codes.
+
+  1. Rows are divided by their root mean square; groups of v neighbouring weights along K are clustered into 256 centroids by
+     k-means weighted with the diagonal of the second moment H (what an error in a column costs).
+  2. Codes are chosen group by group, the most costly group of columns first. The error of each is carried over to the columns
+     not yet coded through the Cholesky factor U of H^-1 (GPTQ, arXiv 2210.17323, v columns at a time): with M = U_gg^-1,
+     code = argmin_c |(t - c) M|^2, then R_rest -= (t - c) M U_g,rest.
+  3. For fixed codes the codebook that minimises sum_n s_n^2 |..|_H is a linear least-squares problem, solved by conjugate
+     gradients; for a fixed codebook each row's scale is a ratio of two H-products.
+  4. Each code is chosen again with all others fixed (coordinate descent under H). 2 to 4 repeat; the best state seen is kept.
+
+Shapes: E experts, N rows, K columns (a multiple of 8: padded before), G = K/v groups, C = E codebooks or 1. Errors are
+tr(D H D^T) per expert, D the weight error. All arithmetic in float32; a fixed seed gives the same codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moecc import vq4
+
+_SAMPLE = 1 << 14  # groups that k-means looks at
+_CHUNK = 1 << 22  # distances held at a time while codes are chosen
+
+
+@dataclass
+class Coded:
+    """A coded projection before packing: codes i64 [E, N, G], negative bool [E, N, K] or None, codebook [C, 256, v] integers."""
+
+    codes: Tensor
+    negative: Tensor | None
+    codebook: Tensor
+    scale: Tensor  # [E, N]
+
+    def unscaled(self) -> Tensor:
+        return lookup(self.codes, self.negative, self.codebook)
+
+    def dense(self) -> Tensor:
+        return self.unscaled() * self.scale.unsqueeze(-1)
+
+
+def lookup(codes: Tensor, negative: Tensor | None, codebook: Tensor) -> Tensor:
+    experts = codes.shape[0]
+    table = codebook.expand(experts, -1, -1)
+    offset = torch.arange(experts, device=codes.device).view(-1, 1, 1) * table.shape[1]
+    values = table.reshape(-1, table.shape[2])[codes + offset].flatten(-2)
+    return values if negative is None else torch.where(negative, -1 - values, values)
+
+
+def damped(moment: Tensor, share: float = 0.01) -> Tensor:
+    """Second moments [E, K, K] with `share` of their mean diagonal added, so that they can be inverted."""
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return moment + torch.eye(moment.shape[-1], device=moment.device) * (share * mean + 1e-10)
+
+
+def weighted_error(error: Tensor, moment: Tensor) -> Tensor:
+    """tr(D H D^T) per expert: [E, N, K], [E, K, K] -> [E]."""
+    return ((error @ moment) * error).sum((-2, -1))
+
+
+def encode(
+    weight: Tensor, moment: Tensor, *, bits: int, shared: bool, seed: int, rounds: int = 3, feedback: bool = True, sweeps: int = 1
+) -> Coded:
+    """Code weight [E, N, K] under second moments [E, K, K]. `shared`: one codebook for all experts.
+
+    feedback=False leaves steps 2 to 4 out (plain k-means), for ablation.
+    """
+    moment = damped(moment)
+    importance = moment.diagonal(dim1=-2, dim2=-1)
+    importance = importance / importance.mean(-1, keepdim=True)
+    size = weight.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    target = weight / size
+    book = _round(kmeans(target, importance, bits=bits, seed=seed), bits)
+    table = book.integers if shared else book.integers.expand(len(weight), -1, -1)
+    coder = _Coder(target, moment, importance, bits, feedback)
+    state = coder.choose(table, book.step.expand(weight.shape[:2]))
+    best, best_error = None, torch.full((len(weight),), torch.inf)
+    for turn in range(rounds if feedback else 1):
+        if feedback and turn:
+            state = coder.refit_codebook(state)
+            state = coder.choose(state.codebook, state.scale) if turn == 1 else state
+        if feedback:
+            for _ in range(sweeps):
+                state = coder.sweep(state)
+        state = coder.refit_scale(state)
+        error = weighted_error(state.dense() - target, moment)
+        best, best_error = _better(best, best_error, state, error, shared)
+    assert best is not None
+    return Coded(best.codes, best.negative, best.codebook, best.scale * size.squeeze(-1))
+
+
+def _better(best: Coded | None, best_error: Tensor, state: Coded, error: Tensor, shared: bool) -> tuple[Coded, Tensor]:
+    if best is None:
+        return state, error
+    if shared:  # experts share a codebook, so the layer is kept or replaced whole
+        return (state, error) if error.sum() < best_error.sum() else (best, best_error)
+    win = (error < best_error).view(-1, 1, 1)
+    negative = None if state.negative is None or best.negative is None else torch.where(win, state.negative, best.negative)
+    merged = Coded(
+        torch.where(win, state.codes, best.codes), negative, torch.where(win, state.codebook, best.codebook),
+        torch.where(win[..., 0], state.scale, best.scale),
+    )  # fmt: skip
+    return merged, torch.minimum(error, best_error)
+
+
+# ---- codebooks
+
+
+@dataclass
+class _Book:
+    integers: Tensor  # [C, 256, v] whole numbers as float32
+    step: Tensor  # [C, 1]: what one unit stands for in the normalised weights
+
+
+def _round(centroids: Tensor, bits: int) -> _Book:
+    step = (centroids.abs().amax((-2, -1)) / 127).clamp(min=1e-12).unsqueeze(-1)
+    return _Book(clamp_codebook((centroids / step.unsqueeze(-1)) - (0.5 if bits == 3 else 0.0), bits), step)
+
+
+def clamp_codebook(values: Tensor, bits: int) -> Tensor:
+    """Nearest codebook of the format: whole numbers in 0..127 at 3 bit, -127..127 otherwise."""
+    return values.round().clamp(0 if bits == 3 else -127, 127)
+
+
+def kmeans(target: Tensor, importance: Tensor, *, bits: int, seed: int, turns: int = 15) -> Tensor:
+    """Weighted k-means over groups of v weights (their magnitudes at 3 bit): [E, N, K], [E, K] -> [1, 256, v].
+
+    One codebook for the layer: rows are normalised, so experts differ little here, and refits make it an expert's own.
+    """
+    v = vq4.group_size(bits)
+    points = (target.abs() if bits == 3 else target).unflatten(-1, (-1, v))
+    cost = importance.unflatten(-1, (-1, v)).unsqueeze(1).expand_as(points)
+    points, cost = points.reshape(-1, v), cost.reshape(-1, v)
+    generator = torch.Generator(target.device).manual_seed(seed)
+    if len(points) > _SAMPLE:
+        chosen = torch.randint(len(points), (_SAMPLE,), generator=generator, device=target.device)
+        points, cost = points[chosen], cost[chosen]
+    return _kmeans_one(points, cost, turns, generator).unsqueeze(0)
+
+
+def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Generator) -> Tensor:
+    size = vq4.CODEBOOK_SIZE
+    chance = (cost * points.square()).sum(-1) + 1e-9
+    start = torch.multinomial(chance, size, replacement=len(points) < size, generator=generator)
+    centroids = points[start].clone()
+    for _ in range(turns):
+        distance = cost @ centroids.square().T - 2 * (cost * points) @ centroids.T
+        nearest = distance.argmin(-1)
+        total = torch.zeros_like(centroids).index_add_(0, nearest, cost * points)
+        mass = torch.zeros_like(centroids).index_add_(0, nearest, cost)
+        centroids = torch.where(mass > 0, total / mass.clamp(min=1e-20), centroids)
+        empty = torch.bincount(nearest, minlength=size) == 0
+        if empty.any():
+            again = torch.randint(len(points), (int(empty.sum()),), generator=generator, device=points.device)
+            centroids[empty] = points[again]
+    return centroids
+
+
+# ---- codes
+
+
+class _Coder:
+    """Chooses codes for one projection; holds what does not change between rounds."""
+
+    def __init__(self, target: Tensor, moment: Tensor, importance: Tensor, bits: int, feedback: bool):
+        self.target, self.moment, self.bits, self.feedback = target, moment, bits, feedback
+        self.v = v = vq4.group_size(bits)
+        experts, columns = importance.shape
+        groups = importance.unflatten(-1, (-1, v)).sum(-1)
+        order = torch.argsort(groups, dim=-1, descending=True, stable=True)  # costly groups first, while all others can still make up
+        self.columns = (order.unsqueeze(-1) * v + torch.arange(v, device=order.device)).flatten(1)  # [E, K]
+        self.order = order
+        if feedback:
+            permuted = torch.gather(moment, 1, self.columns.unsqueeze(-1).expand(-1, -1, columns))
+            permuted = torch.gather(permuted, 2, self.columns.unsqueeze(1).expand(-1, columns, -1))
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
+            self.upper = torch.linalg.cholesky(inverse, upper=True)
+        else:
+            self.diagonal = torch.gather(importance, 1, self.columns)
+
+    def choose(self, codebook: Tensor, scale: Tensor, block: int = 128) -> Coded:
+        """Codes for a codebook [C, 256, v] and row scales [E, N], with error feedback (or nearest by importance)."""
+        experts, rows, columns = self.target.shape
+        v, index = self.v, self.columns.unsqueeze(1).expand(-1, rows, -1)
+        rest = torch.gather(self.target, 2, index) / scale.unsqueeze(-1)
+        codes = torch.empty(experts, rows, columns // v, dtype=torch.long, device=rest.device)
+        negative = torch.zeros(experts, rows, columns, dtype=torch.bool, device=rest.device) if self.bits == 3 else None
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
+            errors = torch.empty(experts, rows, stop - start, device=rest.device)
+            for j in range(start, stop, v):
+                t = rest[:, :, j : j + v]
+                metric = self._metric(j)
+                code, sign, q = nearest(t, codebook, metric, self.bits)
+                codes[:, :, j // v] = code
+                if negative is not None and sign is not None:
+                    negative[:, :, j : j + v] = sign
+                if self.feedback:
+                    carried = (t - q) @ metric
+                    errors[:, :, j - start : j - start + v] = carried
+                    rest[:, :, j + v : stop] -= carried @ self.upper[:, j : j + v, j + v : stop]
+            if self.feedback and stop < columns:
+                rest[:, :, stop:] -= errors @ self.upper[:, start:stop, stop:]
+        codes = torch.empty_like(codes).scatter_(2, self.order.unsqueeze(1).expand_as(codes), codes)
+        if negative is not None:
+            negative = torch.empty_like(negative).scatter_(2, index, negative)
+        return Coded(codes, negative, codebook, scale.contiguous())
+
+    def _metric(self, j: int) -> Tensor:
+        if not self.feedback:
+            return torch.diag_embed(self.diagonal[:, j : j + self.v].sqrt())
+        return torch.linalg.inv(self.upper[:, j : j + self.v, j : j + self.v])
+
+    def sweep(self, state: Coded) -> Coded:
+        """Choose each group's code again with all the others fixed: the exact minimum over one group under H."""
+        v, moment = self.v, self.moment
+        codes, negative = state.codes.clone(), None if state.negative is None else state.negative.clone()
+        dense = state.unscaled()
+        pull = (self.target / state.scale.unsqueeze(-1) - dense) @ moment  # (w - q) H, kept up to date
+        for g in range(dense.shape[-1] // v):
+            cols = slice(g * v, g * v + v)
+            inner = moment[:, cols, cols]
+            old = dense[:, :, cols]
+            t = old + torch.linalg.solve(inner, pull[:, :, cols].transpose(1, 2)).transpose(1, 2)
+            metric = torch.linalg.cholesky(inner)
+            code, sign, q = nearest(t, state.codebook, metric, self.bits)
+            change = q - old
+            codes[:, :, g] = code
+            if negative is not None and sign is not None:
+                negative[:, :, cols] = sign
+            dense[:, :, cols] = q
+            pull -= change @ moment[:, cols, :]
+        return Coded(codes, negative, state.codebook, state.scale)
+
+    def refit_scale(self, state: Coded) -> Coded:
+        """Each row's scale by least squares under H; a row that codes to zero keeps its scale."""
+        q = state.unscaled()
+        qh = q @ self.moment
+        top, bottom = (qh * self.target).sum(-1), (qh * q).sum(-1)
+        scale = torch.where(bottom > 0, top / bottom.clamp(min=1e-20), state.scale)
+        scale = torch.where(scale > 0, scale, state.scale)
+        return Coded(state.codes, state.negative, state.codebook, scale)
+
+    def refit_codebook(self, state: Coded, turns: int = 12) -> Coded:
+        """The codebook for fixed codes and scales: least squares under H by preconditioned conjugate gradients, then rounded.
+
+        A weight is linear in its centroid: q = sign * c - [negative], so the normal equations need only lookups and H-products.
+        """
+        books = state.codebook.shape[0]
+        sign = None if state.negative is None else torch.where(state.negative, -1.0, 1.0)
+        scale = state.scale.unsqueeze(-1)
+
+        def weights_of(c: Tensor) -> Tensor:
+            w = lookup(state.codes, None, c)
+            return (w if sign is None else w * sign) * scale
+
+        def back(w: Tensor) -> Tensor:
+            return self._gather((w if sign is None else w * sign) * scale, state.codes, books)
+
+        fixed = state.dense() - weights_of(state.codebook)  # the -1 of negative weights at 3 bit, zero otherwise
+        c = state.codebook.clone()
+        diagonal = self.moment.diagonal(dim1=-2, dim2=-1).unsqueeze(1) * scale.square()
+        precondition = 1 / self._gather(diagonal, state.codes, books).clamp(min=1e-12)
+        residual = back((self.target - fixed - weights_of(c)) @ self.moment)
+        z = precondition * residual
+        direction, rz = z, (residual * z).sum((-2, -1), keepdim=True)
+        for _ in range(turns):
+            image = back(weights_of(direction) @ self.moment)
+            alpha = rz / (direction * image).sum((-2, -1), keepdim=True).clamp(min=1e-20)
+            c, residual = c + alpha * direction, residual - alpha * image
+            z = precondition * residual
+            new = (residual * z).sum((-2, -1), keepdim=True)
+            direction, rz = z + new / rz.clamp(min=1e-20) * direction, new
+        return self._rescaled(state, c)
+
+    def _rescaled(self, state: Coded, c: Tensor) -> Coded:
+        # The integers have a fixed range: bring the largest centroid back to 127 and let the scales take up the factor.
+        shift = 0.5 if self.bits == 3 else 0.0
+        grow = 127 / (c + shift).abs().amax((-2, -1), keepdim=True).clamp(min=1e-12)
+        scale = state.scale / grow.squeeze(-1)
+        return Coded(state.codes, state.negative, clamp_codebook((c + shift) * grow - shift, self.bits), scale)
+
+    def _gather(self, w: Tensor, codes: Tensor, books: int) -> Tensor:
+        """Sum of group vectors per code: [E, N, K] -> [C, 256, v]."""
+        size = vq4.CODEBOOK_SIZE
+        offset = torch.arange(len(codes), device=codes.device).view(-1, 1, 1) * (size if books > 1 else 0)
+        flat = w.new_zeros(books * size, self.v)
+        flat.index_add_(0, (codes + offset).flatten(), w.reshape(-1, self.v))
+        return flat.view(books, size, self.v)
+
+
+def nearest(t: Tensor, codebook: Tensor, metric: Tensor, bits: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """argmin_c |(t - c) metric|^2 for t [E, N, v], codebook [C, 256, v], metric [E, v, v].
+
+    Returns codes [E, N], at 3 bit which components are negative [E, N, v], and the chosen vectors [E, N, v].
+    """
+    negative = None
+    if bits == 3:  # decode is symmetric about -1/2: match |t + 1/2| against p + 1/2 with the signs of t + 1/2
+        negative = t + 0.5 < 0
+        t, codebook = t + 0.5, codebook + 0.5
+    table = codebook.expand(len(t), -1, -1)
+    code = _nearest_signed(t, table, metric, negative) if negative is not None else _nearest(t @ metric, table @ metric)
+    q = torch.gather(table, 1, code.unsqueeze(-1).expand(-1, -1, t.shape[-1]))
+    if negative is not None:
+        q = torch.where(negative, -q, q) - 0.5
+    return code, negative, q
+
+
+def _nearest(points: Tensor, table: Tensor) -> Tensor:
+    norm = table.square().sum(-1).unsqueeze(1)
+    return torch.baddbmm(norm, points, table.transpose(1, 2), alpha=-2).argmin(-1)
+
+
+def _nearest_signed(t: Tensor, table: Tensor, metric: Tensor, negative: Tensor) -> Tensor:
+    # |(t - s*p) M|^2 = const - 2 (s * (t G)) . p + p^T (G with rows and columns signed) p, G = M M^T; the last term depends on
+    # the sign pattern alone, so it is tabulated for each of the 2^v patterns.
+    v = t.shape[-1]
+    gram = metric @ metric.transpose(1, 2)
+    patterns = torch.arange(2**v, device=t.device)
+    bits = (patterns.unsqueeze(-1) >> torch.arange(v, device=t.device)) & 1
+    signs = 1.0 - 2.0 * bits.to(t.dtype)  # [2^v, v]
+    signed = table.unsqueeze(1) * signs.unsqueeze(1)  # [E, 2^v, 256, v]
+    norms = ((signed @ gram.unsqueeze(1)) * signed).sum(-1)  # [E, 2^v, 256]
+    pattern = (negative.long() << torch.arange(v, device=t.device)).sum(-1)  # [E, N]
+    linear = torch.where(negative, -(t @ gram), t @ gram)
+    own = torch.gather(norms, 1, pattern.unsqueeze(-1).expand(-1, -1, table.shape[1]))
+    return (own - 2 * linear @ table.transpose(1, 2)).argmin(-1)
+
+
+def pad_columns(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero columns up to a multiple of 8, and the moment with them."""
+    extra = vq4.padded(weight.shape[-1]) - weight.shape[-1]
+    return (weight, moment) if extra == 0 else (F.pad(weight, (0, extra)), F.pad(moment, (0, extra, 0, extra)))

@@ -1,0 +1,75 @@
+"""Second moments of what enters an MoE layer's two projections: the metric that coding and the basis work under.
+
+Shapes: E experts, D hidden, F intermediate, T routed tokens of one expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moecc.base import Layer
+from moecc.gates import apply_gate
+from moecc.ir import MoE
+
+SHRINKAGE = 16.0  # tokens' worth of the layer's average mixed into each expert's moment of gate_up's input
+
+
+@dataclass
+class Moments:
+    """What calibration learned of one MoE layer. Moments are means over tokens, not sums."""
+
+    tokens: Tensor  # [E] routed tokens
+    gate_up: Tensor  # [E, D, D], or [1, D, D] where one per expert does not fit
+    down: Tensor  # [E, F, F]
+    starved: dict[int, int]  # expert -> tokens sent to it on purpose
+
+    def of(self, projection: str) -> Tensor:
+        """[E, K, K] of `gate_up` or `down` (a view where experts share one)."""
+        moment = self.gate_up if projection == "gate_up" else self.down
+        return moment.expand(len(self.tokens), -1, -1)
+
+
+@dataclass
+class Routed:
+    """Calibration tokens of one MoE layer: inputs x [T, D], chosen experts [T, k], their weights [T, k], router logits [T, E]."""
+
+    x: Tensor
+    index: Tensor
+    weight: Tensor
+    logits: Tensor | None
+
+    def rows(self, expert: int) -> Tensor:
+        return (self.index == expert).any(-1).nonzero().squeeze(-1)
+
+    def weight_of(self, expert: int, rows: Tensor) -> Tensor:
+        """Routing weight [n] of `expert` on `rows`, 0 where it was not chosen."""
+        return (self.weight[rows] * (self.index[rows] == expert)).sum(-1)
+
+
+def routed_tokens(layer: Layer, moe: MoE) -> Routed:
+    """Tap the inputs of an experts node over all calibration batches."""
+    nodes = [moe.node.args[0], moe.node.args[1], moe.node.args[2]] + ([moe.logits] if moe.logits is not None else [])
+    names = [n.name for n in nodes]  # type: ignore[union-attr]
+    values = layer.tap(names)
+    joined = [torch.cat([v.flatten(0, -2) for v in values[n]]) for n in names]
+    experts = moe.node.meta["val"].shape
+    logits = joined[3].float() if len(joined) > 3 and joined[3].shape[0] == joined[0].shape[0] else None
+    return Routed(joined[0].float(), joined[1], joined[2].float(), logits)
+
+
+def hidden_units(moe: MoE, x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
+    """[n, D] through one expert's first projection [N, D] and gate: [n, F]."""
+    rows = torch.nn.functional.linear(x, gate_up, bias)
+    a = moe.attributes
+    return apply_gate(rows, a["act"], a["gate"], a["alpha"], a["limit"])
+
+
+def mean_outer(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """sum_t weight_t x_t x_t^T / sum_t weight_t: [n, K] -> [K, K], zero without tokens."""
+    if weight is None:
+        weight = x.new_ones(len(x))
+    total = weight.sum()
+    return (x * weight.unsqueeze(-1)).T @ x / total if len(x) and total > 0 else x.new_zeros(x.shape[1], x.shape[1])

@@ -1,0 +1,179 @@
+"""KBVQ-MoE, third part: a channel-wise affine correction of each projection's output.  arXiv 2602.11184.
+
+  1. On the tokens routed to an expert, v is the coded part's output (without basis and bias) and t what it stands for: the float
+     projection of the float input minus the stored basis part of the input it will really get (down: hidden units behind the
+     coded gate_up).
+  2. Each output channel's t is regressed on v, tokens weighted by their squared routing weight: slope and offset, both drawn
+     towards 1 and 0 by `_PRIOR` tokens so that an expert with few tokens is not bent to them.
+  3. Both are fitted on every second token and kept only where they help on the others; then refitted on all. The offset must
+     also be worth its 16/K bits per weight (`_rate`), unless offset=on.
+
+Shapes: E experts, N rows; slope and offset [E, N], operands of `moecc::vq_experts` until `fold`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moecc import vq4
+from moecc.base import Context, Layer, LayerPass, option
+from moecc.gates import apply_gate
+from moecc.ir import MoE
+from moecc.ops import VQ_EXPERTS
+from moecc.passes._moments import Routed, hidden_units, routed_tokens
+from moecc.passes._rate import gain
+
+_PRIOR = 32.0
+_MOST_TOKENS = 8192  # of one expert
+
+
+@dataclass
+class _Sums:
+    """Squared errors over experts, on tokens that the fit did not see: as coded, with slope, with slope and offset."""
+
+    coded: float = 0.0
+    slope: float = 0.0
+    both: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineCorrection(LayerPass):
+    name: ClassVar[str] = "affine"
+    requires: ClassVar[frozenset[str]] = frozenset({"vq"})
+    provides: ClassVar[frozenset[str]] = frozenset({"affine"})
+    needs_data: ClassVar[bool] = True
+    offset: str = option("auto", help="store an offset per output channel where it is worth its bits, always, never",
+                         choices=("auto", "on", "off"))  # fmt: skip
+
+    def run_layer(self, layer: Layer, ctx: Context) -> bool:
+        return any([self.correct(layer, moe, ctx) for moe in layer.moe if moe.node.target is VQ_EXPERTS])
+
+    def correct(self, layer: Layer, moe: MoE, ctx: Context) -> bool:
+        routed = layer.data.get(("routed", moe.path)) or routed_tokens(layer, moe)
+        coded = {p: CodedProjection.of(layer, moe, p) for p in ("gate_up", "down")}
+        dense = {n: layer.original(moe, n) for n in ("gate_up", "down", "gate_up_bias")}
+        fits = self.fit(moe, routed, coded, dense)
+        args, names = list(moe.node.args), [a.name for a in VQ_EXPERTS._schema.arguments]
+        for projection, (slope, offset) in fits.items():
+            for name, value in (("slope", slope), ("offset", offset)):
+                if value is not None:
+                    node = layer.program.add(f"{moe.path}.{projection}.{name}", value)
+                    args[names.index(f"{projection}_{name}")] = node
+            ctx.record(f"{moe.path}.{projection}", affine="+".join(_present(slope=slope, offset=offset)) or "none")
+        moe.node.args = tuple(args)
+        return any(v is not None for fit in fits.values() for v in fit)
+
+    def fit(
+        self, moe: MoE, routed: Routed, coded: dict[str, CodedProjection], dense: dict[str, Tensor | None]
+    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """Slope and offset [E, N] of both projections, None where they do not help."""
+        gate_up, down, bias = dense["gate_up"], dense["down"], dense["gate_up_bias"]
+        assert gate_up is not None and down is not None
+        inputs, found = {}, {}
+        for e in range(len(gate_up)):
+            rows = routed.rows(e)[:_MOST_TOKENS]
+            x, weight = routed.x[rows], routed.weight_of(e, rows).square()
+            inputs[e] = (x, gate_up[e], x, weight)
+        found["gate_up"] = slope, offset = self.regress(coded["gate_up"], inputs)
+        for e, (x, w, _, weight) in list(inputs.items()):
+            rows_out = coded["gate_up"].apply(e, x, slope, offset)
+            a = moe.attributes
+            arrived = apply_gate(rows_out, a["act"], a["gate"], a["alpha"], a["limit"])
+            intended = hidden_units(moe, x, w, None if bias is None else bias[e])
+            inputs[e] = (intended, down[e], arrived, weight)
+        found["down"] = self.regress(coded["down"], inputs)
+        return found
+
+    def regress(
+        self, coded: CodedProjection, inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        sums, slopes, offsets = _Sums(), [], []
+        for e, (intended, dense, arrived, weight) in inputs.items():
+            v, low = coded.parts(e, arrived)
+            t = intended @ dense.T - low
+            a, b = line(v[::2], t[::2], weight[::2])
+            a0, _ = line(v[::2], t[::2], weight[::2], offset=False)
+            rest, w = (v[1::2], t[1::2]), weight[1::2, None]
+            sums.coded += float((w * (rest[1] - rest[0]).square()).sum())
+            sums.slope += float((w * (rest[1] - a0 * rest[0]).square()).sum())
+            sums.both += float((w * (rest[1] - a * rest[0] - b).square()).sum())
+            slopes.append((v, t, weight))
+        price = 0.0 if coded.bias is not None else 16 / coded.columns
+        use_offset = self.offset == "on" or (
+            self.offset == "auto" and gain(min(sums.coded, sums.slope), sums.both, price) > 0
+        )
+        if not use_offset and sums.slope >= sums.coded:
+            return None, None
+        fitted = [line(*each, offset=use_offset) for each in slopes]
+        offsets = [b for _, b in fitted]
+        return torch.stack([a for a, _ in fitted]), torch.stack(offsets) if use_offset else None
+
+
+def line(v: Tensor, t: Tensor, weight: Tensor, *, offset: bool = True) -> tuple[Tensor, Tensor]:
+    """Weighted least squares t ~ slope * v + offset per column, drawn towards (1, 0): v, t [n, N], weight [n] -> [N], [N]."""
+    total = weight.sum()
+    if len(v) < 2 or total <= 0:
+        return v.new_ones(v.shape[1]), v.new_zeros(v.shape[1])
+    w = (weight / total).unsqueeze(-1)
+    mean_v, mean_t = ((w * v).sum(0), (w * t).sum(0)) if offset else (v.new_zeros(v.shape[1]), v.new_zeros(v.shape[1]))
+    dv, dt = v - mean_v, t - mean_t
+    spread = (w * dv.square()).sum(0)
+    trust = len(v) / (len(v) + _PRIOR)
+    slope = 1 + trust * ((w * dv * dt).sum(0) / spread.clamp(min=1e-20) - 1).where(spread > 0, torch.zeros_like(spread))
+    return slope, trust * (mean_t - slope * mean_v)
+
+
+def _present(**values: Tensor | None) -> list[str]:
+    return [k for k, v in values.items() if v is not None]
+
+
+@dataclass
+class CodedProjection:
+    """One projection's stored tensors, for evaluating it expert by expert."""
+
+    tensors: dict[str, Tensor | None]
+    input_side: bool
+
+    @classmethod
+    def of(cls, layer: Layer, moe: MoE, projection: str) -> CodedProjection:
+        tensors = {}
+        for name in vq4.TENSORS:
+            node = moe.operand(f"{projection}_{name}")
+            tensors[name] = None if node is None else layer.program.read(layer.program.weights[node.name].name)
+        return cls(tensors, projection == "gate_up")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.tensors["bias"]
+
+    @property
+    def columns(self) -> int:
+        codes, book = self.tensors["codes"], self.tensors["codebook"]
+        assert codes is not None and book is not None
+        return codes.shape[-1] * book.shape[-1]
+
+    def parts(self, e: int, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """scale * VQ x, and the basis part of x: [n, K] -> [n, N] each."""
+        t = self.tensors
+        codes, signs, book, scale = t["codes"], t["signs"], t["codebook"], t["scale"]
+        assert codes is not None and book is not None and scale is not None
+        one = slice(e, e + 1)
+        table = book[one] if len(book) > 1 else book
+        weight = vq4.decode(codes[one], None if signs is None else signs[one], table, x.shape[-1], torch.float32)[0]
+        v = (x @ weight.T) * scale[e].float()
+        if t["basis"] is None or t["coef"] is None or t["coef_scale"] is None:
+            return v, 0.0
+        low = vq4.basis_part(t["coef"][one], t["coef_scale"][one], t["basis"], torch.float32, input_side=self.input_side)[0]
+        return v, x @ low.T
+
+    def apply(self, e: int, x: Tensor, slope: Tensor | None, offset: Tensor | None) -> Tensor:
+        v, low = self.parts(e, x)
+        y = (v if slope is None else v * slope[e]) + low
+        for shift in (self.bias, offset):
+            if shift is not None:
+                y = y + shift[e].float()
+        return y

@@ -1,0 +1,121 @@
+"""KBVQ-MoE, second part: what is left of each expert is coded with a vector codebook.  arXiv 2602.11184; format: `moecc.vq4`.
+
+  1. `_coding.encode` codes each projection under its experts' second moments: importance-weighted k-means, error feedback,
+     codebook and row scales refit for fixed codes
+  2. codebook=expert gives each expert its own 256 centroids (1 KiB), layer one for all; auto takes what is worth its bits
+  3. scales are stored as float16 (bfloat16 where float16's range would not do); the node becomes `moecc::vq_experts`
+
+Cost in bits per weight: `bits` + 16/K for scales + 8192/(N K) per expert for codebooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from moecc import vq4
+from moecc.base import Context, Layer, LayerPass, option
+from moecc.ir import MoE
+from moecc.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
+from moecc.passes._coding import Coded, encode, pad_columns, weighted_error
+from moecc.passes._moments import Moments
+from moecc.passes._rate import gain
+from moecc.passes._store import compact
+
+_AT_ONCE = 1 << 26  # weights coded together where experts have codebooks of their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorQuantize(LayerPass):
+    name: ClassVar[str] = "vq"
+    requires: ClassVar[frozenset[str]] = frozenset({"moments"})
+    after: ClassVar[frozenset[str]] = frozenset({"basis"})
+    provides: ClassVar[frozenset[str]] = frozenset({"vq"})
+    bits: int = option(2, help="bits per weight of codes and signs", choices=(2, 3, 4))
+    codebook: str = option("auto", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
+    rounds: int = option(4, help="refits of codebook, scales and codes", low=1, high=50)
+    feedback: bool = option(True, help="error feedback and refits; false is plain k-means, for ablation")
+
+    def run_layer(self, layer: Layer, ctx: Context) -> bool:
+        found = [moe for moe in layer.moe if moe.node.target in (EXPERTS, KLT_EXPERTS)]
+        for moe in found:
+            self.lower(layer, moe, ctx)
+        return bool(found)
+
+    def lower(self, layer: Layer, moe: MoE, ctx: Context) -> None:
+        moments: Moments = layer.data["moments", moe.path]
+        operands: list[fx.Node | None] = []
+        for projection in ("gate_up", "down"):
+            tensors = self.code(layer, moe, projection, moments.of(projection), ctx)
+            operands += [None if t is None else layer.program.add(f"{moe.path}.{projection}.{n}", t) for n, t in tensors.items()]
+            operands += [None, None]  # slope and offset: `affine`
+        operands.append(moe.operand("post_norm"))
+        for projection in ("gate_up", "down"):
+            ctx.record(f"{moe.path}.{projection}", tokens=moments.tokens.tolist(), starved=moments.starved)
+        layer.program.replace(moe.node, VQ_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
+
+    def code(self, layer: Layer, moe: MoE, projection: str, moment: Tensor, ctx: Context) -> dict[str, Tensor | None]:
+        """The eight stored tensors of one projection."""
+        weight = layer.weight(moe, projection)
+        assert weight is not None
+        shared = {n: layer.weight(moe, f"{projection}_{n}") if moe.node.target is KLT_EXPERTS else None for n in vq4.TENSORS[5:]}
+        coded, shared_book = self.best(weight, moment, ctx.seed_for(moe.path, projection))
+        error = coded.dense()[..., : weight.shape[-1]] - weight
+        original = weight if shared["basis"] is None else weight + _basis_of(shared, projection)
+        relative = weighted_error(error, moment) / weighted_error(original, moment).clamp(min=1e-20)
+        ctx.record(
+            f"{moe.path}.{projection}", became=f"vq4 {self.bits} bit", codebook="layer" if shared_book else "expert",
+            error=float(relative.mean()), expert_error=[round(float(r), 6) for r in relative],
+        )  # fmt: skip
+        bias = layer.weight(moe, f"{projection}_bias")
+        held = {n: _held(layer, moe, f"{projection}_{n}") for n in vq4.TENSORS[5:]}
+        return {
+            "codes": coded.codes.to(torch.uint8),
+            "signs": None if coded.negative is None else vq4.pack_signs(coded.negative),
+            "codebook": coded.codebook.to(torch.int8).contiguous(),
+            "scale": compact(coded.scale),
+            "bias": None if bias is None else compact(bias),
+            **held,
+        }
+
+    def best(self, weight: Tensor, moment: Tensor, seed: int) -> tuple[Coded, bool]:
+        """The coded projection and whether its experts share one codebook."""
+        weight, moment = pad_columns(weight, moment)
+        if self.codebook != "auto":
+            return self.encode(weight, moment, self.codebook == "layer", seed), self.codebook == "layer"
+        own = self.encode(weight, moment, False, seed)
+        price = 8 * vq4.CODEBOOK_SIZE * vq4.group_size(self.bits) * (1 - 1 / len(weight)) / weight[0].numel()
+        if price < 0.01:  # next to nothing: not worth coding twice to find out
+            return own, False
+        one = self.encode(weight, moment, True, seed)
+        errors = [float(weighted_error(c.dense() - weight, moment).sum()) for c in (one, own)]
+        return (own, False) if gain(*errors, price) > 0 else (one, True)
+
+    def encode(self, weight: Tensor, moment: Tensor, shared: bool, seed: int) -> Coded:
+        step = len(weight) if shared else max(1, _AT_ONCE // weight[0].numel())
+        parts = [
+            encode(weight[i : i + step], moment[i : i + step], bits=self.bits, shared=shared, seed=seed, rounds=self.rounds,
+                   feedback=self.feedback)  # fmt: skip
+            for i in range(0, len(weight), step)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        negative = torch.cat([p.negative for p in parts if p.negative is not None]) if self.bits == 3 else None
+        return Coded(
+            torch.cat([p.codes for p in parts]), negative, torch.cat([p.codebook for p in parts]), torch.cat([p.scale for p in parts])
+        )
+
+
+def _held(layer: Layer, moe: MoE, name: str) -> Tensor | None:
+    """The stored tensor behind an operand, in its stored dtype."""
+    node = moe.operand(name) if moe.node.target is KLT_EXPERTS else None
+    return None if node is None else layer.program.read(layer.program.weights[node.name].name)
+
+
+def _basis_of(shared: dict[str, Tensor | None], projection: str) -> Tensor:
+    basis, coef, scale = shared["basis"], shared["coef"], shared["coef_scale"]
+    assert basis is not None and coef is not None and scale is not None
+    return vq4.basis_part(coef, scale, basis, torch.float32, input_side=projection == "gate_up")
