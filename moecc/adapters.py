@@ -80,7 +80,8 @@ def _llama4_moe(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     score = torch.sigmoid(value.float()).to(x.dtype)
     routed = (x.unsqueeze(1) * score.unsqueeze(-1)).reshape(-1, self.hidden_dim)
     y = run_experts(self.experts, routed, index.reshape(-1, 1), torch.ones_like(score).reshape(-1, 1))
-    return self.shared_expert(x) + y.view(-1, self.top_k, self.hidden_dim).sum(1), logits
+    out: Tensor = self.shared_expert(x) + y.view(-1, self.top_k, self.hidden_dim).sum(1)
+    return out, logits
 
 
 def _dbrx_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -128,8 +129,8 @@ def _jetmoe_reduce(self: Any, layer_input: Tensor, topo_info: tuple[Tensor, Tens
     index, weight = topo_info
     batch, sequence, k, width = layer_input.shape
     y = torch.ops.moecc.expert_linear(layer_input.reshape(-1, k, width), index, self.output_linear.weight)
-    combined: Tensor = (y * weight.unsqueeze(-1)).sum(1).view(batch, sequence, self.input_size)
-    return combined + self.bias
+    combined: Tensor = (y * weight.unsqueeze(-1)).sum(1).view(batch, sequence, self.input_size) + self.bias
+    return combined
 
 
 # class name -> {method: replacement}

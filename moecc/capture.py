@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
-from moecc import experts, ops, stages
+from moecc import experts, guards, ops, stages
 from moecc.adapters import adapted
 from moecc.errors import MoeccError
 from moecc.seqmix import opaque_scans
@@ -35,10 +35,9 @@ ASSERTIONS = {
     aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg,
     aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default,
 }  # fmt: skip
-CASTS = {
-    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default,
-}  # fmt: skip
-COPIES = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
+# What returns its input itself when there is nothing to convert. Copies stay: the graph may write to them in place.
+CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default}
+ALIASES = {aten.alias.default, aten.detach_.default}
 
 
 def capture(found: Skeleton, *, batch: int = 2, sequence: int = 16) -> ExportedProgram:
@@ -52,7 +51,7 @@ def capture(found: Skeleton, *, batch: int = 2, sequence: int = 16) -> ExportedP
     simplify(program)
     owners = _owners(found, program)
     meta["unreached"] = _unreached(found, program, set(owners.values()))
-    meta["layers"] = stages.mark(found.model, program.graph_module)
+    meta["layers"] = stages.mark(found.model, program.graph_module, found.experts)
     for node, path in owners.items():
         node.meta["path"] = path
     program.validate()  # type: ignore[no-untyped-call]
@@ -64,24 +63,33 @@ def capture(found: Skeleton, *, batch: int = 2, sequence: int = 16) -> ExportedP
 
 @contextmanager
 def _moecc_experts(model: Any) -> Iterator[None]:
-    """The model in evaluation mode, without cache, with moecc's experts; as it was afterwards."""
+    """The model in evaluation mode with moecc's experts; as it was afterwards."""
     experts.register()
-    training, config = model.training, getattr(model, "config", None)
-    cache, dispatch = getattr(config, "use_cache", None), getattr(model, "_can_set_experts_implementation", bool)()
-    before = getattr(config, "_experts_implementation", None)
+    training, dispatch = model.training, getattr(model, "_can_set_experts_implementation", bool)()
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    model.eval()
     if dispatch:
         model.set_experts_implementation(experts.IMPLEMENTATION)
-    if config is not None:
-        config.use_cache = False
-    model.eval()
     try:
         yield
     finally:
         model.train(training)
-        if config is not None and cache is not None:
-            config.use_cache = cache
         if dispatch:
             model.set_experts_implementation(before or "eager")
+
+
+@contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """use_cache off in every configuration: a cache would be an output of the program."""
+    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
 
 
 @contextmanager
@@ -103,6 +111,24 @@ def _only_input_ids(model: Any) -> Iterator[None]:
             del model.forward
 
 
+@contextmanager
+def _broadcast_masks() -> Iterator[None]:
+    """Masks that a model composes itself, by broadcast indices: vmap would leave its own calls in the graph."""
+    from transformers import masking_utils
+
+    original = getattr(masking_utils, "_vmap_expansion_sdpa", None)
+    broadcast = getattr(masking_utils, "_non_vmap_expansion_sdpa", None)
+    if original is None or broadcast is None:
+        yield
+        return
+    module: Any = masking_utils
+    module._vmap_expansion_sdpa = lambda mask: lambda *indices: mask(*broadcast(*indices))
+    try:
+        yield
+    finally:
+        module._vmap_expansion_sdpa = original
+
+
 def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
     model = found.model
     with found.mode or nullcontext():
@@ -110,7 +136,10 @@ def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
     shapes = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
     try:
         # Under no_grad: otherwise parts of the graph hide in set_grad_enabled sub-graphs. It stays differentiable.
-        with torch.no_grad(), _moecc_experts(model), adapted(model), opaque_scans(model), _only_input_ids(model):
+        with (
+            torch.no_grad(), _no_cache(model), _moecc_experts(model), adapted(model), opaque_scans(model),
+            _broadcast_masks(), _only_input_ids(model),
+        ):  # fmt: skip
             return torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes=shapes, strict=False)
     except MoeccError:
         raise
@@ -122,19 +151,14 @@ def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
 
 
 def _restriction(found: Skeleton, program: ExportedProgram) -> str:
-    """For which shapes the graph holds; "" for all."""
-    bounds = [f"{symbol} <= {r.upper}" for symbol, r in program.range_constraints.items() if not _unbounded(r.upper)]
-    guards = [str(guard) for guard in getattr(program, "_guards_code", None) or ()]
-    text = "; ".join((*bounds, *guards))
-    if text and found.model_type not in BOUNDED:
-        raise MoeccError(f"{found.model_type}: the trace would hold for some shapes only ({text[:200]})")
+    """For which shapes the graph holds, "" for all. It is bounded only where the family's code is."""
+    try:
+        text, bounded = guards.restriction(program)
+    except MoeccError as error:
+        raise MoeccError(f"{found.model_type}: {error}") from error
+    if bounded and found.model_type not in BOUNDED:
+        raise MoeccError(f"{found.model_type}: the trace would hold for {text} only")
     return text
-
-
-def _unbounded(upper: Any) -> bool:
-    from torch.utils._sympy.numbers import int_oo
-
-    return upper == int_oo or not getattr(upper, "is_finite", True) or int(upper) >= 2**31
 
 
 # ---------------------------------------------------------------- 3. simplification
@@ -151,12 +175,22 @@ def _same(node: fx.Node, other: Any) -> bool:
     )
 
 
+def _copies(node: fx.Node) -> bool:
+    schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return bool(node.kwargs.get("copy") or (dict(zip(schema, node.args, strict=False)).get("copy")))
+
+
 def _does_nothing(node: fx.Node) -> bool:
     if node.target in CASTS:
-        return _same(node, node.args[0])
+        return _same(node, node.args[0]) and not _copies(node)
     if node.target is aten.dropout.default:
-        return node.args[2] is False or node.args[1] == 0
-    return node.target in COPIES
+        return bool(node.args[2] is False or node.args[1] == 0)
+    return node.target in ALIASES
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """In-place ops, and functorch's calls that open and close a vmap: they have no result that is read."""
+    return node.is_impure() or getattr(node.target, "__module__", "").startswith("torch._functorch")
 
 
 def simplify(program: ExportedProgram) -> None:
@@ -171,7 +205,7 @@ def simplify(program: ExportedProgram) -> None:
             node.replace_all_uses_with(node.args[0])
             program.graph_signature.replace_all_uses(node.name, node.args[0].name)  # it may be a result
             module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code(is_impure_node=_has_effect)
     module.graph.lint()
     module.recompile()
 
@@ -193,7 +227,7 @@ def _operand_names(node: fx.Node, names: dict[str, str]) -> set[str]:
             continue
         seen.add(operand)
         if operand.op == "placeholder":
-            found.add(names[operand.name])
+            found.add(names.get(operand.name, operand.name))
         pending += operand.all_input_nodes
     return found
 
@@ -205,7 +239,7 @@ def _owners(found: Skeleton, program: ExportedProgram) -> dict[fx.Node, str]:
     for node in program.graph_module.graph.nodes:
         if node.target in ops.MOE_OPS:
             operands = _operand_names(node, names)
-            owners[node] = next(path for path in found.experts if any(name.startswith(path + ".") for name in operands))
+            owners[node] = next((p for p in found.experts if any(o.startswith(p + ".") for o in operands)), node.name)
     repeated = {path for path in owners.values() if list(owners.values()).count(path) > 1}
     touched = {p for p in found.experts if _read_names(program, p)} - set(owners.values())
     if repeated or touched or not owners:

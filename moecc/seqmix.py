@@ -88,10 +88,12 @@ for _scan in SCANS:
 def _split(
     scan: Scan, signature: inspect.Signature, args: Any, kwargs: Any
 ) -> tuple[list[Tensor | None], dict[str, Any]]:
-    """A call's tensor operands, and its other arguments that aren't None."""
+    """A call's tensor operands, and its other named arguments. What the function swallows in **kwargs it ignores."""
     given = dict(signature.bind_partial(*args, **kwargs).arguments)
-    given.update(given.pop("kwargs", {}))
-    tensors = [given.pop(key, None) for key in scan.keys]
+    swallowed = given.pop("kwargs", {})
+    tensors = [given.pop(key, swallowed.get(key)) for key in scan.keys]
+    if (key := next((k for k in swallowed if k.startswith("cu_seq")), None)) and swallowed[key] is not None:
+        raise MoeccError(f"{scan.function} gets packed sequences ({key}), which moecc::{scan.name} doesn't take")
     return tensors, {key: value for key, value in given.items() if value is not None}
 
 
@@ -100,15 +102,16 @@ def _opaque(scan: Scan, original: Callable[..., Any], source: str) -> Callable[.
     op = getattr(torch.ops.moecc, scan.name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        tensors, rest = _split(scan, signature, args, kwargs)
-        if rest.pop(scan.state_flag, False):
+        tensors, options = _split(scan, signature, args, kwargs)
+        if options.pop(scan.state_flag, False):
             raise MoeccError(f"{source}: {scan.function} is asked for its final state; trace with use_cache=False")
-        if lost := [key for key, value in rest.items() if isinstance(value, Tensor)]:
+        try:
+            text = json.dumps(options)
+        except TypeError as error:
             raise MoeccError(
-                f"{source}: {scan.function} is called with {lost[0]!r}, which moecc::{scan.name} doesn't take"
-            )
-        options = {key: value for key, value in rest.items() if isinstance(value, (bool, int, float, str, list, tuple))}
-        y = op(*tensors, source=source, options=json.dumps(options))
+                f"{source}: {scan.function} gets arguments that moecc::{scan.name} doesn't take"
+            ) from error
+        y = op(*tensors, source=source, options=text)
         return (y, None) if scan.returns_state else y
 
     call.moecc_original = original  # type: ignore[attr-defined]

@@ -148,16 +148,18 @@ def _first_line(error: BaseException) -> str:
 def model_class(config: Any) -> Any:
     """The (auto) class to build: the causal language model, else what the checkpoint says, else any."""
     import transformers
-    from transformers import AutoModel, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
 
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, name, None)
         if found is not None and getattr(found, "config_class", None) is type(config):
             return found
-    if type(config) in MODEL_MAPPING:
+    if type(config) in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    if type(config) in auto.MODEL_MAPPING:
         return AutoModel
     return _class_of_config(config)
 
@@ -258,6 +260,7 @@ def _checked(found: Skeleton) -> Skeleton:
         raise MoeccError(
             f"{family}: {type(found.model).__name__} has no experts; moecc takes Mixture-of-Experts models"
         )
+    _check_state(found)
     for path, module in found.experts.items():
         try:
             experts.probe(module)
@@ -266,4 +269,19 @@ def _checked(found: Skeleton) -> Skeleton:
     return found
 
 
+def _check_state(found: Skeleton) -> None:
+    """A trace would carry a tensor on the meta device along, without its numbers and without a word."""
+    state = (*found.model.named_parameters(), *found.model.named_buffers())
+    for name, tensor in state:
+        if tensor.device.type == "meta":
+            raise MoeccError(
+                f"{found.model_type}: {name} is on the meta device; give the model's folder or configuration"
+            )
+    stored = {id(b) for m in found.model.modules() if isinstance(m, STORED) for b in m.buffers()}
+    for name, buffer in found.model.named_buffers():
+        if found.mode is not None and isinstance(buffer, FakeTensor) and id(buffer) not in stored:
+            raise MoeccError(f"{found.model_type}: buffer {name} has lost its numbers; the family isn't supported")
+
+
+STORED = (experts.CompressedProjection, experts.QuantizedLinear)  # loaded from the checkpoint, so fake like parameters
 _ = adapters.METHODS  # importing the adapters makes their classes known to `experts.is_experts`

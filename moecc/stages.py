@@ -6,17 +6,18 @@ the stage of the last input between layers, and L + 1 after the last layer. The 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 from torch import fx, nn
 
 
-def decoder_stack(model: nn.Module) -> tuple[str, int]:
-    """Path and length of the list of decoder layers: the longest outermost ModuleList, of the most parameters."""
-    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    outer = [(p, m) for p, m in lists if not any(p.startswith(q + ".") for q, _ in lists)]
-    if not outer:
-        return "", 0
-    path, stack = max(outer, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
-    return path, len(stack)
+def decoder_stack(model: nn.Module, experts: Iterable[str]) -> tuple[str, int]:
+    """Path and length of the list of decoder layers: the outermost ModuleList around most of the experts."""
+    lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outermost = [min((p for p in lists if e.startswith(p + ".")), key=len, default="") for e in experts]
+    path, _ = Counter(outermost).most_common(1)[0]
+    return path, lists.get(path, 0)
 
 
 def paths(node: fx.Node) -> list[str]:
@@ -31,9 +32,12 @@ def _layer(node: fx.Node, prefix: str) -> int | None:
     return None
 
 
-def mark(model: nn.Module, module: fx.GraphModule) -> int:
-    """Set meta["layer"] and meta["path"] on every node; returns the number of decoder layers L."""
-    stack, count = decoder_stack(model)
+def mark(model: nn.Module, module: fx.GraphModule, experts: Iterable[str]) -> int:
+    """Set meta["layer"] and meta["path"] on every node; returns the number of decoder layers L.
+
+    experts: paths of the experts modules, which tell the decoder's layers from those of a vision tower.
+    """
+    stack, count = decoder_stack(model, experts)
     nodes = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
     tags = {n: _layer(n, stack + ".") for n in nodes}
     last = max((i for i, n in enumerate(nodes) if tags[n] is not None), default=-1)

@@ -115,7 +115,7 @@ FAMILIES: dict[str, Family] = {
         zero_expert_num=2, moe_topk=2)),
     "mellum": Family(),
     "mimo_v2_flash": Family(layers=1),
-    "minimax": Family(dict(HYBRID, block_size=64), longest=64),
+    "minimax": Family(dict(HYBRID, block_size=64), longest=63),
     "minimax_m2": Family(),
     "minimax_m3_vl_text": Family(gate=OAI),
     "mistral4": Family(dict(num_key_value_heads=4, head_dim=16, qk_head_dim=16)),

@@ -103,7 +103,9 @@ def test_one_node_per_moe_layer(case: Case) -> None:
     assert len(case.nodes) == len(paths) == case.family.layers
     assert paths <= set(case.found.experts)
     assert len(meta["unreached"]) == case.family.unreached
-    assert bool(meta["restriction"]) == (case.family.longest is not None)
+    longest = case.family.longest
+    assert longest is None or meta["restriction"].endswith(f"sequence <= {longest}")
+    assert longest is not None or "<=" not in meta["restriction"]
 
 
 def test_gate_attributes_are_recognised(case: Case) -> None:
@@ -128,3 +130,18 @@ def test_stages_never_fall_along_an_edge(case: Case) -> None:
         assert all(source.meta["layer"] <= node.meta["layer"] for source in node.all_input_nodes)
     stages = [n.meta["layer"] for n in case.nodes]
     assert len(set(stages)) == len(stages) and all(1 <= stage <= layers for stage in stages)
+
+
+def test_gradients_of_the_program_are_the_models(case: Case) -> None:
+    """Through experts and opaque scans alike, whose backward differentiates their reference."""
+    ids = tokens((1, 9))
+    name, weight = next((n, p) for n, p in case.model.named_parameters() if p.dim() == 2 and p.shape[0] == 64)
+    weight.requires_grad_(True)
+    out = first(case.model(input_ids=ids))
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))  # a norm hides plain sums from gradients
+    expected = torch.autograd.grad((out * probe).mean(), weight)[0]
+    run = case.program.module()
+    weight = run.get_parameter(name).requires_grad_(True)
+    got = torch.autograd.grad((first(run(input_ids=ids)) * probe).mean(), weight)[0]
+    assert expected.abs().max() > 0
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()

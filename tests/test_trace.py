@@ -158,6 +158,16 @@ def test_wrong_sources_are_one_line_errors(source: Any, words: tuple[str, ...]) 
     one_line(error, *words)
 
 
+def test_a_model_on_the_meta_device_is_refused() -> None:
+    from transformers import MixtralForCausalLM
+
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(**TINY))
+    with pytest.raises(MoeccError) as error:
+        skeleton(model)
+    one_line(error, "meta device")
+
+
 def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(MoeccError) as error:
         skeleton(tmp_path)

@@ -1,0 +1,65 @@
+"""For which shapes a trace holds, found by evaluating what torch.export assumed about the input's batch and sequence.
+
+Many of its guards hold for every shape (min(4, S) <= S); others cut off sizes at which a dimension would be 1
+(S - 1 != 1); some bound the sequence, and then the graph is a loop unrolled for one length. Trying shapes decides.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from moecc.errors import MoeccError
+
+BATCHES = (1, 2, 3, 8)
+SEQUENCES = (*range(1, 513), 1000, 1023, 1024, 1025, 2047, 2048, 4095, 4096, 8192, 32768, 131072, 1048576)
+SHORT = 4  # sequences up to here may be outside what a trace holds for; generation and calibration use longer ones
+
+
+def restriction(program: ExportedProgram) -> tuple[str, bool]:
+    """For which shapes `program` holds ("" for all, "sequence <= 127"), and whether long sequences are cut off."""
+    guards = [compile(str(guard), "guard", "eval") for guard in getattr(program, "_guards_code", None) or ()]
+    highest = _highest_sequence(program)
+    batches = [n for n in BATCHES if n != 1]
+    if not all(_holds(guards, n, s) == _holds(guards, batches[0], s) for n in batches for s in SEQUENCES):
+        raise MoeccError("the trace would hold for some batch sizes only")
+    allowed = [s for s in SEQUENCES if s <= highest and _holds(guards, batches[0], s)]
+    lost = [s for s in SEQUENCES if s not in set(allowed)]
+    if not lost:
+        return "", False
+    if max(lost) <= SHORT:
+        return "sequence other than " + ", ".join(map(str, lost)), False
+    low, high = min(allowed, default=0), max(allowed, default=0)
+    if 0 < low <= SHORT and allowed == [s for s in SEQUENCES if low <= s <= high]:
+        return f"{low} <= sequence <= {high}" if low > 1 else f"sequence <= {high}", True
+    raise MoeccError(f"the trace would hold for some sequence lengths only, not for {lost[0]}")
+
+
+def _highest_sequence(program: ExportedProgram) -> float:
+    """The upper bound of the sequence's range; that of the batch must be open."""
+    ids = next(n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
+    ranges = {str(symbol): interval.upper for symbol, interval in program.range_constraints.items()}
+    batch, sequence = (ranges.get(str(size), size) for size in ids.meta["val"].shape)
+    if math.isfinite(_number(batch)):
+        raise MoeccError(f"the trace would hold for batches up to {batch} only")
+    return _number(sequence)
+
+
+def _number(bound: Any) -> float:
+    """A bound as a float; torch writes infinity in three ways."""
+    if getattr(bound, "is_finite", True) is False or str(bound) in ("int_oo", "oo", "inf"):
+        return math.inf
+    value = float(bound)
+    return math.inf if value >= 2**31 else value
+
+
+def _holds(guards: list[Any], batch: int, sequence: int) -> bool:
+    ids = torch.empty(batch, sequence, device="meta", dtype=torch.int64)
+    names = {"L": {"input_ids": ids}, "min": min, "max": max, "math": math, "torch": torch}
+    try:
+        return all(eval(guard, {"__builtins__": {}}, names) for guard in guards)
+    except Exception as error:
+        raise MoeccError(f"the trace would hold for some shapes only ({error})") from error
