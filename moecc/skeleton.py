@@ -235,6 +235,8 @@ def _prepare_compressed(model: nn.Module, config: Any, mode: FakeTensorMode) -> 
     """Give a checkpoint that moecc wrote its compressed modules; their buffers are fake, as parameters are."""
     from moecc import hf
 
+    for module in experts.experts_modules(model).values():
+        experts.probe(module)  # before the fake mode, in which nothing can be compared
     with mode:
         hf.prepare(model, config)
 

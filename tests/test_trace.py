@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,20 @@ def test_a_compressed_module_runs_its_stored_tensors() -> None:
         assert torch.isfinite(logits).all()
         torch.testing.assert_close(program.module()(input_ids=ids).logits, logits)
     assert sum(n.target is ops.VQ_EXPERTS for n in program.graph.nodes) == 2
+
+
+def test_a_compressed_checkpoint_is_traced_without_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = types.ModuleType("moecc.hf")
+    stub.prepare = lambda model, config: compressed(model)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "moecc.hf", stub)
+    monkeypatch.setattr("moecc.hf", stub, raising=False)
+    found = skeleton(MixtralConfig(**TINY, quantization_config={"quant_method": "moecc"}))
+    buffers = dict(found.model.named_buffers())
+    assert isinstance(buffers["model.layers.0.mlp.experts.down.codes"], FakeTensor)
+    program = capture(found)
+    nodes = [n for n in program.graph.nodes if n.target is ops.VQ_EXPERTS]
+    assert [n.meta["path"] for n in nodes] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert [n.meta["layer"] for n in nodes] == [1, 2]
 
 
 def test_a_tensor_that_the_format_lacks_is_refused() -> None:
