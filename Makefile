@@ -1,0 +1,43 @@
+# `make demo` compiles and runs the example model, `make test` runs the tests. Both make `.venv` first, once.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+
+BIN := .venv/bin
+READY := .venv/.ready
+OUT := out/tinymoe-2bit
+PYTEST := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: demo test test-all lint format clean
+
+demo: $(READY)
+	rm -rf $(OUT)
+	$(BIN)/moecc compile examples/tinymoe --passes vsraq,kbvq --bits 2 --calib examples/tinymoe/calib.txt -o $(OUT)
+	$(BIN)/moecc eval $(OUT) --reference examples/tinymoe --text examples/tinymoe/valid.txt
+	$(BIN)/moecc generate $(OUT) --prompt "def main():"
+
+test: $(READY)
+	env -u MOECC_ALL_FAMILIES $(PYTEST)
+
+test-all: $(READY)
+	MOECC_ALL_FAMILIES=1 $(PYTEST)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv out build dist
+
+# torch goes first, so that the version that the tests were written with is taken, not the newest that moecc allows.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moecc needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
