@@ -1,0 +1,185 @@
+"""Evaluation: a model against itself, against transformers' own loss, and against a damaged copy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import SAMPLE, make
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralModel
+
+from moecc.errors import MoeccError
+from moecc.evaluate import _Totals, bits_on_disk, compare_sets, evaluate, experts_bits_on_disk
+from moecc.ir import Program
+from moecc.trace import trace
+
+torch.set_num_threads(1)
+TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
+
+
+def tokens(count: int, length: int, vocabulary: int = 64) -> Tensor:
+    return torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def tinymoe() -> Program:
+    return trace(TINYMOE, dtype=torch.float32)
+
+
+def scaled(program: Program, layer: int, factor: float) -> Program:
+    """A copy whose gate_up of one MoE layer is multiplied by `factor`."""
+    copy = program.copy()
+    name = copy.weights[copy.moe_layers()[layer].operand("gate_up").name].name
+    copy.add(name, copy.read(name) * factor)
+    return copy
+
+
+def test_a_model_against_itself(tinymoe: Program) -> None:
+    found = evaluate(tinymoe, tinymoe, tokens(3, 40, 4096), batch=2)
+    assert found.kl == 0 and found.agreement == 1 and found.exact_agreement == 1
+    assert found.perplexity == found.reference_perplexity
+    assert [layer.path for layer in found.per_layer] == [m.path for m in tinymoe.moe_layers()]
+    assert all(layer.output_error == 0 and layer.agreement == 1 for layer in found.per_layer)
+    assert found.tokens == 3 * 39
+    assert found.bits_per_weight == found.bits_per_weight_experts == 16
+
+
+@torch.no_grad()
+def test_perplexity_is_transformers_own_loss(tinymoe: Program) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(TINYMOE, dtype=torch.float32)
+    rows = tokens(4, 32, 4096)
+    loss = model(rows, labels=rows).loss
+    for batch in (1, 3, 8):
+        assert evaluate(tinymoe, tinymoe, rows, batch=batch).perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_damage_shows_where_it_is(tinymoe: Program) -> None:
+    rows = tokens(2, 64, 4096)
+    little, much = (evaluate(scaled(tinymoe, 1, f), tinymoe, rows) for f in (1.1, 3.0))
+    assert 0 < little.kl < much.kl
+    assert 1 > little.agreement > much.agreement > 0
+    assert little.agreement >= little.exact_agreement
+    first, damaged, *later = much.per_layer
+    assert first.agreement == 1 and first.output_error == 0
+    assert damaged.agreement == 1 and damaged.output_error > 0.1  # its router reads what the reference's reads
+    assert all(layer.agreement < 1 for layer in later)
+
+
+def test_an_experts_layer_of_zeros_has_output_error_one(tinymoe: Program) -> None:
+    found = evaluate(scaled(tinymoe, 2, 0.0), tinymoe, tokens(2, 16, 4096))
+    assert found.per_layer[2].output_error == pytest.approx(1.0)
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("family", SAMPLE)
+@torch.no_grad()
+def test_every_family_has_a_perplexity(family: str) -> None:
+    model, rows = make(family), tokens(2, 17)
+    program = trace(model, dtype=torch.float32)
+    if family == "muse_spark_text":  # a text tower without a head
+        assert "needs a causal language model" in refused(program, program, rows)
+        return
+    expected = torch.nn.functional.cross_entropy(
+        model(input_ids=rows).logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten()
+    )
+    found = evaluate(program, program, rows)
+    assert found.perplexity == pytest.approx(float(expected.exp()), rel=1e-4)
+    assert found.kl == 0 and found.agreement == 1 and found.bits_per_weight == 32
+
+
+def test_as_dict_is_json(tinymoe: Program) -> None:
+    found = evaluate(tinymoe, tinymoe, tokens(1, 8, 4096)).as_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert found["per_layer"][0].keys() == {"path", "agreement", "exact_agreement", "output_error"}
+
+
+# ---- the statistics
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 33])
+def test_sets_are_compared_whatever_their_order(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    a, b = (torch.stack([torch.randperm(40, generator=generator)[:k] for _ in range(50)]) for _ in range(2))
+    same = sum(len(set(x) & set(y)) for x, y in zip(a.tolist(), b.tolist(), strict=True))
+    exact = sum(set(x) == set(y) for x, y in zip(a.tolist(), b.tolist(), strict=True))
+    assert compare_sets(a, b) == (same, exact)
+    assert compare_sets(a, a.flip(1)) == (50 * k, 50)
+
+
+def test_kl_is_the_sum_over_the_vocabulary_and_skips_masked_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecc.evaluate._PROBABILITIES_AT_ONCE", 16)  # several chunks per row
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(2, 2, 6, 7, generator=generator)
+    ours[..., 6] = theirs[..., 6] = -torch.inf
+    ids = torch.randint(0, 6, (2, 6), generator=generator)
+    totals = _Totals()
+    totals.add(ours, theirs, ids)
+    q, p = ours[:, :-1, :6].double().softmax(-1), theirs[:, :-1, :6].double().softmax(-1)
+    assert float(totals.kl) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert totals.tokens == 10
+
+
+# ---- sizes
+
+
+def test_bits_count_what_a_pass_made_and_not_what_it_replaced(tinymoe: Program) -> None:
+    program = tinymoe.copy()
+    moe = program.moe_layers()[0]
+    operand = moe.operand("gate_up")
+    name = program.weights[operand.name].name
+    smaller = program.add("small", program.read(name).to(torch.float16).view(torch.uint8)[..., ::2].contiguous())
+    program.replace(moe.node, moe.node.target, (*moe.node.args[:3], smaller, *moe.node.args[4:]), moe.attributes)
+    weights, part = 9_200_000, tinymoe.read(name).numel()
+    assert 16 - bits_on_disk(program, tinymoe) == pytest.approx(8 * part / weights, rel=0.01)
+    assert experts_bits_on_disk(program) == pytest.approx(16 - 8 * (2 / 3) / 4)
+    assert bits_on_disk(tinymoe, tinymoe) == 16
+
+
+# ---- what can't be compared
+
+
+def refused(program: Program, reference: Program, rows: Tensor) -> str:
+    with pytest.raises(MoeccError) as error:
+        evaluate(program, reference, rows)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_different_models_are_refused(tinymoe: Program) -> None:
+    other = trace(make("mixtral"))
+    assert "MoE layers" in refused(other, tinymoe, tokens(1, 8))
+    config: Any = make("mixtral").config
+    config.vocab_size = 96
+    wider = trace(AutoModelForCausalLM.from_config(config))
+    assert "vocabulary of 96" in refused(wider, other, tokens(1, 8))
+    config.vocab_size, config.num_experts_per_tok = 64, 1
+    assert "chooses 2 experts" in refused(trace(AutoModelForCausalLM.from_config(config)), other, tokens(1, 8))
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    program = trace(MixtralModel(config).eval())
+    assert "needs a causal language model" in refused(program, program, tokens(1, 8))
+
+
+def test_rows_that_do_not_fit_are_refused(tinymoe: Program) -> None:
+    assert "outside the model's vocabulary" in refused(tinymoe, tinymoe, torch.full((1, 8), 4096))
+    assert "token rows must be" in refused(tinymoe, tinymoe, tokens(1, 1))
+    assert "token rows must be" in refused(tinymoe, tinymoe, tokens(1, 8)[0])
+    program = trace(make("minimax"))
+    assert "--length 63" in refused(program, program, tokens(1, 64))
+
+
+def test_logits_that_are_not_numbers_are_said() -> None:
+    model = make("mixtral")
+    program, broken = trace(model), trace(model)
+    name = broken.weights[broken.moe_layers()[0].operand("down").name].name
+    broken.add(name, broken.read(name) * torch.nan)
+    assert "the compiled program computes logits that are not numbers" in refused(broken, program, tokens(1, 8))
