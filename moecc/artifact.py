@@ -1,0 +1,332 @@
+"""The artifact: a folder that transformers loads, with an account of every weight in it.
+
+  config.json            the model's own, with the quantization_config of `moecc.hf`
+  model*.safetensors     compressed tensors in the canonical form of `moecc.vq4`, everything else as it was
+  tokenizer and other small files of the source
+  moecc.json             format and package versions, resolved pipeline, source digest, notes, audit
+  report.html            the audit to look at
+
+The audit has a row for every parameter of the model, a row for what the source held and the model does not use, and a row for the
+files' own headers; its bytes add up to the size of the model*.safetensors files exactly, or writing fails.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moecc import ops, vq4
+from moecc.base import Context, MoeccError
+from moecc.ir import MoE, Program
+from moecc.weights import free_space, write_safetensors
+
+SHARD_BYTES = 4 << 30
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_NOT_COPIED = ("config.json", "moecc.json", "model.safetensors.index.json")
+
+
+@dataclass
+class Row:
+    """One line of the audit. `bits` are per weight of the parameter, everything stored for it counted."""
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    became: str
+    nbytes: int
+    bits: float = 0.0
+    error: float | None = None
+    tokens: list[int] | None = None
+    fallback: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """What will be written: tensors by name (read when written), and the audit rows that account for them."""
+
+    readers: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    experts: dict[str, Any] = field(default_factory=dict)
+    linears: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, name: str, size: int, read: Callable[[], Tensor]) -> None:
+        if name in self.readers:
+            raise MoeccError(f"{name}: two tensors of the artifact have this name; rename the one a pass adds")
+        self.readers[name], self.sizes[name] = read, size
+
+
+# ---- what is stored
+
+
+def plan(program: Program, original: Program, ctx: Context) -> Plan:
+    """Everything an artifact stores. `original` is the program before any pass, with the same store."""
+    found, taken = Plan(), {}
+    for moe in program.moe_layers():
+        taken.update(_plan_experts(found, program, original, moe, ctx))
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target is ops.Q_LINEAR:
+            taken.update(_plan_linear(found, program, node, ctx))
+    _plan_rest(found, program, taken, ctx)
+    return found
+
+
+def _plan_experts(found: Plan, program: Program, original: Program, moe: MoE, ctx: Context) -> dict[str, str]:
+    """Plans one layer's experts; parameter -> projection that stands for it now. Nothing for experts left dense."""
+    if moe.node.target is ops.EXPERTS:
+        return {}
+    if moe.node.target is not ops.VQ_EXPERTS:
+        raise MoeccError(f"{moe.path}: still {moe.node.target} after the last pass; add 'vq' to the pipeline")
+    before = next(m for m in original.moe_layers() if m.path == moe.path)
+    entry: dict[str, Any] = {"attributes": moe.attributes, "remove": []}
+    taken: dict[str, str] = {}
+    for projection in ("gate_up", "down"):
+        stored = _operand_tensors(program, moe.node, [f"{projection}_{t}" for t in vq4.TENSORS], projection)
+        entry[projection] = {k: _spec(t) for k, t in stored.items()}
+        for tensor, value in stored.items():
+            found.put(f"{moe.path}.{projection}.{tensor}", value.nbytes, _constant(value))
+        sources = _origins(original, before, projection)
+        weights = before.operand(projection).meta["val"].numel()  # type: ignore[union-attr]
+        _experts_rows(found, original, moe, projection, sources, stored, weights, ctx)
+        taken.update({s: f"{moe.path}.{projection}" for s in sources})
+    entry["remove"] = [name.removeprefix(moe.path + ".") for name in taken]
+    found.experts[moe.path] = entry
+    return taken
+
+
+def _origins(original: Program, moe: MoE, projection: str) -> list[str]:
+    names = []
+    for operand in (projection, f"{projection}_bias"):
+        node = moe.operand(operand)
+        if node is not None:
+            names += [s for s in original.origins(original.weights[node.name].name) if s not in names]
+    return names
+
+
+def _experts_rows(
+    found: Plan, original: Program, moe: MoE, projection: str, sources: list[str], stored: Mapping[str, Tensor], weights: int,
+    ctx: Context,
+) -> None:  # fmt: skip
+    facts = ctx.audit.get(f"{moe.path}.{projection}", {})
+    nbytes = sum(t.nbytes for t in stored.values())
+    parts = {k: t.nbytes for k, t in stored.items()}
+    details = {k: v for k, v in facts.items() if k not in ("became", "error", "tokens", "starved")}
+    starved = facts.get("starved") or {}
+    fallback = f"experts {sorted(starved)} saw too few tokens; calibrated on tokens sent to them" if starved else ""
+    for i, name in enumerate(sources):
+        found.rows.append(
+            Row(
+                name, "routed experts", tuple(_shape(original, name)), facts.get("became", "vq4") if i == 0 else f"in {sources[0]}",
+                nbytes if i == 0 else 0, 8 * nbytes / weights if i == 0 else 0.0, facts.get("error"), facts.get("tokens"), fallback,
+                {"bytes": parts, **details} if i == 0 else {},
+            )
+        )  # fmt: skip
+
+
+def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> dict[str, str]:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    path = program.weights[weight.name].name.rpartition(".")[0]  # held as <path>.codes, stored as the module's own `weight`
+    stored = _operand_tensors(program, node, ["weight", "scale", "zero"], "")
+    for tensor, value in stored.items():
+        found.put(f"{path}.{tensor}", value.nbytes, _constant(value))
+    specs = {k: _spec(t) for k, t in stored.items()}
+    bias = node.args[4]
+    if isinstance(bias, fx.Node):  # stored with the rest, in the checkpoint's own type
+        name = program.weights[bias.name].name
+        specs["bias"] = [list(bias.meta["val"].shape), _dtype_name(_disk_dtype(program, name))]
+    found.linears[path] = {"bits": node.kwargs["bits"], "tensors": specs}
+    shape = node.args[0].meta["val"].shape[-1], stored["scale"].shape[0]  # type: ignore[union-attr]
+    nbytes = sum(t.nbytes for t in stored.values())
+    facts = ctx.audit.get(f"{path}.weight", {})
+    found.rows.append(
+        Row(f"{path}.weight", role_of(path), (shape[1], shape[0]), facts.get("became", f"{node.kwargs['bits']} bit groups"), nbytes,
+            8 * nbytes / math.prod(shape), facts.get("error"))  # fmt: skip
+    )
+    return {f"{path}.weight": path}
+
+
+def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Context) -> None:
+    """Every other tensor of the checkpoint, as it was or as a pass left it; what the model does not use is named."""
+    store: Any = program.store
+    tied = getattr(store, "tied", {})
+    for name in store.names():
+        if name in taken:
+            continue
+        if name in tied and tied[name] != name:
+            found.rows.append(Row(name, role_of(name), tuple(store.shape(name)), f"tied to {tied[name]}", 0))
+            continue
+        held = program.tensors.get(name)
+        shape = tuple(store.shape(name))
+        if held is not None:
+            size, read, became = held.nbytes, _constant(held), "rewritten"
+        else:
+            size = math.prod(shape) * store.dtype(name).itemsize
+            read, became = _reader(store, name), "as it was"
+        found.put(name, size, read)
+        reason = "no path of the trace reads it" if name in program.unreached else ctx.audit.get(name, {}).get("fallback", "")
+        found.rows.append(Row(name, role_of(name), shape, became, size, 8 * size / max(math.prod(shape), 1), fallback=reason))
+    for name in (*getattr(store, "unexpected", ()), *getattr(store, "ignored", ())):
+        found.rows.append(Row(name, "not part of the model", (), "left out", 0, fallback="no parameter of the model takes it"))
+
+
+
+
+def _reader(store: Any, name: str) -> Callable[[], Tensor]:
+    return lambda: store.read(name)
+
+
+def _constant(value: Tensor) -> Callable[[], Tensor]:
+    return lambda: value
+
+
+def _operand_tensors(program: Program, node: fx.Node, operands: Iterable[str], projection: str) -> dict[str, Tensor]:
+    """Stored tensors by their short names, contiguous."""
+    found = {}
+    names = [a.name for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+    for operand in operands:
+        value = node.args[names.index(operand)]
+        if isinstance(value, fx.Node):
+            short = operand.removeprefix(projection + "_") if projection else operand
+            found[short] = program.read(program.weights[value.name].name).contiguous()
+    return found
+
+
+def _spec(tensor: Tensor) -> list[Any]:
+    return [list(tensor.shape), _dtype_name(tensor.dtype)]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _disk_dtype(program: Program, name: str) -> torch.dtype:
+    dtype: torch.dtype = program.store.dtype(name)  # type: ignore[union-attr]
+    return dtype
+
+
+def _shape(program: Program, name: str) -> tuple[int, ...]:
+    return tuple(program.store.shape(name))  # type: ignore[union-attr]
+
+
+def role_of(name: str) -> str:
+    """What a parameter is for, by the names that transformers' families use; for reading, nothing depends on it."""
+    parts = name.lower().split(".")
+    rules = [
+        ("embeddings", ("embed", "wte", "lm_head", "embed_out")), ("shared expert", ("shared",)),
+        ("norm", ("norm", "layernorm", "ln_")), ("attention", ("attn", "attention", "mixer", "conv", "mamba")),
+        ("router", ("gate", "router", "gating")), ("routed experts", ("experts",)), ("dense MLP", ("mlp", "ffn", "feed_forward")),
+    ]  # fmt: skip
+    for role, words in rules:
+        if role == "router" and any("gate_proj" in p or "gate_up" in p for p in parts):
+            continue
+        if any(word in p for p in parts for word in words):
+            return role
+    return "other"
+
+
+# ---- writing
+
+
+def write(
+    folder: Path, found: Plan, program: Program, source: Path | None, facts: Mapping[str, Any], progress: Any = None
+) -> list[Row]:
+    """Write the artifact into the existing folder `folder`; the complete audit, whose bytes equal those on disk."""
+    free_space(folder, int(sum(found.sizes.values()) * 1.01) + (1 << 20))
+    shards = _shards(found.sizes)
+    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, keys in (progress or (lambda items, label: items))(list(zip(names, shards, strict=True)), "writing"):
+        write_safetensors(folder / name, {k: found.readers[k]() for k in keys}, {"format": "pt"})
+    if len(shards) > 1:
+        index = {k: name for name, keys in zip(names, shards, strict=True) for k in keys}
+        _json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(found.sizes.values())}, "weight_map": index})
+    rows = [*found.rows, _header_row(folder, names, found.sizes)]
+    _check_total(folder, names, rows)
+    _copy_small_files(source, folder)
+    _json(folder / "config.json", _config(program, source, found))
+    weights = sum(math.prod(r.shape) for r in rows if r.role == "routed experts" and r.bits)
+    _json(folder / "moecc.json", {**facts, "summary": summary(rows), "audit": [asdict(r) for r in rows], "expert_parameters": weights})
+    return rows
+
+
+def summary(rows: Iterable[Row]) -> dict[str, Any]:
+    """Bytes by role, and bits per weight over the routed experts and over everything (headers included)."""
+    roles: dict[str, int] = {}
+    stored = weights = everything = 0
+    for row in rows:
+        roles[row.role] = roles.get(row.role, 0) + row.nbytes
+        count = math.prod(row.shape) if row.shape else 0
+        everything += count
+        if row.role == "routed experts" and row.bits and row.became != "as it was":
+            stored, weights = stored + row.nbytes, weights + round(8 * row.nbytes / row.bits)
+        elif row.role == "routed experts" and row.became == "as it was":
+            stored, weights = stored + row.nbytes, weights + count
+    total = sum(roles.values())
+    return {
+        "bytes": total, "bytes_by_role": roles, "bits_per_weight_experts": 8 * stored / weights if weights else None,
+        "bits_per_weight": 8 * total / everything if everything else None,
+    }  # fmt: skip
+
+
+def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _header_row(folder: Path, names: list[str], sizes: Mapping[str, int]) -> Row:
+    header = sum((folder / n).stat().st_size for n in names) - sum(sizes.values())
+    return Row("(safetensors headers)", "file format", (), "names, shapes and types", header)
+
+
+def _check_total(folder: Path, names: list[str], rows: Iterable[Row]) -> None:
+    on_disk, accounted = sum((folder / n).stat().st_size for n in names), sum(r.nbytes for r in rows)
+    if on_disk != accounted:
+        raise MoeccError(f"the audit accounts for {accounted} bytes but the files hold {on_disk}; this is a fault of moecc")
+
+
+def _copy_small_files(source: Path | None, folder: Path) -> None:
+    if source is None:
+        return
+    for pattern in _COPIED:
+        for file in sorted(source.glob(pattern)):
+            if file.name not in _NOT_COPIED and not file.name.endswith(".index.json") and file.stat().st_size < (64 << 20):
+                if pattern != "*.txt" or file.name in ("merges.txt", "vocab.txt"):
+                    shutil.copyfile(file, folder / file.name)
+
+
+def _config(program: Program, source: Path | None, found: Plan) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((source / "config.json").read_text()) if source is not None else program.config.to_dict()
+    if found.experts or found.linears:
+        config["quantization_config"] = {
+            "quant_method": "moecc", "version": vq4.VERSION, "experts": found.experts, "linears": found.linears,
+        }  # fmt: skip
+    return config
+
+
+def _json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """moecc.json of an artifact; MoeccError where the folder is none."""
+    file = folder / "moecc.json"
+    if not file.is_file():
+        raise MoeccError(f"{folder} is not a moecc artifact (no moecc.json); compile a model with `moecc compile`")
+    manifest: dict[str, Any] = json.loads(file.read_text())
+    return manifest

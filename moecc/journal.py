@@ -1,0 +1,120 @@
+"""The journal of a run: every finished layer on disk, so that an interrupted run goes on where it stopped and ends the same.
+
+One folder next to the output holds `run.json` (what the run is: another run's journal is never used) and per finished layer a
+safetensors file of the tensors that passes made and a JSON file of the nodes that use them. Restoring a layer puts those nodes and
+tensors back, and the graph text is compared with what was noted, so that a layer that a journal can't express is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from moecc import ops
+from moecc.base import Context, MoeccError
+from moecc.ir import Program, stage_nodes
+from moecc.weights import TensorFile, write_safetensors
+
+_OPS = {str(t): t for t in (*sorted(ops.MOE_OPS, key=str), ops.Q_LINEAR)}
+
+
+class Journal:
+    """The journal in `folder` of the run that `identity` describes."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        self.folder, self.identity = folder, dict(identity)
+        self.found = folder.is_dir()
+        self.restored: list[int] = []
+        self.resuming = self.found
+        if self.found:
+            self._require_same_run()
+        else:
+            folder.mkdir(parents=True)
+            self._write("run.json", self.identity)
+
+    def _require_same_run(self) -> None:
+        try:
+            before = json.loads((self.folder / "run.json").read_text())
+        except (OSError, ValueError):
+            before = None
+        if before != json.loads(json.dumps(self.identity)):
+            raise MoeccError(f"{self.folder} belongs to another run; remove it, or choose another output folder")
+
+    def save(self, stage: int, program: Program, ctx: Context) -> None:
+        """Note a finished layer; called after the last pass of a group of layer passes."""
+        nodes = [n for n in stage_nodes(program, stage) if n.target in _OPS.values()]
+        entries = [_describe(program, n) for n in nodes]
+        tensors = {w: program.tensors[w] for e in entries for w in _weights_in(e) if w in program.tensors}
+        write_safetensors(self.folder / f"layer-{stage:04d}.safetensors", tensors)
+        record = {"nodes": entries, "text": _digest(program, stage), "audit": ctx.audit, "notes": ctx.notes}
+        self._write(f"layer-{stage:04d}.json", record)
+
+    def restore(self, stage: int, program: Program, ctx: Context) -> bool:
+        """Put a finished layer back; False where there is none, and from then on."""
+        note = self.folder / f"layer-{stage:04d}.json"
+        if not self.resuming or not note.is_file():
+            self.resuming = False
+            return False
+        record = json.loads(note.read_text())
+        tensors = TensorFile(self.folder / f"layer-{stage:04d}.safetensors")
+        for entry in record["nodes"]:
+            _restore(program, entry, tensors)
+        if _digest(program, stage) != record["text"]:
+            raise MoeccError(f"{self.folder} can't restore layer {stage - 1}; remove it and start again")
+        ctx.audit.clear()
+        ctx.audit.update(record["audit"])
+        ctx.notes[:] = record["notes"]
+        self.restored.append(stage)
+        return True
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _write(self, name: str, value: Any) -> None:
+        draft = self.folder / f".{name}.part"
+        draft.write_text(json.dumps(value))
+        draft.replace(self.folder / name)
+
+
+def _describe(program: Program, node: fx.Node) -> dict[str, Any]:
+    def describe(value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return {"value": value}
+        weight = program.weights.get(value.name)
+        return {"node": value.name} if weight is None else {"weight": weight.name}
+
+    return {"name": node.name, "op": str(node.target), "args": [describe(a) for a in node.args], "kwargs": dict(node.kwargs)}
+
+
+def _weights_in(entry: dict[str, Any]) -> list[str]:
+    return [a["weight"] for a in entry["args"] if "weight" in a]
+
+
+def _restore(program: Program, entry: dict[str, Any], tensors: TensorFile) -> None:
+    nodes = {n.name: n for n in program.graph.nodes}
+    placeholders = {w.name: nodes[p] for p, w in program.weights.items()}
+
+    def operand(arg: dict[str, Any]) -> Any:
+        if "weight" in arg:
+            name = arg["weight"]
+            return program.add(name, tensors.read(name)) if name in tensors else placeholders[name]
+        return nodes[arg["node"]] if "node" in arg else arg["value"]
+
+    args = tuple(operand(a) for a in entry["args"])
+    program.replace(nodes[entry["name"]], _OPS[entry["op"]], args, entry["kwargs"])
+
+
+def _digest(program: Program, stage: int) -> str:
+    """A digest of the layer's lines of the graph text, weights' own lines included."""
+    nodes = stage_nodes(program, stage)
+    names = {n.name for n in nodes} | {i.name for n in nodes for i in n.all_input_nodes}
+    lines = [line for line in program.text().splitlines() if line.split(" ", 1)[0].removeprefix("%") in names]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
