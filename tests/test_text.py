@@ -1,0 +1,145 @@
+"""Token rows: which ones are taken, and one line for every text that is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moecc import text
+from moecc.errors import MoeccError
+
+TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
+
+
+class Letters:
+    """One token per character, as an ordinary tokenizer would give it; begins a text with token 1 if told to."""
+
+    def __init__(self, begins: bool = False, end: int | None = 0):
+        self.bos_token_id, self.eos_token_id, self.begins = 1, end, begins
+        self.characters = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        self.characters += len(text)
+        return {"input_ids": [1] * (self.begins and add_special_tokens) + [ord(c) % 1000 for c in text]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return text.tokenizer_of(TINYMOE)
+
+
+def written(folder: Path, content: str | bytes) -> Path:
+    file = folder / "text.txt"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def refused(*args: Any, **kwargs: Any) -> str:
+    with pytest.raises(MoeccError) as error:
+        text.rows(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- rows of a file
+
+
+def test_rows_are_evenly_spaced(tmp_path: Path) -> None:
+    file = written(tmp_path, "".join(chr(0x100 + i) * 4 for i in range(10)) + "xyz")
+    got = text.rows(Letters(), file, count=4, length=4)
+    assert got.dtype == torch.int64 and got.shape == (4, 4)
+    assert got[:, 0].tolist() == [0x100 + i * 10 // 4 for i in range(4)]
+    assert (got == got[:, :1]).all()
+
+
+def test_fewer_rows_than_asked_are_all_taken_and_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    got = text.rows(Letters(), written(tmp_path, "abcdefghij"), count=9, length=3, say=said.append)
+    assert got.tolist() == [[ord(c) for c in part] for part in ("abc", "def", "ghi")]
+    assert len(said) == 1 and "3 rows of 3 tokens, not 9" in said[0]
+
+
+def test_every_row_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    got = text.rows(Letters(begins=True), written(tmp_path, "abcdef"), count=2, length=4)
+    assert got.tolist() == [[1, *map(ord, "abc")], [1, *map(ord, "def")]]
+
+
+@pytest.mark.parametrize("end", [0, None])
+def test_nul_separates_documents(tmp_path: Path, end: int | None) -> None:
+    got = text.rows(Letters(end=end), written(tmp_path, "ab\0\0cd" + "e" * 2000), count=1, length=5)
+    assert got.tolist() == [[*map(ord, "ab"), *([0] if end == 0 else []), *map(ord, "cde")][:5]]
+
+
+def test_a_huge_file_is_sliced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_WHOLE", 4000)
+    for line in ("0123456789\n", "日本語テキスト"):
+        file, tokenizer = written(tmp_path, line * 5000), Letters()
+        got = text.rows(tokenizer, file, count=4, length=20)
+        assert got.shape == (4, 20) and tokenizer.characters < 3000
+        assert torch.equal(got, text.rows(tokenizer, file, count=4, length=20))
+
+
+def test_rows_of_the_example_text(tokenizer: Any) -> None:
+    got = text.rows(tokenizer, TINYMOE / "valid.txt", count=5, length=100)
+    again = text.rows(tokenizer, TINYMOE / "valid.txt", count=5, length=100)
+    assert got.shape == (5, 100) and int(got.max()) < 4096
+    assert text.digest(got) == text.digest(again) != text.digest(got[:4])
+
+
+# ---- the text that comes with Python
+
+
+def test_calibration_and_evaluation_share_no_document() -> None:
+    ours, theirs = ({name for name, _ in text.default_text(p)} for p in ("calibration", "evaluation"))
+    assert not ours & theirs
+    assert min(len(ours), len(theirs)) > 50
+    assert any(name.startswith("topic ") for name in ours | theirs)
+
+
+def test_default_rows_are_the_same_every_time_and_read_little(tokenizer: Any) -> None:
+    got = text.rows(tokenizer, count=4, length=64)
+    assert torch.equal(got, text.rows(tokenizer, count=4, length=64))
+    assert not torch.equal(got, text.rows(tokenizer, count=4, length=64, purpose="evaluation"))
+    letters = Letters()
+    text.rows(letters, count=2, length=100)
+    assert letters.characters < 20_000
+
+
+def test_whole_documents_follow_where_excerpts_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = {"a": "a" * 20_000, "b": "b" * 20_000}
+    monkeypatch.setattr(text, "default_text", lambda purpose: iter(documents.items()))
+    got = text.rows(Letters(end=None), count=3, length=10_000, say=lambda line: None)
+    assert got.shape == (3, 10_000)
+    assert set(got[2].tolist()) == {ord("a"), ord("b")}
+
+
+# ---- what is no text
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    letters = Letters()
+    assert "no text file" in refused(letters, tmp_path / "none.txt")
+    assert "is a folder" in refused(letters, tmp_path)
+    assert "is empty" in refused(letters, written(tmp_path, ""))
+    assert "is empty" in refused(letters, written(tmp_path, " \n\n\t"))
+    assert "no UTF-8 text" in refused(letters, written(tmp_path, "grün".encode("utf-16")))
+    assert "is binary" in refused(letters, written(tmp_path, b"abc\0" * 1000))
+    assert "no UTF-8 text" in refused(letters, TINYMOE / "model.safetensors")
+    assert "give a longer text or --length 5" in refused(letters, written(tmp_path, "abcde"), length=6)
+    assert "at least 1 row" in refused(letters, written(tmp_path, "abcde"), count=0)
+    assert "at least 1 row" in refused(letters, written(tmp_path, "abcde"), length=1)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    for prepare in (lambda: None, lambda: shutil.copy(TINYMOE / "config.json", tmp_path)):
+        prepare()
+        with pytest.raises(MoeccError, match="has no tokenizer"):
+            text.tokenizer_of(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"})[:-3])
+    with pytest.raises(MoeccError, match="its tokenizer can't be used"):
+        text.tokenizer_of(tmp_path)
