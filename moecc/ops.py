@@ -54,15 +54,19 @@ def define(
         with torch.enable_grad():
             y = reference(*leaves, **dict(zip(keys, attrs, strict=True)))
         sources = [t for t, w in zip(leaves, wanted, strict=True) if w and t is not None]
+        if not y.requires_grad:  # no token was routed anywhere
+            return [torch.zeros_like(t) for t in sources]
         grads = torch.autograd.grad(y, sources, grad, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, sources, strict=True)]
 
     def backward_fake(grad: Tensor, args: list[Operand], wanted: list[bool], *attrs: Any) -> list[Tensor]:
         return [t.new_empty(t.shape) for t, w in zip(args, wanted, strict=True) if w and t is not None]
 
-    def setup_context(ctx: Any, inputs: tuple[Operand, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Operand, ...], output: Tensor, keyword_only_inputs: dict[str, Any] | None = None
+    ) -> None:  # torch names its arguments, and leaves out the last where a schema has no keyword
         ctx.save_for_backward(*inputs)
-        ctx.attrs = [keyword_only_inputs[k] for k in keys]
+        ctx.attrs = [(keyword_only_inputs or {})[k] for k in keys]
 
     def autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = [bool(w) for w in ctx.needs_input_grad[: len(operands)]]
@@ -77,14 +81,18 @@ def define(
     torch.library.register_autograd(f"moecc::{name}", autograd, setup_context=setup_context, lib=library)
 
 
-def _combine(x: Tensor, topk_index: Tensor, topk_weight: Tensor, experts: int, run: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """sum_k topk_weight[t, k] * run(topk_index[t, k], x[t]): each expert that is chosen at all runs once, on its tokens."""
-    tokens, k = topk_index.shape
+def _by_expert(topk_index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """The slots t * k + j in the order of their experts, and how many each expert has; IndexError outside 0..E-1."""
     flat = topk_index.reshape(-1)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= experts):
         raise IndexError(f"moecc: expert index outside 0..{experts - 1}")
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=experts).tolist()
+    return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=experts).tolist()
+
+
+def _combine(x: Tensor, topk_index: Tensor, topk_weight: Tensor, experts: int, run: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """sum_k topk_weight[t, k] * run(topk_index[t, k], x[t]): each expert that is chosen at all runs once, on its tokens."""
+    tokens, k = topk_index.shape
+    order, counts = _by_expert(topk_index, experts)
     weight = topk_weight.reshape(-1)
     parts, start = [], 0
     for e, count in enumerate(counts):
@@ -103,7 +111,8 @@ def _combine(x: Tensor, topk_index: Tensor, topk_weight: Tensor, experts: int, r
 def _post_norm(y: Tensor, weight: Operand, eps: float) -> Tensor:
     if weight is None:
         return y
-    scaled = (y.float() * weight.float()).to(y.dtype).float()  # scale, round, normalise: muse_spark's order
+    wide = _wide(y)
+    scaled = (y.to(wide) * weight.to(wide)).to(y.dtype).to(wide)  # scale, round, normalise: muse_spark's order
     return (scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + eps)).to(y.dtype)
 
 
@@ -215,14 +224,12 @@ def dequantize_linear(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) ->
 def expert_linear_reference(x: Tensor, topk_index: Tensor, weight: Tensor) -> Tensor:
     """moecc::expert_linear: y[t, k] = weight[topk_index[t, k]] x[t] (or x[t, k]). x [T, D] | [T, k, D] -> [T, k, N]."""
     tokens, k = topk_index.shape
-    rows = (x.unsqueeze(1).expand(-1, k, -1) if x.dim() == 2 else x).reshape(tokens * k, -1)
-    flat = topk_index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=weight.shape[0]).tolist()
+    rows = (x.unsqueeze(1).expand(-1, k, -1) if x.dim() == 2 else x).reshape(tokens * k, x.shape[-1])
+    order, counts = _by_expert(topk_index, weight.shape[0])
     parts = [F.linear(rows[slots], w) for slots, w in zip(order.split(counts), weight, strict=True)]
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    return torch.cat(parts)[inverse].view(tokens, k, -1)
+    return torch.cat(parts)[inverse].view(tokens, k, weight.shape[1])
 
 
 def _same_shape(x: Tensor, topk_index: Tensor, topk_weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
