@@ -58,7 +58,7 @@ CLAMP = dict(gate="clamp", limit=10.0)
 FAMILIES: dict[str, Family] = {
     "afmoe": Family(),
     "aria_text": Family(transposed=True),
-    "axk1": Family(MLA, layers=1),
+    "axk1": Family({**MLA, **SPARSE}),
     "axk2": Family(MLA, layers=1),
     "bailing_hybrid": Family(MLA),
     "beam": Family({**SPARSE, **FULL}, gate=dict(gate="f32")),
