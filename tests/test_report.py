@@ -1,0 +1,165 @@
+"""The report shows every row of the audit, adds up, and lets nothing of a checkpoint's text through as markup."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moecc import report
+from moecc.artifact import Row, summary
+from moecc.errors import MoeccError
+
+EVIL = "<script>alert('x')</script>&\""
+FACTS: dict[str, Any] = {
+    "format": 1, "pipeline": "moments,klt{rank=32},vq{bits=2},affine,fold,vsraq{steps=200}", "seed": 0,
+    "calibration_digest": "c0ffee", "source": EVIL, "source_digest": "ab" * 20, "backend": "reference",
+    "versions": {"torch": "2.13", "moecc": "0.1.0"},
+    "notes": [f"model.layers.{n}.mlp.experts expert 3: 9 routed tokens; calibrated on 64 sent to it" for n in (2, 10)],
+    "passes": [
+        {"pass": "klt{rank=32}", "bits": 16.2, "nodes": 40, "error": None},
+        {"pass": "vq{bits=2}", "bits": 2.1, "nodes": 40, "error": 0.07},
+    ],
+}  # fmt: skip
+
+
+def experts(layer: int) -> list[Row]:
+    """Eight experts, D = 64, F = 96; expert 3 starved, expert 5 without any token."""
+    rows = []
+    tokens = [60, 120, 500, 9, 75, 0, 300, 64 + layer]
+    losses = {"reconstruction": 0.02 * layer, "value": 0.3, "order": 0.1, "boundary": 0.2, "flips": 0.0625}
+    after = {k: 0.7 * v for k, v in losses.items()}
+    for i, (projection, shape, error) in enumerate([("gate_up", (8, 192, 64), 0.05), ("down", (8, 64, 96), 0.08)]):
+        parts = {"codes": 3 * shape[1] * shape[2], "codebook": 1024, "scale": 16 * shape[1]}
+        chosen = {"rank": 32 * i, "codebook": "layer", "affine": "slope"}
+        details = {"bytes": parts, **chosen, "tuned": {"before": losses, "after": after}}
+        nbytes = sum(parts.values())
+        bits = 8 * nbytes / math.prod(shape)
+        name = f"model.layers.{layer}.mlp.experts.{projection}_proj"
+        fallback = "experts [3, 5] saw too few tokens; calibrated on tokens sent to them"
+        facts = (nbytes, bits, error + layer / 200, tokens, fallback, details)
+        rows.append(Row(name, "routed experts", shape, "vq4 2 bit", *facts))
+    return rows
+
+
+def audit() -> list[Row]:
+    rows = [Row("model.embed_tokens.weight", "embeddings", (1000, 64), "as it was", 128_000, 16.0)]
+    for layer in (10, 2):  # not in the order of numbers, and not the order of text either
+        name = f"model.layers.{layer}"
+        rows.append(Row(f"{name}.self_attn.q_proj.weight", "attention", (64, 64), "4 bit groups", 2_304, 4.5, 0.01))
+        rows += experts(layer)
+        rows.append(Row(f"{name}.mlp.gate.e_score_correction_bias", "router", (8,), "as it was", 32, 32.0))
+    rows.append(Row("lm_head.weight", "embeddings", (1000, 64), "tied to model.embed_tokens.weight", 0))
+    rows.append(Row(EVIL, "not part of the model", (), "left out", 0, fallback=f"no parameter takes {EVIL}"))
+    return [*rows, Row("(safetensors headers)", "file format", (), "names, shapes and types", 1_736)]
+
+
+class Cells(HTMLParser):
+    """Table rows of a page as lists of text; tags that must balance."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+
+def audit_table(text: str) -> list[list[str]]:
+    rows = Cells(text).rows
+    start = next(i for i, r in enumerate(rows) if r[:3] == ["name", "role", "shape"])
+    return rows[start + 1 :]
+
+
+def test_every_row_is_there_and_the_total_is_the_sum() -> None:
+    rows = audit()
+    *lines, total = audit_table(report.page(FACTS, rows))
+    assert [line[0] for line in lines] == [r.name for r in rows]
+    assert [int(line[4].replace(",", "")) for line in lines] == [r.nbytes for r in rows]
+    assert total[0] == "total"
+    assert int(total[4].replace(",", "")) == summary(rows)["bytes"] == sum(r.nbytes for r in rows)
+
+
+def test_text_of_the_checkpoint_is_no_markup() -> None:
+    text = report.page(FACTS, audit())
+    found = Cells(text)
+    assert not found.open and not found.tags & {"script", "img", "link", "iframe", "base", "object"}
+    assert EVIL not in text and "&lt;script&gt;" in text
+    assert not re.search(r"(src|href|url|@import)\s*[=(]|https?:", text)
+
+
+def test_the_same_bytes_again_and_from_the_manifest_alone(tmp_path: Path) -> None:
+    first = report.write_report(tmp_path, FACTS, audit())
+    written = first.read_bytes()
+    manifest = {**FACTS, "summary": summary(audit()), "audit": [asdict(r) for r in audit()]}
+    (tmp_path / "moecc.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    assert report.report_of(tmp_path) == first == tmp_path / "report.html"
+    assert first.read_bytes() == written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["moecc.json", "report.html"]
+
+
+def test_size_before_follows_the_stated_rule() -> None:
+    rows = audit()
+    by_name = dict(zip((r.name for r in rows), report.bytes_before(rows), strict=True))
+    assert by_name["model.layers.2.mlp.experts.gate_up_proj"] == 8 * 192 * 64 * 2
+    assert by_name["model.layers.2.mlp.gate.e_score_correction_bias"] == 32  # float32 in the source, and stored so
+    assert by_name["lm_head.weight"] == by_name[EVIL] == by_name["(safetensors headers)"] == 0
+    lead = Row("a", "routed experts", (4, 4), "vq4 2 bit", 8, 2.0, details={"bytes": {}, "source_bits": 32})
+    assert report.bytes_before([lead, Row("b", "routed experts", (4, 4), "in a", 0)]) == [64, 64]
+
+
+def test_layers_in_order_of_their_numbers_with_both_projections() -> None:
+    layers = report.layers_of(audit())
+    assert list(layers) == ["2", "10"]
+    assert [(p, r.name.rsplit(".", 1)[1]) for p, r in layers["10"]] == [(p, f"{p}_proj") for p in ("gate_up", "down")]
+
+
+def test_layers_of_two_stacks_are_kept_apart() -> None:
+    names = [f"{stack}.layers.0.experts.w" for stack in ("enc", "dec")]
+    rows = [Row(n, "routed experts", (4, 4), "vq4", 8, 2.0, details={"bytes": {}}) for n in names]
+    assert list(report.layers_of(rows)) == ["dec.layers.0", "enc.layers.0"]
+
+
+def test_starved_experts_are_marked() -> None:
+    assert report.starved_of(experts(2)[0]) == {3, 5}
+    text = report.page(FACTS, audit())
+    assert text.count("starved: 3, 5") == 2 and "expert 3: 9 tokens, starved" in text
+    assert all(note in text for note in FACTS["notes"])
+
+
+def test_little_or_nothing_to_say_still_makes_a_page() -> None:
+    assert not Cells(report.page({}, [])).open
+    name, details = "model.layers.0.experts.w", {"bytes": {}}
+    blank = Row(name, "routed experts", (4, 4), "vq4", 8, 2.0, float("nan"), [0, 0], details=details)
+    assert not Cells(report.page({}, [blank])).open
+
+
+def test_a_name_that_is_not_text_is_written(tmp_path: Path) -> None:
+    assert b"m\\udcff" in report.write_report(tmp_path, {"source": "m\udcff"}, audit()).read_bytes()
+
+
+def test_a_folder_that_is_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(MoeccError, match="not a moecc artifact"):
+        report.report_of(tmp_path)
