@@ -225,13 +225,16 @@ class _Coder:
             cols = slice(g * v, g * v + v)
             inner = moment[:, cols, cols]
             old = dense[:, :, cols]
-            t = old + torch.linalg.solve(inner, pull[:, :, cols].transpose(1, 2)).transpose(1, 2)
+            t = old + pull[:, :, cols] @ torch.linalg.inv(inner)
             metric = torch.linalg.cholesky(inner)
             code, sign, q = nearest(t, state.codebook, metric, self.bits)
+            # At 3 bit `nearest` follows the signs of t, so a code of other signs may have been better: then it stays.
+            better = ((t - q) @ metric).square().sum(-1) < ((t - old) @ metric).square().sum(-1)
+            q = torch.where(better.unsqueeze(-1), q, old)
             change = q - old
-            codes[:, :, g] = code
+            codes[:, :, g] = torch.where(better, code, codes[:, :, g])
             if negative is not None and sign is not None:
-                negative[:, :, cols] = sign
+                negative[:, :, cols] = torch.where(better.unsqueeze(-1), sign, negative[:, :, cols])
             dense[:, :, cols] = q
             pull -= change @ moment[:, cols, :]
         return Coded(codes, negative, state.codebook, state.scale)
@@ -294,7 +297,8 @@ class _Coder:
 
 
 def nearest(t: Tensor, codebook: Tensor, metric: Tensor, bits: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """argmin_c |(t - c) metric|^2 for t [E, N, v], codebook [C, 256, v], metric [E, v, v].
+    """argmin_c |(t - c) metric|^2 for t [E, N, v], codebook [C, 256, v], metric [E, v, v]; at 3 bit among the c that have the
+    signs of t + 1/2, which is all it takes under a diagonal metric.
 
     Returns codes [E, N], at 3 bit which components are negative [E, N, v], and the chosen vectors [E, N, v].
     """
