@@ -1,0 +1,352 @@
+"""The command line: `moecc compile | inspect | eval | generate | passes | diff`.
+
+Results go to stdout (with --json exactly one object), remarks and progress to stderr. Exit codes: 0 done; 1 `diff`
+found a difference; 2 bad input, in one line; 3 a fault of moecc's own; 130 interrupted. MOECC_DEBUG=1 shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moecc import __version__
+from moecc.errors import MoeccError
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    debug = os.environ.get("MOECC_DEBUG", "0") not in ("", "0")
+    try:
+        options = _parser().parse_args(argv)
+        return _run(options, debug)
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, False)
+    except BrokenPipeError:  # whoever read stdout has gone; nothing can be said to it, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except MoeccError as error:
+        return _fail(f"error: {error}", 2, debug)
+    except Exception as error:
+        hint = "" if debug else "; MOECC_DEBUG=1 shows where"
+        return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 3, debug)
+
+
+def _run(options: argparse.Namespace, debug: bool) -> int:
+    with _quiet(debug), contextlib.redirect_stdout(sys.stderr):  # nothing that a library prints may join the result
+        code, result, text = options.run(options)
+    print(json.dumps(result) if options.json else text)
+    sys.stdout.flush()
+    return int(code)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print("moecc: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """No warnings and bars of libraries among ours, unless debugging."""
+    if debug:
+        yield
+        return
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _progress(options: argparse.Namespace) -> Progress:
+    from tqdm import tqdm
+
+    asked = options.progress if options.progress is not None else sys.stderr.isatty()
+    return lambda items, label: tqdm(items, desc=label, file=sys.stderr, disable=not asked, leave=False)
+
+
+# ---------------------------------------------------------------- commands: options -> exit code, result, text
+
+Outcome = tuple[int, Any, str]
+
+
+def _compile(options: argparse.Namespace) -> Outcome:
+    from moecc.compiler import compile_model
+
+    result = compile_model(
+        options.model, options.passes, options.out, bits=options.bits, calib=options.calib, rows=options.rows,
+        length=options.length, backend=options.backend, seed=options.seed, dump=options.dump,
+        trust_remote_code=options.trust_remote_code, progress=_progress(options), say=_say,
+    )  # fmt: skip
+    return 0, result, _compiled_text(result)
+
+
+def _compiled_text(result: dict[str, Any]) -> str:
+    from moecc.survey import size
+
+    bits = [
+        f"{result[key]:.3f} bits per {what}"
+        for key, what in (("bits_per_weight_experts", "routed-expert weight"), ("bits_per_weight", "weight"))
+        if result.get(key) is not None
+    ]
+    written = size(result["bytes"]) if "bytes" in result else ""
+    return f"{result['out']}: " + ", ".join(filter(None, (written, *bits)))
+
+
+def _inspect(options: argparse.Namespace) -> Outcome:
+    from moecc.survey import survey, table
+
+    if options.bits is not None and options.passes is None:
+        raise MoeccError("--bits says something about passes; give --passes too")
+    found = survey(options.model, passes=options.passes, bits=options.bits, trust_remote_code=options.trust_remote_code)
+    return 0, found, table(found)
+
+
+def _eval(options: argparse.Namespace) -> Outcome:
+    import torch
+
+    from moecc import text
+    from moecc.evaluate import evaluate
+    from moecc.trace import trace
+    from moecc.weights import resolve
+
+    folder, reference = resolve(options.model), resolve(options.reference)
+    tokenizer = text.tokenizer_of(reference, trust_remote_code=options.trust_remote_code)
+    ids = text.rows(tokenizer, options.text, count=options.rows, length=options.length, purpose="evaluation", say=_say)
+    if _calibrated_on(folder) == text.digest(ids):
+        _say(f"note: {options.model} was calibrated on these very rows; they say little about others")
+    programs = []
+    for path in (folder, reference):
+        _say(f"tracing {path}")
+        program = trace(path, dtype=torch.float32, trust_remote_code=options.trust_remote_code)
+        if program.store is None:
+            raise MoeccError(f"{path} has no *.safetensors weights; give a complete checkpoint or artifact")
+        program.store.check()  # type: ignore[attr-defined]
+        programs.append(program)
+    found = evaluate(programs[0], programs[1], ids, batch=options.batch, progress=_progress(options))
+    result = {
+        "model": options.model, "reference": options.reference, "rows": len(ids), "length": ids.shape[1],
+        "rows_digest": text.digest(ids), **found.as_dict(),
+    }  # fmt: skip
+    return 0, result, _eval_text(result)
+
+
+def _calibrated_on(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / "moecc.json").read_text())["calibration_digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _eval_text(found: dict[str, Any]) -> str:
+    lines = [
+        f"perplexity      {found['perplexity']:.4f}   reference {found['reference_perplexity']:.4f}",
+        f"KL              {found['kl']:.5f} nats per token, over {found['tokens']} tokens",
+        f"experts chosen  {100 * found['agreement']:.2f} % the same, whole set {100 * found['exact_agreement']:.2f} %",
+        f"bits per weight {found['bits_per_weight_experts']:.3f} over routed experts, "
+        f"{found['bits_per_weight']:.3f} over everything",
+        "",
+    ]
+    width = max(len(row["path"]) for row in found["per_layer"])
+    lines.append(f"{'layer':<{width}}  same experts  whole set  output error")
+    for row in found["per_layer"]:
+        chosen = f"{100 * row['agreement']:10.2f} %  {100 * row['exact_agreement']:7.2f} %"
+        lines.append(f"{row['path']:<{width}}  {chosen}  {row['output_error']:12.5f}")
+    return "\n".join(lines)
+
+
+def _generate(options: argparse.Namespace) -> Outcome:
+    from moecc.generate import generate
+
+    found = generate(
+        options.model, options.prompt, new_tokens=options.max_new_tokens, temperature=options.temperature,
+        seed=options.seed, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    return 0, found, found["prompt"] + found["text"]
+
+
+def _diff(options: argparse.Namespace) -> Outcome:
+    from moecc.diff import diff, table
+
+    found = diff(options.a, options.b, _progress(options))
+    return int(not found["identical"]), found, table(found)
+
+
+def _passes(options: argparse.Namespace) -> Outcome:
+    from moecc import pipeline
+
+    if options.name is not None:
+        found = _described(options.name)
+        return 0, found, _pass_text(found)
+    every = [_described(name) for name in pipeline.names()]
+    return 0, {"passes": every}, "\n".join(_pass_line(p) for p in every)
+
+
+def _described(name: str) -> dict[str, Any]:
+    from moecc import base, pipeline
+
+    cls = pipeline.find(name)
+    summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().split("\n")[0]
+    scope = "layer" if issubclass(cls, base.LayerPass) else "model"
+    options = [
+        {"name": f.name, "default": f.default, "takes": base.accepted(f), "help": f.metadata.get("help", "")}
+        for f in fields(cls)
+    ]
+    return {
+        "name": cls.name, "summary": summary, "scope": "composite" if issubclass(cls, base.Composite) else scope,
+        "needs": sorted(cls.requires), "after": sorted(cls.after), "gives": sorted(cls.provides),
+        "spoils": sorted(cls.spoils), "needs_data": cls.needs_data, "options": options,
+        "expands": ",".join(map(str, cls().expand())) if issubclass(cls, base.Composite) else None,
+    }  # fmt: skip
+
+
+def _pass_line(p: dict[str, Any]) -> str:
+    return f"{p['name']:<10} {p['summary']}\n{'':<10} {', '.join(p['needs']) or '-'} -> {', '.join(p['gives']) or '-'}"
+
+
+def _pass_text(p: dict[str, Any]) -> str:
+    lines = [_pass_line(p)]
+    if p["expands"]:
+        lines.append(f"{'':<10} stands for {p['expands']}")
+    for key, what in (("after", "comes after"), ("spoils", "spoils")):
+        if p[key]:
+            lines.append(f"{'':<10} {what} {', '.join(p[key])}")
+    for o in p["options"]:
+        lines.append(f"  {o['name']}={str(o['default']).lower() if isinstance(o['default'], bool) else o['default']}")
+        lines.append(f"      {o['help']} ({o['takes']})")
+    return "\n".join(lines if p["options"] else [*lines, "  no options"])
+
+
+# ---------------------------------------------------------------- arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise MoeccError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="moecc", description="A compiler for Mixture-of-Experts language models.")
+    parser.add_argument("--version", action="version", version=f"moecc {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_compile(_command(commands, "compile", _compile, "compress a model into a new folder", remote=True))
+    _add_inspect(
+        _command(commands, "inspect", _inspect, "MoE structure and sizes, without reading weights", remote=True)
+    )
+    _add_eval(_command(commands, "eval", _eval, "perplexity, KL, experts chosen and output error", remote=True))
+    _add_generate(_command(commands, "generate", _generate, "continue a prompt", remote=True))
+    passes = _command(commands, "passes", _passes, "what passes there are; NAME shows one's options")
+    passes.add_argument("name", nargs="?", metavar="NAME", help="a pass, or the path of a file that defines one")
+    diff = _command(commands, "diff", _diff, "compare two artifacts or checkpoints; exit code 1 if they differ")
+    diff.add_argument("a", metavar="A", help="folder or hub id")
+    diff.add_argument("b", metavar="B", help="folder or hub id")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], Outcome], what: str, *, remote: bool = False
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, help="progress bars on stderr (default: on a terminal)"
+    )
+    if remote:
+        parser.add_argument(
+            "--trust-remote-code", action="store_true", help="run Python code that the model comes with"
+        )
+    return parser
+
+
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    parser.add_argument(
+        "--passes", required=True, metavar="P", help="e.g. kbvq or 'vsraq,kbvq{rank=32}'; see moecc passes"
+    )
+    parser.add_argument("--bits", type=_positive, metavar="B", help="default of every pass option called bits")
+    parser.add_argument("-o", "--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("--calib", type=Path, metavar="FILE", help="calibration text (default: text of this Python)")
+    _add_rows(parser)
+    parser.add_argument(
+        "--backend", default="reference", metavar="NAME", help="what runs the result (default: reference)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is random (default: 0)")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="write the program's text after every pass into DIR")
+    parser.add_argument("--device", default="cpu", choices=["cpu"], help="where the passes compute (default: cpu)")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder (a config.json is enough) or hub id")
+    parser.add_argument("--passes", metavar="P", help="say what this pipeline would give")
+    parser.add_argument("--bits", type=_positive, metavar="B", help="default of every pass option called bits")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="OUT", help="artifact or checkpoint: folder or hub id")
+    parser.add_argument("--reference", required=True, metavar="MODEL", help="the model it was compiled from")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="evaluation text (default: text of this Python)")
+    _add_rows(parser)
+    parser.add_argument("--batch", type=_positive, default=8, metavar="N", help="rows computed together (default: 8)")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="OUT", help="artifact or checkpoint: folder or hub id")
+    parser.add_argument("--prompt", default="import ", metavar="TEXT", help="text to continue (default: 'import ')")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="at most (default: 64)")
+    parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 is greedy (the default)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="for a temperature above 0 (default: 0)")
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=_positive, default=64, metavar="N", help="rows of text (default: 64)")
+    parser.add_argument("--length", type=_positive, default=512, metavar="L", help="tokens of a row (default: 512)")
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a temperature of 0 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""`moecc generate`: a few tokens from an artifact or a checkpoint, through transformers; greedy by default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moecc.errors import MoeccError
+from moecc.text import tokenizer_of
+from moecc.weights import resolve
+
+
+@torch.no_grad()
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """prompt, text (what follows it) and tokens of a folder's or hub id's model. The seed is for a temperature > 0."""
+    folder = resolve(model)
+    tokenizer = tokenizer_of(folder, trust_remote_code=trust_remote_code)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.shape[-1] == 0:
+        raise MoeccError("the prompt has no tokens; give some text with --prompt")
+    loaded = _load(str(folder), trust_remote_code)
+    if int(ids.max()) >= loaded.config.get_text_config().vocab_size:
+        raise MoeccError(
+            f"{model}: its tokenizer makes tokens that the model doesn't have; copy the model's own tokenizer"
+        )
+    settings: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        settings["temperature"] = temperature
+        torch.manual_seed(seed)
+    made = loaded.generate(
+        input_ids=ids.long(), attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **settings,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )[0, ids.shape[-1] :]  # fmt: skip
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    return {"model": model, "prompt": prompt, "text": text, "tokens": made.tolist()}
+
+
+def _load(folder: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except MoeccError:
+        raise
+    except Exception as error:  # transformers raises what the family's code raises
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MoeccError(f"{folder}: transformers can't load it as a causal language model: {why}") from error
+    return found.eval()

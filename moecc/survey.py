@@ -1,0 +1,310 @@
+"""`moecc inspect`: what a model is made of and what a pipeline would make of it, without reading a weight.
+
+  1. The model is traced from its configuration; every experts node says experts, top-k, shapes and gate, and the nodes
+     between the router's linear and the chosen indices say how it routes.
+  2. Every parameter is counted under a role, in the dtype on disk (or, without weights, that of the configuration).
+  3. A pipeline is judged by what its passes provide and their options: a coded projection costs what `moecc.vq4` says.
+     What a pass decides only when it sees weights (codebooks, offsets) gives a low and a high estimate. A shared basis
+     of automatic rank is left out: it is taken where it saves more bits at equal error than it costs.
+
+Shapes: E experts, N rows and K columns of a projection, D hidden, F intermediate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecc import ops, pipeline, vq4
+from moecc.artifact import role_of
+from moecc.base import Pass
+from moecc.capture import capture
+from moecc.errors import MoeccError
+from moecc.ir import MoE, Program, ancestors
+from moecc.skeleton import Skeleton, skeleton
+from moecc.trace import program_of
+
+_SILENT = {"view", "reshape", "getitem", "to", "_to_copy", "unsqueeze", "squeeze", "expand", "zeros_like", "flatten"}
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE layer. router: the operations from the router's logits to the chosen experts."""
+
+    path: str
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    gate: str
+    layout: str
+    router: str
+    form: str
+
+
+def survey(
+    model: str, *, passes: str | None = None, bits: int | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """What `moecc inspect --json` prints. `model` is a folder or a hub id; MoeccError where it can't be traced."""
+    wanted = _resolved(passes, bits) if passes is not None else None
+    found = skeleton(model, trust_remote_code=trust_remote_code)
+    program = program_of(capture(found), found, model)
+    sizes = _sizes(found, program)
+    layers = [_layer(program, moe) for moe in program.moe_layers()]
+    total = sum(s["bytes"] for s in sizes.values())
+    result: dict[str, Any] = {
+        "model": model, "model_type": found.model_type, "class": type(found.model).__name__,
+        "decoder_layers": program.layers - 2, "restriction": program.restriction,
+        "has_weights": program.store is not None,
+        "moe_layers": [asdict(layer) for layer in layers], "sizes": sizes,
+        "parameters": sum(s["parameters"] for s in sizes.values()), "bytes": total,
+        "has_shared_expert": "shared expert" in sizes,
+    }  # fmt: skip
+    if wanted is not None:
+        if any(layer.form != "moecc::experts" for layer in layers):
+            raise MoeccError(f"{model} is compressed already; give the checkpoint it was made from")
+        result["estimate"] = _estimate(program, found, sizes, wanted)
+    return result
+
+
+def _resolved(passes: str, bits: int | None) -> list[Pass]:
+    return pipeline.resolve(pipeline.parse(passes, bits=bits)[0])[0]
+
+
+# ---------------------------------------------------------------- structure
+
+
+def _layer(program: Program, moe: MoE) -> MoELayer:
+    experts, _, hidden, intermediate = _shape(moe)
+    attributes = moe.attributes
+    gate = attributes["act"] if attributes["gate"] == "none" else f"{attributes['act']}, {attributes['gate']}"
+    form = str(moe.node.target).removesuffix(".default").replace(".", "::")
+    return MoELayer(
+        moe.path, experts, moe.top_k, hidden, intermediate, gate, _layout(program, moe), _router(program, moe), form
+    )
+
+
+def _shape(moe: MoE) -> tuple[int, int, int, int]:
+    """E, N of gate_up, D, F."""
+    hidden = int(moe.node.args[0].meta["val"].shape[1])  # type: ignore[union-attr]
+    first = moe.operand("gate_up_scale" if moe.node.target is ops.VQ_EXPERTS else "gate_up")
+    experts, rows = (int(n) for n in first.meta["val"].shape[:2])  # type: ignore[union-attr]
+    return experts, rows, hidden, rows if moe.attributes["gate"] == "none" else rows // 2
+
+
+def _layout(program: Program, moe: MoE) -> str:
+    """How the checkpoint's experts become canonical: nothing to do, or the operations that do it."""
+    if moe.node.target is not ops.EXPERTS:
+        return "compressed"
+    parts = []
+    for projection in ("gate_up", "down"):
+        recipe = program.weights[moe.operand(projection).name].recipe  # type: ignore[union-attr]
+        calls = [] if recipe is None else [n for n in recipe.graph.nodes if n.op == "call_function"]
+        parts.append(" ".join(_short(n) for n in calls) or "canonical")
+    return parts[0] if parts[0] == parts[1] else f"gate_up {parts[0]}; down {parts[1]}"
+
+
+def _router(program: Program, moe: MoE) -> str:
+    """Names of the operations between the router's logits and topk_index, bookkeeping left out."""
+    index = moe.node.args[1]
+    if moe.logits is None:
+        return "no linear found before the choice"
+    above = ancestors([index])  # type: ignore[list-item]
+    below: set[fx.Node] = {moe.logits}
+    names = []
+    for node in program.graph.nodes:
+        if node in above and node not in below and any(i in below for i in node.all_input_nodes):
+            below.add(node)
+            names.append(_short(node))
+    return " > ".join(name for name, _ in groupby(n for n in names if n not in _SILENT)) or "linear"
+
+
+def _short(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name.rpartition("::")[2]).rstrip("_")
+    return str(getattr(target, "__name__", target))
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def _sizes(found: Skeleton, program: Program) -> dict[str, dict[str, int]]:
+    """parameters and bytes by role, largest first."""
+    sizes: dict[str, dict[str, int]] = {}
+    moes, linears = program.moe_layers(), _quantized_linears(found)
+    for name, shape, itemsize in _parameters(found, program):
+        routed = next((m for m in moes if name.startswith(m.path + ".")), None)
+        row = sizes.setdefault("routed experts" if routed else role_of(name), {"parameters": 0, "bytes": 0})
+        row["bytes"] += math.prod(shape) * itemsize
+        path, _, leaf = name.rpartition(".")
+        if routed is None or routed.node.target is ops.EXPERTS:  # of compressed experts the floats they stand for count
+            packed = 8 // linears[path]["bits"] if path in linears else 1
+            row["parameters"] += math.prod(shape) * packed if path not in linears or leaf in ("weight", "bias") else 0
+    if "routed experts" in sizes:
+        compressed = (m for m in moes if m.node.target is not ops.EXPERTS)
+        sizes["routed experts"]["parameters"] += sum(pipeline.expert_weights(m) for m in compressed)
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _quantized_linears(found: Skeleton) -> dict[str, Any]:
+    settings = getattr(found.config, "quantization_config", None) or {}
+    linears: dict[str, Any] = settings.get("linears", {}) if isinstance(settings, dict) else settings.linears
+    return linears
+
+
+def _parameters(found: Skeleton, program: Program) -> Iterable[tuple[str, tuple[int, ...], int]]:
+    """(name, shape, bytes per element) of everything that a checkpoint stores, tied tensors once."""
+    store: Any = program.store
+    if store is not None:
+        for name in store.names():
+            if name not in store.tied:
+                yield name, tuple(store.shape(name)), store.dtype(name).itemsize
+        return
+    tied = getattr(found.model, "all_tied_weights_keys", None) or {}
+    for name, p in found.model.named_parameters():
+        if name not in tied:
+            yield name, tuple(p.shape), p.dtype.itemsize
+
+
+# ---------------------------------------------------------------- what a pipeline would give
+
+
+def _estimate(
+    program: Program, found: Skeleton, sizes: dict[str, dict[str, int]], passes: Sequence[Pass]
+) -> dict[str, Any]:
+    """Bytes and bits per weight, low and high, behind `passes`. Bits are per parameter of the float model."""
+    low = high = expert_weights = 0.0
+    moes = program.moe_layers()
+    for moe in moes:
+        a, b = _experts_bits(moe, passes)
+        low, high, expert_weights = low + a, high + b, expert_weights + pipeline.expert_weights(moe)
+    routed = sizes.get("routed experts", {"bytes": 0})["bytes"]
+    if not any("vq" in p.provides for p in passes):
+        low = high = 8.0 * routed
+    rest = 8.0 * (sum(s["bytes"] for s in sizes.values()) - routed) - _dense_saving(found, program, passes)
+    weights = sum(s["parameters"] for s in sizes.values())
+    return {
+        "pipeline": ",".join(map(str, passes)),
+        "bytes": [round((low + rest) / 8), round((high + rest) / 8)],
+        "bits_per_weight_experts": [low / expert_weights, high / expert_weights],
+        "bits_per_weight": [(low + rest) / weights, (high + rest) / weights],
+        "automatic_basis": any("basis" in p.provides and getattr(p, "rank", "") == "auto" for p in passes),
+    }
+
+
+def _experts_bits(moe: MoE, passes: Sequence[Pass]) -> tuple[float, float]:
+    """Bits of one layer's routed experts in the format `vq4`, at least and at most."""
+    experts, rows, hidden, intermediate = _shape(moe)
+    low = high = 0.0
+    for n, k, input_side in ((rows, hidden, True), (hidden, intermediate, False)):
+        a, b = _projection_bits(experts, n, k, passes, input_side)
+        low, high = low + a, high + b
+    return low, high
+
+
+def _projection_bits(
+    experts: int, rows: int, columns: int, passes: Sequence[Pass], input_side: bool
+) -> tuple[float, float]:
+    bits = _option(passes, "vq", "bits", 2)
+    book = 8 * vq4.CODEBOOK_SIZE * vq4.group_size(bits)
+    low = experts * rows * (bits * vq4.padded(columns) + 16) + book
+    high = low + book * (experts - 1)
+    chosen = _option(passes, "vq", "codebook", "auto")
+    low, high = (high if chosen == "expert" else low), (low if chosen == "layer" else high)
+    offset = _option(passes, "affine", "offset", "auto") if any("affine" in p.provides for p in passes) else "off"
+    low, high = low + 16 * experts * rows * (offset == "on"), high + 16 * experts * rows * (offset != "off")
+    if not any("basis" in p.provides for p in passes):
+        return low, high
+    hidden, other = (columns, rows) if input_side else (rows, columns)
+    rank = _option(passes, "basis", "rank", "auto")
+    if rank in ("auto", 0):
+        return low, high
+    basis = 16 * rank * hidden + 8 * experts * rank * other + 16 * experts * (rows if input_side else rank)
+    return low + basis, high + basis
+
+
+def _dense_saving(found: Skeleton, program: Program, passes: Sequence[Pass]) -> float:
+    """Bits that group quantization of attention and shared-expert matrices saves."""
+    if not any("dense" in p.provides for p in passes):
+        return 0.0
+    bits, group = _option(passes, "dense", "bits", 8), _option(passes, "dense", "group", 64)
+    saving = 0.0
+    for name, shape, itemsize in _parameters(found, program):
+        if len(shape) == 2 and role_of(name) in ("attention", "shared expert") and shape[1] % group == 0:
+            saving += math.prod(shape) * (8 * itemsize - bits - 24 / group) if shape[0] >= 32 else 0
+    return saving
+
+
+def _option(passes: Sequence[Pass], fact: str, option: str, default: Any) -> Any:
+    """The value of `option` of the pass that provides `fact`; its default where no pass has it."""
+    return next((getattr(p, option) for p in passes if fact in p.provides and hasattr(p, option)), default)
+
+
+# ---------------------------------------------------------------- for people
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `moecc inspect` prints without --json."""
+    lines = [
+        f"{found['model']}: {found['class']} ({found['model_type']}), {found['decoder_layers']} decoder layers, "
+        f"{len(found['moe_layers'])} of them MoE, {_count(found['parameters'])} parameters, {size(found['bytes'])}"
+        + ("" if found["has_weights"] else " (from the configuration)"),
+        "",
+    ]
+    same = ("experts", "top_k", "hidden", "intermediate", "gate", "layout", "router", "form")
+    for _, group in groupby(found["moe_layers"], lambda layer: [layer[k] for k in same]):
+        lines += _layer_lines(list(group), found["has_shared_expert"])
+    width = max(len(role) for role in found["sizes"])
+    for role, row in found["sizes"].items():
+        share = 100 * row["bytes"] / max(found["bytes"], 1)
+        lines.append(f"  {role:<{width}}  {_count(row['parameters']):>10}  {size(row['bytes']):>10}  {share:5.1f} %")
+    if found["restriction"]:
+        lines += ["", f"The trace holds for {found['restriction']} only."]
+    if "estimate" in found:
+        lines += ["", *_estimate_lines(found["estimate"])]
+    return "\n".join(lines)
+
+
+def _layer_lines(group: list[dict[str, Any]], shared: bool) -> list[str]:
+    one, last = group[0], group[-1]
+    names = one["path"] if len(group) == 1 else f"{one['path']} .. {last['path']} ({len(group)} layers)"
+    return [
+        names,
+        f"  {one['experts']} experts, top-{one['top_k']}, hidden {one['hidden']}, intermediate {one['intermediate']}, "
+        f"{one['gate']}{', shared expert' if shared else ''}",
+        f"  layout {one['layout']}; router {one['router']}; {one['form']}",
+        "",
+    ]
+
+
+def _estimate_lines(found: dict[str, Any]) -> list[str]:
+    def span(values: list[float], form: str) -> str:
+        low, high = (format(v, form) for v in values)
+        return low if low == high else f"{low} to {high}"
+
+    low, high = (size(n) for n in found["bytes"])
+    return [
+        f"with {found['pipeline']}",
+        f"  about {low if low == high else f'{low} to {high}'}: {span(found['bits_per_weight_experts'], '.3f')} bits "
+        f"per routed-expert weight, {span(found['bits_per_weight'], '.3f')} over everything",
+        *(["  a shared basis comes on top where it earns its bits"] if found["automatic_basis"] else []),
+    ]
+
+
+def _count(n: int) -> str:
+    return next((f"{n / d:.2f} {unit}" for unit, d in (("B", 1e9), ("M", 1e6), ("k", 1e3)) if n >= d), str(n))
+
+
+def size(count: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= divisor:
+            return f"{count / divisor:.2f} {unit}"
+    return f"{count:.0f} B"
