@@ -26,6 +26,7 @@ from moecc.trace import trace
 from moecc.weights import resolve
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+BATCH = 4  # calibration rows that go through a layer together
 CHECKED = (2, 64)  # rows and tokens of the reload check
 
 
@@ -144,11 +145,11 @@ def _pipeline(passes: str, bits: int | None, say: Callable[[str], None]) -> list
 def _calibration(
     folder: Path, calib: Path | None, rows: int, length: int, passes: list[Pass]
 ) -> tuple[list[Tensor], str]:
-    """Calibration rows as batches of one [1, S], and their digest; none where no pass needs them."""
+    """Calibration rows in batches [B, S], and their digest; none where no pass needs them."""
     if not any(p.needs_data for p in passes):
         return [], ""
     ids = text.rows(text.tokenizer_of(folder), calib, count=rows, length=length)
-    return list(ids.split(1)), text.digest(ids)
+    return list(ids.split(BATCH)), text.digest(ids)
 
 
 def _require_fresh(program: Program, model: str) -> None:
@@ -163,7 +164,7 @@ def _require_fresh(program: Program, model: str) -> None:
 def _check_ids(program: Program, batches: list[Tensor]) -> list[Tensor]:
     """Token ids for the reload check: of the calibration text, else evenly spread over the vocabulary."""
     if batches:
-        return [torch.cat(batches[: CHECKED[0]])[:, : CHECKED[1]]]
+        return [batches[0][: CHECKED[0], : CHECKED[1]]]
     size = program.config.get_text_config().vocab_size
     return [(torch.arange(CHECKED[0] * CHECKED[1]) * 7919 % size).view(CHECKED)]
 

@@ -73,7 +73,8 @@ def prepare(model: nn.Module, config: Any) -> None:
     for path, entry in settings.experts.items():
         module = _submodule(model, path)
         experts.compress_module(module, entry["gate_up"], entry["down"], entry["attributes"], entry["remove"])
-        module._is_hf_initialized = True  # its own initializer would look for the dense parameters
+        for part in module.modules():
+            part._is_hf_initialized = True  # type: ignore[assignment]  # initializers would look for the dense parameters
     for path, entry in settings.linears.items():
         if not isinstance(_submodule(model, path), nn.Linear):
             raise MoeccError(f"{path}: stored as a quantized linear, but the model has no nn.Linear there; compile it again")

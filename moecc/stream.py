@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moecc.ir import Program, run_nodes, stage_nodes
+from moecc.ir import Program, needed_for, run_nodes, stage_nodes
 
 
 class StageWeights(Mapping[str, Any]):
@@ -75,8 +75,7 @@ class Stream:
         assert stage == self.stage, f"the stream stands before stage {self.stage}, not {stage}"
         wanted = set(names)
         found: dict[str, list[Any]] = {n: [] for n in wanted}
-        nodes = stage_nodes(self.program, stage)
-        nodes = [n for n in nodes if n in _needed_for(nodes, wanted)]
+        nodes = needed_for(stage_nodes(self.program, stage), wanted)
         weights = StageWeights(self.program)
         for values in self.values:
             here = dict(values)
@@ -96,14 +95,6 @@ class Stream:
         assert self.stage == self.program.layers, "the stream has not reached the end of the program"
         node = next(n for n in self.program.graph.nodes if n.op == "output").args[0][0]
         return [values[node.name] for values in self.values]
-
-
-def _needed_for(nodes: list[fx.Node], wanted: set[str]) -> set[fx.Node]:
-    needed: set[fx.Node] = set()
-    for node in reversed(nodes):
-        if node.name in wanted or any(u in needed for u in node.users):
-            needed.add(node)
-    return needed
 
 
 def run_program(program: Program, batches: Iterable[Tensor], visit: Callable[[fx.Node, Any, int], None] | None = None) -> list[Tensor]:

@@ -59,7 +59,9 @@ def decode(codes: Tensor, signs: Tensor | None, codebook: Tensor, columns: int, 
     experts = codes.shape[0]
     table = codebook.to(dtype).expand(experts, -1, -1)
     offset = torch.arange(experts, device=codes.device).view(-1, 1, 1) * table.shape[1]
-    values = table.reshape(-1, table.shape[2])[codes.long() + offset].flatten(-2)
+    # index_select, because its gradient is an index_add: indexing's own accumulates one element at a time
+    flat = table.reshape(-1, table.shape[2]).index_select(0, (codes.long() + offset).flatten())
+    values = flat.view(*codes.shape[:2], -1)
     if signs is not None:
         values = torch.where(unpack_signs(signs), -1 - values, values)
     return values[..., :columns]

@@ -28,16 +28,48 @@ from moecc.passes._moments import Routed, hidden_units, routed_tokens
 from moecc.passes._rate import gain
 
 _PRIOR = 32.0
-_MOST_TOKENS = 8192  # of one expert
+_MOST_TOKENS = 4096  # of one expert
 
 
 @dataclass
-class _Sums:
-    """Squared errors over experts, on tokens that the fit did not see: as coded, with slope, with slope and offset."""
+class Sums:
+    """Weighted sums over tokens, per output channel, that a line's fit and its error need (float64: errors are differences)."""
 
-    coded: float = 0.0
-    slope: float = 0.0
-    both: float = 0.0
+    count: int
+    w: Tensor  # [] sum of weights
+    v: Tensor  # [N] sum of w v, and so on
+    t: Tensor
+    vv: Tensor
+    vt: Tensor
+    tt: Tensor
+
+    @classmethod
+    def of(cls, v: Tensor, t: Tensor, weight: Tensor) -> Sums:
+        """v, t [n, N], weight [n]."""
+        w = weight.unsqueeze(-1)
+        wv, wt = w * v, w * t
+        sums = [weight.sum(), wv.sum(0), wt.sum(0), (wv * v).sum(0), (wv * t).sum(0), (wt * t).sum(0)]
+        return cls(len(v), *(x.double() for x in sums))
+
+    def __add__(self, other: Sums) -> Sums:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Sums(*(a + b for a, b in pairs))
+
+    def line(self, *, offset: bool = True) -> tuple[Tensor, Tensor]:
+        """Least squares t ~ slope * v + offset per channel, drawn towards (1, 0): [N], [N]."""
+        total = self.w.clamp(min=1e-30)
+        mean_v, mean_t = (self.v / total, self.t / total) if offset else (self.v * 0, self.t * 0)
+        spread, joint = self.vv / total - mean_v.square(), self.vt / total - mean_v * mean_t
+        trust = self.count / (self.count + _PRIOR)
+        fits = spread > 1e-12 * (self.vv / total) + 1e-30
+        slope = 1 + trust * torch.where(fits, joint / spread.clamp(min=1e-30) - 1, torch.zeros_like(spread))
+        return slope, trust * (mean_t - slope * mean_v)
+
+    def error(self, slope: Tensor | float, offset: Tensor | float) -> float:
+        """sum of w (t - slope v - offset)^2."""
+        a, b = slope, offset
+        terms = self.tt - 2 * a * self.vt - 2 * b * self.t + a * a * self.vv + 2 * a * b * self.v + b * b * self.w
+        return float(terms.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,40 +123,24 @@ class AffineCorrection(LayerPass):
     def regress(
         self, coded: CodedProjection, inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]
     ) -> tuple[Tensor | None, Tensor | None]:
-        sums, slopes, offsets = _Sums(), [], []
+        coded_error = slope_error = both_error = 0.0
+        sums = []
         for e, (intended, dense, arrived, weight) in inputs.items():
             v, low = coded.parts(e, arrived)
             t = intended @ dense.T - low
-            a, b = line(v[::2], t[::2], weight[::2])
-            a0, _ = line(v[::2], t[::2], weight[::2], offset=False)
-            rest, w = (v[1::2], t[1::2]), weight[1::2, None]
-            sums.coded += float((w * (rest[1] - rest[0]).square()).sum())
-            sums.slope += float((w * (rest[1] - a0 * rest[0]).square()).sum())
-            sums.both += float((w * (rest[1] - a * rest[0] - b).square()).sum())
-            slopes.append((v, t, weight))
+            fit, rest = Sums.of(v[::2], t[::2], weight[::2]), Sums.of(v[1::2], t[1::2], weight[1::2])
+            coded_error += rest.error(1.0, 0.0)
+            slope_error += rest.error(fit.line(offset=False)[0], 0.0)
+            both_error += rest.error(*fit.line())
+            sums.append(fit + rest)
         price = 0.0 if coded.bias is not None else 16 / coded.columns
-        use_offset = self.offset == "on" or (
-            self.offset == "auto" and gain(min(sums.coded, sums.slope), sums.both, price) > 0
-        )
-        if not use_offset and sums.slope >= sums.coded:
+        worth = gain(min(coded_error, slope_error), both_error, price) > 0
+        use_offset = self.offset == "on" or (self.offset == "auto" and worth)
+        if not use_offset and slope_error >= coded_error:
             return None, None
-        fitted = [line(*each, offset=use_offset) for each in slopes]
-        offsets = [b for _, b in fitted]
-        return torch.stack([a for a, _ in fitted]), torch.stack(offsets) if use_offset else None
-
-
-def line(v: Tensor, t: Tensor, weight: Tensor, *, offset: bool = True) -> tuple[Tensor, Tensor]:
-    """Weighted least squares t ~ slope * v + offset per column, drawn towards (1, 0): v, t [n, N], weight [n] -> [N], [N]."""
-    total = weight.sum()
-    if len(v) < 2 or total <= 0:
-        return v.new_ones(v.shape[1]), v.new_zeros(v.shape[1])
-    w = (weight / total).unsqueeze(-1)
-    mean_v, mean_t = ((w * v).sum(0), (w * t).sum(0)) if offset else (v.new_zeros(v.shape[1]), v.new_zeros(v.shape[1]))
-    dv, dt = v - mean_v, t - mean_t
-    spread = (w * dv.square()).sum(0)
-    trust = len(v) / (len(v) + _PRIOR)
-    slope = 1 + trust * ((w * dv * dt).sum(0) / spread.clamp(min=1e-20) - 1).where(spread > 0, torch.zeros_like(spread))
-    return slope, trust * (mean_t - slope * mean_v)
+        lines = [each.line(offset=use_offset) for each in sums]
+        slope, offset = (torch.stack([pair[i] for pair in lines]).float() for i in (0, 1))
+        return slope, offset if use_offset else None
 
 
 def _present(**values: Tensor | None) -> list[str]:

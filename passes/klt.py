@@ -8,7 +8,8 @@ The basis is on the residual-stream side of both projections, so that it is appl
            5. basis = U^T [r, D], coef_e = U^T W_e [r, F]
   both     6. the basis is stored as float16, coefficients as int8 with a scale per row; what is left for coding is W_e minus
               the *stored* part, so rounding here is made up for there
-  rank     7. auto: the rank whose error *after coding* is worth its bits (`_rate`), measured on a sample of experts; 0 allowed
+  rank     7. auto: the rank whose error *after coding* is worth its bits (`_rate`), measured on a sample of experts; 0 allowed.
+              Errors of both projections count, relative to their outputs: where one is far the smaller, bits do not go there
 
 Shapes: E experts, N rows, D hidden, F intermediate. Cost in bits per weight of gate_up: 8 r / D + 16 / D + 16 r / (E N).
 """
@@ -64,13 +65,13 @@ class SharedBasis(LayerPass):
     def factor(self, layer: Layer, moe: MoE, ctx: Context) -> bool:
         moments: Moments = layer.data["moments", moe.path]
         program, parts, remainder = layer.program, [], {}
-        for projection in ("gate_up", "down"):
-            weight = layer.weight(moe, projection)
-            assert weight is not None
-            stored = self.choose(projection, weight, moments.of(projection), ctx.seed_for(moe.path, projection))
+        cases = {p: Case.of(layer, moe, p, moments, ctx) for p in ("gate_up", "down")}
+        base = {p: self.coded_error(case, None) if self.rank == "auto" else 0.0 for p, case in cases.items()}
+        for projection, case in cases.items():
+            stored = self.choose(case, base[projection], sum(base.values()) - base[projection], cases)
             parts.append(stored)
             ctx.record(f"{moe.path}.{projection}", rank=0 if stored is None else len(stored.basis))
-            remainder[projection] = weight if stored is None else weight - stored.dense()
+            remainder[projection] = case.weight if stored is None else case.weight - stored.dense()
         if parts == [None, None]:
             return False
         operands = [program.add(f"{moe.path}.{p}.remainder", r) for p, r in remainder.items()]
@@ -83,33 +84,58 @@ class SharedBasis(LayerPass):
         program.replace(moe.node, KLT_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
         return True
 
-    def choose(self, projection: str, weight: Tensor, moment: Tensor, seed: int) -> Basis | None:
-        """The stored basis of a projection [E, N, K] under moments [E, K, K], None where rank 0 is best."""
-        input_side = projection == "gate_up"
-        hidden = weight.shape[2] if input_side else weight.shape[1]
+    def choose(self, case: Case, base: float, other: float, cases: dict[str, Case]) -> Basis | None:
+        """The stored basis of a projection, None where rank 0 is best. `base`: its error at rank 0; `other`: the other one's."""
+        weight, hidden = case.weight, case.hidden
         if self.rank != "auto":
             rank = int(self.rank)
             if rank > hidden:
-                raise MoeccError(f"klt: rank={rank} is more than {projection}'s {hidden} dimensions; give a smaller rank")
-            return factorize(weight, moment, rank, input_side=input_side) if rank else None
-        some = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EXPERTS)).long()
-        base = self.coded_error(weight[some], weight[some], moment[some], seed)
+                raise MoeccError(f"klt: rank={rank} is more than {case.projection}'s {hidden} dimensions; give a smaller rank")
+            return factorize(weight, case.moment, rank, input_side=case.input_side) if rank else None
+        total = sum(c.weight.numel() for c in cases.values())
         best, best_gain = None, 0.0
         for rank in (r for r in _CANDIDATES if r < hidden // 4):
-            stored = factorize(weight, moment, rank, input_side=input_side)
-            error = self.coded_error(weight[some], (weight - stored.dense())[some], moment[some], seed)
-            worth = gain(base, error, stored.bits() / weight.numel())
+            stored = factorize(weight, case.moment, rank, input_side=case.input_side)
+            worth = gain(base + other, self.coded_error(case, stored) + other, stored.bits() / total)
             if worth > best_gain:
                 best, best_gain = stored, worth
-            elif best is None and worth < -0.05:
+            elif worth < best_gain - 0.02:
                 break  # a larger rank costs more still
         return best
 
-    def coded_error(self, weight: Tensor, remainder: Tensor, moment: Tensor, seed: int) -> float:
+    def coded_error(self, case: Case, stored: Basis | None) -> float:
+        """Relative error of some experts' output after coding what `stored` leaves."""
+        some = torch.linspace(0, len(case.weight) - 1, min(len(case.weight), _SAMPLED_EXPERTS)).long()
+        weight, moment = case.weight[some], case.moment[some]
+        remainder = weight if stored is None else (case.weight - stored.dense())[some]
         padded, padded_moment = pad_columns(remainder, moment)
-        coded = encode(padded, padded_moment, bits=self.bits, shared=True, seed=seed, rounds=1)
+        coded = encode(padded, padded_moment, bits=self.bits, shared=True, seed=case.seed, rounds=1)
         error = coded.dense() - padded
-        return float(weighted_error(error, padded_moment).sum() / weighted_error(weight, moment).sum())
+        return float(weighted_error(error, padded_moment).sum() / weighted_error(weight, moment).sum().clamp(min=1e-20))
+
+
+@dataclass
+class Case:
+    """One projection to factor: weight [E, N, K] under moments [E, K, K]."""
+
+    projection: str
+    weight: Tensor
+    moment: Tensor
+    seed: int
+
+    @classmethod
+    def of(cls, layer: Layer, moe: MoE, projection: str, moments: Moments, ctx: Context) -> Case:
+        weight = layer.weight(moe, projection)
+        assert weight is not None
+        return cls(projection, weight, moments.of(projection), ctx.seed_for(moe.path, projection))
+
+    @property
+    def input_side(self) -> bool:
+        return self.projection == "gate_up"
+
+    @property
+    def hidden(self) -> int:
+        return self.weight.shape[2] if self.input_side else self.weight.shape[1]
 
 
 def square_root(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ Cost in bits per weight: `bits` + 16/K for scales + 8192/(N K) per expert for co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from moecc.passes._moments import Moments
 from moecc.passes._rate import gain
 from moecc.passes._store import compact
 
+_SAMPLED_EXPERTS = 8
 _AT_ONCE = 1 << 26  # weights coded together where experts have codebooks of their own
 
 
@@ -86,13 +87,19 @@ class VectorQuantize(LayerPass):
         weight, moment = pad_columns(weight, moment)
         if self.codebook != "auto":
             return self.encode(weight, moment, self.codebook == "layer", seed), self.codebook == "layer"
-        own = self.encode(weight, moment, False, seed)
+        shared = self.shares(weight, moment, seed)
+        return self.encode(weight, moment, shared, seed), shared
+
+    def shares(self, weight: Tensor, moment: Tensor, seed: int) -> bool:
+        """Whether one codebook for the layer is better at its bits, measured on some experts."""
         price = 8 * vq4.CODEBOOK_SIZE * vq4.group_size(self.bits) * (1 - 1 / len(weight)) / weight[0].numel()
-        if price < 0.01:  # next to nothing: not worth coding twice to find out
-            return own, False
-        one = self.encode(weight, moment, True, seed)
-        errors = [float(weighted_error(c.dense() - weight, moment).sum()) for c in (one, own)]
-        return (own, False) if gain(*errors, price) > 0 else (one, True)
+        if price < 0.005:  # next to nothing
+            return False
+        some = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EXPERTS)).long()
+        weight, moment = weight[some], moment[some]
+        quick = replace(self, rounds=min(self.rounds, 2))
+        coded = [quick.encode(weight, moment, shared, seed) for shared in (True, False)]
+        return gain(*(float(weighted_error(c.dense() - weight, moment).sum()) for c in coded), price) <= 0
 
     def encode(self, weight: Tensor, moment: Tensor, shared: bool, seed: int) -> Coded:
         step = len(weight) if shared else max(1, _AT_ONCE // weight[0].numel())

@@ -7,7 +7,7 @@
        + value * sensitivity-weighted alignment of the next router's scores
        + order * alignment of the order of its chosen experts  +  boundary * alignment of its top-k boundary   (`_routing`)
      Each term is divided by its value before tuning, so that weights mean the same on any model; 0 switches a term off.
-  3. An eighth of the calibration rows is held out. The state with the least held-out loss is kept, the start included, so
+  3. An eighth of the calibration batches (at least one) is held out. The state with the least held-out loss is kept, the start included, so
      tuning never makes a layer worse on text it did not see.
 
 The next router is reached through the next layer's own attention and norm, in float. The last layer has no router behind it and is
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from moecc.base import Context, Layer, LayerPass, option
-from moecc.ir import MoE, Program, ancestors, run_nodes, stage_nodes
+from moecc.ir import MoE, Program, ancestors, needed_for, run_nodes, stage_nodes
 from moecc.ops import VQ_EXPERTS
 from moecc.passes._coding import clamp_codebook
 from moecc.passes._routing import boundary_loss, flips, order_loss, standardized, value_loss
@@ -41,7 +41,7 @@ class AlignRouting(LayerPass):
     provides: ClassVar[frozenset[str]] = frozenset({"routing"})
     needs_data: ClassVar[bool] = True
     steps: int = option(200, help="optimizer steps per layer", low=1, high=100_000)
-    rows: int = option(8, help="calibration rows per step", low=1, high=4096)
+    batches: int = option(1, help="calibration batches per step", low=1, high=4096)
     lr: float = option(1.0, help="factor on all learning rates", low=1e-4, high=100)
     reconstruction: float = option(1.0, help="weight of the block's output", low=0, high=1e4)
     value: float = option(1.0, help="weight of router value alignment", low=0, high=1e4)
@@ -65,7 +65,7 @@ class AlignRouting(LayerPass):
         """Steps 2 and 3; the held-out losses before and after."""
         generator = torch.Generator().manual_seed(seed)
         rows = len(block.inputs)
-        held_out = list(range(7, rows, 8)) if rows >= 8 else list(range(rows))
+        held_out = list(range(7, rows, 8)) or list(range(rows - 1, rows))
         train = [i for i in range(rows) if i not in held_out] or held_out
         optimizer = torch.optim.Adam(tuned.groups(self.lr), betas=(0.9, 0.95))
         rates = [g["lr"] for g in optimizer.param_groups]
@@ -75,7 +75,7 @@ class AlignRouting(LayerPass):
         for step in ctx.progress(range(self.steps), f"vsraq layer {block.layer.index}"):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - step / self.steps)
-            picked = torch.randint(len(train), (min(self.rows, len(train)),), generator=generator)
+            picked = torch.randint(len(train), (min(self.batches, len(train)),), generator=generator)
             with torch.enable_grad():
                 terms = block.terms([train[i] for i in picked.tolist()], tuned.rounded())
                 loss = sum(self.weights()[k] * v / block.start[k] for k, v in terms.items() if k != "flips")
@@ -175,7 +175,7 @@ class Block:
         changed = _descendants(body, [m.node for m in layer.moe])
         live = layer.inputs.needed_after(layer.index)
         self.outputs = [n.name for n in body if n in changed and n.name in live and n.meta["val"].is_floating_point()]
-        self.body = [n for n in body if n in ancestors([o for o in body if o.name in self.outputs])]
+        self.body = needed_for(body, set(self.outputs))
         self.router = next_router(program, layer.index) if options.value or options.order or options.boundary else None
         self.onward = _path_to(program, layer.index, self.router[1]) if self.router else []
         self.weights = StageWeights(program)
@@ -263,8 +263,8 @@ def _only_softmax(node: fx.Node, logits: fx.Node) -> bool:
 
 
 def _path_to(program: Program, stage: int, target: fx.Node) -> list[fx.Node]:
-    wanted = ancestors([target])
-    return [n for n in program.graph.nodes if n in wanted and n.meta["layer"] > stage]
+    later = [n for n in program.graph.nodes if n.op == "call_function" and n.meta["layer"] > stage]
+    return needed_for(later, {target.name})
 
 
 def _descendants(nodes: list[fx.Node], roots: list[fx.Node]) -> set[fx.Node]:
