@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 
-from moecc import ops
+from moecc import ops, vq4
 from moecc.errors import MoeccError
 
 _SHORT = {
@@ -152,18 +152,13 @@ class Program:
         return node
 
     def replace(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        """Put a call of `target`, of the same result shape, in the place of `node`; drop weights that nothing reads any more.
+        """Make `node` a call of `target`, of the same result shape; drop weights that nothing reads any more.
 
-        The new node keeps the old one's name, so that a rewritten program still lines up with its float reference.
+        It stays the same node and keeps its name, so that a rewritten program still lines up with its float reference.
         """
-        with self.graph.inserting_before(node):
-            new = self.graph.call_function(target, args, kwargs)
-        new.meta, name = dict(node.meta), node.name
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
-        new._rename(name)
+        node.target, node.args, node.kwargs = target, args, kwargs
         self.drop_unused()
-        return new
+        return node
 
     def drop_unused(self) -> None:
         for node in list(self.graph.nodes):
@@ -296,9 +291,30 @@ def check_operands(node: fx.Node) -> None:
         "gate_up_slope": (experts, rows), "gate_up_offset": (experts, rows), "down_slope": (experts, hidden),
         "down_offset": (experts, hidden), "post_norm": (hidden,),
     }  # fmt: skip
+    for projection, n, k, input_side in (("gate_up", rows, hidden, True), ("down", hidden, intermediate, False)):
+        own = {t: shape[f"{projection}_{t}"] for t in vq4.TENSORS if f"{projection}_{t}" in shape}
+        expected.update({f"{projection}_{t}": s for t, s in _stored_shapes(own, experts, n, k, hidden, input_side).items()})
     for name, want in expected.items():
         if name in shape and shape[name] != want:
             raise MoeccError(f"node %{node.name} ({_target(node.target)}): {name} is {shape[name]}, expected {want}")
+
+
+def _stored_shapes(
+    own: dict[str, tuple[int, ...]], experts: int, rows: int, columns: int, hidden: int, input_side: bool
+) -> dict[str, tuple[int, ...]]:
+    """What codes, signs, codebook, basis and coefficients of one projection must look like, given the others."""
+    expected: dict[str, tuple[int, ...]] = {}
+    if "codebook" in own:
+        books, v = own["codebook"][0], own["codebook"][-1]
+        expected["codebook"] = (books if books in (1, experts) else experts, vq4.CODEBOOK_SIZE, v if v in (2, 4) else 4)
+        expected["codes"] = (experts, rows, vq4.padded(columns) // expected["codebook"][2])
+        expected["signs"] = (experts, rows, vq4.padded(columns) // 8)
+    if "basis" in own:
+        rank = own["basis"][0]
+        expected["basis"] = (rank, hidden)
+        expected["coef"] = (experts, rows, rank) if input_side else (experts, rank, columns)
+        expected["coef_scale"] = expected["coef"][:2]
+    return expected
 
 
 def router_logits(experts: fx.Node) -> fx.Node | None:
@@ -378,6 +394,40 @@ def digest(tensor: Tensor) -> str:
 def stage_nodes(program: Program, stage: int) -> list[fx.Node]:
     """The call nodes of one stage, in order."""
     return [n for n in program.graph.nodes if n.op == "call_function" and n.meta["layer"] == stage]
+
+
+def needed_for(nodes: Iterable[fx.Node], wanted: set[str]) -> list[fx.Node]:
+    """Those of `nodes` (in order) that the values called `wanted` depend on, in order.
+
+    An in-place op counts where a needed node, or the caller, reads what it writes into, though nobody reads its own result.
+    """
+    needed: set[fx.Node] = set()
+    order = list(nodes)
+    for node in reversed(order):
+        written = _written(node)
+        if (
+            node.name in wanted
+            or any(u in needed for u in node.users)
+            or any(i.name in wanted or any(u in needed for u in i.users) for i in written)
+        ):
+            needed.add(node)
+    return [n for n in order if n in needed]
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose storage an in-place op changes: its first argument and what that is a view of."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    found = [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
+    while found and _is_view(found[-1]) and isinstance(found[-1].args[0], fx.Node):
+        found.append(found[-1].args[0])
+    return [f for f in found if isinstance(f, fx.Node)]
+
+
+def _is_view(node: Any) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return any(r.alias_info is not None for r in node.target._schema.returns)
 
 
 def run_nodes(
