@@ -318,21 +318,30 @@ def _stored_shapes(
 
 
 def router_logits(experts: fx.Node) -> fx.Node | None:
-    """The router's last linear: walk back from the chosen indices to the nearest linear that the experts' input does not need."""
-    inputs = ancestors([experts.args[0]])  # type: ignore[list-item]
-    index = experts.args[1]
-    frontier, seen = [index], set()
+    """The router's last linear: walk back from the chosen indices to the nearest linear that the experts' input does not need.
+
+    Where scores multiply the experts' input (llama4) it does need it; then the nearest linear with a row per expert.
+    """
+    found = _nearest_linear(experts.args[1], ancestors([experts.args[0]]))  # type: ignore[list-item]
+    if found is None:
+        found = _nearest_linear(experts.args[1], set())
+        count = experts.args[3].meta["val"].shape[0]  # type: ignore[union-attr]
+        found = found if found is not None and found.meta["val"].shape[-1] == count else None
+    return found
+
+
+def _nearest_linear(start: Any, avoid: set[fx.Node]) -> fx.Node | None:
+    frontier, seen = [start], set()
     while frontier:
-        node = max(frontier, key=_position)  # type: ignore[arg-type]
+        node = max(frontier, key=_position)
         frontier.remove(node)
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if node.op == "call_function" and "linear" in _target(node.target) and node not in inputs:
-            return node
-        if node.op == "call_function" and _target(node.target) in {"aten.mm", "aten.addmm", "aten.matmul"} and node not in inputs:
-            return node
-        frontier += [i for i in node.all_input_nodes if i.op == "call_function" and i not in inputs]
+        if node.op == "call_function" and node not in avoid:
+            if "linear" in _target(node.target) or _target(node.target) in {"aten.mm", "aten.addmm", "aten.matmul"}:
+                return node
+        frontier += [i for i in node.all_input_nodes if i.op == "call_function" and i not in avoid]
     return None
 
 
