@@ -1,4 +1,8 @@
-"""What every test starts from: one thread per worker, reproducible examples, no network."""
+"""What every test starts from: one thread, reproducible examples, no network; and graphs small enough to read.
+
+Golden files of graph text lie in tests/golden; `pytest --regenerate` writes them again, to be looked at before they are
+committed.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,17 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+
+from moecc.ir import Program, Weight
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -24,7 +36,128 @@ settings.register_profile(
 settings.load_profile("moecc")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate", action="store_true", help="write the golden files of graph text again")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Tests that draw without a generator of their own draw the same in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """golden(name, text): `text` is what tests/golden/name holds; digests of tensors are left out."""
+
+    def check(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / name
+        text = re.sub(r"#[0-9a-f]{8}", "#", text)
+        if request.config.getoption("--regenerate"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert text == path.read_text()
+
+    return check
+
+
+# ---- a model of one file
+
+VOCABULARY, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 16, 16, 8, 4, 2, 6
+
+
+class TinyMoE(nn.Module):
+    """The experts of one layer behind a softmax router."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.gate_up = nn.Parameter(torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=g) * 0.3)
+        self.down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, generator=g) * 0.3)
+        self.gate.weight.data = torch.randn(EXPERTS, HIDDEN, generator=g)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score, index = self.gate(x).softmax(-1).topk(TOP_K, -1)
+        args = (index, score, self.gate_up, self.down, None, None, None)
+        result: Tensor = torch.ops.moecc.experts(x, *args, act="silu", gate="glu", alpha=0.0, limit=0.0, eps=1e-6)
+        return result
+
+
+class TinyDense(nn.Module):
+    """A layer that no experts pass has anything to do in."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.linear = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.linear.weight.data = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+class TinyModel(nn.Module):
+    """Embedding, layers on a residual stream, head; one row of six tokens."""
+
+    def __init__(self, kinds: Sequence[type[nn.Module]]):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        self.layers = nn.ModuleList([kind(i) for i, kind in enumerate(kinds)])
+        for i, p in enumerate((self.embed.weight, self.head.weight)):
+            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(50 + i))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embed(ids[0])
+        for layer in self.layers:
+            x = x + layer(x)
+        result: Tensor = self.head(x)
+        return result
+
+
+class DictStore:
+    """Weights of a dict, as a checkpoint would give them."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def read(self, name: str, *, dtype: torch.dtype | None = None, experts: Sequence[int] | None = None) -> Tensor:
+        value = self.tensors[name] if experts is None else self.tensors[name][list(experts)]
+        return value if dtype is None or not value.is_floating_point() else value.to(dtype)
+
+
+def tiny_program(kinds: str = "M") -> Program:
+    """A Program of one letter per layer, M for experts and D for dense, whose text fits on a page."""
+    model = TinyModel([{"M": TinyMoE, "D": TinyDense}[k] for k in kinds]).eval()
+    exported = torch.export.export(model, (torch.zeros(1, TOKENS, dtype=torch.int64),))
+    weights = {
+        s.arg.name: Weight(str(s.target)) for s in exported.graph_signature.input_specs if s.kind == InputKind.PARAMETER
+    }
+    store = DictStore({name: p.detach() for name, p in model.named_parameters()})
+    for node in exported.graph.nodes:
+        node.meta["path"] = next((path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), "")
+        inside = re.match(r"layers\.(\d+)", node.meta["path"])
+        stage = int(inside[1]) + 1 if inside else len(kinds) + 1 if node.meta["path"] == "head" else 0
+        node.meta["layer"] = max([stage, *(i.meta["layer"] for i in node.all_input_nodes)])
+    program = Program(exported.graph_module, weights, {}, store, exported, source="tiny")
+    program.verify()
+    return program
+
+
+def tiny_batches(count: int = 8) -> list[Tensor]:
+    g = torch.Generator().manual_seed(9)
+    return [torch.randint(0, VOCABULARY, (1, TOKENS), generator=g) for _ in range(count)]
+
+
+@pytest.fixture
+def tiny() -> Callable[[str], Program]:
+    """tiny("MD"): a program of a layer of experts and a dense one."""
+    return tiny_program
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    """Calibration rows for `tiny` programs."""
+    return tiny_batches()
