@@ -90,10 +90,10 @@ def _plan_experts(found: Plan, program: Program, original: Program, moe: MoE, ct
     entry: dict[str, Any] = {"attributes": moe.attributes, "remove": []}
     taken: dict[str, str] = {}
     for projection in ("gate_up", "down"):
-        stored = _operand_tensors(program, moe.node, [f"{projection}_{t}" for t in vq4.TENSORS], projection)
-        entry[projection] = {k: _spec(t) for k, t in stored.items()}
-        for tensor, value in stored.items():
-            found.put(f"{moe.path}.{projection}.{tensor}", value.nbytes, _constant(value))
+        stored = _operands(program, moe.node, [f"{projection}_{t}" for t in vq4.TENSORS], projection)
+        entry[projection] = {k: _spec(node) for k, (node, _) in stored.items()}
+        for tensor, (node, name) in stored.items():
+            found.put(f"{moe.path}.{projection}.{tensor}", _nbytes(node), _held(program, name))
         sources = _origins(original, before, projection)
         weights = before.operand(projection).meta["val"].numel()  # type: ignore[union-attr]
         _experts_rows(found, original, moe, projection, sources, stored, weights, ctx)
@@ -113,12 +113,12 @@ def _origins(original: Program, moe: MoE, projection: str) -> list[str]:
 
 
 def _experts_rows(
-    found: Plan, original: Program, moe: MoE, projection: str, sources: list[str], stored: Mapping[str, Tensor], weights: int,
+    found: Plan, original: Program, moe: MoE, projection: str, sources: list[str], stored: Stored, weights: int,
     ctx: Context,
 ) -> None:  # fmt: skip
     facts = ctx.audit.get(f"{moe.path}.{projection}", {})
-    nbytes = sum(t.nbytes for t in stored.values())
-    parts = {k: t.nbytes for k, t in stored.items()}
+    parts = {k: _nbytes(node) for k, (node, _) in stored.items()}
+    nbytes = sum(parts.values())
     details = {k: v for k, v in facts.items() if k not in ("became", "error", "tokens", "starved")}
     starved = facts.get("starved") or {}
     fallback = f"experts {sorted(starved)} saw too few tokens; calibrated on tokens sent to them" if starved else ""
@@ -136,17 +136,17 @@ def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> 
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     path = program.weights[weight.name].name.rpartition(".")[0]  # held as <path>.codes, stored as the module's own `weight`
-    stored = _operand_tensors(program, node, ["weight", "scale", "zero"], "")
-    for tensor, value in stored.items():
-        found.put(f"{path}.{tensor}", value.nbytes, _constant(value))
-    specs = {k: _spec(t) for k, t in stored.items()}
+    stored = _operands(program, node, ["weight", "scale", "zero"], "")
+    for tensor, (operand, name) in stored.items():
+        found.put(f"{path}.{tensor}", _nbytes(operand), _held(program, name))
+    specs = {k: _spec(operand) for k, (operand, _) in stored.items()}
     bias = node.args[4]
     if isinstance(bias, fx.Node):  # stored with the rest, in the checkpoint's own type
         name = program.weights[bias.name].name
         specs["bias"] = [list(bias.meta["val"].shape), _dtype_name(_disk_dtype(program, name))]
     found.linears[path] = {"bits": node.kwargs["bits"], "tensors": specs}
-    shape = node.args[0].meta["val"].shape[-1], stored["scale"].shape[0]  # type: ignore[union-attr]
-    nbytes = sum(t.nbytes for t in stored.values())
+    shape = node.args[0].meta["val"].shape[-1], stored["scale"][0].meta["val"].shape[0]  # type: ignore[union-attr]
+    nbytes = sum(_nbytes(operand) for operand, _ in stored.values())
     facts = ctx.audit.get(f"{path}.weight", {})
     found.rows.append(
         Row(f"{path}.weight", role_of(path), (shape[1], shape[0]), facts.get("became", f"{node.kwargs['bits']} bit groups"), nbytes,
@@ -189,20 +189,32 @@ def _constant(value: Tensor) -> Callable[[], Tensor]:
     return lambda: value
 
 
-def _operand_tensors(program: Program, node: fx.Node, operands: Iterable[str], projection: str) -> dict[str, Tensor]:
-    """Stored tensors by their short names, contiguous."""
+Stored = dict[str, tuple[fx.Node, str]]  # short name of a stored tensor -> its placeholder, the weight's name
+
+
+def _operands(program: Program, node: fx.Node, operands: Iterable[str], projection: str) -> Stored:
+    """Those operands of a node that are there, by their short names."""
     found = {}
     names = [a.name for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
     for operand in operands:
         value = node.args[names.index(operand)]
         if isinstance(value, fx.Node):
             short = operand.removeprefix(projection + "_") if projection else operand
-            found[short] = program.read(program.weights[value.name].name).contiguous()
+            found[short] = value, program.weights[value.name].name
     return found
 
 
-def _spec(tensor: Tensor) -> list[Any]:
-    return [list(tensor.shape), _dtype_name(tensor.dtype)]
+def _held(program: Program, name: str) -> Callable[[], Tensor]:
+    return lambda: program.read(name).contiguous()
+
+
+def _nbytes(node: fx.Node) -> int:
+    val: Tensor = node.meta["val"]
+    return int(val.numel() * val.element_size())
+
+
+def _spec(node: fx.Node) -> list[Any]:
+    return [list(node.meta["val"].shape), _dtype_name(node.meta["val"].dtype)]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

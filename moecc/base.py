@@ -61,6 +61,7 @@ class Pass(ABC):
     """One named rewrite of a program."""
 
     name: ClassVar[str]
+    file: ClassVar[str] = ""  # the path that a pass of one's own was loaded from; then its text starts with that
     requires: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[frozenset[str]] = frozenset()  # facts that come first where a pass of the pipeline provides them
     provides: ClassVar[frozenset[str]] = frozenset()
@@ -78,7 +79,7 @@ class Pass(ABC):
 
     def __str__(self) -> str:
         changed = [f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return self.name + ("{" + ",".join(changed) + "}" if changed else "")
+        return (self.file or self.name) + ("{" + ",".join(changed) + "}" if changed else "")
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +38,42 @@ class Store(Protocol):
 
     def __contains__(self, name: object) -> bool: ...
     def read(self, name: str, *, dtype: torch.dtype | None = None, experts: Sequence[int] | None = None) -> Tensor: ...
+
+
+class Held(MutableMapping[str, Tensor]):
+    """Held tensors by name. One may be spilled: it stays on disk and is read each time it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None):
+        self._there: dict[str, Tensor | Callable[[], Tensor]] = (
+            dict(tensors._there) if isinstance(tensors, Held) else dict(tensors or {})
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        held = self._there[name]
+        return held if isinstance(held, Tensor) else held()
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self._there[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        del self._there[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._there
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._there)
+
+    def __len__(self) -> int:
+        return len(self._there)
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        """Forget a tensor; one that was spilled is not read for it."""
+        return self._there.pop(name, default)
+
+    def spill(self, name: str, read: Callable[[], Tensor]) -> None:
+        """Drop the tensor called `name` from memory; `read` gives it again."""
+        self._there[name] = read
 
 
 @dataclass(frozen=True)
@@ -84,7 +120,7 @@ class Program:
 
     module: fx.GraphModule
     weights: dict[str, Weight]  # placeholder name -> what it stands for
-    tensors: dict[str, Tensor]  # held tensors by weight name
+    tensors: Held  # held tensors by weight name
     store: Store | None
     exported_from: ExportedProgram  # signature pieces that torch.export wants back; its graph is not used
     config: Any = None
@@ -170,7 +206,7 @@ class Program:
     def copy(self) -> Program:
         """The same program with a graph of its own; tensors and store are shared."""
         return Program(
-            copy_module(self.module), dict(self.weights), dict(self.tensors), self.store, self.exported_from, self.config,
+            copy_module(self.module), dict(self.weights), Held(self.tensors), self.store, self.exported_from, self.config,
             self.source, self.dtype, self.restriction, self.unreached, set(self.facts),
         )  # fmt: skip
 
@@ -198,9 +234,11 @@ class Program:
                 self._verify_call(node)
 
     def _verify_weight(self, node: fx.Node) -> None:
-        held = self.tensors.get(self.weights[node.name].name)
+        held = self.tensors._there.get(self.weights[node.name].name)
+        if not isinstance(held, Tensor):  # on disk, checked when it was put there
+            return
         val = node.meta["val"]
-        if held is not None and (held.shape != val.shape or held.dtype != val.dtype):
+        if (held.shape != val.shape or held.dtype != val.dtype):
             raise MoeccError(f"weight {self.weights[node.name].name} is {_type(held)} but its node says {_type(val)}")
 
     def _verify_call(self, node: fx.Node) -> None:
@@ -217,13 +255,13 @@ class Program:
 
     def text(self) -> str:
         """The graph as people read it and tests compare it: one line per node, with shapes and a digest of held tensors."""
-        lines = []
-        for node in self.graph.nodes:
-            if node.op == "output":
-                lines.append(f"return {_arg(node.args[0])}")
-                continue
-            lines.append(f"%{node.name} : {_type(node.meta.get('val'))} = {self._expression(node)}")
-        return "\n".join(lines) + "\n"
+        return "".join(self.line(node) + "\n" for node in self.graph.nodes)
+
+    def line(self, node: fx.Node) -> str:
+        """A node's line of the text."""
+        if node.op == "output":
+            return f"return {_arg(node.args[0])}"
+        return f"%{node.name} : {_type(node.meta.get('val'))} = {self._expression(node)}"
 
     def _expression(self, node: fx.Node) -> str:
         if node.op == "placeholder":

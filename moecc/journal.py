@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,11 @@ class Journal:
         nodes = [n for n in stage_nodes(program, stage) if n.target in _OPS.values()]
         entries = [_describe(program, n) for n in nodes]
         tensors = {w: program.tensors[w] for e in entries for w in _weights_in(e) if w in program.tensors}
-        write_safetensors(self.folder / f"layer-{stage:04d}.safetensors", tensors)
+        file = self.folder / f"layer-{stage:04d}.safetensors"
+        write_safetensors(file, tensors)
         record = {"nodes": entries, "text": _digest(program, stage), "audit": ctx.audit, "notes": ctx.notes}
         self._write(f"layer-{stage:04d}.json", record)
+        _spill(program, tensors, TensorFile(file))
 
     def restore(self, stage: int, program: Program, ctx: Context) -> bool:
         """Put a finished layer back; False where there is none, and from then on."""
@@ -67,6 +70,7 @@ class Journal:
             _restore(program, entry, tensors)
         if _digest(program, stage) != record["text"]:
             raise MoeccError(f"{self.folder} can't restore layer {stage - 1}; remove it and start again")
+        _spill(program, tensors.names(), tensors)
         ctx.audit.clear()
         ctx.audit.update(record["audit"])
         ctx.notes[:] = record["notes"]
@@ -110,11 +114,17 @@ def _restore(program: Program, entry: dict[str, Any], tensors: TensorFile) -> No
     program.replace(nodes[entry["name"]], _OPS[entry["op"]], args, entry["kwargs"])
 
 
+def _spill(program: Program, names: Iterable[str], file: TensorFile) -> None:
+    """From here on these tensors are on disk, so that a finished layer takes no memory."""
+    for name in names:
+        if name in program.tensors:
+            program.tensors.spill(name, partial(file.read, name))
+
+
 def _digest(program: Program, stage: int) -> str:
     """A digest of the layer's lines of the graph text, weights' own lines included."""
     nodes = stage_nodes(program, stage)
-    names = {n.name for n in nodes} | {i.name for n in nodes for i in n.all_input_nodes}
-    lines = [line for line in program.text().splitlines() if line.split(" ", 1)[0].removeprefix("%") in names]
+    lines = [program.line(n) for n in {*nodes, *(i for n in nodes for i in n.all_input_nodes)}]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -46,7 +46,9 @@ def names() -> list[str]:
 def find(name: str) -> type[Pass]:
     """The pass called `name`: a path to a Python file, an installed entry point, or `moecc/passes/<name>.py`."""
     if name.endswith(".py"):
-        return _pass_in(_load_file(Path(name)), Path(name).name)
+        loaded = _pass_in(_load_file(Path(name)), Path(name).name)
+        loaded.file = name
+        return loaded
     for ep in entry_points(group="moecc.passes", name=name):
         found: type[Pass] = ep.load()
         return found

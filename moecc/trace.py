@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from moecc.capture import capture
-from moecc.ir import Program, Store, Weight, fold_weight_graphs
+from moecc.ir import Held, Program, Store, Weight, fold_weight_graphs
 from moecc.skeleton import Skeleton, skeleton
 from moecc.weights import CheckpointStore, ModuleStore
 
@@ -45,7 +45,7 @@ def program_of(exported: ExportedProgram, found: Skeleton, name: str) -> Program
     if isinstance(store, CheckpointStore):  # a buffer that the checkpoint holds is the checkpoint's, not the constructor's
         tensors = {k: v for k, v in tensors.items() if k not in store}
     program = Program(
-        exported.graph_module, weights, tensors, store, exported, found.config, name, _dtype(found.model),
+        exported.graph_module, weights, Held(tensors), store, exported, found.config, name, _dtype(found.model),
         meta["restriction"], tuple(meta["unreached"]),
     )  # fmt: skip
     for node in program.graph.nodes:

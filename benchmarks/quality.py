@@ -1,0 +1,177 @@
+"""What is lost at which size: moecc's pipelines beside other tools, on one checkpoint, in one run.
+
+    python benchmarks/quality.py                      the example model; tables to benchmarks/results/quality.md and .json
+    python benchmarks/quality.py --only 2bit ablation --model CHECKPOINT --calib FILE --text FILE
+
+Everything is quantized on the same calibration rows and evaluated on the same rows of a text that no method saw, by `moecc eval`
+(KL(reference || quantized), perplexity, share of the chosen experts that stays the same). Bits per weight are counted over the
+routed experts on disk, everything included. Only routed experts are quantized. Peers run in virtual environments of their own.
+Seconds are wall-clock of the whole command on this machine, peak memory the largest process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import moecc
+from moecc import text
+from moecc.errors import MoeccError
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+EXAMPLE = ROOT / "examples" / "tinymoe"
+
+# group -> (label, peer method or pipeline, bits)
+METHODS: dict[str, list[tuple[str, str, int]]] = {
+    "2bit": [
+        ("AutoRound W2 g128, 200 iterations", "peer:autoround-w2g128", 2),
+        ("AutoRound W2 g128, rounding only", "peer:autoround-w2g128-rtn", 2),
+        ("moecc kbvq", "kbvq", 2),
+        ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
+    ],
+    "3bit": [
+        ("AutoRound W3 g128, 200 iterations", "peer:autoround-w3g128", 3),
+        ("moecc kbvq", "kbvq", 3),
+        ("moecc kbvq,vsraq", "kbvq,vsraq", 3),
+    ],
+    "ablation": [
+        ("k-means only", "moments,vq{feedback=false}", 2),
+        ("+ error feedback and refits", "moments,vq", 2),
+        ("+ affine", "moments,vq,affine,fold", 2),
+        ("+ klt (= kbvq)", "kbvq", 2),
+        ("kbvq, rank 4", "kbvq{rank=4}", 2),
+        ("kbvq + tuning on reconstruction alone", "kbvq,vsraq{value=0,order=0,boundary=0}", 2),
+        ("kbvq + vsraq, value alone", "kbvq,vsraq{order=0,boundary=0}", 2),
+        ("kbvq + vsraq, order and boundary alone", "kbvq,vsraq{value=0}", 2),
+        ("kbvq + vsraq", "kbvq,vsraq", 2),
+        ("the same without klt", "kbvq{rank=0},vsraq", 2),
+        ("the same without affine", "moments,klt,vq,affine{offset=off},fold,vsraq", 2),
+        ("the same with a codebook per expert", "kbvq{codebook=expert},vsraq", 2),
+    ],
+}
+
+
+def moecc_command(*args: str | Path) -> tuple[dict[str, Any], float, int]:
+    """Run the command line; its JSON, seconds and peak memory in bytes."""
+    command = [sys.executable, "-m", "moecc.cli", *map(str, args), "--json"]
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)
+        errors = process.stderr.read() if process.stderr else ""
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        result = out.read()
+    if process.returncode:
+        raise MoeccError(f"moecc {args[0]} failed: {errors.strip().splitlines()[-1] if errors.strip() else status}")
+    found: dict[str, Any] = json.loads(result)
+    return found, time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def measure(label: str, method: str, bits: int, args: argparse.Namespace, work: Path, ids: Path) -> dict[str, Any]:
+    """One row of a table."""
+    row: dict[str, Any] = {"label": label, "method": method, "bits": bits}
+    if method.startswith("peer:"):
+        import peers
+
+        report = peers.quantize(args.model, np.load(ids), method.removeprefix("peer:"))
+        folder = Path(report["checkpoint"])
+        row.update({k: report[k] for k in ("bits_per_weight", "seconds", "peak_memory_bytes", "experts_quantized", "versions")})
+        row["bits_per_weight_experts"] = row.pop("bits_per_weight")
+        if report["expert_matrices_quantized"] < report["expert_matrices"]:
+            row["label"] += f" ({report['expert_matrices_quantized']} of {report['expert_matrices']} expert matrices quantized)"
+    else:
+        folder = work / f"{len(list(work.iterdir()))}"
+        found, seconds, memory = moecc_command(
+            "compile", args.model, "--passes", method, "--bits", str(bits), "--calib", args.calib, "--rows", str(args.rows),
+            "--length", str(args.length), "-o", folder,
+        )  # fmt: skip
+        row.update(seconds=seconds, peak_memory_bytes=memory, passes=found["passes"])
+        row["bits_per_weight_experts"] = found["bits_per_weight_experts"]
+    evaluation, _, _ = moecc_command(
+        "eval", folder, "--reference", args.model, "--text", args.text, "--rows", str(args.eval_rows), "--length", str(args.length)
+    )
+    bits_on_disk = row["bits_per_weight_experts"]
+    row.update({k: v for k, v in evaluation.items() if k not in ("bits_per_weight_experts", "bits_per_weight")})
+    row["bits_per_weight_experts"] = bits_on_disk
+    return row
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; flips are 1 - agreement."""
+    lines = [
+        "| method | bits/weight | perplexity | KL | agreement | flips | whole set equal | seconds | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['label']} | {r['bits_per_weight_experts']:.3f} | {r['perplexity']:.4f} | {r['kl']:.5f} | {r['agreement']:.4f} "
+            f"| {1 - r['agreement']:.4f} | {r['exact_agreement']:.4f} | {r['seconds']:.0f} | {r['peak_memory_bytes'] / 2**30:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def document(groups: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> str:
+    """The whole page."""
+    reference = next((r["reference_perplexity"] for rows in groups.values() for r in rows), float("nan"))
+    head = [
+        "# Quality at equal bits", "",
+        f"Model `{args.model.name}`, calibration {args.rows} x {args.length} tokens, evaluation {args.eval_rows} x {args.length} tokens "
+        f"of another text; reference perplexity {reference:.4f}. Routed experts only; KL in nats per token. moecc {moecc.__version__}, "
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores. Made by `python benchmarks/quality.py`.",
+    ]  # fmt: skip
+    for name, rows in groups.items():
+        head += ["", f"## {name}", "", table(rows)]
+    return "\n".join(head) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=EXAMPLE)
+    parser.add_argument("--calib", type=Path, default=EXAMPLE / "calib.txt")
+    parser.add_argument("--text", type=Path, default=EXAMPLE / "valid.txt")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--eval-rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--only", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    seen: dict[tuple[str, int], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        ids = work / "ids.npy"
+        np.save(ids, text.rows(text.tokenizer_of(args.model), args.calib, count=args.rows, length=args.length).numpy())
+        for group in args.only:
+            groups[group] = []
+            for label, method, bits in METHODS[group]:
+                if (method, bits) not in seen:
+                    seen[method, bits] = measure(label, method, bits, args, work, ids)
+                row = {**seen[method, bits], "label": label}
+                groups[group].append(row)
+                print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
+                args.out.with_suffix(".json").write_text(json.dumps(groups, indent=1) + "\n")
+                args.out.with_suffix(".md").write_text(document(groups, args))
+    print(args.out.with_suffix(".md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except MoeccError as error:
+        print(f"quality: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
