@@ -135,7 +135,9 @@ def _experts_rows(
 def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> dict[str, str]:
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
-    path = program.weights[weight.name].name.rpartition(".")[0]  # held as <path>.codes, stored as the module's own `weight`
+    path = program.weights[weight.name].name.rpartition(".")[
+        0
+    ]  # held as <path>.codes, stored as the module's own `weight`
     stored = _operands(program, node, ["weight", "scale", "zero"], "")
     for tensor, (operand, name) in stored.items():
         found.put(f"{path}.{tensor}", _nbytes(operand), _held(program, name))
@@ -149,8 +151,15 @@ def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> 
     nbytes = sum(_nbytes(operand) for operand, _ in stored.values())
     facts = ctx.audit.get(f"{path}.weight", {})
     found.rows.append(
-        Row(f"{path}.weight", role_of(path), (shape[1], shape[0]), facts.get("became", f"{node.kwargs['bits']} bit groups"), nbytes,
-            8 * nbytes / math.prod(shape), facts.get("error"))  # fmt: skip
+        Row(
+            f"{path}.weight",
+            role_of(path),
+            (shape[1], shape[0]),
+            facts.get("became", f"{node.kwargs['bits']} bit groups"),
+            nbytes,
+            8 * nbytes / math.prod(shape),
+            facts.get("error"),
+        )  # fmt: skip
     )
     return {f"{path}.weight": path}
 
@@ -173,12 +182,18 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
             size = math.prod(shape) * store.dtype(name).itemsize
             read, became = _reader(store, name), "as it was"
         found.put(name, size, read)
-        reason = "no path of the trace reads it" if name in program.unreached else ctx.audit.get(name, {}).get("fallback", "")
-        found.rows.append(Row(name, role_of(name), shape, became, size, 8 * size / max(math.prod(shape), 1), fallback=reason))
+        reason = (
+            "no path of the trace reads it"
+            if name in program.unreached
+            else ctx.audit.get(name, {}).get("fallback", "")
+        )
+        found.rows.append(
+            Row(name, role_of(name), shape, became, size, 8 * size / max(math.prod(shape), 1), fallback=reason)
+        )
     for name in (*getattr(store, "unexpected", ()), *getattr(store, "ignored", ())):
-        found.rows.append(Row(name, "not part of the model", (), "left out", 0, fallback="no parameter of the model takes it"))
-
-
+        found.rows.append(
+            Row(name, "not part of the model", (), "left out", 0, fallback="no parameter of the model takes it")
+        )
 
 
 def _reader(store: Any, name: str) -> Callable[[], Tensor]:
@@ -255,18 +270,28 @@ def write(
     """Write the artifact into the existing folder `folder`; the complete audit, whose bytes equal those on disk."""
     free_space(folder, int(sum(found.sizes.values()) * 1.01) + (1 << 20))
     shards = _shards(found.sizes)
-    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for name, keys in (progress or (lambda items, label: items))(list(zip(names, shards, strict=True)), "writing"):
         write_safetensors(folder / name, {k: found.readers[k]() for k in keys}, {"format": "pt"})
     if len(shards) > 1:
         index = {k: name for name, keys in zip(names, shards, strict=True) for k in keys}
-        _json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(found.sizes.values())}, "weight_map": index})
+        _json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": sum(found.sizes.values())}, "weight_map": index},
+        )
     rows = [*found.rows, _header_row(folder, names, found.sizes)]
     _check_total(folder, names, rows)
     _copy_small_files(source, folder)
     _json(folder / "config.json", _config(program, source, found))
     weights = sum(math.prod(r.shape) for r in rows if r.role == "routed experts" and r.bits)
-    _json(folder / "moecc.json", {**facts, "summary": summary(rows), "audit": [asdict(r) for r in rows], "expert_parameters": weights})
+    _json(
+        folder / "moecc.json",
+        {**facts, "summary": summary(rows), "audit": [asdict(r) for r in rows], "expert_parameters": weights},
+    )
     return rows
 
 
@@ -276,7 +301,7 @@ def summary(rows: Iterable[Row]) -> dict[str, Any]:
     stored = weights = everything = 0
     for row in rows:
         roles[row.role] = roles.get(row.role, 0) + row.nbytes
-        count = math.prod(row.shape) if row.shape else 0
+        count = math.prod(row.shape) if row.shape and not row.became.startswith("tied to") else 0
         everything += count
         if row.role == "routed experts" and row.bits and row.became != "as it was":
             stored, weights = stored + row.nbytes, weights + round(8 * row.nbytes / row.bits)
@@ -309,7 +334,9 @@ def _header_row(folder: Path, names: list[str], sizes: Mapping[str, int]) -> Row
 def _check_total(folder: Path, names: list[str], rows: Iterable[Row]) -> None:
     on_disk, accounted = sum((folder / n).stat().st_size for n in names), sum(r.nbytes for r in rows)
     if on_disk != accounted:
-        raise MoeccError(f"the audit accounts for {accounted} bytes but the files hold {on_disk}; this is a fault of moecc")
+        raise MoeccError(
+            f"the audit accounts for {accounted} bytes but the files hold {on_disk}; this is a fault of moecc"
+        )
 
 
 def _copy_small_files(source: Path | None, folder: Path) -> None:
@@ -317,13 +344,19 @@ def _copy_small_files(source: Path | None, folder: Path) -> None:
         return
     for pattern in _COPIED:
         for file in sorted(source.glob(pattern)):
-            if file.name not in _NOT_COPIED and not file.name.endswith(".index.json") and file.stat().st_size < (64 << 20):
+            if (
+                file.name not in _NOT_COPIED
+                and not file.name.endswith(".index.json")
+                and file.stat().st_size < (64 << 20)
+            ):
                 if pattern != "*.txt" or file.name in ("merges.txt", "vocab.txt"):
                     shutil.copyfile(file, folder / file.name)
 
 
 def _config(program: Program, source: Path | None, found: Plan) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((source / "config.json").read_text()) if source is not None else program.config.to_dict()
+    config: dict[str, Any] = (
+        json.loads((source / "config.json").read_text()) if source is not None else program.config.to_dict()
+    )
     if found.experts or found.linears:
         config["quantization_config"] = {
             "quant_method": "moecc", "version": vq4.VERSION, "experts": found.experts, "linears": found.linears,

@@ -71,14 +71,18 @@ class Pass(ABC):
     def __post_init__(self) -> None:
         for f in fields(self):
             if not accepts(f, getattr(self, f.name)):
-                raise MoeccError(f"{self.name}: {f.name}={getattr(self, f.name)} is out of range; it takes {accepted(f)}")
+                raise MoeccError(
+                    f"{self.name}: {f.name}={getattr(self, f.name)} is out of range; it takes {accepted(f)}"
+                )
 
     @abstractmethod
     def run(self, program: Program, ctx: Context) -> bool:
         """Rewrite `program` in place; return whether it changed."""
 
     def __str__(self) -> str:
-        changed = [f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default]
+        changed = [
+            f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
+        ]
         return (self.file or self.name) + ("{" + ",".join(changed) + "}" if changed else "")
 
 

@@ -26,7 +26,7 @@ from moecc.trace import trace
 from moecc.weights import resolve
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-BATCH = 4  # calibration rows that go through a layer together
+BATCH = 2  # calibration rows that go through a layer together
 CHECKED = (2, 64)  # rows and tokens of the reload check
 
 
@@ -58,7 +58,7 @@ def compile_model(
     require_backend(backend)
     resolved = _pipeline(passes, bits, say)
     folder = resolve(model)
-    batches, calibration = _calibration(folder, calib, rows, length, resolved)
+    batches, calibration = _calibration(folder, calib, rows, length, resolved, trust_remote_code)
     say(f"tracing {model}")
     program = trace(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     _require_fresh(program, model)
@@ -143,12 +143,12 @@ def _pipeline(passes: str, bits: int | None, say: Callable[[str], None]) -> list
 
 
 def _calibration(
-    folder: Path, calib: Path | None, rows: int, length: int, passes: list[Pass]
+    folder: Path, calib: Path | None, rows: int, length: int, passes: list[Pass], trust_remote_code: bool
 ) -> tuple[list[Tensor], str]:
     """Calibration rows in batches [B, S], and their digest; none where no pass needs them."""
     if not any(p.needs_data for p in passes):
         return [], ""
-    ids = text.rows(text.tokenizer_of(folder), calib, count=rows, length=length)
+    ids = text.rows(text.tokenizer_of(folder, trust_remote_code=trust_remote_code), calib, count=rows, length=length)
     return list(ids.split(BATCH)), text.digest(ids)
 
 

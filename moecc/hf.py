@@ -36,7 +36,9 @@ class MoeccConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **kwargs: Any,
     ):  # fmt: skip
         if version != vq4.VERSION:
-            raise MoeccError(f"this artifact is of format version {version}, this moecc reads {vq4.VERSION}; compile it again")
+            raise MoeccError(
+                f"this artifact is of format version {version}, this moecc reads {vq4.VERSION}; compile it again"
+            )
         self.quant_method = METHOD
         self.version, self.experts, self.linears = version, dict(experts or {}), dict(linears or {})
 
@@ -77,7 +79,9 @@ def prepare(model: nn.Module, config: Any) -> None:
             part._is_hf_initialized = True  # type: ignore[assignment]  # initializers would look for the dense parameters
     for path, entry in settings.linears.items():
         if not isinstance(_submodule(model, path), nn.Linear):
-            raise MoeccError(f"{path}: stored as a quantized linear, but the model has no nn.Linear there; compile it again")
+            raise MoeccError(
+                f"{path}: stored as a quantized linear, but the model has no nn.Linear there; compile it again"
+            )
         parent, _, leaf = path.rpartition(".")
         linear = experts.QuantizedLinear(entry["tensors"], entry["bits"])
         linear._is_hf_initialized = True  # type: ignore[assignment]
@@ -96,7 +100,9 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise MoeccError(f"{path}: stored in the artifact, but the model has no such module; compile it again") from None
+        raise MoeccError(
+            f"{path}: stored in the artifact, but the model has no such module; compile it again"
+        ) from None
 
 
 def load(folder: str, dtype: torch.dtype | None = None) -> Any:

@@ -37,6 +37,7 @@ class Store(Protocol):
     """Where plain weights come from (`moecc.weights`)."""
 
     def __contains__(self, name: object) -> bool: ...
+    def dtype(self, name: str) -> torch.dtype: ...
     def read(self, name: str, *, dtype: torch.dtype | None = None, experts: Sequence[int] | None = None) -> Tensor: ...
 
 
@@ -161,7 +162,9 @@ class Program:
                 value: Tensor = derived.recipe(*[self.read(s) for s in derived.sources])
             return value.contiguous() if experts is None else value[list(experts)]
         if self.store is None:
-            raise MoeccError(f"{name}: no weights, the program was traced from a config; give a checkpoint folder or hub id")
+            raise MoeccError(
+                f"{name}: no weights, the program was traced from a config; give a checkpoint folder or hub id"
+            )
         if name not in self.store:
             raise MoeccError(f"{name}: not in the checkpoint {self.source}; give a complete checkpoint")
         return self.store.read(name, dtype=self.dtype, experts=experts)
@@ -226,10 +229,14 @@ class Program:
             if node.op != "call_function":
                 continue
             if "val" not in node.meta or "layer" not in node.meta:
-                raise MoeccError(f"node %{node.name} ({_target(node.target)}) lacks meta 'val' or 'layer'; a pass must set both")
+                raise MoeccError(
+                    f"node %{node.name} ({_target(node.target)}) lacks meta 'val' or 'layer'; a pass must set both"
+                )
             late = next((i for i in node.all_input_nodes if i.meta["layer"] > node.meta["layer"]), None)
             if late is not None:
-                raise MoeccError(f"node %{node.name} in stage {node.meta['layer']} reads %{late.name} of stage {late.meta['layer']}")
+                raise MoeccError(
+                    f"node %{node.name} in stage {node.meta['layer']} reads %{late.name} of stage {late.meta['layer']}"
+                )
             if node.target in ops.MOE_OPS or node.target is ops.Q_LINEAR:
                 self._verify_call(node)
 
@@ -238,7 +245,7 @@ class Program:
         if not isinstance(held, Tensor):  # on disk, checked when it was put there
             return
         val = node.meta["val"]
-        if (held.shape != val.shape or held.dtype != val.dtype):
+        if held.shape != val.shape or held.dtype != val.dtype:
             raise MoeccError(f"weight {self.weights[node.name].name} is {_type(held)} but its node says {_type(val)}")
 
     def _verify_call(self, node: fx.Node) -> None:
@@ -331,7 +338,9 @@ def check_operands(node: fx.Node) -> None:
     }  # fmt: skip
     for projection, n, k, input_side in (("gate_up", rows, hidden, True), ("down", hidden, intermediate, False)):
         own = {t: shape[f"{projection}_{t}"] for t in vq4.TENSORS if f"{projection}_{t}" in shape}
-        expected.update({f"{projection}_{t}": s for t, s in _stored_shapes(own, experts, n, k, hidden, input_side).items()})
+        expected.update(
+            {f"{projection}_{t}": s for t, s in _stored_shapes(own, experts, n, k, hidden, input_side).items()}
+        )
     for name, want in expected.items():
         if name in shape and shape[name] != want:
             raise MoeccError(f"node %{node.name} ({_target(node.target)}): {name} is {shape[name]}, expected {want}")
@@ -417,7 +426,9 @@ def _derive(program: Program, name: str, root: fx.Node) -> fx.Node:
     order = [n for n in program.graph.nodes if n in inside]
     leaves = [n for n in program.graph.nodes if n.op == "placeholder" and any(u in inside for u in n.users)]
     if any(leaf.name not in program.weights for leaf in leaves):
-        raise MoeccError(f"{name}: computed from the model's inputs, not from weights alone; this model can't be compiled")
+        raise MoeccError(
+            f"{name}: computed from the model's inputs, not from weights alone; this model can't be compiled"
+        )
     recipe, mapping = fx.Graph(), {}
     for leaf in leaves:
         mapping[leaf] = recipe.placeholder(leaf.name)
@@ -496,10 +507,13 @@ def run_nodes(
 
     for node in nodes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        target = ops.REFERENCE.get(node.target, node.target) if torch.is_grad_enabled() else node.target
         try:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            result = target(*args, **kwargs)
         except (RuntimeError, IndexError, TypeError) as e:
-            raise MoeccError(f"node %{node.name} ({_target(node.target)}) in stage {node.meta['layer']} failed: {e}") from e
+            raise MoeccError(
+                f"node %{node.name} ({_target(node.target)}) in stage {node.meta['layer']} failed: {e}"
+            ) from e
         values[node.name] = result
         yield node, result
         if keep is not None:

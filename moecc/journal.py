@@ -93,7 +93,12 @@ def _describe(program: Program, node: fx.Node) -> dict[str, Any]:
         weight = program.weights.get(value.name)
         return {"node": value.name} if weight is None else {"weight": weight.name}
 
-    return {"name": node.name, "op": str(node.target), "args": [describe(a) for a in node.args], "kwargs": dict(node.kwargs)}
+    return {
+        "name": node.name,
+        "op": str(node.target),
+        "args": [describe(a) for a in node.args],
+        "kwargs": dict(node.kwargs),
+    }
 
 
 def _weights_in(entry: dict[str, Any]) -> list[str]:
@@ -126,5 +131,3 @@ def _digest(program: Program, stage: int) -> str:
     nodes = stage_nodes(program, stage)
     lines = [program.line(n) for n in {*nodes, *(i for n in nodes for i in n.all_input_nodes)}]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-

@@ -89,7 +89,9 @@ def _by_expert(topk_index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=experts).tolist()
 
 
-def _combine(x: Tensor, topk_index: Tensor, topk_weight: Tensor, experts: int, run: Callable[[int, Tensor], Tensor]) -> Tensor:
+def _combine(
+    x: Tensor, topk_index: Tensor, topk_weight: Tensor, experts: int, run: Callable[[int, Tensor], Tensor]
+) -> Tensor:
     """sum_k topk_weight[t, k] * run(topk_index[t, k], x[t]): each expert that is chosen at all runs once, on its tokens."""
     tokens, k = topk_index.shape
     order, counts = _by_expert(topk_index, experts)
@@ -263,3 +265,5 @@ KLT_EXPERTS = torch.ops.moecc.klt_experts.default
 VQ_EXPERTS = torch.ops.moecc.vq_experts.default
 Q_LINEAR = torch.ops.moecc.q_linear.default
 MOE_OPS = frozenset({EXPERTS, KLT_EXPERTS, VQ_EXPERTS})
+# What to call under autograd when nobody needs the op itself: its own backward would run the reference a second time.
+REFERENCE = {EXPERTS: experts_reference, KLT_EXPERTS: klt_experts_reference, VQ_EXPERTS: vq_experts_reference}

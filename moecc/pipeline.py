@@ -1,9 +1,9 @@
 """From `--passes vsraq,kbvq{bits=2}` to a run: read, find, order, run, verify, report.
 
-  1. parse   text -> passes; a pass is a file of `moecc.passes`, an entry point of group `moecc.passes`, or a path to a file
-  2. resolve composites are expanded, a missing provider is put in front of who needs it (and said), the order comes from the facts:
-             providers before users, ties as typed
-  3. run     consecutive layer passes go through the model together, layer by layer; after each pass the graph is verified
+1. parse   text -> passes; a pass is a file of `moecc.passes`, an entry point of group `moecc.passes`, or a path to a file
+2. resolve composites are expanded, a missing provider is put in front of who needs it (and said), the order comes from the facts:
+           providers before users, ties as typed
+3. run     consecutive layer passes go through the model together, layer by layer; after each pass the graph is verified
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def find(name: str) -> type[Pass]:
         return found
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
-        raise MoeccError(f"no pass {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names())}"))
+        raise MoeccError(
+            f"no pass {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names())}")
+        )
     return _pass_in(importlib.import_module(f"moecc.passes.{name}"), name)
 
 
@@ -74,7 +76,11 @@ def _load_file(path: Path) -> Any:
 
 
 def _pass_in(module: Any, where: str) -> type[Pass]:
-    own = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Pass) and v.__module__ == module.__name__]
+    own = [
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, Pass) and v.__module__ == module.__name__
+    ]
     if len(own) != 1:
         raise MoeccError(f"{where} defines {len(own)} passes; a pass file defines one")
     return own[0]
@@ -82,15 +88,21 @@ def _pass_in(module: Any, where: str) -> type[Pass]:
 
 def parse(text: str, *, bits: int | None = None) -> tuple[list[Pass], list[str]]:
     """The passes that `text` names, and remarks. `bits` is the default of every option called `bits` that takes it."""
-    found, remarks, at = [], [], 0
+    found: list[Pass] = []
+    remarks: list[str] = []
+    at = 0
     if not text.strip():
         raise MoeccError("no passes given; try --passes kbvq, or `moecc passes` for what there is")
     while at < len(text):
         m = _ITEM.match(text, at)
         if not m or m.end() == at:
-            raise MoeccError(f"can't read the pipeline at column {at + 1}: {text[at:]!r}; expected name or name{{key=value,...}}")
+            raise MoeccError(
+                f"can't read the pipeline at column {at + 1}: {text[at:]!r}; expected name or name{{key=value,...}}"
+            )
         found.append(_build(find(m[1]), m[2] or "", bits, remarks))
         at = m.end()
+    if bits is not None and not any(getattr(p, "bits", None) == bits for p in found):
+        raise MoeccError(f"no pass of {text!r} takes --bits {bits}" + (f": {'; '.join(remarks)}" if remarks else ""))
     return found, remarks
 
 
@@ -110,7 +122,9 @@ def _build(cls: type[Pass], options: str, bits: int | None, remarks: list[str]) 
         if accepts(known["bits"], bits):
             given["bits"] = bits
         else:
-            remarks.append(f"{cls.name} keeps bits={known['bits'].default} (it takes {accepted(known['bits'])}, not {bits})")
+            remarks.append(
+                f"{cls.name} keeps bits={known['bits'].default} (it takes {accepted(known['bits'])}, not {bits})"
+            )
     return cls(**given)
 
 
@@ -230,7 +244,9 @@ def run(
     for group in _groups(passes):
         try:
             if isinstance(group[0], LayerPass):
-                reports = _run_layers(program, [p for p in group if isinstance(p, LayerPass)], ctx, batches, hooks, done)
+                reports = _run_layers(
+                    program, [p for p in group if isinstance(p, LayerPass)], ctx, batches, hooks, done
+                )
             else:
                 reports = [_run_model(program, group[0], ctx, done)]
         finally:
@@ -279,7 +295,7 @@ def _run_layers(
             layer = Layer(stage, program, reference, stream or empty, target or empty)
             for p, report in zip(passes, reports, strict=True):
                 start = time.perf_counter()
-                with _named(p, done + passes[: passes.index(p)], stage):
+                with _named(p, [*done, *passes[: passes.index(p)]], stage):
                     report.changed |= p.run_layer(layer, ctx)
                     program.verify()
                 report.seconds += time.perf_counter() - start
@@ -331,10 +347,10 @@ def experts_bits(program: Program) -> float:
 def _stored_bits(program: Program, node: torch.fx.Node) -> int:
     val: Tensor = node.meta["val"]
     name = program.weights[node.name].name
-    if name in program.tensors or not val.is_floating_point():
+    if name in program.tensors or program.store is None:
         return int(val.element_size() * 8)
-    dtype = getattr(program.config, "dtype", None)
-    return int(dtype.itemsize * 8) if isinstance(dtype, torch.dtype) else int(val.element_size() * 8)
+    origin = program.origins(name)[0]  # as the checkpoint has it, whatever the program computes in
+    return int(program.store.dtype(origin).itemsize * 8) if origin in program.store else int(val.element_size() * 8)
 
 
 def expert_weights(moe: Any) -> int:

@@ -87,7 +87,11 @@ class Stream:
 
     def needed_after(self, stage: int) -> set[str]:
         """Names of values made up to `stage`, or given by the user, that a later stage or the output reads."""
-        late = [n for n in self.program.graph.nodes if n.op == "output" or (n.op == "call_function" and n.meta["layer"] > stage)]
+        late = [
+            n
+            for n in self.program.graph.nodes
+            if n.op == "output" or (n.op == "call_function" and n.meta["layer"] > stage)
+        ]
         return {i.name for n in late for i in n.all_input_nodes if i.name not in self.program.weights}
 
     def output(self) -> list[Tensor]:
@@ -97,7 +101,9 @@ class Stream:
         return [values[node.name] for values in self.values]
 
 
-def run_program(program: Program, batches: Iterable[Tensor], visit: Callable[[fx.Node, Any, int], None] | None = None) -> list[Tensor]:
+def run_program(
+    program: Program, batches: Iterable[Tensor], visit: Callable[[fx.Node, Any, int], None] | None = None
+) -> list[Tensor]:
     """The program's outputs for `batches`, layer by layer."""
     stream = Stream(program, batches)
     while stream.stage < program.layers:

@@ -1,11 +1,11 @@
 """From a model to a Program: the graph exists, no weight is in memory.
 
-    program = trace("folder" | "owner/name" | transformers config | nn.Module)
+  program = trace("folder" | "owner/name" | transformers config | nn.Module)
 
-  1. `moecc.skeleton` builds the model with parameters that have no storage (a module is taken as it is)
-  2. `moecc.capture` exports it: one `moecc::experts` node per MoE layer, dynamic batch and sequence
-  3. here the placeholders get their weights: the checkpoint's by name, buffers as captured, and whatever is computed from weights
-     alone in front of an experts node (a transposed or interleaved layout) becomes one derived weight
+1. `moecc.skeleton` builds the model with parameters that have no storage (a module is taken as it is)
+2. `moecc.capture` exports it: one `moecc::experts` node per MoE layer, dynamic batch and sequence
+3. here the placeholders get their weights: the checkpoint's by name, buffers as captured, and whatever is computed from weights
+   alone in front of an experts node (a transposed or interleaved layout) becomes one derived weight
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def program_of(exported: ExportedProgram, found: Skeleton, name: str) -> Program
     weights, tensors = _weights(exported)
     meta = exported.graph_module.meta
     store = _store(found)
-    if isinstance(store, CheckpointStore):  # a buffer that the checkpoint holds is the checkpoint's, not the constructor's
+    if isinstance(
+        store, CheckpointStore
+    ):  # a buffer that the checkpoint holds is the checkpoint's, not the constructor's
         tensors = {k: v for k, v in tensors.items() if k not in store}
     program = Program(
         exported.graph_module, weights, Held(tensors), store, exported, found.config, name, _dtype(found.model),

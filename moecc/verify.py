@@ -30,7 +30,9 @@ class Comparison:
         return f"reloaded by {self.loaded_by}: logits differ by {self.difference:.1e} of the largest"
 
 
-def reload_and_compare(folder: Path, program: Program, batches: Sequence[Tensor], memory: int | None = None) -> Comparison:
+def reload_and_compare(
+    folder: Path, program: Program, batches: Sequence[Tensor], memory: int | None = None
+) -> Comparison:
     """Compare logits on `batches` (token ids [B, S]). MoeccError where they differ by more than rounding.
 
     Through transformers where the model fits in `memory` bytes (by default what is free), else layer by layer through a new trace.
@@ -43,7 +45,9 @@ def reload_and_compare(folder: Path, program: Program, batches: Sequence[Tensor]
     difference = max(float((w - g).abs().max()) for w, g in zip(want, got, strict=True)) / max(largest, 1e-12)
     found = Comparison(difference, "transformers" if fits else "moecc, layer by layer")
     if not difference <= TOLERANCE:
-        raise MoeccError(f"{folder.name}: the reloaded model's logits differ by {difference:.2g} of the largest; nothing was kept")
+        raise MoeccError(
+            f"{folder.name}: the reloaded model's logits differ by {difference:.2g} of the largest; nothing was kept"
+        )
     return found
 
 

@@ -63,7 +63,15 @@ def weighted_error(error: Tensor, moment: Tensor) -> Tensor:
 
 
 def encode(
-    weight: Tensor, moment: Tensor, *, bits: int, shared: bool, seed: int, rounds: int = 3, feedback: bool = True, sweeps: int = 1
+    weight: Tensor,
+    moment: Tensor,
+    *,
+    bits: int,
+    shared: bool,
+    seed: int,
+    rounds: int = 3,
+    feedback: bool = True,
+    sweeps: int = 1,
 ) -> Coded:
     """Code weight [E, N, K] under second moments [E, K, K]. `shared`: one codebook for all experts.
 
@@ -99,7 +107,9 @@ def _better(best: Coded | None, best_error: Tensor, state: Coded, error: Tensor,
     if shared:  # experts share a codebook, so the layer is kept or replaced whole
         return (state, error) if error.sum() < best_error.sum() else (best, best_error)
     win = (error < best_error).view(-1, 1, 1)
-    negative = None if state.negative is None or best.negative is None else torch.where(win, state.negative, best.negative)
+    negative = (
+        None if state.negative is None or best.negative is None else torch.where(win, state.negative, best.negative)
+    )
     merged = Coded(
         torch.where(win, state.codes, best.codes), negative, torch.where(win, state.codebook, best.codebook),
         torch.where(win[..., 0], state.scale, best.scale),
@@ -171,7 +181,9 @@ class _Coder:
         self.v = v = vq4.group_size(bits)
         experts, columns = importance.shape
         groups = importance.unflatten(-1, (-1, v)).sum(-1)
-        order = torch.argsort(groups, dim=-1, descending=True, stable=True)  # costly groups first, while all others can still make up
+        order = torch.argsort(
+            groups, dim=-1, descending=True, stable=True
+        )  # costly groups first, while all others can still make up
         self.columns = (order.unsqueeze(-1) * v + torch.arange(v, device=order.device)).flatten(1)  # [E, K]
         self.order = order
         if feedback:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from moecc.base import Layer
 from moecc.gates import apply_gate
@@ -52,10 +52,9 @@ class Routed:
 def routed_tokens(layer: Layer, moe: MoE) -> Routed:
     """Tap the inputs of an experts node over all calibration batches."""
     nodes = [moe.node.args[0], moe.node.args[1], moe.node.args[2]] + ([moe.logits] if moe.logits is not None else [])
-    names = [n.name for n in nodes]  # type: ignore[union-attr]
+    names = [n.name for n in nodes if isinstance(n, fx.Node)]
     values = layer.tap(names)
     joined = [torch.cat([v.flatten(0, -2) for v in values[n]]) for n in names]
-    experts = moe.node.meta["val"].shape
     logits = joined[3].float() if len(joined) > 3 and joined[3].shape[0] == joined[0].shape[0] else None
     return Routed(joined[0].float(), joined[1], joined[2].float(), logits)
 

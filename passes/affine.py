@@ -183,7 +183,9 @@ class CodedProjection:
         v = (x @ weight.T) * scale[e].float()
         if t["basis"] is None or t["coef"] is None or t["coef_scale"] is None:
             return v, 0.0
-        low = vq4.basis_part(t["coef"][one], t["coef_scale"][one], t["basis"], torch.float32, input_side=self.input_side)[0]
+        low = vq4.basis_part(
+            t["coef"][one], t["coef_scale"][one], t["basis"], torch.float32, input_side=self.input_side
+        )[0]
         return v, x @ low.T
 
     def apply(self, e: int, x: Tensor, slope: Tensor | None, offset: Tensor | None) -> Tensor:

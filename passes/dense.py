@@ -23,7 +23,18 @@ from moecc.ops import Q_LINEAR, dequantize_linear
 from moecc.passes._store import compact
 
 _FEWEST_OUTPUTS = 32
-_PASS_THROUGH = ("view", "reshape", "to.dtype", "_to_copy", "unsqueeze", "squeeze", "transpose", "chunk", "getitem", "split")
+_PASS_THROUGH = (
+    "view",
+    "reshape",
+    "to.dtype",
+    "_to_copy",
+    "unsqueeze",
+    "squeeze",
+    "transpose",
+    "chunk",
+    "getitem",
+    "split",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +65,11 @@ class QuantizeDense(LayerPass):
         weight = program.read(name).float()
         packed, scale, zero = quantize(weight, self.bits, self.group)
         error = dequantize_linear(packed, scale, zero, self.bits) - weight
-        ctx.record(name, became=f"{self.bits} bit, groups of {self.group}", error=float(error.square().sum() / weight.square().sum()))
+        ctx.record(
+            name,
+            became=f"{self.bits} bit, groups of {self.group}",
+            error=float(error.square().sum() / weight.square().sum()),
+        )
         path = name.removesuffix(".weight")
         operands = [program.add(f"{path}.{k}", t) for k, t in (("scale", scale), ("zero", zero))]
         bias = node.args[2] if len(node.args) > 2 else None

@@ -38,7 +38,9 @@ class FoldAffine(LayerPass):
                 value = old * value
             elif old is not None:
                 value = old + value
-            args[names.index(f"{projection}_{target}")] = layer.program.add(f"{moe.path}.{projection}.{target}", compact(value))
+            args[names.index(f"{projection}_{target}")] = layer.program.add(
+                f"{moe.path}.{projection}.{target}", compact(value)
+            )
             args[names.index(f"{projection}_{extra}")] = None
             changed = True
         moe.node.args = tuple(args)

@@ -18,7 +18,9 @@ class KBVQ(Composite):
     name: ClassVar[str] = "kbvq"
     provides: ClassVar[frozenset[str]] = frozenset({"moments", "basis", "vq", "affine", "folded"})
     bits: int = option(2, help="bits per weight of codes and signs", choices=(2, 3, 4))
-    rank: int | str = option("auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024)
+    rank: int | str = option(
+        "auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024
+    )
     codebook: str = option("auto", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
     offset: str = option("auto", help="affine offset: worth its bits, always, never", choices=("auto", "on", "off"))
 

@@ -55,7 +55,9 @@ class SharedBasis(LayerPass):
     name: ClassVar[str] = "klt"
     requires: ClassVar[frozenset[str]] = frozenset({"moments"})
     provides: ClassVar[frozenset[str]] = frozenset({"basis"})
-    rank: int | str = option("auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024)
+    rank: int | str = option(
+        "auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024
+    )
     bits: int = option(2, help="bits that coding will use, for rank=auto", choices=(2, 3, 4))
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
@@ -78,7 +80,8 @@ class SharedBasis(LayerPass):
         for projection, stored in zip(("gate_up", "down"), parts, strict=True):
             names = ("basis", "coef", "coef_scale")
             operands += [
-                None if stored is None else program.add(f"{moe.path}.{projection}.{n}", getattr(stored, n)) for n in names
+                None if stored is None else program.add(f"{moe.path}.{projection}.{n}", getattr(stored, n))
+                for n in names
             ]
         operands += [moe.operand(n) for n in ("gate_up_bias", "down_bias", "post_norm")]
         program.replace(moe.node, KLT_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
@@ -90,7 +93,9 @@ class SharedBasis(LayerPass):
         if self.rank != "auto":
             rank = int(self.rank)
             if rank > hidden:
-                raise MoeccError(f"klt: rank={rank} is more than {case.projection}'s {hidden} dimensions; give a smaller rank")
+                raise MoeccError(
+                    f"klt: rank={rank} is more than {case.projection}'s {hidden} dimensions; give a smaller rank"
+                )
             return factorize(weight, case.moment, rank, input_side=case.input_side) if rank else None
         total = sum(c.weight.numel() for c in cases.values())
         best, best_gain = None, 0.0

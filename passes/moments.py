@@ -32,7 +32,9 @@ class MeasureMoments(LayerPass):
     provides: ClassVar[frozenset[str]] = frozenset({"moments"})
     needs_data: ClassVar[bool] = True
     min_tokens: int = option(64, help="an expert with fewer routed tokens is starved", low=1, high=1 << 20)
-    routing: str = option("squared", help="weight of a token: its routing weight squared, or 1", choices=("squared", "one"))
+    routing: str = option(
+        "squared", help="weight of a token: its routing weight squared, or 1", choices=("squared", "one")
+    )
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         for moe in layer.moe:
@@ -63,7 +65,9 @@ class MeasureMoments(LayerPass):
             h = hidden_units(moe, routed.x[rows], gate_up[e], None if bias is None else bias[e])
             second.append(mean_outer(h, weight))
         for e, sent in starved.items():
-            ctx.notes.append(f"{moe.path} expert {e}: {tokens[e]} routed tokens; calibrated on {sent} sent to it on purpose")
+            ctx.notes.append(
+                f"{moe.path} expert {e}: {tokens[e]} routed tokens; calibrated on {sent} sent to it on purpose"
+            )
         inputs = torch.stack(first) if per_expert else average.unsqueeze(0)
         return Moments(torch.tensor(tokens), inputs, torch.stack(second), starved)
 

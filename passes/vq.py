@@ -51,7 +51,9 @@ class VectorQuantize(LayerPass):
         operands: list[fx.Node | None] = []
         for projection in ("gate_up", "down"):
             tensors = self.code(layer, moe, projection, moments.of(projection), ctx)
-            operands += [None if t is None else layer.program.add(f"{moe.path}.{projection}.{n}", t) for n, t in tensors.items()]
+            operands += [
+                None if t is None else layer.program.add(f"{moe.path}.{projection}.{n}", t) for n, t in tensors.items()
+            ]
             operands += [None, None]  # slope and offset: `affine`
         operands.append(moe.operand("post_norm"))
         for projection in ("gate_up", "down"):
@@ -62,7 +64,10 @@ class VectorQuantize(LayerPass):
         """The eight stored tensors of one projection."""
         weight = layer.weight(moe, projection)
         assert weight is not None
-        shared = {n: layer.weight(moe, f"{projection}_{n}") if moe.node.target is KLT_EXPERTS else None for n in vq4.TENSORS[5:]}
+        shared = {
+            n: layer.weight(moe, f"{projection}_{n}") if moe.node.target is KLT_EXPERTS else None
+            for n in vq4.TENSORS[5:]
+        }
         coded, shared_book = self.best(weight, moment, ctx.seed_for(moe.path, projection))
         error = coded.dense()[..., : weight.shape[-1]] - weight
         original = weight if shared["basis"] is None else weight + _basis_of(shared, projection)
@@ -104,15 +109,25 @@ class VectorQuantize(LayerPass):
     def encode(self, weight: Tensor, moment: Tensor, shared: bool, seed: int) -> Coded:
         step = len(weight) if shared else max(1, _AT_ONCE // weight[0].numel())
         parts = [
-            encode(weight[i : i + step], moment[i : i + step], bits=self.bits, shared=shared, seed=seed, rounds=self.rounds,
-                   feedback=self.feedback)  # fmt: skip
+            encode(
+                weight[i : i + step],
+                moment[i : i + step],
+                bits=self.bits,
+                shared=shared,
+                seed=seed,
+                rounds=self.rounds,
+                feedback=self.feedback,
+            )  # fmt: skip
             for i in range(0, len(weight), step)
         ]
         if len(parts) == 1:
             return parts[0]
         negative = torch.cat([p.negative for p in parts if p.negative is not None]) if self.bits == 3 else None
         return Coded(
-            torch.cat([p.codes for p in parts]), negative, torch.cat([p.codebook for p in parts]), torch.cat([p.scale for p in parts])
+            torch.cat([p.codes for p in parts]),
+            negative,
+            torch.cat([p.codebook for p in parts]),
+            torch.cat([p.scale for p in parts]),
         )
 
 

@@ -7,8 +7,8 @@
        + value * sensitivity-weighted alignment of the next router's scores
        + order * alignment of the order of its chosen experts  +  boundary * alignment of its top-k boundary   (`_routing`)
      Each term is divided by its value before tuning, so that weights mean the same on any model; 0 switches a term off.
-  3. An eighth of the calibration batches (at least one) is held out. The state with the least held-out loss is kept, the start included, so
-     tuning never makes a layer worse on text it did not see.
+  3. An eighth of the calibration batches (at least one) is held out. The state with the least held-out loss is kept, the start
+     included, so tuning never makes a layer worse on text it did not see.
 
 The next router is reached through the next layer's own attention and norm, in float. The last layer has no router behind it and is
 tuned on reconstruction. No inference cost: the tensors keep their shapes and types. Not done: codes are not chosen again.
@@ -90,7 +90,12 @@ class AlignRouting(LayerPass):
         return before, best_terms
 
     def weights(self) -> dict[str, float]:
-        return {"reconstruction": self.reconstruction, "value": self.value, "order": self.order, "boundary": self.boundary}
+        return {
+            "reconstruction": self.reconstruction,
+            "value": self.value,
+            "order": self.order,
+            "boundary": self.boundary,
+        }
 
     def total(self, terms: dict[str, float], start: dict[str, float]) -> float:
         return sum(self.weights()[k] * v / start[k] for k, v in terms.items() if k != "flips")
@@ -129,7 +134,9 @@ class Tuned:
         found = {}
         for k, p in self.parameters.items():
             value = p * self.unit[k]
-            found[k] = value + (clamp_codebook(value, self.bits[k]) - value).detach() if self.kinds[k] == "codebook" else value
+            found[k] = (
+                value + (clamp_codebook(value, self.bits[k]) - value).detach() if self.kinds[k] == "codebook" else value
+            )
         return found
 
     @torch.no_grad()
@@ -212,7 +219,9 @@ class Block:
         weights = StageWeights.sharing(self.weights, overrides)
         for _ in run_nodes(self.body, values, weights):
             pass
-        errors = [(values[n].float() - self.targets[row][n].float()).square().mean() / self.spread[n] for n in self.outputs]
+        errors = [
+            (values[n].float() - self.targets[row][n].float()).square().mean() / self.spread[n] for n in self.outputs
+        ]
         found = {"reconstruction": torch.stack(errors).sum()}
         if self.router is None:
             return found
