@@ -121,7 +121,7 @@ def _experts_rows(
     nbytes = sum(parts.values())
     details = {k: v for k, v in facts.items() if k not in ("became", "error", "tokens", "starved")}
     starved = facts.get("starved") or {}
-    fallback = f"experts {sorted(starved)} saw too few tokens; calibrated on tokens sent to them" if starved else ""
+    fallback = f"experts {sorted(map(int, starved))} saw too few tokens; calibrated on tokens sent to them" if starved else ""
     for i, name in enumerate(sources):
         found.rows.append(
             Row(

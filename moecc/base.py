@@ -120,6 +120,7 @@ class Context:
 
     seed: int = 0
     audit: dict[str, dict[str, Any]] = field(default_factory=dict)  # weight name -> what became of it
+    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # pass text -> stage -> what it did there
     notes: list[str] = field(default_factory=list)  # named lines of the audit: fallbacks, starved experts
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
 

@@ -54,7 +54,7 @@ class Journal:
         tensors = {w: program.tensors[w] for e in entries for w in _weights_in(e) if w in program.tensors}
         file = self.folder / f"layer-{stage:04d}.safetensors"
         write_safetensors(file, tensors)
-        record = {"nodes": entries, "text": _digest(program, stage), "audit": ctx.audit, "notes": ctx.notes}
+        record = {"nodes": entries, "text": _digest(program, stage), "audit": ctx.audit, "notes": ctx.notes, "ledger": ctx.ledger}
         self._write(f"layer-{stage:04d}.json", record)
         _spill(program, tensors, TensorFile(file))
 
@@ -74,6 +74,8 @@ class Journal:
         ctx.audit.clear()
         ctx.audit.update(record["audit"])
         ctx.notes[:] = record["notes"]
+        ctx.ledger.clear()
+        ctx.ledger.update(record["ledger"])
         self.restored.append(stage)
         return True
 

@@ -207,13 +207,13 @@ class PassReport:
     changed: bool = False
     seconds: float = 0.0
     nodes: int = 0
-    bits: float = 0.0  # bits per weight over the routed experts as they stand
-    error: float | None = None  # mean relative output error of the coded projections
+    bits: float = 0.0  # bits per weight over the routed experts, as they stood after this pass
+    error: float | None = None  # mean relative output error of the projections coded so far
 
     def line(self) -> str:
         error = "" if self.error is None else f", error {self.error:.4f}"
-        state = f"{self.nodes} nodes, {self.bits:.3f} bits/weight{error}" if self.changed else "no change"
-        return f"{self.text}: {state}, {self.seconds:.1f} s"
+        state = "" if self.changed else ", nothing changed"
+        return f"{self.text}: {self.nodes} nodes, {self.bits:.3f} bits/weight{error}{state}, {self.seconds:.1f} s"
 
 
 @dataclass
@@ -253,7 +253,7 @@ def run(
             program.module.recompile()
         for p, report in zip(group, reports, strict=True):
             program.facts = (program.facts - p.spoils) | p.provides
-            _finish(report, program, ctx)
+            _finish(report, ctx)
             hooks.after_pass(report, program)
             done.append(p)
         result.reports += reports
@@ -277,6 +277,7 @@ def _run_model(program: Program, p: Pass, ctx: Context, done: list[Pass]) -> Pas
         report.changed = p.run(program, ctx)
         program.verify()
     report.seconds = time.perf_counter() - start
+    ctx.ledger[str(p)] = {str(s): _entry(program, s, report.changed, ctx) for s in range(program.layers)}
     return report
 
 
@@ -296,9 +297,10 @@ def _run_layers(
             for p, report in zip(passes, reports, strict=True):
                 start = time.perf_counter()
                 with _named(p, [*done, *passes[: passes.index(p)]], stage):
-                    report.changed |= p.run_layer(layer, ctx)
+                    changed = p.run_layer(layer, ctx)
                     program.verify()
                 report.seconds += time.perf_counter() - start
+                ctx.ledger.setdefault(str(p), {})[str(stage)] = _entry(program, stage, changed, ctx)
                 hooks.dump(f"layer{stage:03d}-{p.name}", program)
             program.module.recompile()
             hooks.after_layer(stage, program, ctx)
@@ -325,30 +327,46 @@ class _named:
         raise MoeccError(f"{self.p} failed{where}{after}: {kind_text}{error}") from error
 
 
-def _finish(report: PassReport, program: Program, ctx: Context) -> None:
-    report.nodes = sum(n.op == "call_function" for n in program.graph.nodes)
-    report.bits = experts_bits(program)
-    errors = [row["error"] for row in ctx.audit.values() if "error" in row]
+def _entry(program: Program, stage: int, changed: bool, ctx: Context) -> dict[str, Any]:
+    """The ledger's line of one pass in one layer; kept in the journal, so that a resumed run reports the same."""
+    found = [m for m in program.moe_layers() if m.layer == stage]
+    paths = [f"{m.path}.{p}" for m in found for p in ("gate_up", "down")]
+    return {
+        "changed": changed, "nodes": sum(n.op == "call_function" for n in program.graph.nodes),
+        "stored": sum(_stored(program, m) for m in found), "weights": sum(expert_weights(m) for m in found),
+        "errors": [ctx.audit[p]["error"] for p in paths if "error" in ctx.audit.get(p, {})],
+    }  # fmt: skip
+
+
+def _finish(report: PassReport, ctx: Context) -> None:
+    """The report's figures from the ledger."""
+    entries = list(ctx.ledger.get(report.text, {}).values())
+    report.changed = any(e["changed"] for e in entries)
+    report.nodes = entries[-1]["nodes"] if entries else 0
+    weights = sum(e["weights"] for e in entries)
+    report.bits = sum(e["stored"] for e in entries) / weights if weights else 0.0
+    errors = [error for e in entries for error in e["errors"]]
     report.error = sum(errors) / len(errors) if errors else None
 
 
 def experts_bits(program: Program) -> float:
     """Bits per weight of the routed experts as they would be stored now, everything counted."""
-    stored = weights = 0
-    for moe in program.moe_layers():
-        for node in moe.node.args[3:]:
-            if isinstance(node, torch.fx.Node):
-                val = node.meta["val"]
-                stored += val.numel() * _stored_bits(program, node)
-        weights += expert_weights(moe)
-    return stored / weights if weights else 0.0
+    found = program.moe_layers()
+    weights = sum(expert_weights(m) for m in found)
+    return sum(_stored(program, m) for m in found) / weights if weights else 0.0
+
+
+def _stored(program: Program, moe: Any) -> int:
+    """Bits stored for one layer's routed experts."""
+    operands = [n for n in moe.node.args[3:] if isinstance(n, torch.fx.Node)]
+    return sum(n.meta["val"].numel() * _stored_bits(program, n) for n in operands)
 
 
 def _stored_bits(program: Program, node: torch.fx.Node) -> int:
     val: Tensor = node.meta["val"]
     name = program.weights[node.name].name
-    if name in program.tensors or program.store is None:
-        return int(val.element_size() * 8)
+    if name in program.tensors or program.store is None:  # what is still dense would be stored in 16 bits
+        return min(int(val.element_size() * 8), 16)
     origin = program.origins(name)[0]  # as the checkpoint has it, whatever the program computes in
     return int(program.store.dtype(origin).itemsize * 8) if origin in program.store else int(val.element_size() * 8)
 

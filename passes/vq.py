@@ -57,7 +57,7 @@ class VectorQuantize(LayerPass):
             operands += [None, None]  # slope and offset: `affine`
         operands.append(moe.operand("post_norm"))
         for projection in ("gate_up", "down"):
-            ctx.record(f"{moe.path}.{projection}", tokens=moments.tokens.tolist(), starved=moments.starved)
+            ctx.record(f"{moe.path}.{projection}", tokens=moments.tokens.tolist(), starved={str(e): n for e, n in moments.starved.items()})
         layer.program.replace(moe.node, VQ_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
 
     def code(self, layer: Layer, moe: MoE, projection: str, moment: Tensor, ctx: Context) -> dict[str, Tensor | None]:
