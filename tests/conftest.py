@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
-from moecc.ir import Program, Weight
+from moecc.ir import Held, Program, Weight
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -123,6 +123,9 @@ class DictStore:
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
     def read(self, name: str, *, dtype: torch.dtype | None = None, experts: Sequence[int] | None = None) -> Tensor:
         value = self.tensors[name] if experts is None else self.tensors[name][list(experts)]
         return value if dtype is None or not value.is_floating_point() else value.to(dtype)
@@ -141,7 +144,7 @@ def tiny_program(kinds: str = "M") -> Program:
         inside = re.match(r"layers\.(\d+)", node.meta["path"])
         stage = int(inside[1]) + 1 if inside else len(kinds) + 1 if node.meta["path"] == "head" else 0
         node.meta["layer"] = max([stage, *(i.meta["layer"] for i in node.all_input_nodes)])
-    program = Program(exported.graph_module, weights, {}, store, exported, source="tiny")
+    program = Program(exported.graph_module, weights, Held({}), store, exported, source="tiny")
     program.verify()
     return program
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from moecc import vq4
 from moecc.passes import _coding
 from moecc.passes._coding import Coded, _Coder, encode, nearest, pad_columns, weighted_error
-from moecc.passes.affine import line
+from moecc.passes.affine import Sums
 from moecc.passes.klt import factorize, square_root
 
 E, N, K = 2, 6, 16
@@ -452,7 +452,7 @@ def test_the_affine_line_against_numpy(offset: bool) -> None:
     g = torch.Generator().manual_seed(0)
     v, weight = torch.randn(40, 3, generator=g), torch.rand(40, generator=g)
     t = v * torch.tensor([0.9, 1.2, 1.0]) + torch.tensor([0.5, 0.0, -0.2]) + 0.1 * torch.randn(40, 3, generator=g)
-    slope, shift = line(v, t, weight, offset=offset)
+    slope, shift = Sums.of(v, t, weight).line(offset=offset)
     trust = 40 / (40 + 32)
     for n in range(3):
         x, y, w = (a.double().numpy() for a in (v[:, n], t[:, n], weight.sqrt()))
@@ -465,6 +465,19 @@ def test_the_affine_line_against_numpy(offset: bool) -> None:
         assert float(shift[n]) == pytest.approx(trust * residual, abs=1e-5)
 
 
+def test_sums_of_two_halves_give_the_line_and_the_error_of_the_whole() -> None:
+    g = torch.Generator().manual_seed(1)
+    v, t, weight = torch.randn(30, 3, generator=g), torch.randn(30, 3, generator=g), torch.rand(30, generator=g)
+    whole, halves = (
+        Sums.of(v, t, weight),
+        Sums.of(v[::2], t[::2], weight[::2]) + Sums.of(v[1::2], t[1::2], weight[1::2]),
+    )
+    torch.testing.assert_close(halves.line(), whole.line())
+    slope, shift = whole.line()
+    want = float((weight[:, None].double() * (t.double() - slope * v.double() - shift).square()).sum())
+    assert halves.error(slope, shift) == pytest.approx(want, rel=1e-5)
+
+
 def test_the_affine_line_without_tokens_changes_nothing() -> None:
-    slope, shift = line(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))
-    assert torch.equal(slope, torch.ones(3)) and torch.equal(shift, torch.zeros(3))
+    slope, shift = Sums.of(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0)).line()
+    assert bool((slope == 1).all()) and bool((shift == 0).all())

@@ -1,0 +1,40 @@
+"""drop_bias: takes the bias out of a compressed projection whose output it hardly moves.
+
+  1. A row's bias is compared with the row's norm: what the row gives for an input of unit variance.
+  2. Where the root mean square of that share over all rows and experts is under `below`, the bias goes: 16/K bits less.
+
+A pass of your own in one file: `moecc compile MODEL --passes kbvq,./examples/my_pass.py{below=0.02} -o OUT`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moecc.base import Context, Layer, LayerPass, option
+from moecc.ir import MoE
+from moecc.ops import VQ_EXPERTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropBias(LayerPass):
+    name: ClassVar[str] = "drop_bias"
+    requires: ClassVar[frozenset[str]] = frozenset({"folded"})
+    below: float = option(0.01, help="share of the output's spread under which a bias goes", low=0, high=100)
+
+    def run_layer(self, layer: Layer, ctx: Context) -> bool:
+        compressed = [m for m in layer.moe if m.node.target is VQ_EXPERTS]
+        return any([self.drop(layer, m, p, ctx) for m in compressed for p in ("gate_up", "down")])
+
+    def drop(self, layer: Layer, moe: MoE, projection: str, ctx: Context) -> bool:
+        bias, weight = layer.weight(moe, f"{projection}_bias"), layer.original(moe, projection)
+        if bias is None or weight is None:
+            return False
+        share = float((bias / weight.norm(dim=-1).clamp(min=1e-12)).square().mean().sqrt())
+        ctx.record(f"{moe.path}.{projection}", bias_share=share)
+        if share >= self.below:
+            return False
+        names = [a.name for a in VQ_EXPERTS._schema.arguments]
+        moe.node.update_arg(names.index(f"{projection}_bias"), None)
+        layer.program.drop_unused()
+        return True

@@ -1,0 +1,400 @@
+"""From pipeline text to a finished run: parsing, order, inserted providers, errors that name pass and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moecc import pipeline
+from moecc.base import Composite, Context, Layer, LayerPass, MoeccError, Pass, accepted, option
+from moecc.ir import Program
+
+MY_PASS = Path(__file__).parents[1] / "examples" / "my_pass.py"
+Tiny = Callable[[str], Program]
+
+
+def order(text: str, **options: Any) -> list[str]:
+    return [p.name for p in pipeline.resolve(pipeline.parse(text, **options)[0])[0]]
+
+
+def error(text: str, **options: Any) -> str:
+    with pytest.raises(MoeccError) as found:
+        pipeline.resolve(pipeline.parse(text, **options)[0])
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+# ---- text
+
+
+def values(f: Any) -> list[Any]:
+    """Values that option `f` takes, its default among them."""
+    low, high = f.metadata.get("low"), f.metadata.get("high")
+    found = [f.default, *f.metadata.get("choices", ())]
+    if isinstance(f.default, bool):
+        return [True, False]
+    if low is not None and high is not None:
+        kind = float if isinstance(f.default, float) else int
+        found += [kind(low), kind(high), kind((low + high) / 2)]
+    elif isinstance(f.default, str) and not f.metadata.get("choices"):
+        found += ["some/path", "a.b-c"]
+    return found
+
+
+@pytest.mark.parametrize("name", pipeline.names())
+@given(data=st.data())
+def test_the_text_of_a_pass_builds_it_again(name: str, data: st.DataObject) -> None:
+    cls = pipeline.find(name)
+    p = cls(**{f.name: data.draw(st.sampled_from(values(f)), label=f.name) for f in fields(cls)})
+    parsed, remarks = pipeline.parse(str(p))
+    assert parsed == [p] and str(parsed[0]) == str(p) and remarks == []
+
+
+@pytest.mark.parametrize("name", pipeline.names())
+def test_every_pass_explains_itself(name: str) -> None:
+    cls = pipeline.find(name)
+    assert cls.name == name and (cls.__doc__ or cls.__module__)
+    for f in fields(cls):
+        assert f.metadata["help"], f.name
+        assert accepted(f)
+    assert str(cls()) == name
+
+
+def test_a_pipeline_is_read_with_spaces_and_a_last_comma() -> None:
+    parsed, _ = pipeline.parse(" klt{ rank=8 , bits=3 } , vq,")
+    assert [str(p) for p in parsed] == ["klt{rank=8,bits=3}", "vq"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kbvqq", "no pass 'kbvqq'; did you mean 'kbvq'?"),
+        ("vq{bitz=3}", "vq has no option 'bitz'; did you mean 'bits'?"),
+        ("kbvq{zzz=3}", "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'offset', 'rank']"),
+        ("vq{bits}", "vq: option 'bits' lacks a value; write bits=VALUE"),
+        ("vq{bits=5}", "vq: bits=5 is out of range; it takes 2 | 3 | 4"),
+        ("vq{bits=two}", "vq: bits='two' is out of range; it takes 2 | 3 | 4"),
+        ("vq{rounds=0}", "vq: rounds=0 is out of range; it takes 1 <= number <= 50"),
+        ("vq{rounds=2.5}", "vq: rounds='2.5' is out of range; it takes 1 <= number <= 50"),
+        ("vq{feedback=maybe}", "vq: feedback='maybe' is out of range; it takes true | false"),
+        ("vq{codebook=shared}", "vq: codebook='shared' is out of range; it takes auto | expert | layer"),
+        ("klt{rank=-1}", "klt: rank=-1 is out of range; it takes auto | 0 <= number <= 1024"),
+        ("klt{rank=most}", "klt: rank='most' is out of range; it takes auto | 0 <= number <= 1024"),
+        ("vsraq{value=nan}", "vsraq: value=nan is out of range; it takes 0 <= number <= 10000"),
+        ("vq klt", "can't read the pipeline at column 1: 'vq klt'; expected name or name{key=value,...}"),
+        ("klt,vq{bits=3", "can't read the pipeline at column 5: 'vq{bits=3'; expected name or name{key=value,...}"),
+        ("klt,,vq", "can't read the pipeline at column 5: ',vq'; expected name or name{key=value,...}"),
+        ("", "no passes given; try --passes kbvq, or `moecc passes` for what there is"),
+        ("./nothing.py", "no pass file nothing.py; give the path of a Python file that defines a pass"),
+    ],
+)
+def test_what_can_t_be_read_says_why(text: str, message: str) -> None:
+    assert error(text) == message
+
+
+def test_an_unknown_name_unlike_any_other_lists_what_there_is() -> None:
+    assert error("xyzzy") == f"no pass 'xyzzy'; there are {', '.join(pipeline.names())}"
+
+
+def test_bits_is_the_default_of_every_option_of_that_name() -> None:
+    parsed, remarks = pipeline.parse("kbvq,moments,vq{bits=4}", bits=3)
+    assert [str(p) for p in parsed] == ["kbvq{bits=3}", "moments", "vq{bits=4}"] and remarks == []
+
+
+def test_a_pass_that_does_not_take_the_bits_keeps_its_own_and_says_so() -> None:
+    parsed, remarks = pipeline.parse("dense,kbvq", bits=8)
+    assert [str(p) for p in parsed] == ["dense", "kbvq"]
+    assert remarks == ["kbvq keeps bits=2 (it takes 2 | 3 | 4, not 8)"]
+
+
+def test_bits_that_no_pass_takes_are_an_error() -> None:
+    assert error("kbvq,moments", bits=8) == (
+        "no pass of 'kbvq,moments' takes --bits 8: kbvq keeps bits=2 (it takes 2 | 3 | 4, not 8)"
+    )
+
+
+def test_an_option_out_of_range_is_refused_in_python_too() -> None:
+    with pytest.raises(MoeccError, match=r"vq: bits=7 is out of range; it takes 2 \| 3 \| 4"):
+        pipeline.find("vq")(bits=7)  # type: ignore[call-arg]
+
+
+# ---- passes of one's own
+
+
+def test_a_pass_by_path_and_its_text() -> None:
+    parsed, _ = pipeline.parse(f"{MY_PASS}{{below=0.5}}")
+    assert parsed[0].name == "drop_bias" and str(parsed[0]) == f"{MY_PASS}{{below=0.5}}"
+    again, _ = pipeline.parse(str(parsed[0]))
+    assert str(again[0]) == str(parsed[0])
+    assert order(f"{MY_PASS},kbvq") == ["moments", "klt", "vq", "affine", "fold", "drop_bias"]
+
+
+def test_a_pass_file_that_fails_is_named(tmp_path: Path) -> None:
+    broken, empty = tmp_path / "broken.py", tmp_path / "empty.py"
+    broken.write_text("import not_there\n")
+    empty.write_text("x = 1\n")
+    assert error(str(broken)) == (
+        f"pass file {broken} can't be imported: ModuleNotFoundError: No module named 'not_there'"
+    )
+    assert error(str(empty)) == "empty.py defines 0 passes; a pass file defines one"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fake(Pass):
+    """A model pass that does nothing, from an entry point."""
+
+    name: ClassVar[str] = "fake"
+    provides: ClassVar[frozenset[str]] = frozenset({"moments"})
+    bits: int = option(2, help="not used", choices=(2, 3))
+
+    def run(self, program: Program, ctx: Context) -> bool:
+        return False
+
+
+class EntryPoint:
+    """What importlib.metadata gives for an installed one."""
+
+    def __init__(self, cls: type[Pass]):
+        self.name, self.cls = cls.name, cls
+
+    def load(self) -> type[Pass]:
+        return self.cls
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[Pass]]]:
+    """Passes that another package brings by entry point; a test appends to them."""
+    found: list[type[Pass]] = []
+
+    def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
+        assert group == "moecc.passes"
+        return [EntryPoint(c) for c in found if name in (None, c.name)]
+
+    monkeypatch.setattr(pipeline, "entry_points", entry_points)
+    yield found
+
+
+def test_a_pass_by_entry_point(installed: list[type[Pass]]) -> None:
+    installed.append(Fake)
+    assert "fake" in pipeline.names()
+    assert pipeline.parse("fake{bits=3}")[0] == [Fake(bits=3)]
+    assert error("fakee") == "no pass 'fakee'; did you mean 'fake'?"
+
+
+def test_with_two_providers_the_user_must_choose(installed: list[type[Pass]]) -> None:
+    installed.append(Fake)
+    assert error("vq") == "vq requires 'moments'; provided by ['fake', 'moments']; name one of them"
+    assert order("vq,fake") == ["fake", "vq"]
+
+
+# ---- order
+
+
+def test_what_the_user_wishes_for_becomes_an_order() -> None:
+    assert order("vsraq,kbvq") == ["moments", "klt", "vq", "affine", "fold", "vsraq"]
+
+
+def test_a_composite_stands_for_its_passes_with_its_options() -> None:
+    parsed, _ = pipeline.parse("kbvq{bits=3,rank=8,codebook=layer,offset=off}")
+    resolved, remarks = pipeline.resolve(parsed)
+    assert [str(p) for p in resolved] == [
+        "moments", "klt{rank=8,bits=3}", "vq{bits=3,codebook=layer}", "affine{offset=off}", "fold",
+    ]  # fmt: skip
+    assert remarks == [] and not any(isinstance(p, Composite) for p in resolved)
+    with pytest.raises(MoeccError, match=r"kbvq stands for \['moments', .*\]; run those"):
+        parsed[0].run(None, Context())  # type: ignore[arg-type]
+
+
+def test_missing_providers_are_put_in_front_and_said() -> None:
+    resolved, remarks = pipeline.resolve(pipeline.parse("vq,klt{rank=4}")[0])
+    assert [str(p) for p in resolved] == ["moments", "klt{rank=4}", "vq"]
+    assert remarks == ["vq requires 'moments'; inserted 'moments' before it"]
+    resolved, remarks = pipeline.resolve(pipeline.parse("vsraq")[0])
+    assert [p.name for p in resolved] == ["moments", "vq", "affine", "fold", "vsraq"]
+    assert remarks == [
+        "vsraq requires 'folded'; inserted 'fold' before it", "fold requires 'affine'; inserted 'affine' before it",
+        "affine requires 'vq'; inserted 'vq' before it", "vq requires 'moments'; inserted 'moments' before it",
+    ]  # fmt: skip
+
+
+def test_facts_that_hold_already_need_no_provider() -> None:
+    resolved, remarks = pipeline.resolve(pipeline.parse("vsraq")[0], facts={"folded"})
+    assert [p.name for p in resolved] == ["vsraq"] and remarks == []
+
+
+def test_the_resolved_text_resolves_to_itself() -> None:
+    resolved, _ = pipeline.resolve(pipeline.parse("vsraq{steps=5},kbvq{bits=3}")[0])
+    text = ",".join(map(str, resolved))
+    again, remarks = pipeline.resolve(pipeline.parse(text)[0])
+    assert ",".join(map(str, again)) == text and remarks == []
+
+
+def made(name: str, *, requires: str = "", provides: str = "", after: str = "", spoils: str = "") -> Pass:
+    """A model pass with these facts."""
+    facts = {
+        k: frozenset(v.split())
+        for k, v in dict(requires=requires, provides=provides, after=after, spoils=spoils).items()
+    }
+    cls = dataclass(frozen=True, kw_only=True)(
+        type("Made", (Pass,), {"name": name, "run": lambda self, program, ctx: False, **facts})
+    )
+    found: Pass = cls()
+    return found
+
+
+def sorted_names(*passes: Pass) -> list[str]:
+    return [p.name for p in pipeline.resolve(passes)[0]]
+
+
+def test_ties_stay_as_typed() -> None:
+    a, b, c = made("a"), made("b"), made("c")
+    assert sorted_names(c, a, b) == ["c", "a", "b"] and sorted_names(b, a, c) == ["b", "a", "c"]
+    user = made("user", requires="x")
+    assert sorted_names(c, user, made("giver", provides="x"), a) == ["c", "giver", "user", "a"]
+
+
+def test_after_and_spoils_order_without_inserting() -> None:
+    later = made("later", after="x")
+    assert sorted_names(later) == ["later"]
+    assert sorted_names(later, made("giver", provides="x")) == ["giver", "later"]
+    assert sorted_names(made("spoiler", spoils="x"), made("user", requires="x"), made("giver", provides="x")) == [
+        "giver", "user", "spoiler",
+    ]  # fmt: skip
+
+
+def test_passes_that_need_each_other() -> None:
+    a, b = made("a", requires="y", provides="x"), made("b", requires="x", provides="y")
+    with pytest.raises(MoeccError, match=r"these passes need each other: (a -> b|b -> a); leave one out"):
+        pipeline.resolve([a, b])
+
+
+def test_a_fact_that_nothing_provides() -> None:
+    with pytest.raises(MoeccError, match="user requires 'magic'; provided by no known pass; name one of them"):
+        pipeline.resolve([made("user", requires="magic")])
+
+
+# ---- running
+
+
+@dataclass(frozen=True, kw_only=True)
+class Touch(LayerPass):
+    """Notes where it was; fails in one layer, or breaks the graph there, if told to."""
+
+    name: ClassVar[str] = "touch"
+    fail_in: int = option(-1, help="stage", low=-1, high=100)
+    how: str = option("raise", help="what goes wrong", choices=("raise", "moecc", "break", "interrupt"))
+
+    def run_layer(self, layer: Layer, ctx: Context) -> bool:
+        ctx.notes.append(f"{layer.index}: inputs before {layer.inputs.stage}, targets before {layer.targets.stage}")
+        if layer.index == self.fail_in:
+            if self.how == "raise":
+                raise RuntimeError("boom")
+            if self.how == "moecc":
+                raise MoeccError("it does not fit")
+            if self.how == "interrupt":
+                raise KeyboardInterrupt
+            next(n for n in layer.program.graph.nodes if n.name == "tanh").meta.pop("layer")
+        return False
+
+
+def failure(program: Program, batches: list[Tensor], *passes: Pass) -> str:
+    with pytest.raises(MoeccError) as found:
+        pipeline.run(program, passes, Context(), batches)
+    return str(found.value)
+
+
+def test_a_failure_names_pass_layer_and_what_ran_before(tiny: Tiny, batches: list[Tensor]) -> None:
+    moments = pipeline.find("moments")()
+    message = failure(tiny("MD"), batches, moments, Touch(fail_in=2))
+    assert message == "touch{fail_in=2} failed in layer 1 (after moments): RuntimeError: boom"
+    assert failure(tiny("MD"), batches, Touch(fail_in=1, how="moecc")) == (
+        "touch{fail_in=1,how=moecc} failed in layer 0: it does not fit"
+    )
+
+
+def test_a_pass_that_breaks_the_graph_is_named(tiny: Tiny, batches: list[Tensor]) -> None:
+    message = failure(tiny("MD"), batches, made("first"), Touch(fail_in=2, how="break"))
+    assert message.startswith(
+        "touch{fail_in=2,how=break} failed in layer 1 (after first): node %tanh (aten.tanh) lacks meta"
+    )
+
+
+def test_an_interrupt_stays_an_interrupt(tiny: Tiny, batches: list[Tensor]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(tiny("MD"), [Touch(fail_in=1, how="interrupt")], Context(), batches)
+
+
+def test_a_model_pass_that_fails_names_no_layer(tiny: Tiny) -> None:
+    def run(self: Pass, program: Program, ctx: Context) -> bool:
+        raise ValueError("no luck")
+
+    broken = dataclass(frozen=True, kw_only=True)(type("Broken", (Pass,), {"name": "broken", "run": run}))
+    assert failure(tiny("M"), [], broken()) == "broken failed: ValueError: no luck"
+
+
+def test_a_pass_that_needs_data_asks_for_it(tiny: Tiny) -> None:
+    assert failure(tiny("M"), [], pipeline.find("moments")()) == "moments needs calibration text; give --calib FILE"
+
+
+def test_layer_passes_go_through_together_and_see_inputs_before_and_targets_after(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    ctx, dumps, layers = Context(), [], []
+    hooks = pipeline.Hooks(
+        dump=lambda name, program: dumps.append(name), after_layer=lambda stage, program, ctx: layers.append(stage)
+    )
+    pipeline.run(tiny("MD"), [Touch(), made("model"), Touch(), Touch()], ctx, batches, hooks)
+    once = [f"{i}: inputs before {i}, targets before {i + 1}" for i in (1, 2, 3)]
+    assert ctx.notes == once + [line for line in once for _ in range(2)]
+    assert dumps == [f"layer00{i}-touch" for i in (1, 2, 3, 1, 1, 2, 2, 3, 3)]
+    assert layers == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_layer_that_was_restored_is_not_worked_on_again(tiny: Tiny, batches: list[Tensor]) -> None:
+    ctx = Context()
+    hooks = pipeline.Hooks(restore_layer=lambda stage, program, ctx: stage < 2)
+    pipeline.run(tiny("MD"), [Touch()], ctx, batches, hooks)
+    assert [note[0] for note in ctx.notes] == ["2", "3"]
+
+
+def test_facts_hold_after_a_run(tiny: Tiny) -> None:
+    program = tiny("M")
+    pipeline.run(program, [made("a", provides="x y"), made("b", spoils="x", provides="z")], Context())
+    assert program.facts == {"y", "z"}
+
+
+def test_reports_say_what_each_pass_did(tiny: Tiny, batches: list[Tensor]) -> None:
+    seen: list[str] = []
+    hooks = pipeline.Hooks(after_pass=lambda report, program: seen.append(report.text))
+    resolved, _ = pipeline.resolve(pipeline.parse("klt{rank=2},vq{bits=3}")[0])
+    result = pipeline.run(tiny("MD"), resolved, Context(), batches, hooks)
+    assert [r.text for r in result.reports] == seen == ["moments", "klt{rank=2}", "vq{bits=3}"]
+    assert [r.changed for r in result.reports] == [False, True, True]
+    assert result.reports[0].line().startswith("moments: no change, ")
+    assert "bits/weight, error 0." in result.reports[2].line()
+
+
+def test_bits_of_float_experts_are_what_the_checkpoint_stores(tiny: Tiny) -> None:
+    program = tiny("M")
+    assert pipeline.experts_bits(program) == 32.0
+    store: Any = program.store
+    store.tensors = {name: t.bfloat16() for name, t in store.tensors.items()}
+    assert pipeline.experts_bits(program) == 16.0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_bits_of_compressed_experts_count_every_tensor(tiny: Tiny, batches: list[Tensor], bits: int) -> None:
+    program = tiny("M")
+    resolved, _ = pipeline.resolve(pipeline.parse(f"klt{{rank=2}},vq{{bits={bits}}},affine{{offset=on}},fold")[0])
+    pipeline.run(program, resolved, Context(), batches)
+    moe = program.moe_layers()[0]
+    held = [program.read(program.weights[n.name].name) for n in moe.node.all_input_nodes if n.name in program.weights]
+    stored = sum(8 * t.numel() * t.element_size() for t in held)
+    assert pipeline.experts_bits(program) == stored / (4 * 16 * 16 + 4 * 16 * 8)
