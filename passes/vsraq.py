@@ -58,8 +58,7 @@ class AlignRouting(LayerPass):
         for moe in found:
             for projection in ("gate_up", "down"):
                 ctx.record(f"{moe.path}.{projection}", tuned={"before": before, "after": after})
-        tuned.store(layer.program)
-        return True
+        return tuned.store(layer.program)
 
     def train(self, block: Block, tuned: Tuned, seed: int, ctx: Context) -> tuple[dict[str, float], dict[str, float]]:
         """Steps 2 and 3; the held-out losses before and after."""
@@ -157,9 +156,15 @@ class Tuned:
         for k, p in self.parameters.items():
             p.copy_(state[k])
 
-    def store(self, program: Program) -> None:
+    def store(self, program: Program) -> bool:
+        """Write what differs from the stored tensors; whether anything did."""
+        changed = False
         for placeholder, value in self.stored().items():
-            program.add(self.names[placeholder], value)
+            held = program.read(self.names[placeholder])
+            if held.dtype != value.dtype or not torch.equal(held, value):
+                program.add(self.names[placeholder], value)
+                changed = True
+        return changed
 
 
 def _unit(kind: str, value: Tensor) -> Tensor:
