@@ -1,0 +1,343 @@
+"""One contract for every pass, and what each does to a small graph. A new pass is tested here as soon as it can be found."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import make
+from torch import Tensor
+
+from moecc import pipeline
+from moecc.base import Composite, Context, MoeccError
+from moecc.ir import Program, digest
+from moecc.ops import KLT_EXPERTS, VQ_EXPERTS
+from moecc.passes._store import compact
+from moecc.stream import run_program
+from moecc.trace import trace
+
+Tiny = Callable[[str], Program]
+MY_PASS = str(Path(__file__).parents[1] / "examples" / "my_pass.py")
+TOKENS = [torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+# Options under which a pass is run here; a pass that is not listed runs with its defaults. Small, and for each pass of ours one
+# that changes the tiny model and one that leaves it as it is.
+OPTIONS: dict[str, list[str]] = {
+    "klt": ["klt{rank=2}", "klt{rank=0}"],
+    "vq": ["vq{bits=3,codebook=layer}", "vq{rounds=1,feedback=false}"],
+    "affine": ["affine{offset=on}", "affine{offset=off}"],
+    "vsraq": ["vsraq{steps=4}", "vsraq{steps=1,lr=0.0001}"],
+    "kbvq": ["kbvq", "kbvq{bits=4,rank=4,offset=on}"],
+    "dense": ["dense{group=16}", "dense{group=16,bits=4}", "dense{group=128}"],
+    MY_PASS: [f"affine{{offset=on}},{MY_PASS}{{below=100}}", f"{MY_PASS}{{below=0}}"],
+}
+CASES = [text for name in [*pipeline.names(), MY_PASS] for text in OPTIONS.get(name, [name])]
+
+
+@pytest.fixture(scope="module")
+def traced() -> Program:
+    """qwen2_moe with two MoE layers of random weights; tests take copies."""
+    return trace(make("qwen2_moe"))
+
+
+@dataclass
+class Run:
+    """A finished run, and for each pass in turn whether the text of the graph differed after it."""
+
+    program: Program
+    ctx: Context
+    reports: list[pipeline.PassReport]
+    differed: dict[str, bool] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # by "layer001-vq" and the like, "before" the first
+
+    def output(self) -> Tensor:
+        return torch.cat(run_program(self.program, TOKENS))
+
+
+def compiled(
+    program: Program, text: str, *, seed: int = 0, batches: list[Tensor] | None = None, facts: tuple[str, ...] = ()
+) -> Run:
+    """`text` run over a copy of `program`, with an eye on what each pass changed."""
+    program = program.copy()
+    passes, _ = pipeline.resolve(pipeline.parse(text)[0], facts)
+    found = Run(program, Context(seed=seed), [], {p.name: False for p in passes}, {"before": program.text()})
+    last = found.texts["before"]
+
+    def look(name: str, after: str) -> None:
+        nonlocal last
+        found.differed[name] |= after != last
+        last = after
+
+    def dump(label: str, now: Program) -> None:
+        found.texts[label] = now.text()
+        look(label.split("-", 1)[1], found.texts[label])
+
+    def after_pass(report: pipeline.PassReport, now: Program) -> None:
+        p = next(p for p in passes if str(p) == report.text)
+        if f"layer001-{p.name}" not in found.texts:  # a model pass
+            look(p.name, now.text())
+
+    hooks = pipeline.Hooks(dump=dump, after_pass=after_pass)
+    found.reports = pipeline.run(program, passes, found.ctx, TOKENS if batches is None else batches, hooks).reports
+    return found
+
+
+# ---- the contract
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_a_pass_says_honestly_whether_it_changed_anything_and_leaves_a_legal_graph(traced: Program, text: str) -> None:
+    run = compiled(traced, text)
+    run.program.verify()
+    said = dict(zip(run.differed, (r.changed for r in run.reports), strict=True))
+    assert said == run.differed
+    out = run.output()
+    assert out.shape == torch.cat(run_program(traced, TOKENS)).shape and bool(torch.isfinite(out).all())
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_the_same_seed_gives_the_same_bytes(traced: Program, text: str) -> None:
+    first, again = (compiled(traced, text, seed=7) for _ in range(2))
+    assert first.program.text() == again.program.text()
+    assert first.ctx.audit == again.ctx.audit and first.ctx.notes == again.ctx.notes
+
+
+def test_passes_leave_the_program_they_copied_from_alone(traced: Program) -> None:
+    before = traced.text()
+    compiled(traced, "kbvq,vsraq{steps=2},dense{group=16}")
+    assert traced.text() == before
+
+
+@pytest.mark.parametrize("name", pipeline.names())
+def test_options_out_of_range_are_refused(name: str) -> None:
+    cls = pipeline.find(name)
+    for f in fields(cls):
+        for wrong in out_of_range(f):
+            with pytest.raises(MoeccError, match=f"{name}: {f.name}=.* is out of range; it takes "):
+                cls(**{f.name: wrong})
+
+
+def out_of_range(f: Any) -> Iterator[Any]:
+    low, high, choices = (f.metadata.get(k) for k in ("low", "high", "choices"))
+    if low is not None:
+        yield low - 1
+    if high is not None:
+        yield high + 1
+    if choices:
+        yield "nonsense"
+        if low is None and not isinstance(choices[0], str):
+            yield max(choices) + 1
+
+
+@pytest.mark.parametrize("name", pipeline.names())
+def test_facts_are_declared(name: str) -> None:
+    cls = pipeline.find(name)
+    for attribute in ("requires", "after", "provides", "spoils"):
+        facts = getattr(cls, attribute)
+        assert isinstance(facts, frozenset) and all(isinstance(f, str) for f in facts)
+    assert not cls.provides & cls.requires
+    if issubclass(cls, Composite):
+        parts = cls().expand()
+        assert cls.provides == frozenset().union(*(p.provides for p in parts))
+
+
+def test_a_model_without_experts_is_left_alone(tiny: Tiny, batches: list[Tensor]) -> None:
+    program = tiny("DD")
+    for name in pipeline.names():
+        run = compiled(program, OPTIONS.get(name, [name])[0], batches=batches)
+        if name != "dense":
+            assert not any(run.differed.values()) and not any(r.changed for r in run.reports), name
+
+
+# ---- properties
+
+
+def expert_errors(run: Run) -> dict[str, list[float]]:
+    return {path: row["expert_error"] for path, row in run.ctx.audit.items() if "expert_error" in row}
+
+
+def test_error_falls_as_bits_rise(traced: Program) -> None:
+    runs = [compiled(traced, f"klt{{rank=2}},vq{{bits={b},codebook=layer}},affine,fold") for b in (2, 3, 4)]
+    for path in expert_errors(runs[0]):
+        errors = [sum(expert_errors(r)[path]) for r in runs]
+        assert errors[0] > errors[1] > errors[2] > 0, path
+    want = torch.cat(run_program(traced, TOKENS))
+    moved = [float((r.output() - want).square().mean()) for r in runs]
+    assert moved[0] > moved[1] > moved[2]
+    bits = [r.reports[-1].bits for r in runs]
+    assert bits[1] > bits[0] and bits[2] > bits[0]
+
+
+def permuted(model: Any, order: list[int]) -> Any:
+    """The same model with its experts in another order: weights and router rows."""
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        for p in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, layer.mlp.gate.weight):
+            p.data = p.data[order].clone()
+    return model
+
+
+def test_permuting_experts_permutes_results() -> None:
+    """Exactly, but for what depends on the order of sums and on the draw that k-means starts from."""
+    order = [2, 0, 3, 1]
+    model = make("qwen2_moe")
+    programs = [trace(model), trace(permuted(model, order))]
+    want = torch.cat(run_program(programs[0], TOKENS))
+    torch.testing.assert_close(torch.cat(run_program(programs[1], TOKENS)), want, rtol=1e-4, atol=1e-4)
+
+    first, second = (compiled(p, "klt{rank=3}") for p in programs)
+    torch.testing.assert_close(second.output(), first.output(), rtol=1e-3, atol=1e-3)
+    for moe in first.program.moe_layers():
+        for projection in ("gate_up", "down"):
+            for name, near in (("remainder", 2e-3), ("coef_scale", 1e-3)):
+                key = f"{moe.path}.{projection}.{name}"
+                a, b = first.program.read(key).float(), second.program.read(key).float()
+                torch.testing.assert_close(b, a[order], rtol=1e-2, atol=near)
+
+    text = "klt{rank=3},vq{bits=3,codebook=layer},affine,fold"
+    first, second = (compiled(p, text) for p in programs)
+    for path, errors in expert_errors(first).items():
+        tokens = first.ctx.audit[path]["tokens"]
+        assert second.ctx.audit[path]["tokens"] == [tokens[e] for e in order] or path.startswith("model.layers.1")
+        for got, e in zip(expert_errors(second)[path], order, strict=True):
+            assert got == pytest.approx(errors[e], rel=0.5)
+
+
+@pytest.fixture(scope="module")
+def starved() -> Program:
+    """gpt_oss whose router never chooses expert 3 of the first layer."""
+    model = make("gpt_oss")
+    with torch.no_grad():
+        model.model.layers[0].mlp.router.bias[3] = -1e4
+    return trace(model)
+
+
+@pytest.mark.parametrize("text", ["kbvq{rank=2,offset=on},vsraq{steps=2}", "vq{bits=3}", "moments{min_tokens=1},vq"])
+def test_an_expert_with_no_routed_token_works_and_is_named(starved: Program, text: str) -> None:
+    run = compiled(starved, text)
+    path = starved.moe_layers()[0].path
+    named = [n for n in run.ctx.notes if n.startswith(f"{path} expert 3: 0 routed tokens; calibrated on ")]
+    assert len(named) == 1 and named[0].endswith(" sent to it on purpose")
+    row = run.ctx.audit[f"{path}.gate_up"]
+    assert row["tokens"][3] == 0 and "3" in {str(e) for e in row["starved"]}
+    for projection in ("gate_up", "down"):
+        assert all(math.isfinite(e) and e < 0.5 for e in run.ctx.audit[f"{path}.{projection}"]["expert_error"])
+    assert bool(torch.isfinite(run.output()).all())
+
+
+def test_calibration_sees_compressed_earlier_layers(traced: Program) -> None:
+    """The second layer's codes depend on what the first was coded to."""
+    runs = [compiled(traced, f"vq{{bits={b},codebook=layer}}") for b in (2, 4)]
+    texts = [
+        {k: v for k, v in r.program.tensors.items() if "layers.1" in k and k.endswith("gate_up.scale")} for r in runs
+    ]
+    assert texts[0].keys() == texts[1].keys() and len(texts[0]) == 1
+    alone = compiled(traced, "vq{bits=2,codebook=layer}", batches=TOKENS[:2])
+    assert alone.program.text() != runs[0].program.text()
+
+
+@pytest.mark.parametrize("rank", ["40", "1024"])
+def test_a_rank_beyond_the_dimensions_is_an_error(traced: Program, rank: str) -> None:
+    with pytest.raises(MoeccError, match=rf"klt\{{rank={rank}\}} failed in layer 0 .*more than .* dimensions"):
+        compiled(traced, f"klt{{rank={rank}}}")
+
+
+def test_klt_changes_the_program_by_rounding_only(traced: Program) -> None:
+    run = compiled(traced, "klt{rank=4}")
+    assert [m.node.target for m in run.program.moe_layers()] == [KLT_EXPERTS] * 2
+    torch.testing.assert_close(run.output(), torch.cat(run_program(traced, TOKENS)), rtol=1e-4, atol=1e-4)
+
+
+def test_fold_is_exact_up_to_rounding(traced: Program) -> None:
+    before, after = (compiled(traced, f"vq{{bits=3}},affine{{offset=on}}{more}") for more in ("", ",fold"))
+    assert [m.node.target for m in after.program.moe_layers()] == [VQ_EXPERTS] * 2
+    assert "slope" not in after.program.text() and "slope" in before.program.text()
+    got, want = after.output(), before.output()
+    assert float((got - want).norm() / want.norm()) < 5e-3
+
+
+def test_tuning_lowers_the_held_out_loss_or_leaves_all_as_it_was(traced: Program) -> None:
+    run = compiled(traced, "vq{codebook=layer},vsraq{steps=40}")
+    terms = run.ctx.audit["model.layers.0.mlp.experts.gate_up"]["tuned"]
+    weights = pipeline.find("vsraq")().weights()  # type: ignore[attr-defined]
+    total = sum(
+        weights[k] * terms["after"][k] / max(terms["before"][k], 1e-12) for k in terms["before"] if k in weights
+    )
+    assert total <= sum(weights[k] for k in terms["before"] if k in weights) + 1e-9
+
+
+def test_a_pass_of_one_s_own_takes_biases_out(traced: Program) -> None:
+    """examples/my_pass.py, by its path."""
+    kept = compiled(traced, f"affine{{offset=on}},{MY_PASS}{{below=0}}")
+    gone = compiled(traced, f"affine{{offset=on}},{MY_PASS}{{below=100}}")
+    assert list(gone.differed)[-1] == "drop_bias" and gone.differed["drop_bias"] and not kept.differed["drop_bias"]
+    assert "gate_up.bias" in kept.program.text() and "gate_up.bias" not in gone.program.text()
+    assert gone.reports[-1].bits < kept.reports[-1].bits
+    assert 0 < gone.ctx.audit["model.layers.0.mlp.experts.gate_up"]["bias_share"] < 100
+
+
+# ---- rounding to 16 bits
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([1.0, 0.1, 3.0], torch.float16),
+        ([0.01, 0.02, 1e-7], torch.float16),  # a tiny one among others loses nothing that counts
+        ([0.01, 0.0], torch.float16),
+        ([1e5, 1.0], torch.bfloat16),  # beyond float16's range
+        ([1e-8, 2e-8], torch.bfloat16),  # below it
+    ],
+)
+def test_sixteen_bits_are_the_type_that_loses_less(values: list[float], dtype: torch.dtype) -> None:
+    got = compact(torch.tensor(values))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), torch.tensor(values), rtol=5e-3, atol=1e-7)
+
+
+# ---- golden text
+
+
+def layer_text(program: Program, text: str, batches: list[Tensor], names: tuple[str, str]) -> str:
+    """The graph before and after a pass: after the pass named first, and after the one named second."""
+    run = compiled(program, text, batches=batches)
+    parts = [run.texts["before"] if n == "before" else run.texts[f"layer001-{n}"] for n in names]
+    return f"// before\n{parts[0]}// after {text}\n{parts[1]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names"),
+    [
+        ("klt", "moments,klt{rank=2}", ("before", "klt")),
+        ("vq", "moments,klt{rank=2},vq{bits=3,codebook=layer}", ("klt", "vq")),
+        ("fold", "moments,vq{codebook=layer},affine{offset=on},fold", ("affine", "fold")),
+    ],
+)
+def test_the_text_before_and_after_a_pass(
+    name: str, text: str, names: tuple[str, str], tiny: Tiny, batches: list[Tensor], golden: Callable[[str, str], None]
+) -> None:
+    golden(f"{name}.txt", layer_text(tiny("M"), text, batches, names))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("klt", "moments,klt{rank=2}"),
+        ("vq", "moments,vq"),
+        ("fold", "moments,vq,affine,fold"),
+        ("vsraq", "vsraq{steps=2}"),
+    ],
+)
+def test_a_layer_that_does_not_match_keeps_its_text(name: str, text: str, tiny: Tiny, batches: list[Tensor]) -> None:
+    run = compiled(tiny("MD"), text, batches=batches)
+    before = run.texts[f"layer001-{list(run.differed)[-1]}"]
+    assert run.texts[f"layer002-{name}"] == before
+
+
+def test_digests_tell_tensors_apart() -> None:
+    assert digest(torch.zeros(3)) != digest(torch.ones(3)) and len(digest(torch.zeros(3))) == 8
