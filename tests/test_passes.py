@@ -23,7 +23,8 @@ from moecc.stream import run_program
 from moecc.trace import trace
 
 Tiny = Callable[[str], Program]
-MY_PASS = str(Path(__file__).parents[1] / "examples" / "my_pass.py")
+ROOT = Path(__file__).parents[1]
+MY_PASS = str(ROOT / "examples" / "my_pass.py")
 TOKENS = [torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(8)]
 # Options under which a pass is run here; a pass that is not listed runs with its defaults. Small, and for each pass of ours one
 # that changes the tiny model and one that leaves it as it is.
@@ -341,3 +342,8 @@ def test_a_layer_that_does_not_match_keeps_its_text(name: str, text: str, tiny: 
 
 def test_digests_tell_tensors_apart() -> None:
     assert digest(torch.zeros(3)) != digest(torch.ones(3)) and len(digest(torch.zeros(3))) == 8
+
+
+def test_the_author_s_guide_shows_the_example_as_it_is() -> None:
+    guide, example = (ROOT / "passes" / "README.md").read_text(), Path(MY_PASS).read_text()
+    assert f"```python\n{example[example.index('@dataclass') :]}```" in guide
