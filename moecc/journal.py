@@ -2,7 +2,8 @@
 
 One folder next to the output holds `run.json` (what the run is: another run's journal is never used) and per finished layer a
 safetensors file of the tensors that passes made and a JSON file of the nodes that use them. Restoring a layer puts those nodes and
-tensors back, and the graph text is compared with what was noted, so that a layer that a journal can't express is done again.
+tensors into a copy, and the copy's graph text is compared with what was noted; a layer that a journal can't express is done again.
+Layer passes that a model pass separates go through the layers once each, in rounds; every round has files of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from moecc import ops
 from moecc.base import Context, MoeccError
@@ -33,6 +34,8 @@ class Journal:
         self.found = folder.is_dir()
         self.restored: list[int] = []
         self.resuming = self.found
+        self._round = self._stage = 0
+        self._before: dict[str, Tensor] = {}  # what the layer's nodes held before its passes ran
         if self.found:
             self._require_same_run()
         else:
@@ -47,37 +50,59 @@ class Journal:
         if before != json.loads(json.dumps(self.identity)):
             raise MoeccError(f"{self.folder} belongs to another run; remove it, or choose another output folder")
 
+    def finished(self) -> int:
+        """How many stages of the program it holds, each round counted."""
+        return len(list(self.folder.glob("layer-*.json")))
+
     def save(self, stage: int, program: Program, ctx: Context) -> None:
         """Note a finished layer; called after the last pass of a group of layer passes."""
-        nodes = [n for n in stage_nodes(program, stage) if n.target in _OPS.values()]
-        entries = [_describe(program, n) for n in nodes]
-        tensors = {w: program.tensors[w] for e in entries for w in _weights_in(e) if w in program.tensors}
-        file = self.folder / f"layer-{stage:04d}.safetensors"
-        write_safetensors(file, tensors)
-        record = {"nodes": entries, "text": _digest(program, stage), "audit": ctx.audit, "notes": ctx.notes, "ledger": ctx.ledger}
-        self._write(f"layer-{stage:04d}.json", record)
-        _spill(program, tensors, TensorFile(file))
+        held = _held(program, stage)
+        tensors = {name: t for name, t in held.items() if self._before.get(name) is not t}
+        self._before = {}
+        write_safetensors(self._file(stage, "safetensors"), tensors)
+        record = {
+            "nodes": [_describe(program, n) for n in stage_nodes(program, stage) if n.target in _OPS.values()],
+            "text": _digest(program, stage), "audit": ctx.audit, "notes": ctx.notes, "ledger": ctx.ledger,
+        }  # fmt: skip
+        self._write(self._file(stage, "json").name, record)
+        _spill(program, tensors, TensorFile(self._file(stage, "safetensors")))
 
     def restore(self, stage: int, program: Program, ctx: Context) -> bool:
-        """Put a finished layer back; False where there is none, and from then on."""
-        note = self.folder / f"layer-{stage:04d}.json"
-        if not self.resuming or not note.is_file():
-            self.resuming = False
+        """Put a finished layer back; False where there is none, and from then on. Called before a layer's passes."""
+        self._round += stage <= self._stage
+        self._stage = stage
+        record = self._restored(stage, program) if self.resuming else None
+        self.resuming = record is not None
+        if record is None:
+            self._before = _held(program, stage)
             return False
-        record = json.loads(note.read_text())
-        tensors = TensorFile(self.folder / f"layer-{stage:04d}.safetensors")
-        for entry in record["nodes"]:
-            _restore(program, entry, tensors)
-        if _digest(program, stage) != record["text"]:
-            raise MoeccError(f"{self.folder} can't restore layer {stage - 1}; remove it and start again")
-        _spill(program, tensors.names(), tensors)
-        ctx.audit.clear()
-        ctx.audit.update(record["audit"])
+        for there, noted in ((ctx.audit, record["audit"]), (ctx.ledger, record["ledger"])):
+            there.clear()
+            there.update(noted)
         ctx.notes[:] = record["notes"]
-        ctx.ledger.clear()
-        ctx.ledger.update(record["ledger"])
         self.restored.append(stage)
         return True
+
+    def _restored(self, stage: int, program: Program) -> Any:
+        """The record of a layer, which `program` now is as noted; None, and nothing changed, where that can't be done."""
+        copy = program.copy()
+        try:
+            record = json.loads(self._file(stage, "json").read_text())
+            tensors = TensorFile(self._file(stage, "safetensors"))
+            for entry in record["nodes"]:
+                _restore(copy, entry, tensors)
+            for name in set(tensors.names()) - {w for e in record["nodes"] for w in _weights_in(e)}:
+                copy.add(name, tensors.read(name))
+            if _digest(copy, stage) != record["text"]:
+                return None
+        except (OSError, ValueError, KeyError, MoeccError):
+            return None
+        _spill(copy, tensors.names(), tensors)
+        program.module, program.weights, program.tensors = copy.module, copy.weights, copy.tensors
+        return record
+
+    def _file(self, stage: int, kind: str) -> Path:
+        return self.folder / f"layer-{self._round}-{stage:04d}.{kind}"
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -119,6 +144,13 @@ def _restore(program: Program, entry: dict[str, Any], tensors: TensorFile) -> No
 
     args = tuple(operand(a) for a in entry["args"])
     program.replace(nodes[entry["name"]], _OPS[entry["op"]], args, entry["kwargs"])
+
+
+def _held(program: Program, stage: int) -> dict[str, Tensor]:
+    """The held tensors that a layer's nodes read, by name."""
+    inputs = {i.name for n in stage_nodes(program, stage) for i in n.all_input_nodes if i.name in program.weights}
+    names = sorted(program.weights[i].name for i in inputs)
+    return {name: program.tensors[name] for name in names if name in program.tensors}
 
 
 def _spill(program: Program, names: Iterable[str], file: TensorFile) -> None:
