@@ -159,7 +159,7 @@ def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> 
             nbytes,
             8 * nbytes / math.prod(shape),
             facts.get("error"),
-        )  # fmt: skip
+        )
     )
     return {f"{path}.weight": path}
 

@@ -6,8 +6,12 @@ of it lives in OUT.partial; a run that is killed leaves that folder and goes on 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
+import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +27,7 @@ from moecc.base import Context, MoeccError, Pass
 from moecc.ir import Program
 from moecc.journal import Journal
 from moecc.trace import trace
-from moecc.weights import resolve
+from moecc.weights import free_space, resolve
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 BATCH = 2  # calibration rows that go through a layer together
@@ -37,6 +41,7 @@ class Job:
     source: str
     source_digest: str
     passes: str
+    pass_files: dict[str, str]  # SHA-256 of each pass of one's own
     calibration: str
     seed: int
     backend: str
@@ -53,21 +58,30 @@ def compile_model(
     calib: text file (by default text that comes with Python); rows x length: calibration tokens. MoeccError for bad input, in one
     line, with nothing left behind.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise MoeccError(f"{out} exists; choose another output folder or remove it")
+    if dump is not None and dump.exists() and not dump.is_dir():
+        raise MoeccError(f"--dump {dump} is a file; give a folder for the texts")
     require_backend(backend)
     resolved = _pipeline(passes, bits, say)
     folder = resolve(model)
     batches, calibration = _calibration(folder, calib, rows, length, resolved, trust_remote_code)
     say(f"tracing {model}")
     program = trace(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    _require_fresh(program, model)
+    _require_fresh(program, model, say)
+    _require_fitting(program, batches)
     if program.restriction:
         say(f"note: the trace holds for {program.restriction} only")
-    job = Job(str(model), program.store.digest(), ",".join(map(str, resolved)), calibration, seed, backend, versions())  # type: ignore[union-attr]
+    store: Any = program.store
+    job = Job(
+        str(model), store.digest(), ",".join(map(str, resolved)), _pass_files(resolved), calibration, seed, backend, versions()
+    )  # fmt: skip
     partial = out.with_name(out.name + ".partial")
-    fresh = not partial.exists()
+    made = [p for p in (partial, *partial.parents) if not p.exists()]
     try:
+        free_space(
+            partial, store.nbytes // 8
+        )  # the least that 2 of 16 bits take; a full disk is better met now than later
         journal = Journal(partial / "journal", vars(job))
         result = _run(program, resolved, batches, job, journal, partial, folder, dump, progress, say)
         (partial / "artifact").rename(out)
@@ -75,13 +89,23 @@ def compile_model(
         shutil.rmtree(partial, ignore_errors=True)
         return result
     except MoeccError:
-        if fresh:
-            shutil.rmtree(partial, ignore_errors=True)
+        _remove(made, partial)
         raise
     except OSError as e:
-        if fresh:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise MoeccError(f"writing {out} failed: {e.strerror or e}; make room or choose another place") from e
+        _remove(made, partial)
+        raise MoeccError(
+            f"writing {e.filename or out} failed: {e.strerror or e}; make room or choose another place"
+        ) from e
+
+
+def _remove(made: list[Path], partial: Path) -> None:
+    """Remove what this run has made, and nothing that was there before or that another run put beside it."""
+    for folder in made:  # the innermost first
+        if folder == partial:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _run(
@@ -91,7 +115,8 @@ def _run(
     original = program.copy()
     ctx = Context(seed=job.seed, progress=progress)
     if journal.found:
-        say(f"going on with the run that {journal.folder.parent} holds")
+        done_before = f"{journal.finished()} stages of it are finished"
+        say(f"going on with the run that {journal.folder.parent} holds; {done_before}")
     dumper = _dumper(dump)
     dumper("00-traced", program)
     done: list[pipeline.PassReport] = []
@@ -99,7 +124,7 @@ def _run(
     def after_pass(report: pipeline.PassReport, now: Program) -> None:
         done.append(report)
         say(report.line())
-        dumper(f"{len(done):02d}-after-{report.text.split('{')[0]}", now)
+        dumper(f"{len(done):02d}-after-{Path(report.text.split('{')[0]).stem}", now)
 
     hooks = pipeline.Hooks(after_pass=after_pass, after_layer=journal.save, restore_layer=journal.restore, dump=dumper)
     reports = pipeline.run(program, resolved, ctx, batches, hooks).reports
@@ -152,13 +177,35 @@ def _calibration(
     return list(ids.split(BATCH)), text.digest(ids)
 
 
-def _require_fresh(program: Program, model: str) -> None:
+def _require_fresh(program: Program, model: str, say: Callable[[str], None]) -> None:
     store: Any = program.store
     if store is None:
         raise MoeccError(f"{model}: no *.safetensors weights in this folder; give a complete checkpoint")
     store.check()
     if getattr(program.config, "quantization_config", None) is not None:
         raise MoeccError(f"{model} is compressed already; give the checkpoint it was made from")
+    if store.unexpected:
+        left = f"{len(store.unexpected)} tensors of {model} fit nothing in the model"
+        say(f"note: {left} and are left out, e.g. {store.unexpected[0]!r}")
+
+
+def _require_fitting(program: Program, batches: list[Tensor]) -> None:
+    """Rows no longer than the trace holds for, of tokens that the model has."""
+    length, longest = max((ids.shape[1] for ids in batches), default=0), _longest(program)
+    if length > longest:
+        raise MoeccError(
+            f"rows of {length} tokens, but the trace holds for {program.restriction} only; give --length {longest}"
+        )
+    highest, size = max((int(ids.max()) for ids in batches), default=0), program.config.get_text_config().vocab_size
+    if highest >= size:
+        raise MoeccError(
+            f"the tokenizer makes token {highest}, but the model has {size}; copy the model's own tokenizer files"
+        )
+
+
+def _longest(program: Program) -> int:
+    found = re.search(r"sequence <= (\d+)", program.restriction)
+    return int(found[1]) if found else 1 << 30
 
 
 def _check_ids(program: Program, batches: list[Tensor]) -> list[Tensor]:
@@ -166,7 +213,12 @@ def _check_ids(program: Program, batches: list[Tensor]) -> list[Tensor]:
     if batches:
         return [batches[0][: CHECKED[0], : CHECKED[1]]]
     size = program.config.get_text_config().vocab_size
-    return [(torch.arange(CHECKED[0] * CHECKED[1]) * 7919 % size).view(CHECKED)]
+    rows, length = CHECKED[0], min(CHECKED[1], _longest(program))
+    return [(torch.arange(rows * length) * 7919 % size).view(rows, length)]
+
+
+def _pass_files(passes: list[Pass]) -> dict[str, str]:
+    return {p.file: hashlib.sha256(Path(p.file).read_bytes()).hexdigest() for p in passes if p.file}
 
 
 def versions() -> dict[str, str]:
@@ -182,7 +234,8 @@ def versions() -> dict[str, str]:
 def _facts(job: Job, reports: list[pipeline.PassReport], ctx: Context) -> dict[str, Any]:
     # no times in here: the same job must give the same bytes
     return {
-        "format": vq4.VERSION, "pipeline": job.passes, "seed": job.seed, "calibration_digest": job.calibration,
+        "format": vq4.VERSION, "pipeline": job.passes, "pass_files": job.pass_files,
+        "seed": job.seed, "calibration_digest": job.calibration,
         "source": job.source, "source_digest": job.source_digest, "versions": job.versions, "backend": job.backend,
         "notes": ctx.notes, "passes": [{"pass": r.text, "bits": r.bits, "nodes": r.nodes, "error": r.error} for r in reports],
     }  # fmt: skip
@@ -192,4 +245,8 @@ def _dumper(folder: Path | None) -> Callable[[str, Program], None]:
     if folder is None:
         return lambda name, program: None
     folder.mkdir(parents=True, exist_ok=True)
-    return lambda name, program: (folder / f"{name}.txt").write_text(program.text()) and None
+
+    def write(name: str, program: Program) -> None:
+        (folder / f"{name}.txt").write_text(program.text())
+
+    return write
