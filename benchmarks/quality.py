@@ -88,10 +88,14 @@ def measure(label: str, method: str, bits: int, args: argparse.Namespace, work: 
 
         report = peers.quantize(args.model, np.load(ids), method.removeprefix("peer:"))
         folder = Path(report["checkpoint"])
-        row.update({k: report[k] for k in ("bits_per_weight", "seconds", "peak_memory_bytes", "experts_quantized", "versions")})
+        row.update(
+            {k: report[k] for k in ("bits_per_weight", "seconds", "peak_memory_bytes", "experts_quantized", "versions")}
+        )
         row["bits_per_weight_experts"] = row.pop("bits_per_weight")
         if report["expert_matrices_quantized"] < report["expert_matrices"]:
-            row["label"] += f" ({report['expert_matrices_quantized']} of {report['expert_matrices']} expert matrices quantized)"
+            row["label"] += (
+                f" ({report['expert_matrices_quantized']} of {report['expert_matrices']} expert matrices quantized)"
+            )
     else:
         folder = work / f"{len(list(work.iterdir()))}"
         found, seconds, memory = moecc_command(
@@ -101,7 +105,16 @@ def measure(label: str, method: str, bits: int, args: argparse.Namespace, work: 
         row.update(seconds=seconds, peak_memory_bytes=memory, passes=found["passes"])
         row["bits_per_weight_experts"] = found["bits_per_weight_experts"]
     evaluation, _, _ = moecc_command(
-        "eval", folder, "--reference", args.model, "--text", args.text, "--rows", str(args.eval_rows), "--length", str(args.length)
+        "eval",
+        folder,
+        "--reference",
+        args.model,
+        "--text",
+        args.text,
+        "--rows",
+        str(args.eval_rows),
+        "--length",
+        str(args.length),
     )
     bits_on_disk = row["bits_per_weight_experts"]
     row.update({k: v for k, v in evaluation.items() if k not in ("bits_per_weight_experts", "bits_per_weight")})

@@ -39,14 +39,14 @@ class MoeccConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise MoeccError(
                 f"this artifact is of format version {version}, this moecc reads {vq4.VERSION}; compile it again"
             )
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.version, self.experts, self.linears = version, dict(experts or {}), dict(linears or {})
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "version": self.version, "experts": self.experts, "linears": self.linears}
 
 
-class MoeccQuantizer(HfQuantizer):  # type: ignore[misc]
+class MoeccQuantizer(HfQuantizer):
     """Gives a model its compressed modules before weights are loaded; there is nothing to do afterwards."""
 
     requires_calibration = True

@@ -108,11 +108,12 @@ class MoE:
         return operand(self.node, name)
 
 
-def operand(node: fx.Node, name: str) -> Any:
+def operand(node: fx.Node, name: str) -> fx.Node | None:
     assert isinstance(node.target, torch._ops.OpOverload)
     names = [a.name for a in node.target._schema.arguments if not a.kwarg_only]
     position = names.index(name)
-    return node.args[position] if position < len(node.args) else None
+    value = node.args[position] if position < len(node.args) else None
+    return value if isinstance(value, fx.Node) else None
 
 
 @dataclass(eq=False)
@@ -138,7 +139,7 @@ class Program:
     @property
     def layers(self) -> int:
         """Stages of the graph: decoder layers plus what comes before and after."""
-        return 1 + max(n.meta["layer"] for n in self.graph.nodes if n.op == "call_function")
+        return 1 + max(int(n.meta["layer"]) for n in self.graph.nodes if n.op == "call_function")
 
     @property
     def user_inputs(self) -> list[fx.Node]:
@@ -182,7 +183,8 @@ class Program:
         for node in self.graph.nodes:
             if node.op == "placeholder" and node.name in self.weights and self.weights[node.name].name == name:
                 node.meta["val"] = self._fake(tensor)
-                return node
+                found: fx.Node = node
+                return found
         first_input = self.user_inputs[0]
         with self.graph.inserting_before(first_input):
             node = self.graph.placeholder("w_" + name.replace(".", "_"))
@@ -253,7 +255,7 @@ class Program:
         mode = next(n.meta["val"].fake_mode for n in node.all_input_nodes if hasattr(n.meta["val"], "fake_mode"))
         try:
             with mode:
-                node.target(*values[0], **values[1])
+                node.target(*values[0], **values[1])  # type: ignore[operator]
             check_operands(node)
         except MoeccError:
             raise
@@ -489,7 +491,10 @@ def _is_view(node: Any) -> bool:
 
 
 def run_nodes(
-    nodes: Iterable[fx.Node], values: dict[str, Any], weight: Mapping[str, Any], keep: set[str] | None = None
+    nodes: Iterable[fx.Node],
+    values: dict[str, Any],
+    weight: Mapping[str, Any],
+    keep: set[str] | None = None,
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Evaluate `nodes` in order; `values` (by node name) is read and extended, `weight` gives placeholders. Yields each result.
 

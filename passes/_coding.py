@@ -179,11 +179,10 @@ class _Coder:
     def __init__(self, target: Tensor, moment: Tensor, importance: Tensor, bits: int, feedback: bool):
         self.target, self.moment, self.bits, self.feedback = target, moment, bits, feedback
         self.v = v = vq4.group_size(bits)
-        experts, columns = importance.shape
+        _, columns = importance.shape
         groups = importance.unflatten(-1, (-1, v)).sum(-1)
-        order = torch.argsort(
-            groups, dim=-1, descending=True, stable=True
-        )  # costly groups first, while all others can still make up
+        # costly groups first, while all others can still make up for them
+        order = torch.argsort(groups, dim=-1, descending=True, stable=True)
         self.columns = (order.unsqueeze(-1) * v + torch.arange(v, device=order.device)).flatten(1)  # [E, K]
         self.order = order
         if feedback:

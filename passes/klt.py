@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from moecc import vq4
 from moecc.base import Context, Layer, LayerPass, MoeccError, option
@@ -66,7 +66,8 @@ class SharedBasis(LayerPass):
 
     def factor(self, layer: Layer, moe: MoE, ctx: Context) -> bool:
         moments: Moments = layer.data["moments", moe.path]
-        program, parts, remainder = layer.program, [], {}
+        program, remainder = layer.program, {}
+        parts: list[Basis | None] = []
         cases = {p: Case.of(layer, moe, p, moments, ctx) for p in ("gate_up", "down")}
         base = {p: self.coded_error(case, None) if self.rank == "auto" else 0.0 for p, case in cases.items()}
         for projection, case in cases.items():
@@ -76,7 +77,7 @@ class SharedBasis(LayerPass):
             remainder[projection] = case.weight if stored is None else case.weight - stored.dense()
         if parts == [None, None]:
             return False
-        operands = [program.add(f"{moe.path}.{p}.remainder", r) for p, r in remainder.items()]
+        operands: list[fx.Node | None] = [program.add(f"{moe.path}.{p}.remainder", r) for p, r in remainder.items()]
         for projection, stored in zip(("gate_up", "down"), parts, strict=True):
             names = ("basis", "coef", "coef_scale")
             operands += [

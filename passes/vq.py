@@ -57,7 +57,11 @@ class VectorQuantize(LayerPass):
             operands += [None, None]  # slope and offset: `affine`
         operands.append(moe.operand("post_norm"))
         for projection in ("gate_up", "down"):
-            ctx.record(f"{moe.path}.{projection}", tokens=moments.tokens.tolist(), starved={str(e): n for e, n in moments.starved.items()})
+            ctx.record(
+                f"{moe.path}.{projection}",
+                tokens=moments.tokens.tolist(),
+                starved={str(e): n for e, n in moments.starved.items()},
+            )
         layer.program.replace(moe.node, VQ_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
 
     def code(self, layer: Layer, moe: MoE, projection: str, moment: Tensor, ctx: Context) -> dict[str, Tensor | None]:
@@ -104,7 +108,8 @@ class VectorQuantize(LayerPass):
         weight, moment = weight[some], moment[some]
         quick = replace(self, rounds=min(self.rounds, 2))
         coded = [quick.encode(weight, moment, shared, seed) for shared in (True, False)]
-        return gain(*(float(weighted_error(c.dense() - weight, moment).sum()) for c in coded), price) <= 0
+        one, own = (float(weighted_error(c.dense() - weight, moment).sum()) for c in coded)
+        return gain(one, own, price) <= 0
 
     def encode(self, weight: Tensor, moment: Tensor, shared: bool, seed: int) -> Coded:
         step = len(weight) if shared else max(1, _AT_ONCE // weight[0].numel())
@@ -117,7 +122,7 @@ class VectorQuantize(LayerPass):
                 seed=seed,
                 rounds=self.rounds,
                 feedback=self.feedback,
-            )  # fmt: skip
+            )
             for i in range(0, len(weight), step)
         ]
         if len(parts) == 1:

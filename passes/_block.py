@@ -1,0 +1,131 @@
+"""One layer's block behind the compressed earlier layers, and what is wanted of it: the float model's output and routing.
+
+The objective's terms (VSRAQ, arXiv 2606.05688): reconstruction of the block's output, relative to the variance of the float
+model's; and the terms of `_routing` on the next router, reached through the next layer's own attention and norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moecc.base import Layer
+from moecc.ir import MoE, Program, ancestors, needed_for, run_nodes, stage_nodes
+from moecc.passes._routing import boundary_loss, flips, order_loss, standardized, value_loss
+from moecc.stream import StageWeights
+
+ROUTING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "value": value_loss,
+    "order": order_loss,
+    "boundary": boundary_loss,
+}
+
+
+class Block:
+    """One layer's block of the program and the way on to the next router, with the float model's values as targets."""
+
+    def __init__(self, layer: Layer, routing: Iterable[str]):
+        """routing: which of the terms of `_routing` are wanted; without any the router isn't reached at all."""
+        self.layer, self.routing = layer, tuple(routing)
+        program = layer.program
+        self.inputs = layer.inputs.values
+        self.targets = layer.targets.values
+        body = stage_nodes(program, layer.index)
+        changed = _descendants(body, [m.node for m in layer.moe])
+        live = layer.inputs.needed_after(layer.index)
+        self.outputs = [n.name for n in body if n in changed and n.name in live and n.meta["val"].is_floating_point()]
+        self.body = needed_for(body, set(self.outputs))
+        self.router = next_router(program, layer.index) if self.routing else None
+        self.onward = _path_to(program, layer.index, self.router[1]) if self.router else []
+        self.weights = StageWeights(program)
+        self.spread = {n: torch.stack([v[n].float().var() for v in self.targets]).mean() for n in self.outputs}
+        self.scores = self._teacher_scores()
+
+    @torch.no_grad()
+    def _teacher_scores(self) -> list[Tensor]:
+        if self.router is None:
+            return []
+        reference = self.layer.reference
+        nodes = {n.name: n for n in reference.graph.nodes}
+        onward = [nodes[n.name] for n in self.onward]
+        weights = StageWeights(reference)
+        return [self._scores(onward, dict(values), weights) for values in self.targets]
+
+    def _scores(self, onward: list[fx.Node], values: dict[str, Any], weights: StageWeights) -> Tensor:
+        assert self.router is not None
+        for _ in run_nodes(onward, values, weights):
+            pass
+        scores: Tensor = values[self.router[1].name]
+        return scores.flatten(0, -2).float()
+
+    def terms(self, rows: list[int], overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every term of the objective, averaged over calibration batches."""
+        sums: dict[str, Tensor] = {}
+        for row in rows:
+            for name, value in self._row(row, overrides).items():
+                sums[name] = sums.get(name, torch.zeros(())) + value / len(rows)
+        return sums
+
+    def _row(self, row: int, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = dict(self.inputs[row])
+        weights = StageWeights.sharing(self.weights, overrides)
+        for _ in run_nodes(self.body, values, weights):
+            pass
+        errors = [
+            (values[n].float() - self.targets[row][n].float()).square().mean() / self.spread[n] for n in self.outputs
+        ]
+        found = {"reconstruction": torch.stack(errors).sum()}
+        if self.router is None:
+            return found
+        k = self.router[0].top_k
+        s, t = standardized(self._scores(self.onward, values, weights), self.scores[row])
+        for name in self.routing:
+            found[name] = ROUTING[name](s, t, k)
+        found["flips"] = flips(s.detach(), t, k)
+        return found
+
+    @torch.no_grad()
+    def losses(self, rows: list[int], stored: Mapping[str, Tensor]) -> dict[str, float]:
+        """The terms as plain numbers, on tensors as they would be stored."""
+        return {k: float(v) for k, v in self.terms(rows, stored).items()}
+
+
+def next_router(program: Program, stage: int) -> tuple[MoE, fx.Node] | None:
+    """The first router after `stage`, and the node whose values its top-k compares (its logits where that is a softmax)."""
+    for moe in program.moe_layers():
+        if moe.layer > stage and moe.logits is not None:
+            return moe, selection_scores(moe)
+    return None
+
+
+def selection_scores(moe: MoE) -> fx.Node:
+    """What the last top-k before the experts looks at; a softmax keeps the order of its logits, which are easier to train on."""
+    assert moe.logits is not None and isinstance(moe.node.args[1], fx.Node)
+    between = ancestors([moe.node.args[1]]) - ancestors([moe.logits])
+    topk = [n for n in moe.node.graph.nodes if n in between and "topk" in str(n.target)]
+    if not topk:
+        return moe.logits
+    scores = topk[-1].args[0]
+    assert isinstance(scores, fx.Node)
+    return moe.logits if scores is moe.logits or _only_softmax(scores, moe.logits) else scores
+
+
+def _only_softmax(node: fx.Node, logits: fx.Node) -> bool:
+    steps = [str(n.target) for n in ancestors([node]) - ancestors([logits])]
+    return all(any(word in s for word in ("softmax", "to.dtype", "_to_copy", "view", "reshape")) for s in steps)
+
+
+def _path_to(program: Program, stage: int, target: fx.Node) -> list[fx.Node]:
+    later = [n for n in program.graph.nodes if n.op == "call_function" and n.meta["layer"] > stage]
+    return needed_for(later, {target.name})
+
+
+def _descendants(nodes: list[fx.Node], roots: list[fx.Node]) -> set[fx.Node]:
+    found = set(roots)
+    for node in nodes:
+        if any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found

@@ -1,0 +1,96 @@
+"""The stored tensors of a layer's compressed experts as values that an optimizer can move.
+
+Codebooks and coefficients are whole numbers in the format: their gradient goes straight through the rounding. Codes and signs have
+none and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecc.ir import MoE, Program
+from moecc.passes._coding import clamp_codebook
+from moecc.passes._store import compact
+
+# kind -> learning rate, in units of the tensor's own (`_unit`)
+RATES = {"codebook": 0.15, "scale": 2e-3, "bias": 2e-2, "basis": 5e-3, "coef": 0.3, "coef_scale": 2e-3}
+
+
+class Tuned:
+    """The tensors behind the compressed experts nodes `found`, by placeholder; each trained in units of its own size."""
+
+    def __init__(self, program: Program, found: list[MoE]):
+        self.program = program
+        self.names: dict[str, str] = {}  # placeholder -> weight name
+        self.kinds: dict[str, str] = {}
+        self.bits: dict[str, int] = {}
+        values: dict[str, Tensor] = {}
+        for moe in found:
+            for projection in ("gate_up", "down"):
+                for kind in RATES:
+                    node = moe.operand(f"{projection}_{kind}")
+                    if node is None:
+                        continue
+                    self.names[node.name], self.kinds[node.name] = program.weights[node.name].name, kind
+                    self.bits[node.name] = 3 if moe.operand(f"{projection}_signs") is not None else 2
+                    values[node.name] = program.read(self.names[node.name]).float().clone()
+        self.unit = {k: _unit(self.kinds[k], v) for k, v in values.items()}
+        self.parameters = {k: (v / self.unit[k]).requires_grad_() for k, v in values.items()}
+
+    def groups(self, factor: float) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, rates multiplied by `factor`."""
+        return [{"params": [p], "lr": RATES[self.kinds[k]] * factor} for k, p in self.parameters.items()]
+
+    def rounded(self) -> dict[str, Tensor]:
+        """Differentiable values by placeholder, those of integer tensors rounded with a straight-through gradient."""
+        found: dict[str, Tensor] = {}
+        for k, p in self.parameters.items():
+            value = p * self.unit[k]
+            rounding = self._rounding(k)
+            found[k] = value if rounding is None else value + (rounding(value) - value).detach()
+        return found
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors exactly as `store` writes them."""
+        found: dict[str, Tensor] = {}
+        for k, p in self.parameters.items():
+            value = (p * self.unit[k]).detach()
+            rounding = self._rounding(k)
+            found[k] = compact(value) if rounding is None else rounding(value).to(torch.int8)
+        return found
+
+    def _rounding(self, placeholder: str) -> Callable[[Tensor], Tensor] | None:
+        kind, bits = self.kinds[placeholder], self.bits[placeholder]
+        if kind == "codebook":
+            return lambda value: clamp_codebook(value, bits)
+        return (lambda value: value.round().clamp(-127, 127)) if kind == "coef" else None
+
+    def state(self) -> dict[str, Tensor]:
+        return {k: p.detach().clone() for k, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for k, p in self.parameters.items():
+            p.copy_(state[k])
+
+    def store(self) -> bool:
+        """Write what differs from the program's tensors; whether anything did."""
+        changed = False
+        for placeholder, value in self.stored().items():
+            held = self.program.read(self.names[placeholder])
+            if held.dtype != value.dtype or not torch.equal(held, value):
+                self.program.add(self.names[placeholder], value)
+                changed = True
+        return changed
+
+
+def _unit(kind: str, value: Tensor) -> Tensor:
+    """Scales move relative to themselves, signed tensors relative to their size, whole numbers in steps of one."""
+    if kind in ("scale", "coef_scale"):
+        return value.abs().clamp(min=1e-8)
+    return value.new_ones(()) if kind in ("codebook", "coef") else value.abs().mean().clamp(min=1e-8)
