@@ -373,12 +373,14 @@ def test_facts_hold_after_a_run(tiny: Tiny) -> None:
 def test_reports_say_what_each_pass_did(tiny: Tiny, batches: list[Tensor]) -> None:
     seen: list[str] = []
     hooks = pipeline.Hooks(after_pass=lambda report, program: seen.append(report.text))
-    resolved, _ = pipeline.resolve(pipeline.parse("klt{rank=2},vq{bits=3}")[0])
+    resolved, _ = pipeline.resolve(pipeline.parse("klt{rank=2},vq{codebook=layer}")[0])
     result = pipeline.run(tiny("MD"), resolved, Context(), batches, hooks)
-    assert [r.text for r in result.reports] == seen == ["moments", "klt{rank=2}", "vq{bits=3}"]
+    assert [r.text for r in result.reports] == seen == ["moments", "klt{rank=2}", "vq{codebook=layer}"]
     assert [r.changed for r in result.reports] == [False, True, True]
-    assert result.reports[0].line().startswith("moments: no change, ")
-    assert "bits/weight, error 0." in result.reports[2].line()
+    lines = [r.line() for r in result.reports]
+    assert lines[0].startswith("moments: ") and "nothing changed" in lines[0] and "nothing changed" not in lines[2]
+    assert "bits/weight, error 0." in lines[2]
+    assert result.reports[0].bits == 32.0 and len({r.bits for r in result.reports}) == 3  # each pass its own
 
 
 def test_bits_of_float_experts_are_what_the_checkpoint_stores(tiny: Tiny) -> None:
