@@ -11,7 +11,7 @@ PYTEST := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(J
 .PHONY: demo test test-all lint format clean
 
 demo: $(READY)
-	rm -rf $(OUT)
+	rm -rf $(OUT) $(OUT).partial
 	$(BIN)/moecc compile examples/tinymoe --passes vsraq,kbvq --bits 2 --calib examples/tinymoe/calib.txt -o $(OUT)
 	$(BIN)/moecc eval $(OUT) --reference examples/tinymoe --text examples/tinymoe/valid.txt
 	$(BIN)/moecc generate $(OUT) --prompt "def main():"
