@@ -121,7 +121,9 @@ def _experts_rows(
     nbytes = sum(parts.values())
     details = {k: v for k, v in facts.items() if k not in ("became", "error", "tokens", "starved")}
     starved = facts.get("starved") or {}
-    fallback = f"experts {sorted(map(int, starved))} saw too few tokens; calibrated on tokens sent to them" if starved else ""
+    fallback = (
+        f"experts {sorted(map(int, starved))} saw too few tokens; calibrated on tokens sent to them" if starved else ""
+    )
     for i, name in enumerate(sources):
         found.rows.append(
             Row(
@@ -250,8 +252,9 @@ def role_of(name: str) -> str:
     parts = name.lower().split(".")
     rules = [
         ("embeddings", ("embed", "wte", "lm_head", "embed_out")), ("shared expert", ("shared",)),
-        ("norm", ("norm", "layernorm", "ln_")), ("attention", ("attn", "attention", "mixer", "conv", "mamba")),
+        ("norm", ("norm", "layernorm", "ln_")), ("attention", ("attn", "attention", "conv", "mamba")),
         ("router", ("gate", "router", "gating")), ("routed experts", ("experts",)), ("dense MLP", ("mlp", "ffn", "feed_forward")),
+        ("attention", ("mixer",)),
     ]  # fmt: skip
     for role, words in rules:
         if role == "router" and any("gate_proj" in p or "gate_up" in p for p in parts):

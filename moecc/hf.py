@@ -75,7 +75,7 @@ def prepare(model: nn.Module, config: Any) -> None:
     for path, entry in settings.experts.items():
         module = _submodule(model, path)
         experts.compress_module(module, entry["gate_up"], entry["down"], entry["attributes"], entry["remove"])
-        for part in module.modules():
+        for part in (*module.modules(), _submodule(model, path.rpartition(".")[0])):
             part._is_hf_initialized = True  # type: ignore[assignment]  # initializers would look for the dense parameters
     for path, entry in settings.linears.items():
         if not isinstance(_submodule(model, path), nn.Linear):
