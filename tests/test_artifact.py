@@ -1,0 +1,218 @@
+"""The artifact's account of a model: a row for every parameter, bytes that equal the disk's, and what is stored untouched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import make
+from safetensors.torch import load_file, save_file
+from test_compile import ALL, EVERYTHING, FAMILIES, QUICK, checkpoint, compile, load, logits
+
+from moecc import artifact, hf
+from moecc.artifact import Plan, Row, read_manifest, role_of, summary
+from moecc.errors import MoeccError
+from moecc.weights import TensorFile
+
+torch.set_num_threads(1)
+SAMPLE = ("qwen2_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
+_ = compile  # a fixture, found by its name
+
+
+class Artifact:
+    """A compiled model and what it was made from."""
+
+    def __init__(self, model: Path, out: Path):
+        self.model, self.out, self.manifest = model, out, read_manifest(out)
+        self.rows = {row["name"]: row for row in self.manifest["audit"]}
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        return {k: v for f in self.out.glob("model*.safetensors") for k, v in load_file(f).items()}
+
+
+@pytest.fixture
+def made(compile: Any, tmp_path: Path) -> Any:
+    """made(family, passes, *options): the artifact of a tiny model."""
+
+    def build(family: str = "mixtral", passes: str = QUICK, *options: str) -> Artifact:
+        model = tmp_path / "model"
+        if not model.exists():
+            checkpoint(model, family)
+        got = compile(model, tmp_path / "out", passes, *options)
+        assert got.code == 0, got.err
+        return Artifact(model, tmp_path / "out")
+
+    return build
+
+
+def on_disk(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.glob("model*.safetensors"))
+
+
+# ---------------------------------------------------------------- the audit
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("family", sorted(FAMILIES) if ALL else SAMPLE)
+def test_the_audit_has_every_parameter_once_and_every_byte(family: str, made: Any) -> None:
+    """And routers and gates are the checkpoint's own bits, whatever passes ran."""
+    got = made(family, EVERYTHING)
+    names = [row["name"] for row in got.manifest["audit"]]
+    before, after = hf.load(str(got.model), torch.float32).state_dict(), got.stored()
+    assert sorted(names) == sorted([*before, "(safetensors headers)"])
+    assert sum(row["nbytes"] for row in got.manifest["audit"]) == on_disk(got.out) == got.manifest["summary"]["bytes"]
+    assert sum(got.manifest["summary"]["bytes_by_role"].values()) == on_disk(got.out)
+    routers = [n for n, row in got.rows.items() if row["role"] == "router"]
+    assert routers and all(got.rows[n]["became"] == "as it was" for n in routers)
+    kept = [n for n, row in got.rows.items() if row["became"] == "as it was"]
+    assert all(torch.equal(before[n].to(after[n].dtype), after[n]) for n in kept)
+    gates = [n for n in before if "shared_expert_gate" in n or "correction_bias" in n]
+    assert set(gates) <= set(kept)
+
+
+def test_rows_of_compressed_experts_say_what_became_of_them(made: Any) -> None:
+    got = made("qwen2_moe", EVERYTHING, "--bits", "3")
+    routed = {n: r for n, r in got.rows.items() if r["role"] == "routed experts"}
+    assert len(routed) == 4
+    stored = got.stored()
+    for name, row in routed.items():
+        path = name.replace("gate_up_proj", "gate_up").replace("down_proj", "down")
+        parts = {k.removeprefix(path + "."): v.nbytes for k, v in stored.items() if k.startswith(path + ".")}
+        assert row["details"]["bytes"] == parts and row["nbytes"] == sum(parts.values())
+        assert row["bits"] == pytest.approx(8 * row["nbytes"] / torch.Size(row["shape"]).numel())
+        assert row["became"].startswith("vq4 3 bit") and 0 < row["error"] < 1 and sum(row["tokens"]) == 8 * 32 * 2
+    shared = [r for n, r in got.rows.items() if ".shared_expert." in n]
+    assert shared and all(r["role"] == "shared expert" for r in shared)
+    linear = got.rows["model.layers.0.self_attn.q_proj.weight"]
+    assert linear["became"].startswith("8 bit") and 8 < linear["bits"] <= 8 + 24 / 16
+    assert got.rows["model.layers.0.mlp.shared_expert_gate.weight"]["fallback"] == "float: gate"
+
+
+def test_a_layout_made_canonical_is_accounted_to_its_parameters(made: Any) -> None:
+    got = made("gpt_oss", EVERYTHING)
+    prefix = "model.layers.0.mlp.experts."
+    assert got.rows[f"{prefix}gate_up_proj"]["shape"] == [4, 32, 96] and got.rows[f"{prefix}gate_up_proj"]["nbytes"] > 0
+    assert got.rows[f"{prefix}gate_up_proj_bias"]["became"] == f"in {prefix}gate_up_proj"
+    assert got.rows[f"{prefix}gate_up_proj_bias"]["nbytes"] == 0
+    stored = got.stored()
+    assert f"{prefix}gate_up.bias" in stored and f"{prefix}gate_up_proj" not in stored
+
+
+def test_experts_that_are_left_dense_are_named(made: Any) -> None:
+    got = made("mixtral", "dense{group=16}")
+    routed = [r for r in got.rows.values() if r["role"] == "routed experts"]
+    assert len(routed) == 4 and all(r["became"] == "as it was" and r["bits"] == 32 for r in routed)
+    assert got.manifest["summary"]["bits_per_weight_experts"] == 32
+    assert json.loads((got.out / "config.json").read_text())["quantization_config"]["experts"] == {}
+
+
+def test_tensors_that_fit_nothing_are_named(made: Any, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.7.odd.weight"] = torch.ones(3)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    got = made()
+    row = got.rows["model.layers.7.odd.weight"]
+    assert row["became"] == "left out" and row["nbytes"] == 0 and row["fallback"]
+    assert "model.layers.7.odd.weight" not in got.stored()
+
+
+def test_tied_weights_are_stored_once(made: Any, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    made_model = make("mixtral")
+    made_model.config.tie_word_embeddings = True
+    made_model.tie_weights()
+    checkpoint(model)
+    made_model.save_pretrained(model)
+    got = made()
+    assert got.rows["lm_head.weight"]["became"] == "tied to model.embed_tokens.weight"
+    assert got.rows["lm_head.weight"]["nbytes"] == 0 and "lm_head.weight" not in got.stored()
+    loaded = load(got.out)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_an_expert_that_sees_few_tokens_is_named(made: Any, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", "qwen2_moe")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.gate.weight"][3] *= 1e-3  # never among the two highest of four by much
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    got = made("qwen2_moe", "moments{min_tokens=100},vq{rounds=1}")
+    row = next(r for n, r in got.rows.items() if r["tokens"] and "layers.0" in n)
+    starved = [e for e, count in enumerate(row["tokens"]) if count < 100]
+    assert starved and row["fallback"] == f"experts {starved} saw too few tokens; calibrated on tokens sent to them"
+    assert any("calibrated on 100 sent to it on purpose" in note for note in got.manifest["notes"])
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_sharded_files_load_and_add_up(made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = made("mixtral", EVERYTHING)
+    want = logits(load(whole.out))
+    whole.out.rename(tmp_path / "whole")
+    monkeypatch.setattr(artifact, "SHARD_BYTES", 20_000)
+    got = made("mixtral", EVERYTHING)
+    files = sorted(f.name for f in got.out.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((got.out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {n: f for f in files for n in TensorFile(got.out / f).names()} == index
+    assert sum(row["nbytes"] for row in got.manifest["audit"]) == on_disk(got.out)
+    assert torch.equal(logits(load(got.out)), want)
+
+
+def test_the_folder_is_complete(made: Any) -> None:
+    got = made("mixtral", QUICK)
+    names = {f.name for f in got.out.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "moecc.json", "report.html"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json"} <= names
+    assert got.manifest["pipeline"] == "moments,vq{codebook=layer,rounds=1}" and got.manifest["seed"] == 0
+    assert {"moecc", "torch", "transformers"} <= got.manifest["versions"].keys()
+    assert len(got.manifest["source_digest"]) == 64 and got.manifest["calibration_digest"]
+    assert [p["pass"] for p in got.manifest["passes"]] == ["moments", "vq{codebook=layer,rounds=1}"]
+
+
+def test_a_folder_that_is_no_artifact(tmp_path: Path) -> None:
+    with pytest.raises(MoeccError, match="is not a moecc artifact"):
+        read_manifest(tmp_path)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_two_tensors_of_one_name_are_refused() -> None:
+    plan = Plan()
+    plan.put("a", 4, lambda: torch.ones(1))
+    with pytest.raises(MoeccError, match="two tensors of the artifact have this name"):
+        plan.put("a", 4, lambda: torch.ones(1))
+
+
+def test_summary_counts_whole_bits() -> None:
+    rows = [
+        Row("e", "routed experts", (4, 8, 8), "vq4 2 bit", 96, 3.0), Row("b", "routed experts", (4, 8), "in e", 0),
+        Row("d", "routed experts", (4, 8, 8), "as it was", 512, 16.0), Row("n", "norm", (8,), "as it was", 16, 16.0),
+        Row("h", "file format", (), "names", 8),
+    ]  # fmt: skip
+    got = summary(rows)
+    assert got["bytes"] == 632 and got["bytes_by_role"]["routed experts"] == 608
+    assert got["bits_per_weight_experts"] == pytest.approx(8 * 608 / 512)
+    assert got["bits_per_weight"] == pytest.approx(8 * 632 / (2 * 256 + 32 + 8))
+    assert summary([])["bits_per_weight"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("model.embed_tokens.weight", "embeddings"), ("lm_head.weight", "embeddings"),
+        ("model.layers.0.mlp.gate.weight", "router"), ("model.layers.0.mlp.gate.e_score_correction_bias", "router"),
+        ("model.layers.0.mlp.experts.gate_up_proj", "routed experts"), ("model.layers.0.mlp.gate_proj.weight", "dense MLP"),
+        ("model.layers.0.mlp.shared_expert.down_proj.weight", "shared expert"), ("model.norm.weight", "norm"),
+        ("model.layers.0.self_attn.q_proj.weight", "attention"), ("model.layers.1.mixer.in_proj.weight", "attention"),
+        ("model.layers.1.mixer.gate.weight", "router"), ("model.layers.1.mixer.experts.down_proj", "routed experts"),
+        ("model.layers.0.self_attention.experts.input_linear.weight", "attention"),
+    ],
+)  # fmt: skip
+def test_roles(name: str, role: str) -> None:
+    assert role_of(name) == role
