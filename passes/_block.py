@@ -1,7 +1,8 @@
 """One layer's block behind the compressed earlier layers, and what is wanted of it: the float model's output and routing.
 
 The objective's terms (VSRAQ, arXiv 2606.05688): reconstruction of the block's output, relative to the variance of the float
-model's; and the terms of `_routing` on the next router, reached through the next layer's own attention and norm.
+model's; and the terms of `_routing` on the next router, reached through the next layer's own attention and norm. Behind the last
+experts there is no router; what chooses there is the model's head, so its term is KL(float logits || logits) per token in nats.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ ROUTING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 class Block:
     """One layer's block of the program and the way on to the next router, with the float model's values as targets."""
 
-    def __init__(self, layer: Layer, routing: Iterable[str]):
-        """routing: which of the terms of `_routing` are wanted; without any the router isn't reached at all."""
+    def __init__(self, layer: Layer, routing: Iterable[str], *, head: bool):
+        """routing: which of the terms of `_routing` are wanted; without any the router isn't reached. head: that term too."""
         self.layer, self.routing = layer, tuple(routing)
         program = layer.program
         self.inputs = layer.inputs.values
@@ -38,28 +39,29 @@ class Block:
         live = layer.inputs.needed_after(layer.index)
         self.outputs = [n.name for n in body if n in changed and n.name in live and n.meta["val"].is_floating_point()]
         self.body = needed_for(body, set(self.outputs))
-        self.router = next_router(program, layer.index) if self.routing else None
-        self.onward = _path_to(program, layer.index, self.router[1]) if self.router else []
+        following = next_router(program, layer.index)
+        self.router = following if self.routing else None
+        self.head = output_logits(program) if head and following is None else None
+        goal = self.router[1] if self.router else self.head
+        self.goal = "" if goal is None else goal.name
+        self.onward = [] if goal is None else _path_to(program, layer.index, goal)
         self.weights = StageWeights(program)
+        self.reference_weights = StageWeights(layer.reference)
         self.spread = {n: torch.stack([v[n].float().var() for v in self.targets]).mean() for n in self.outputs}
-        self.scores = self._teacher_scores()
+        nodes = {n.name: n for n in layer.reference.graph.nodes}
+        self.reference_onward = [nodes[n.name] for n in self.onward]
+        self.scores = [self._teacher(row) for row in range(len(self.targets))] if self.router else []
 
     @torch.no_grad()
-    def _teacher_scores(self) -> list[Tensor]:
-        if self.router is None:
-            return []
-        reference = self.layer.reference
-        nodes = {n.name: n for n in reference.graph.nodes}
-        onward = [nodes[n.name] for n in self.onward]
-        weights = StageWeights(reference)
-        return [self._scores(onward, dict(values), weights) for values in self.targets]
+    def _teacher(self, row: int) -> Tensor:
+        """The float model's scores or logits of one batch, [T, E] or [T, vocabulary]."""
+        return self._reach(self.reference_onward, dict(self.targets[row]), self.reference_weights)
 
-    def _scores(self, onward: list[fx.Node], values: dict[str, Any], weights: StageWeights) -> Tensor:
-        assert self.router is not None
+    def _reach(self, onward: list[fx.Node], values: dict[str, Any], weights: StageWeights) -> Tensor:
         for _ in run_nodes(onward, values, weights):
             pass
-        scores: Tensor = values[self.router[1].name]
-        return scores.flatten(0, -2).float()
+        reached: Tensor = values[self.goal]
+        return reached.flatten(0, -2).float()
 
     def terms(self, rows: list[int], overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every term of the objective, averaged over calibration batches."""
@@ -78,10 +80,14 @@ class Block:
             (values[n].float() - self.targets[row][n].float()).square().mean() / self.spread[n] for n in self.outputs
         ]
         found = {"reconstruction": torch.stack(errors).sum()}
+        if self.head is not None:
+            teacher = self._teacher(row).log_softmax(-1)  # not kept: a vocabulary is wide
+            student = self._reach(self.onward, values, weights).log_softmax(-1)
+            found["head"] = (teacher.exp() * (teacher - student)).sum(-1).mean()
         if self.router is None:
             return found
         k = self.router[0].top_k
-        s, t = standardized(self._scores(self.onward, values, weights), self.scores[row])
+        s, t = standardized(self._reach(self.onward, values, weights), self.scores[row])
         for name in self.routing:
             found[name] = ROUTING[name](s, t, k)
         found["flips"] = flips(s.detach(), t, k)
@@ -99,6 +105,15 @@ def next_router(program: Program, stage: int) -> tuple[MoE, fx.Node] | None:
         if moe.layer > stage and moe.logits is not None:
             return moe, selection_scores(moe)
     return None
+
+
+def output_logits(program: Program) -> fx.Node | None:
+    """The program's logits, None for a model without a head."""
+    result = next(n for n in program.graph.nodes if n.op == "output").args[0]
+    node = result[0] if isinstance(result, (list, tuple)) else result
+    part = program.config.get_text_config() if hasattr(program.config, "get_text_config") else program.config
+    is_logits = isinstance(node, fx.Node) and node.meta["val"].shape[-1] == getattr(part, "vocab_size", None)
+    return node if isinstance(node, fx.Node) and is_logits else None
 
 
 def selection_scores(moe: MoE) -> fx.Node:
