@@ -57,8 +57,9 @@ METHODS: dict[str, list[tuple[str, str, int]]] = {
         ("kbvq + vsraq, order and boundary alone", "kbvq,vsraq{value=0,head=0}", 2),
         ("kbvq + vsraq", "kbvq,vsraq", 2),
         ("the same without klt", "kbvq{rank=0},vsraq", 2),
-        ("the same without affine", "moments,klt,vq,affine{offset=off},fold,vsraq", 2),
-        ("the same with a codebook per expert", "kbvq{codebook=expert},vsraq", 2),
+        ("the same without affine offsets", "kbvq{offset=off},vsraq", 2),
+        ("the same with one codebook per layer", "kbvq{codebook=layer},vsraq", 2),
+        ("the same, codebook and offset only where they earn their bits", "kbvq{codebook=auto,offset=auto},vsraq", 2),
     ],
 }
 

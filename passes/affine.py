@@ -5,8 +5,8 @@
      coded gate_up).
   2. Each output channel's t is regressed on v, tokens weighted by their squared routing weight: slope and offset, both drawn
      towards 1 and 0 by `_PRIOR` tokens so that an expert with few tokens is not bent to them.
-  3. Both are fitted on every second token and kept only where they help on the others; then refitted on all. The offset must
-     also be worth its 16/K bits per weight (`_rate`), unless offset=on.
+  3. Both are fitted on every second token and kept only where they help on the others; then refitted on all. With
+     offset=auto the offset must also be worth its 16/K bits per weight (`_rate`).
 
 Shapes: E experts, N rows; slope and offset [E, N], operands of `moecc::vq_experts` until `fold`.
 """
@@ -78,7 +78,7 @@ class AffineCorrection(LayerPass):
     requires: ClassVar[frozenset[str]] = frozenset({"vq"})
     provides: ClassVar[frozenset[str]] = frozenset({"affine"})
     needs_data: ClassVar[bool] = True
-    offset: str = option("auto", help="store an offset per output channel where it is worth its bits, always, never",
+    offset: str = option("on", help="store an offset per output channel where it is worth its bits, always, never",
                          choices=("auto", "on", "off"))  # fmt: skip
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:

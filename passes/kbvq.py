@@ -21,8 +21,8 @@ class KBVQ(Composite):
     rank: int | str = option(
         "auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024
     )
-    codebook: str = option("auto", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
-    offset: str = option("auto", help="affine offset: worth its bits, always, never", choices=("auto", "on", "off"))
+    codebook: str = option("expert", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
+    offset: str = option("on", help="affine offset: worth its bits, always, never", choices=("auto", "on", "off"))
 
     def expand(self) -> list[Pass]:
         return [
