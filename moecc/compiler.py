@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import logging
 import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from moecc import artifact, pipeline, text, verify, vq4
 from moecc.base import Context, MoeccError, Pass
 from moecc.ir import Program
 from moecc.journal import Journal
+from moecc.skeleton import read_config
 from moecc.trace import trace
 from moecc.weights import free_space, resolve
 
@@ -60,14 +62,21 @@ def compile_model(
     """
     if os.path.lexists(out):
         raise MoeccError(f"{out} exists; choose another output folder or remove it")
+    partial = out.with_name(out.name + ".partial")
+    if os.path.lexists(partial) and not (partial / "journal").is_dir():
+        raise MoeccError(
+            f"{partial} is there and holds no interrupted run; move it away or choose another output folder"
+        )
     if dump is not None and dump.exists() and not dump.is_dir():
         raise MoeccError(f"--dump {dump} is a file; give a folder for the texts")
     require_backend(backend)
     resolved = _pipeline(passes, bits, say)
     folder = resolve(model)
+    read_config(folder, trust_remote_code=trust_remote_code)  # a broken one would look like a broken tokenizer
     batches, calibration = _calibration(folder, calib, rows, length, resolved, trust_remote_code)
     say(f"tracing {model}")
-    program = trace(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    with _one_line():
+        program = trace(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     _require_fresh(program, model, say)
     _require_fitting(program, batches)
     if program.restriction:
@@ -76,7 +85,6 @@ def compile_model(
     job = Job(
         str(model), store.digest(), ",".join(map(str, resolved)), _pass_files(resolved), calibration, seed, backend, versions()
     )  # fmt: skip
-    partial = out.with_name(out.name + ".partial")
     made = [p for p in (partial, *partial.parents) if not p.exists()]
     try:
         free_space(
@@ -96,6 +104,17 @@ def compile_model(
         raise MoeccError(
             f"writing {e.filename or out} failed: {e.strerror or e}; make room or choose another place"
         ) from e
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Without the traceback that torch logs by itself where an op can't be traced; the error that is raised says it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _remove(made: list[Path], partial: Path) -> None:
