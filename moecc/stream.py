@@ -86,7 +86,7 @@ class Stream:
         return found
 
     def needed_after(self, stage: int) -> set[str]:
-        """Names of values made up to `stage`, or given by the user, that a later stage or the output reads."""
+        """Names of values that a stage after `stage`, or the output, reads: what has to be kept of those made by then."""
         late = [
             n
             for n in self.program.graph.nodes

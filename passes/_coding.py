@@ -224,7 +224,8 @@ class _Coder:
     def _metric(self, j: int) -> Tensor:
         if not self.feedback:
             return torch.diag_embed(self.diagonal[:, j : j + self.v].sqrt())
-        return torch.linalg.inv(self.upper[:, j : j + self.v, j : j + self.v])
+        metric: Tensor = torch.linalg.inv(self.upper[:, j : j + self.v, j : j + self.v])
+        return metric
 
     def sweep(self, state: Coded) -> Coded:
         """Choose each group's code again with all the others fixed: the exact minimum over one group under H."""

@@ -88,6 +88,8 @@ def router_nodes(program: Program) -> set[fx.Node]:
     for moe in program.moe_layers():
         x, index, weight = moe.node.args[:3]
         found |= ancestors([index, weight]) - ancestors([x])  # type: ignore[list-item]
+        if moe.logits is not None:  # llama4's scores multiply the experts' input, so its router is on the way there
+            found.add(moe.logits)
     return found
 
 
