@@ -54,7 +54,7 @@ def capture(found: Skeleton, *, batch: int = 2, sequence: int = 16) -> ExportedP
     meta["layers"] = stages.mark(found.model, program.graph_module, found.experts)
     for node, path in owners.items():
         node.meta["path"] = path
-    program.validate()  # type: ignore[no-untyped-call]
+    program.validate()
     return program
 
 

@@ -28,7 +28,7 @@ from moecc.errors import MoeccError
 METHOD = "moecc"
 
 
-class MoeccConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class MoeccConfig(QuantizationConfigMixin):
     """The quantization_config of an artifact."""
 
     def __init__(

@@ -512,7 +512,9 @@ def run_nodes(
 
     for node in nodes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        target = ops.REFERENCE.get(node.target, node.target) if torch.is_grad_enabled() else node.target
+        target: Any = node.target
+        if torch.is_grad_enabled():
+            target = ops.REFERENCE.get(target, target)
         try:
             result = target(*args, **kwargs)
         except (RuntimeError, IndexError, TypeError) as e:

@@ -219,7 +219,7 @@ def q_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, b
 def dequantize_linear(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The float32 [N, K] that a q_linear stands for (float64 where scale is)."""
     q = weight if bits == 8 else torch.stack((weight & 15, weight >> 4), -1).flatten(-2)
-    groups = q.unflatten(-1, (scale.shape[-1], -1)).to(_wide(scale))
+    groups: Tensor = q.unflatten(-1, (scale.shape[-1], -1)).to(_wide(scale))
     return ((groups - zero.to(groups.dtype).unsqueeze(-1)) * scale.to(groups.dtype).unsqueeze(-1)).flatten(-2)
 
 

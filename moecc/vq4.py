@@ -45,7 +45,8 @@ def padded(columns: int) -> int:
 def pack_signs(negative: Tensor) -> Tensor:
     """bool [..., Kp] -> u8 [..., Kp/8], bit i of a byte for weight i of its eight (Kp a multiple of 8)."""
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=negative.device)
-    return (negative.unflatten(-1, (-1, 8)).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+    eights: Tensor = negative.unflatten(-1, (-1, 8)).to(torch.uint8)
+    return (eights * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(signs: Tensor) -> Tensor:

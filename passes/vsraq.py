@@ -74,7 +74,7 @@ class _Run:
         self.best, self.least = tuned.state(), self.total(self.terms)
 
     def total(self, terms: dict[str, float]) -> float:
-        return sum(self.scale[k] * v for k, v in terms.items() if k != "flips")
+        return float(sum(self.scale[k] * v for k, v in terms.items() if k != "flips"))
 
     def train(self) -> tuple[dict[str, float], dict[str, float]]:
         """Steps 2 and 3: Adam with a rate that falls to zero; the held-out terms before and after."""
