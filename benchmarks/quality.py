@@ -142,9 +142,10 @@ def document(groups: dict[str, list[dict[str, Any]]], args: argparse.Namespace) 
     reference = next((r["reference_perplexity"] for rows in groups.values() for r in rows), float("nan"))
     head = [
         "# Quality at equal bits", "",
-        f"Model `{args.model.name}`, calibration {args.rows} x {args.length} tokens, evaluation {args.eval_rows} x {args.length} tokens "
-        f"of another text; reference perplexity {reference:.4f}. Routed experts only; KL in nats per token. moecc {moecc.__version__}, "
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores. Made by `python benchmarks/quality.py`.",
+        f"Model `{args.model.name}`, calibration {args.rows} x {args.length} tokens, evaluation {args.eval_rows} x {args.length} "
+        f"tokens of another text; reference perplexity {reference:.4f}. Routed experts only; KL in nats per token. "
+        f"moecc {moecc.__version__}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores. "
+        "Made by `python benchmarks/quality.py`; seconds of peers are those of the run that their kept results come from.",
     ]  # fmt: skip
     for name, rows in groups.items():
         head += ["", f"## {name}", "", table(rows)]
