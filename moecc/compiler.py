@@ -211,10 +211,10 @@ def _require_fresh(program: Program, model: str, say: Callable[[str], None]) -> 
 def _require_fitting(program: Program, batches: list[Tensor]) -> None:
     """Rows no longer than the trace holds for, of tokens that the model has."""
     length, longest = max((ids.shape[1] for ids in batches), default=0), _longest(program)
-    if length > longest:
-        raise MoeccError(
-            f"rows of {length} tokens, but the trace holds for {program.restriction} only; give --length {longest}"
-        )
+    excluded = re.search(r"other than ([\d, ]+)", program.restriction)
+    if length > longest or (excluded and str(length) in excluded[1].split(", ")):
+        advice = f"give --length {min(longest, length + 3)}"
+        raise MoeccError(f"rows of {length} tokens, but the trace holds for {program.restriction} only; {advice}")
     highest, size = max((int(ids.max()) for ids in batches), default=0), program.config.get_text_config().vocab_size
     if highest >= size:
         raise MoeccError(

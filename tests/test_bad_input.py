@@ -243,10 +243,13 @@ def test_pass_files_that_define_no_pass(refused: Any, good: Path, tmp_path: Path
         assert says in refused(good, passes="./mine.py")
 
 
-def test_rows_longer_than_the_family_takes(refused: Any, tmp_path: Path) -> None:
+def test_rows_of_a_length_that_the_family_does_not_take(refused: Any, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", "minimax")
     line = refused(model, "--length", "100")
     assert "rows of 100 tokens" in line and "give --length 63" in line
+    shutil.rmtree(model)
+    line = refused(checkpoint(model, "zaya"), "--length", "2")
+    assert "rows of 2 tokens" in line and "sequence other than 2" in line and "give --length 5" in line
 
 
 # ---------------------------------------------------------------- the output folder
