@@ -508,6 +508,8 @@ def run_nodes(
                 last[i.name] = node
 
     def value(n: fx.Node) -> Any:
+        if n.op == "get_attr":  # a constant of the graph that is no tensor, such as a mask function's tree
+            return getattr(n.graph.owning_module, str(n.target))
         return values[n.name] if n.name in values else weight[n.name]
 
     for node in nodes:

@@ -38,7 +38,7 @@ class Block:
         changed = _descendants(body, [m.node for m in layer.moe])
         live = layer.inputs.needed_after(layer.index)
         self.outputs = [n.name for n in body if n in changed and n.name in live and n.meta["val"].is_floating_point()]
-        self.body = needed_for(body, set(self.outputs))
+        self.body = needed_for(body, live)  # the way on may read values that the experts have no part in
         following = next_router(program, layer.index)
         self.router = following if self.routing else None
         self.head = output_logits(program) if head and following is None else None
