@@ -207,7 +207,7 @@ def test_inspect_counts_every_byte(moecc: Any) -> None:
     assert found["sizes"]["routed experts"]["parameters"] == 4 * 16 * 3 * 256 * 128
     low, high = found["estimate"]["bits_per_weight_experts"]
     assert 3 < low < high < 3.5
-    assert found["estimate"]["pipeline"] == "moments,klt{bits=3},vq{bits=3},affine,fold"
+    assert found["estimate"]["pipeline"] == "moments,klt{bits=3},vq{bits=3,codebook=auto},affine{offset=auto},fold"
     text = moecc("inspect", TINYMOE).out
     assert "4 decoder layers, 4 of them MoE" in text and "routed experts" in text
 
