@@ -129,7 +129,7 @@ def _experts_rows(
             Row(
                 name, "routed experts", tuple(_shape(original, name)), facts.get("became", "vq4") if i == 0 else f"in {sources[0]}",
                 nbytes if i == 0 else 0, 8 * nbytes / weights if i == 0 else 0.0, facts.get("error"), facts.get("tokens"), fallback,
-                {"bytes": parts, **details} if i == 0 else {},
+                {"bytes": parts, "source_bits": _source_bits(original, name), **details} if i == 0 else {},
             )
         )  # fmt: skip
 
@@ -137,9 +137,8 @@ def _experts_rows(
 def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> dict[str, str]:
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
-    path = program.weights[weight.name].name.rpartition(".")[
-        0
-    ]  # held as <path>.codes, stored as the module's own `weight`
+    # held as <path>.codes, stored as the module's own `weight`
+    path = program.weights[weight.name].name.rpartition(".")[0]
     stored = _operands(program, node, ["weight", "scale", "zero"], "")
     for tensor, (operand, name) in stored.items():
         found.put(f"{path}.{tensor}", _nbytes(operand), _held(program, name))
@@ -161,6 +160,7 @@ def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> 
             nbytes,
             8 * nbytes / math.prod(shape),
             facts.get("error"),
+            details={"source_bits": _source_bits(program, f"{path}.weight")},
         )
     )
     return {f"{path}.weight": path}
@@ -189,9 +189,9 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
             if name in program.unreached
             else ctx.audit.get(name, {}).get("fallback", "")
         )
-        found.rows.append(
-            Row(name, role_of(name), shape, became, size, 8 * size / max(math.prod(shape), 1), fallback=reason)
-        )
+        details = {"source_bits": _source_bits(program, name)} if held is not None else {}
+        bits = 8 * size / max(math.prod(shape), 1)
+        found.rows.append(Row(name, role_of(name), shape, became, size, bits, fallback=reason, details=details))
     for name in (*getattr(store, "unexpected", ()), *getattr(store, "ignored", ())):
         found.rows.append(
             Row(name, "not part of the model", (), "left out", 0, fallback="no parameter of the model takes it")
@@ -236,6 +236,11 @@ def _spec(node: fx.Node) -> list[Any]:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _source_bits(program: Program, name: str) -> int:
+    """Bits per weight that a parameter took in the checkpoint."""
+    return _disk_dtype(program, name).itemsize * 8
 
 
 def _disk_dtype(program: Program, name: str) -> torch.dtype:

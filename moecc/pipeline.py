@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ class Hooks:
 
 @dataclass
 class Result:
-    """A finished run: `logits` are the compiled program's own on the calibration rows, if it saw any."""
+    """A finished run: what each pass did."""
 
     reports: list[PassReport] = field(default_factory=list)
 
@@ -387,8 +387,3 @@ def _rows() -> dict[Any, tuple[str, ...]]:
 
 
 _ROWS = _rows()
-
-
-def with_default(p: Pass, **values: Any) -> Pass:
-    """A copy of a pass with some options changed."""
-    return replace(p, **values)

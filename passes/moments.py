@@ -1,6 +1,6 @@
 """Calibration: what each expert's projections see, measured on the tokens that are really routed to them.
 
-  1. The calibration text runs through this layer behind the compressed earlier ones (or the float model: inputs=float).
+  1. The calibration text runs through this layer behind the compressed earlier ones.
   2. gate_up of expert e gets C_e = mean of w^2 x x^T over the tokens routed to it, w its routing weight, mixed with the layer's
      average worth `SHRINKAGE` tokens; one C for the layer where one per expert would not fit in memory.
   3. down of expert e gets the same of its hidden units h = gate(gate_up_e x).
