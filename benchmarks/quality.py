@@ -117,9 +117,13 @@ def measure(label: str, method: str, bits: int, args: argparse.Namespace, work: 
         "--length",
         str(args.length),
     )
-    bits_on_disk = row["bits_per_weight_experts"]
-    row.update({k: v for k, v in evaluation.items() if k not in ("bits_per_weight_experts", "bits_per_weight")})
-    row["bits_per_weight_experts"] = bits_on_disk
+    left_out = (
+        "bits_per_weight_experts",
+        "bits_per_weight",
+        "model",
+        "reference",
+    )  # bits are the files'; folders are this machine's
+    row.update({k: v for k, v in evaluation.items() if k not in left_out})
     return row
 
 
