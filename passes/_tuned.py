@@ -16,7 +16,7 @@ from moecc.ir import MoE, Program
 from moecc.passes._coding import clamp_codebook
 from moecc.passes._store import compact
 
-# kind -> learning rate, in units of the tensor's own (`_unit`)
+# kind -> learning rate at 2 bit, in units of the tensor's own (`_unit`)
 RATES = {"codebook": 0.15, "scale": 2e-3, "bias": 2e-2, "basis": 5e-3, "coef": 0.3, "coef_scale": 2e-3}
 
 
@@ -36,14 +36,15 @@ class Tuned:
                     if node is None:
                         continue
                     self.names[node.name], self.kinds[node.name] = program.weights[node.name].name, kind
-                    self.bits[node.name] = 3 if moe.operand(f"{projection}_signs") is not None else 2
+                    self.bits[node.name] = bits_of(moe, projection)
                     values[node.name] = program.read(self.names[node.name]).float().clone()
         self.unit = {k: _unit(self.kinds[k], v) for k, v in values.items()}
         self.parameters = {k: (v / self.unit[k]).requires_grad_() for k, v in values.items()}
 
     def groups(self, factor: float) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer, rates multiplied by `factor`."""
-        return [{"params": [p], "lr": RATES[self.kinds[k]] * factor} for k, p in self.parameters.items()]
+        """Parameter groups for an optimizer, rates multiplied by `factor`; a bit more halves what there is to correct."""
+        rates = {k: RATES[self.kinds[k]] * factor * 2.0 ** (2 - self.bits[k]) for k in self.parameters}
+        return [{"params": [p], "lr": rates[k]} for k, p in self.parameters.items()]
 
     def rounded(self) -> dict[str, Tensor]:
         """Differentiable values by placeholder, those of integer tensors rounded with a straight-through gradient."""
@@ -87,6 +88,15 @@ class Tuned:
                 self.program.add(self.names[placeholder], value)
                 changed = True
         return changed
+
+
+def bits_of(moe: MoE, projection: str) -> int:
+    """Bits per weight of a projection's codes and signs."""
+    codebook = moe.operand(f"{projection}_codebook")
+    assert codebook is not None
+    if moe.operand(f"{projection}_signs") is not None:
+        return 3
+    return 4 if codebook.meta["val"].shape[-1] == 2 else 2
 
 
 def _unit(kind: str, value: Tensor) -> Tensor:
