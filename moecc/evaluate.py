@@ -25,11 +25,10 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
 from moecc.errors import MoeccError
-from moecc.ir import MoE, Program, Weight, run_nodes, stage_nodes
+from moecc.ir import MoE, Program, Weight, output_node, run_nodes, stage_nodes
 from moecc.pipeline import expert_weights
 from moecc.skeleton import text_config
 from moecc.stream import StageWeights, Stream
-from moecc.trace import output_node
 from moecc.weights import Store
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]

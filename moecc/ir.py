@@ -445,6 +445,14 @@ def _derive(program: Program, name: str, root: fx.Node) -> fx.Node:
     return new
 
 
+def output_node(program: Program) -> fx.Node:
+    """The first result: logits, or the last hidden state of a model without a head."""
+    result = next(n for n in program.graph.nodes if n.op == "output").args[0]
+    node = result[0] if isinstance(result, (list, tuple)) else result
+    assert isinstance(node, fx.Node)
+    return node
+
+
 def digest(tensor: Tensor) -> str:
     """Eight hexadecimal digits of a tensor's bytes."""
     raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moecc.ir import Program, needed_for, run_nodes, stage_nodes
+from moecc.ir import Program, needed_for, output_node, run_nodes, stage_nodes
 
 
 class StageWeights(Mapping[str, Any]):
@@ -97,7 +97,7 @@ class Stream:
     def output(self) -> list[Tensor]:
         """The program's first output (logits, or the last hidden state of a model without a head), batch by batch."""
         assert self.stage == self.program.layers, "the stream has not reached the end of the program"
-        node = next(n for n in self.program.graph.nodes if n.op == "output").args[0][0]
+        node = output_node(self.program)
         return [values[node.name] for values in self.values]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
@@ -83,11 +83,3 @@ def _store(found: Skeleton) -> Store | None:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def output_node(program: Program) -> fx.Node:
-    """The first result: logits, or the last hidden state of a model without a head."""
-    result = next(n for n in program.graph.nodes if n.op == "output").args[0]
-    node = result[0] if isinstance(result, (list, tuple)) else result
-    assert isinstance(node, fx.Node)
-    return node

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from moecc.base import Layer
-from moecc.ir import MoE, Program, ancestors, needed_for, run_nodes, stage_nodes
+from moecc.ir import MoE, Program, ancestors, needed_for, output_node, run_nodes, stage_nodes
 from moecc.passes._routing import boundary_loss, flips, order_loss, standardized, value_loss
 from moecc.stream import StageWeights
 
@@ -109,11 +109,9 @@ def next_router(program: Program, stage: int) -> tuple[MoE, fx.Node] | None:
 
 def output_logits(program: Program) -> fx.Node | None:
     """The program's logits, None for a model without a head."""
-    result = next(n for n in program.graph.nodes if n.op == "output").args[0]
-    node = result[0] if isinstance(result, (list, tuple)) else result
+    node = output_node(program)
     part = program.config.get_text_config() if hasattr(program.config, "get_text_config") else program.config
-    is_logits = isinstance(node, fx.Node) and node.meta["val"].shape[-1] == getattr(part, "vocab_size", None)
-    return node if isinstance(node, fx.Node) and is_logits else None
+    return node if node.meta["val"].shape[-1] == getattr(part, "vocab_size", None) else None
 
 
 def selection_scores(moe: MoE) -> fx.Node:
