@@ -14,14 +14,14 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -187,7 +187,7 @@ def _class_of_config(config: Any) -> Any:
 @contextmanager
 def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
     """Inside, every parameter is replaced when it is registered by a storage-free one on the CPU."""
-    original = nn.Module.register_parameter
+    original, original_apply = nn.Module.register_parameter, nn.Module._apply
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(self, name, param)
@@ -196,11 +196,21 @@ def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
                 fake = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="cpu")
             self._parameters[name] = nn.Parameter(fake, requires_grad=param.requires_grad)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """For constructors that give a part another dtype; torch's own would swap storage, which fake tensors don't have."""
+        for module in self.modules() if recurse else [self]:
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = nn.Parameter(fn(p.data), requires_grad=p.requires_grad)
+            for name, b in module._buffers.items():
+                module._buffers[name] = None if b is None else fn(b)
+        return self
+
+    nn.Module.register_parameter, nn.Module._apply = register, apply  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter, nn.Module._apply = original, original_apply  # type: ignore[method-assign]
 
 
 def _build(config: Any, dtype: torch.dtype, mode: FakeTensorMode, trust_remote_code: bool) -> nn.Module:

@@ -99,7 +99,7 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_moe": Family(),
     "hy_v3": Family(layers=1),
     "hy_v4": Family(MLA, layers=1, gate=CLAMP),
-    "inkling2_text": Family(gate=dict(gate="softcap", alpha=4.0, limit=25.0)),
+    "inkling2_text": Family(dict(unpadded_vocab_size=64), gate=dict(gate="softcap", alpha=4.0, limit=25.0)),
     "inkling_text": Family(),
     "jamba": Family(dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=1, expert_layer_offset=0)),
     "jetmoe": Family(dict(num_key_value_heads=2, kv_channels=8, activation_function="silu")),
