@@ -472,17 +472,17 @@ def needed_for(nodes: Iterable[fx.Node], wanted: set[str]) -> list[fx.Node]:
     needed: set[fx.Node] = set()
     order = list(nodes)
     for node in reversed(order):
-        written = _written(node)
+        into = written(node)
         if (
             node.name in wanted
             or any(u in needed for u in node.users)
-            or any(i.name in wanted or any(u in needed for u in i.users) for i in written)
+            or any(i.name in wanted or any(u in needed for u in i.users) for i in into)
         ):
             needed.add(node)
     return [n for n in order if n in needed]
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written(node: fx.Node) -> list[fx.Node]:
     """The nodes whose storage an in-place op changes: its first argument and what that is a view of."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []

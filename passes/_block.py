@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from moecc.base import Layer
-from moecc.ir import MoE, Program, ancestors, needed_for, output_node, run_nodes, stage_nodes
+from moecc.ir import MoE, Program, ancestors, needed_for, output_node, run_nodes, stage_nodes, written
 from moecc.passes._routing import boundary_loss, flips, order_loss, standardized, value_loss
 from moecc.stream import StageWeights
 
@@ -38,7 +38,9 @@ class Block:
         changed = _descendants(body, [m.node for m in layer.moe])
         live = layer.inputs.needed_after(layer.index)
         self.outputs = [n.name for n in body if n in changed and n.name in live and n.meta["val"].is_floating_point()]
-        self.body = needed_for(body, live)  # the way on may read values that the experts have no part in
+        body = needed_for(body, live)  # the way on may read values that the experts have no part in
+        self.before = [n for n in body if n not in changed]
+        self.body = [n for n in body if n in changed]
         following = next_router(program, layer.index)
         self.router = following if self.routing else None
         self.head = output_logits(program) if head and following is None else None
@@ -50,6 +52,7 @@ class Block:
         self.spread = {n: torch.stack([v[n].float().var() for v in self.targets]).mean() for n in self.outputs}
         nodes = {n.name: n for n in layer.reference.graph.nodes}
         self.reference_onward = [nodes[n.name] for n in self.onward]
+        self.kept: dict[int, dict[str, Any]] = {}
         self.scores = [self._teacher(row) for row in range(len(self.targets))] if self.router else []
 
     @torch.no_grad()
@@ -71,8 +74,20 @@ class Block:
                 sums[name] = sums.get(name, torch.zeros(())) + value / len(rows)
         return sums
 
+    @torch.no_grad()
+    def _before(self, row: int) -> dict[str, Any]:
+        """The values of one batch that the experts' tensors have no part in: computed once, copied where they are written into."""
+        if row not in self.kept:
+            values = dict(self.inputs[row])
+            read = {i.name for n in (*self.body, *self.onward) for i in n.all_input_nodes}
+            for _ in run_nodes(self.before, values, self.weights, keep=read):
+                pass
+            self.kept[row] = {k: v for k, v in values.items() if k in read}
+        into = {i.name for n in (*self.body, *self.onward) for i in written(n)}
+        return {k: v.clone() if k in into else v for k, v in self.kept[row].items()}
+
     def _row(self, row: int, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        values = dict(self.inputs[row])
+        values = self._before(row)
         weights = StageWeights.sharing(self.weights, overrides)
         for _ in run_nodes(self.body, values, weights):
             pass
@@ -137,8 +152,11 @@ def _path_to(program: Program, stage: int, target: fx.Node) -> list[fx.Node]:
 
 
 def _descendants(nodes: list[fx.Node], roots: list[fx.Node]) -> set[fx.Node]:
-    found = set(roots)
-    for node in nodes:
-        if any(i in found for i in node.all_input_nodes):
-            found.add(node)
+    """Nodes whose values depend on `roots`, through what is written in place too."""
+    found, before = set(roots), 0
+    while len(found) > before:
+        before = len(found)
+        for node in nodes:
+            if node in found or any(i in found for i in node.all_input_nodes):
+                found.update((node, *written(node)))
     return found
