@@ -481,11 +481,11 @@ class CheckpointStore:
                 raise MoeccError(f"{what}, but the other experts have {list(usual)}; fetch it again")
 
     def digest(self) -> str:
-        """SHA-256 over names, sizes and headers of the weight files and samples of their content.
+        """SHA-256 over config.json, names, sizes and headers of the weight files and samples of their content.
 
         A file up to 16 MiB counts whole, a larger one with 256 bytes from the middle of each tensor. That tells
         checkpoints apart, fine-tunes of one another too; it doesn't prove that every byte is intact."""
-        sha, by_file = hashlib.sha256(), defaultdict(list)
+        sha, by_file = hashlib.sha256((self.folder / "config.json").read_bytes()), defaultdict(list)
         for entry in sorted(self.entries.values(), key=lambda e: e.start):
             by_file[entry.file].append(entry)
         for file, entries in sorted(by_file.items()):

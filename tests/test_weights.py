@@ -211,6 +211,13 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
     assert stores[0].digest() != stores[1].digest()
 
 
+def test_digest_follows_the_configuration(tmp_path: Path) -> None:
+    store = CheckpointStore(saved(tmp_path), skeleton(tmp_path))
+    before, config = store.digest(), tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"rope_theta": 10000', '"rope_theta": 20000'))
+    assert store.digest() != before
+
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tinymoe"
 
 
