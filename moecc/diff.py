@@ -93,10 +93,9 @@ def compare(a: TensorEntry, b: TensorEntry) -> dict[str, Any] | None:
             unequal += int((x != y).sum())
     if same:
         return None
-    values = (
-        {"relative_error": math.sqrt(error / norm) if norm else None} if floating else {"unequal": unequal / x.numel()}
-    )
-    return {"a": kinds[0], "b": kinds[1], **values}
+    if floating:
+        return {"a": kinds[0], "b": kinds[1], "relative_error": math.sqrt(error / norm) if norm else None}
+    return {"a": kinds[0], "b": kinds[1], "unequal": unequal / math.prod(a.shape)}
 
 
 def _parts(a: TensorEntry, b: TensorEntry) -> Iterator[tuple[Tensor, Tensor]]:

@@ -257,6 +257,18 @@ def test_diff_of_names_shapes_codes_and_files(moecc: Any, tmp_path: Path) -> Non
     assert "vq of x" in moecc("diff", tmp_path / "a", tmp_path / "b").out
 
 
+def test_diff_of_codes_is_a_share_of_all_entries(moecc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecc.diff._AT_ONCE", 64)  # the last part has 2 rows of 10
+    for name, code in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        codes = torch.zeros(10, 16, dtype=torch.uint8)
+        codes[:5] = code
+        write_safetensors(tmp_path / name / "model.safetensors", {"codes": codes})
+        (tmp_path / name / "config.json").write_text("{}")
+    found = moecc("diff", tmp_path / "a", tmp_path / "b", "--json").json
+    assert found["different_tensors"][0]["unequal"] == 0.5
+
+
 def test_generate_is_greedy_and_repeats(moecc: Any) -> None:
     args = ("generate", TINYMOE, "--prompt", "import ", "--max-new-tokens", "8", "--json")
     got = moecc(*args)
