@@ -66,6 +66,7 @@ class Pass(ABC):
     after: ClassVar[frozenset[str]] = frozenset()  # facts that come first where a pass of the pipeline provides them
     provides: ClassVar[frozenset[str]] = frozenset()
     spoils: ClassVar[frozenset[str]] = frozenset()
+    leads_to: ClassVar[frozenset[str]] = frozenset()  # facts that must follow before the program can be stored
     needs_data: ClassVar[bool] = False  # whether calibration text must have been given
 
     def __post_init__(self) -> None:
@@ -138,8 +139,9 @@ class Layer:
     """One decoder layer as a layer pass sees it.
 
     `program` is the program being compiled, `inputs` the activations that enter this layer in it (behind compressed earlier
-    layers); `reference` is the float model, `targets` its activations after this layer. `data` carries what passes leave for each
-    other within the layer, by fact and experts path.
+    layers); `reference` is the float model, `targets` its activations after this layer (of the stage behind the last layer: before it, as
+    logits of all the text would fill the memory). `data` carries what passes leave for each other within the layer, by fact and
+    experts path.
     """
 
     index: int

@@ -38,7 +38,7 @@ CHECKED = (2, 64)  # rows and tokens of the reload check
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is; two runs with equal jobs on the same machine write the same bytes."""
+    """What a run is; two runs with equal jobs on machines of a kind write the same bytes."""
 
     source: str
     source_digest: str
@@ -46,6 +46,7 @@ class Job:
     pass_files: dict[str, str]  # SHA-256 of each pass of one's own
     calibration: str
     seed: int
+    threads: int  # how sums are split among threads is in their last bits
     backend: str
     versions: dict[str, str]
 
@@ -72,18 +73,19 @@ def compile_model(
     require_backend(backend)
     resolved = _pipeline(passes, bits, say)
     folder = resolve(model)
-    read_config(folder, trust_remote_code=trust_remote_code)  # a broken one would look like a broken tokenizer
+    read_config(folder)  # a broken one would look like a broken tokenizer
     batches, calibration = _calibration(folder, calib, rows, length, resolved, trust_remote_code)
     say(f"tracing {model}")
     with _one_line():
-        program = trace(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        program = trace(folder, dtype=torch.float32)
     _require_fresh(program, model, say)
     _require_fitting(program, batches)
     if program.restriction:
         say(f"note: the trace holds for {program.restriction} only")
     store: Any = program.store
     job = Job(
-        str(model), store.digest(), ",".join(map(str, resolved)), _pass_files(resolved), calibration, seed, backend, versions()
+        str(model), store.digest(), ",".join(map(str, resolved)), _pass_files(resolved), calibration, seed,
+        torch.get_num_threads(), backend, versions(),
     )  # fmt: skip
     made = [p for p in (partial, *partial.parents) if not p.exists()]
     try:
@@ -137,16 +139,11 @@ def _run(
         done_before = f"{journal.finished()} stages of it are finished"
         say(f"going on with the run that {journal.folder.parent} holds; {done_before}")
     dumper = _dumper(dump)
-    dumper("00-traced", program)
-    done: list[pipeline.PassReport] = []
-
-    def after_pass(report: pipeline.PassReport, now: Program) -> None:
-        done.append(report)
-        say(report.line())
-        dumper(f"{len(done):02d}-after-{Path(report.text.split('{')[0]).stem}", now)
-
-    hooks = pipeline.Hooks(after_pass=after_pass, after_layer=journal.save, restore_layer=journal.restore, dump=dumper)
-    reports = pipeline.run(program, resolved, ctx, batches, hooks).reports
+    dumper("00-traced", program, None)
+    hooks = pipeline.Hooks(
+        after_pass=lambda report, now: say(report.line()), after_layer=journal.save, restore_layer=journal.restore, dump=dumper
+    )  # fmt: skip
+    reports = pipeline.run(program, resolved, ctx, batches, hooks)
     for note in ctx.notes:
         say(f"note: {note}")
     target = partial / "artifact"
@@ -180,6 +177,7 @@ def require_backend(name: str) -> None:
 def _pipeline(passes: str, bits: int | None, say: Callable[[str], None]) -> list[Pass]:
     parsed, remarks = pipeline.parse(passes, bits=bits)
     resolved, more = pipeline.resolve(parsed)
+    pipeline.require_whole(resolved)
     for remark in (*remarks, *more):
         say(remark)
     say("pipeline: " + ",".join(map(str, resolved)))
@@ -254,18 +252,18 @@ def _facts(job: Job, reports: list[pipeline.PassReport], ctx: Context) -> dict[s
     # no times in here: the same job must give the same bytes
     return {
         "format": vq4.VERSION, "pipeline": job.passes, "pass_files": job.pass_files,
-        "seed": job.seed, "calibration_digest": job.calibration,
+        "seed": job.seed, "threads": job.threads, "calibration_digest": job.calibration,
         "source": job.source, "source_digest": job.source_digest, "versions": job.versions, "backend": job.backend,
         "notes": ctx.notes, "passes": [{"pass": r.text, "bits": r.bits, "nodes": r.nodes, "error": r.error} for r in reports],
     }  # fmt: skip
 
 
-def _dumper(folder: Path | None) -> Callable[[str, Program], None]:
+def _dumper(folder: Path | None) -> Callable[[str, Program, int | None], None]:
     if folder is None:
-        return lambda name, program: None
+        return lambda name, program, stage: None
     folder.mkdir(parents=True, exist_ok=True)
 
-    def write(name: str, program: Program) -> None:
-        (folder / f"{name}.txt").write_text(program.text())
+    def write(name: str, program: Program, stage: int | None) -> None:
+        (folder / f"{name}.txt").write_text(program.text(stage))
 
     return write

@@ -262,9 +262,14 @@ class Program:
         except Exception as e:
             raise MoeccError(f"node %{node.name} ({_target(node.target)}) does not type-check: {e}") from e
 
-    def text(self) -> str:
-        """The graph as people read it and tests compare it: one line per node, with shapes and a digest of held tensors."""
-        return "".join(self.line(node) + "\n" for node in self.graph.nodes)
+    def text(self, stage: int | None = None) -> str:
+        """The graph as people read it and tests compare it: one line per node, with shapes and a digest of held tensors.
+
+        stage: only the nodes of this one and the weights that they read.
+        """
+        nodes = set(self.graph.nodes if stage is None else stage_nodes(self, stage))
+        nodes |= {i for n in nodes for i in n.all_input_nodes if i.name in self.weights}
+        return "".join(self.line(node) + "\n" for node in self.graph.nodes if node in nodes)
 
     def line(self, node: fx.Node) -> str:
         """A node's line of the text."""
@@ -382,7 +387,7 @@ def router_logits(experts: fx.Node) -> fx.Node | None:
 def _nearest_linear(start: Any, avoid: set[fx.Node]) -> fx.Node | None:
     frontier, seen = [start], set()
     while frontier:
-        node = max(frontier, key=_position)
+        node = max(frontier)
         frontier.remove(node)
         if not isinstance(node, fx.Node) or node in seen:
             continue
@@ -392,10 +397,6 @@ def _nearest_linear(start: Any, avoid: set[fx.Node]) -> fx.Node | None:
                 return node
         frontier += [i for i in node.all_input_nodes if i.op == "call_function" and i not in avoid]
     return None
-
-
-def _position(node: fx.Node) -> Any:
-    return node
 
 
 def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:

@@ -25,6 +25,7 @@ import networkx as nx
 import torch
 from torch import Tensor
 
+from moecc import ops
 from moecc.base import Composite, Context, Layer, LayerPass, MoeccError, Pass, accepted, accepts
 from moecc.ir import Program
 from moecc.stream import Stream
@@ -169,6 +170,15 @@ def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pas
     return _sort(flat, set(facts)), remarks
 
 
+def require_whole(passes: Sequence[Pass]) -> None:
+    """MoeccError where the passes leave a program that no artifact can hold, such as a basis without coded experts."""
+    for i, p in enumerate(passes):
+        lack = sorted(p.leads_to.difference(*(q.provides for q in passes[i + 1 :])))
+        if lack:
+            makers = [n for n in names() if lack[0] in find(n).provides]
+            raise MoeccError(f"{p.name} leaves what can't be stored before {lack[0]!r}; add one of {makers} to the pipeline")
+
+
 def _first_lack(passes: list[Pass], facts: set[str]) -> tuple[Pass, str] | None:
     given = facts.union(*(p.provides for p in passes))
     return next(((p, f) for p in passes for f in sorted(p.requires - given)), None)
@@ -223,30 +233,23 @@ class Hooks:
     after_pass: Callable[[PassReport, Program], None] = lambda report, program: None
     after_layer: Callable[[int, Program, Context], None] = lambda stage, program, ctx: None
     restore_layer: Callable[[int, Program, Context], bool] = lambda stage, program, ctx: False
-    dump: Callable[[str, Program], None] = lambda name, program: None
-
-
-@dataclass
-class Result:
-    """A finished run: what each pass did."""
-
-    reports: list[PassReport] = field(default_factory=list)
+    dump: Callable[[str, Program, int | None], None] = lambda name, program, stage: None  # stage None: the whole
 
 
 def run(
     program: Program, passes: Sequence[Pass], ctx: Context, batches: Sequence[Tensor] = (), hooks: Hooks | None = None
-) -> Result:
-    """Run resolved passes over `program` in place. `batches`: calibration token ids, i64 [1 or more, S] each."""
-    hooks, result = hooks or Hooks(), Result()
+) -> list[PassReport]:
+    """Run resolved passes over `program` in place; what each did. `batches`: calibration token ids, i64 [1 or more, S] each."""
+    hooks, result = hooks or Hooks(), []
+    reference = program.copy()  # the float model for all passes, whatever ran before
     if not batches and (needy := next((p for p in passes if p.needs_data), None)) is not None:
         raise MoeccError(f"{needy.name} needs calibration text; give --calib FILE")
     done: list[Pass] = []
     for group in _groups(passes):
         try:
             if isinstance(group[0], LayerPass):
-                reports = _run_layers(
-                    program, [p for p in group if isinstance(p, LayerPass)], ctx, batches, hooks, done
-                )
+                layer_passes = [p for p in group if isinstance(p, LayerPass)]
+                reports = _run_layers(program, reference, layer_passes, ctx, batches, hooks, done)
             else:
                 reports = [_run_model(program, group[0], ctx, done)]
         finally:
@@ -256,7 +259,8 @@ def run(
             _finish(report, ctx)
             hooks.after_pass(report, program)
             done.append(p)
-        result.reports += reports
+        hooks.dump(f"{len(done):02d}-after-{Path(str(group[-1]).split('{')[0]).stem}", program, None)
+        result += reports
     return result
 
 
@@ -282,18 +286,18 @@ def _run_model(program: Program, p: Pass, ctx: Context, done: list[Pass]) -> Pas
 
 
 def _run_layers(
-    program: Program, passes: list[LayerPass], ctx: Context, batches: Sequence[Tensor], hooks: Hooks, done: list[Pass]
-) -> list[PassReport]:
+    program: Program, reference: Program, passes: list[LayerPass], ctx: Context, batches: Sequence[Tensor], hooks: Hooks,
+    done: list[Pass],
+) -> list[PassReport]:  # fmt: skip
     reports = [PassReport(str(p)) for p in passes]
-    reference, stream, target = program.copy(), None, None
-    if any(p.needs_data for p in passes) or batches:
-        stream, target = Stream(program, batches), Stream(reference, batches)
+    stream, target = Stream(program, batches), Stream(reference, batches)
+    last_experts = max((m.layer for m in program.moe_layers()), default=0)
     for stage in ctx.progress(range(program.layers), "layers"):
-        if target is not None:
+        head = last_experts < stage == program.layers - 1  # nobody needs the logits of all calibration text at once
+        if not head:
             target.advance()
         if 0 < stage and not hooks.restore_layer(stage, program, ctx):
-            empty = Stream(program, ())
-            layer = Layer(stage, program, reference, stream or empty, target or empty)
+            layer = Layer(stage, program, reference, stream, target)
             for p, report in zip(passes, reports, strict=True):
                 start = time.perf_counter()
                 with _named(p, [*done, *passes[: passes.index(p)]], stage):
@@ -301,10 +305,10 @@ def _run_layers(
                     program.verify()
                 report.seconds += time.perf_counter() - start
                 ctx.ledger.setdefault(str(p), {})[str(stage)] = _entry(program, stage, changed, ctx)
-                hooks.dump(f"layer{stage:03d}-{p.name}", program)
+                hooks.dump(f"layer{stage:03d}-{p.name}", program, stage)
             program.module.recompile()
             hooks.after_layer(stage, program, ctx)
-        if stream is not None:
+        if not head:
             stream.advance()
     return reports
 
@@ -374,16 +378,7 @@ def _stored_bits(program: Program, node: torch.fx.Node) -> int:
 def expert_weights(moe: Any) -> int:
     """Weights that a layer's routed experts had before anything was done to them: E N D + E D F."""
     hidden = moe.node.args[0].meta["val"].shape[1]
-    rows = next(v for v in (moe.operand(n) for n in _ROWS[moe.node.target]) if v is not None).meta["val"].shape
+    rows = moe.operand("gate_up_scale" if moe.node.target is ops.VQ_EXPERTS else "gate_up").meta["val"].shape
     experts, n = int(rows[0]), int(rows[1])
     intermediate = n if moe.attributes["gate"] == "none" else n // 2
     return int(experts * (n * hidden + hidden * intermediate))
-
-
-def _rows() -> dict[Any, tuple[str, ...]]:
-    from moecc import ops
-
-    return {ops.EXPERTS: ("gate_up",), ops.KLT_EXPERTS: ("gate_up",), ops.VQ_EXPERTS: ("gate_up_scale",)}
-
-
-_ROWS = _rows()

@@ -48,12 +48,10 @@ class MoELayer:
     form: str
 
 
-def survey(
-    model: str, *, passes: str | None = None, bits: int | None = None, trust_remote_code: bool = False
-) -> dict[str, Any]:
+def survey(model: str, *, passes: str | None = None, bits: int | None = None) -> dict[str, Any]:
     """What `moecc inspect --json` prints. `model` is a folder or a hub id; MoeccError where it can't be traced."""
     wanted = _resolved(passes, bits) if passes is not None else None
-    found = skeleton(model, trust_remote_code=trust_remote_code)
+    found = skeleton(model)
     program = program_of(capture(found), found, model)
     sizes = _sizes(found, program)
     layers = [_layer(program, moe) for moe in program.moe_layers()]
@@ -74,7 +72,9 @@ def survey(
 
 
 def _resolved(passes: str, bits: int | None) -> list[Pass]:
-    return pipeline.resolve(pipeline.parse(passes, bits=bits)[0])[0]
+    found = pipeline.resolve(pipeline.parse(passes, bits=bits)[0])[0]
+    pipeline.require_whole(found)
+    return found
 
 
 # ---------------------------------------------------------------- structure

@@ -77,6 +77,7 @@ class AffineCorrection(LayerPass):
     name: ClassVar[str] = "affine"
     requires: ClassVar[frozenset[str]] = frozenset({"vq"})
     provides: ClassVar[frozenset[str]] = frozenset({"affine"})
+    leads_to: ClassVar[frozenset[str]] = frozenset({"folded"})
     needs_data: ClassVar[bool] = True
     offset: str = option("on", help="store an offset per output channel where it is worth its bits, always, never",
                          choices=("auto", "on", "off"))  # fmt: skip

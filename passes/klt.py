@@ -55,6 +55,7 @@ class SharedBasis(LayerPass):
     name: ClassVar[str] = "klt"
     requires: ClassVar[frozenset[str]] = frozenset({"moments"})
     provides: ClassVar[frozenset[str]] = frozenset({"basis"})
+    leads_to: ClassVar[frozenset[str]] = frozenset({"vq"})
     rank: int | str = option(
         "auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024
     )

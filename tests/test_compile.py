@@ -296,14 +296,15 @@ def test_what_another_run_left_is_not_touched(mixtral: Path, compile: Any, tmp_p
 # ---------------------------------------------------------------- options
 
 
-def test_dump_writes_the_program_after_every_pass(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+def test_dump_writes_each_layer_after_every_pass_and_the_whole_after_the_last(mixtral: Path, compile: Any, tmp_path: Path) -> None:
     dump = tmp_path / "dump"
     assert compile(mixtral, tmp_path / "out", QUICK, "--dump", dump).code == 0
     texts = {f.name: f.read_text() for f in dump.iterdir()}
     layers = {f"layer{i:03d}-{p}.txt" for i in (1, 2, 3) for p in ("moments", "vq")}
-    assert texts.keys() == {"00-traced.txt", "01-after-moments.txt", "02-after-vq.txt", *layers}
+    assert texts.keys() == {"00-traced.txt", "02-after-vq.txt", *layers}
     counts = {name: text.count("= moecc.vq_experts(") for name, text in texts.items()}
-    assert (counts["00-traced.txt"], counts["layer001-vq.txt"], counts["02-after-vq.txt"]) == (0, 1, 2)
+    assert (counts["00-traced.txt"], counts["layer001-moments.txt"], counts["layer001-vq.txt"]) == (0, 0, 1)
+    assert counts["layer002-vq.txt"] == 1 and counts["02-after-vq.txt"] == 2
     assert texts["00-traced.txt"].count("= moecc.experts(") == 2
 
 

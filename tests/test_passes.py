@@ -74,9 +74,10 @@ def compiled(
         found.differed[name] |= after != last
         last = after
 
-    def dump(label: str, now: Program) -> None:
-        found.texts[label] = now.text()
-        look(label.split("-", 1)[1], found.texts[label])
+    def dump(label: str, now: Program, stage: int | None) -> None:
+        if stage is not None:
+            found.texts[label] = now.text()
+            look(label.split("-", 1)[1], found.texts[label])
 
     def after_pass(report: pipeline.PassReport, now: Program) -> None:
         p = next(p for p in passes if str(p) == report.text)
@@ -84,7 +85,7 @@ def compiled(
             look(p.name, now.text())
 
     hooks = pipeline.Hooks(dump=dump, after_pass=after_pass)
-    found.reports = pipeline.run(program, passes, found.ctx, TOKENS if batches is None else batches, hooks).reports
+    found.reports = pipeline.run(program, passes, found.ctx, TOKENS if batches is None else batches, hooks)
     return found
 
 

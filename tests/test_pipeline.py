@@ -348,13 +348,41 @@ def test_layer_passes_go_through_together_and_see_inputs_before_and_targets_afte
 ) -> None:
     ctx, dumps, layers = Context(), [], []
     hooks = pipeline.Hooks(
-        dump=lambda name, program: dumps.append(name), after_layer=lambda stage, program, ctx: layers.append(stage)
+        dump=lambda name, program, stage: dumps.append(name), after_layer=lambda stage, program, ctx: layers.append(stage)
     )
     pipeline.run(tiny("MD"), [Touch(), made("model"), Touch(), Touch()], ctx, batches, hooks)
-    once = [f"{i}: inputs before {i}, targets before {i + 1}" for i in (1, 2, 3)]
+    # the last stage is the head, whose output for all the text nobody holds
+    once = [f"{i}: inputs before {i}, targets before {min(i + 1, 3)}" for i in (1, 2, 3)]
     assert ctx.notes == once + [line for line in once for _ in range(2)]
-    assert dumps == [f"layer00{i}-touch" for i in (1, 2, 3, 1, 1, 2, 2, 3, 3)]
+    first, second = [f"layer00{i}-touch" for i in (1, 2, 3)], [f"layer00{i}-touch" for i in (1, 1, 2, 2, 3, 3)]
+    assert dumps == [*first, "01-after-touch", "02-after-model", *second, "04-after-touch"]
     assert layers == [1, 2, 3, 1, 2, 3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen(LayerPass):
+    """Notes whether the float model it is given still has dense experts."""
+
+    name: ClassVar[str] = "seen"
+
+    def run_layer(self, layer: Layer, ctx: Context) -> bool:
+        ctx.notes += [str(m.node.target) for m in layer.reference.moe_layers() if m.layer == layer.index]
+        return False
+
+
+def test_the_float_model_stays_the_float_model_behind_a_model_pass(tiny: Tiny, batches: list[Tensor]) -> None:
+    ctx = Context()
+    coded = pipeline.resolve(pipeline.parse("vq")[0])[0]
+    pipeline.run(tiny("M"), [*coded, made("model"), Seen()], ctx, batches)
+    assert [note for note in ctx.notes if note.startswith("moecc")] == ["moecc.experts.default"]
+
+
+@pytest.mark.parametrize(("text", "lack"), [("klt", "vq"), ("vq,affine", "folded")])
+def test_a_pipeline_that_nothing_can_store_is_refused_before_it_runs(text: str, lack: str) -> None:
+    resolved, _ = pipeline.resolve(pipeline.parse(text)[0])
+    with pytest.raises(MoeccError, match=f"can't be stored before '{lack}'"):
+        pipeline.require_whole(resolved)
+    pipeline.require_whole(pipeline.resolve(pipeline.parse("klt,vq,affine,fold")[0])[0])
 
 
 def test_a_layer_that_was_restored_is_not_worked_on_again(tiny: Tiny, batches: list[Tensor]) -> None:
@@ -375,12 +403,12 @@ def test_reports_say_what_each_pass_did(tiny: Tiny, batches: list[Tensor]) -> No
     hooks = pipeline.Hooks(after_pass=lambda report, program: seen.append(report.text))
     resolved, _ = pipeline.resolve(pipeline.parse("klt{rank=2},vq{codebook=layer}")[0])
     result = pipeline.run(tiny("MD"), resolved, Context(), batches, hooks)
-    assert [r.text for r in result.reports] == seen == ["moments", "klt{rank=2}", "vq{codebook=layer}"]
-    assert [r.changed for r in result.reports] == [False, True, True]
-    lines = [r.line() for r in result.reports]
+    assert [r.text for r in result] == seen == ["moments", "klt{rank=2}", "vq{codebook=layer}"]
+    assert [r.changed for r in result] == [False, True, True]
+    lines = [r.line() for r in result]
     assert lines[0].startswith("moments: ") and "nothing changed" in lines[0] and "nothing changed" not in lines[2]
     assert "bits/weight, error 0." in lines[2]
-    assert result.reports[0].bits == 32.0 and len({r.bits for r in result.reports}) == 3  # each pass its own
+    assert result[0].bits == 32.0 and len({r.bits for r in result}) == 3  # each pass its own
 
 
 def test_bits_of_float_experts_are_what_the_checkpoint_stores(tiny: Tiny) -> None:
