@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,9 @@ def require_whole(passes: Sequence[Pass]) -> None:
         lack = sorted(p.leads_to.difference(*(q.provides for q in passes[i + 1 :])))
         if lack:
             makers = [n for n in names() if lack[0] in find(n).provides]
-            raise MoeccError(f"{p.name} leaves what can't be stored before {lack[0]!r}; add one of {makers} to the pipeline")
+            raise MoeccError(
+                f"{p.name} leaves what can't be stored before {lack[0]!r}; add one of {makers} to the pipeline"
+            )
 
 
 def _first_lack(passes: list[Pass], facts: set[str]) -> tuple[Pass, str] | None:

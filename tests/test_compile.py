@@ -296,7 +296,9 @@ def test_what_another_run_left_is_not_touched(mixtral: Path, compile: Any, tmp_p
 # ---------------------------------------------------------------- options
 
 
-def test_dump_writes_each_layer_after_every_pass_and_the_whole_after_the_last(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+def test_dump_writes_each_layer_after_every_pass_and_the_whole_after_the_last(
+    mixtral: Path, compile: Any, tmp_path: Path
+) -> None:
     dump = tmp_path / "dump"
     assert compile(mixtral, tmp_path / "out", QUICK, "--dump", dump).code == 0
     texts = {f.name: f.read_text() for f in dump.iterdir()}

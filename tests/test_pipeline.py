@@ -348,7 +348,8 @@ def test_layer_passes_go_through_together_and_see_inputs_before_and_targets_afte
 ) -> None:
     ctx, dumps, layers = Context(), [], []
     hooks = pipeline.Hooks(
-        dump=lambda name, program, stage: dumps.append(name), after_layer=lambda stage, program, ctx: layers.append(stage)
+        dump=lambda name, program, stage: dumps.append(name),
+        after_layer=lambda stage, program, ctx: layers.append(stage),
     )
     pipeline.run(tiny("MD"), [Touch(), made("model"), Touch(), Touch()], ctx, batches, hooks)
     # the last stage is the head, whose output for all the text nobody holds
