@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moecc import ops, vq4
+from moecc import ops, text, vq4
 from moecc.base import Context, MoeccError
 from moecc.ir import MoE, Program
 from moecc.weights import free_space, write_safetensors
@@ -350,7 +350,7 @@ def _check_total(folder: Path, names: list[str], rows: Iterable[Row]) -> None:
 def _copy_small_files(source: Path | None, folder: Path) -> None:
     if source is None:
         return
-    for pattern in _COPIED:
+    for pattern in (*_COPIED, *(["*.py"] if text.has_code(source) else [])):
         for file in sorted(source.glob(pattern)):
             if (
                 file.name not in _NOT_COPIED

@@ -125,7 +125,7 @@ def _inspect(options: argparse.Namespace) -> Outcome:
 
     if options.bits is not None and options.passes is None:
         raise MoeccError("--bits says something about passes; give --passes too")
-    found = survey(options.model, passes=options.passes, bits=options.bits, trust_remote_code=options.trust_remote_code)
+    found = survey(options.model, passes=options.passes, bits=options.bits)
     return 0, found, table(found)
 
 
@@ -145,7 +145,7 @@ def _eval(options: argparse.Namespace) -> Outcome:
     programs = []
     for path in (folder, reference):
         _say(f"tracing {path}")
-        program = trace(path, dtype=torch.float32, trust_remote_code=options.trust_remote_code)
+        program = trace(path, dtype=torch.float32)
         if program.store is None:
             raise MoeccError(f"{path} has no *.safetensors weights; give a complete checkpoint or artifact")
         program.store.check()  # type: ignore[attr-defined]
@@ -258,12 +258,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="moecc", description="A compiler for Mixture-of-Experts language models.")
     parser.add_argument("--version", action="version", version=f"moecc {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_compile(_command(commands, "compile", _compile, "compress a model into a new folder", remote=True))
-    _add_inspect(
-        _command(commands, "inspect", _inspect, "MoE structure and sizes, without reading weights", remote=True)
-    )
-    _add_eval(_command(commands, "eval", _eval, "perplexity, KL, experts chosen and output error", remote=True))
-    _add_generate(_command(commands, "generate", _generate, "continue a prompt", remote=True))
+    _add_compile(_command(commands, "compile", _compile, "compress a model into a new folder", tokenizer=True))
+    _add_inspect(_command(commands, "inspect", _inspect, "MoE structure and sizes, without reading weights"))
+    _add_eval(_command(commands, "eval", _eval, "perplexity, KL, experts chosen and output error", tokenizer=True))
+    _add_generate(_command(commands, "generate", _generate, "continue a prompt", tokenizer=True))
     passes = _command(commands, "passes", _passes, "what passes there are; NAME shows one's options")
     passes.add_argument("name", nargs="?", metavar="NAME", help="a pass, or the path of a file that defines one")
     diff = _command(commands, "diff", _diff, "compare two artifacts or checkpoints; exit code 1 if they differ")
@@ -273,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], Outcome], what: str, *, remote: bool = False
+    commands: Any, name: str, run: Callable[[argparse.Namespace], Outcome], what: str, *, tokenizer: bool = False
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
     parser.set_defaults(run=run)
@@ -281,9 +279,9 @@ def _command(
     parser.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, help="progress bars on stderr (default: on a terminal)"
     )
-    if remote:
+    if tokenizer:
         parser.add_argument(
-            "--trust-remote-code", action="store_true", help="run Python code that the model comes with"
+            "--trust-remote-code", action="store_true", help="run Python code that the model's tokenizer comes with"
         )
     return parser
 

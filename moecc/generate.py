@@ -27,7 +27,7 @@ def generate(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[-1] == 0:
         raise MoeccError("the prompt has no tokens; give some text with --prompt")
-    loaded = _load(str(folder), trust_remote_code)
+    loaded = _load(str(folder))
     if int(ids.max()) >= loaded.config.get_text_config().vocab_size:
         raise MoeccError(
             f"{model}: its tokenizer makes tokens that the model doesn't have; copy the model's own tokenizer"
@@ -44,12 +44,12 @@ def generate(
     return {"model": model, "prompt": prompt, "text": text, "tokens": made.tolist()}
 
 
-def _load(folder: str, trust_remote_code: bool) -> Any:
+def _load(folder: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+            folder, dtype="auto", local_files_only=True, trust_remote_code=False
         )
     except MoeccError:
         raise

@@ -46,9 +46,7 @@ class Skeleton:
         return str(getattr(self.config, "model_type", type(self.model).__name__))
 
 
-def skeleton(
-    source: str | Path | nn.Module | Any, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
-) -> Skeleton:
+def skeleton(source: str | Path | nn.Module | Any, dtype: torch.dtype | None = None) -> Skeleton:
     """The weight-free model of a local folder, a hub id or a transformers configuration; or a given module, as it is.
 
     dtype: of the parameters; by default what the configuration says, else float32. MoeccError where the source can't be
@@ -56,14 +54,14 @@ def skeleton(
     """
     if isinstance(source, nn.Module):
         return _checked(Skeleton(source, getattr(source, "config", None), None, experts.experts_modules(source)))
-    config, folder = read_config(source, trust_remote_code=trust_remote_code)
+    config, folder = read_config(source)
     method = quantization_method(config)
     if method not in (None, QUANTIZATION):
         raise MoeccError(
             f"{_name(source)}: its weights are quantized already ({method}); give the unquantized checkpoint"
         )
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    model = _build(config, dtype or config_dtype(config), mode, trust_remote_code)
+    model = _build(config, dtype or config_dtype(config), mode)
     if method == QUANTIZATION:
         _prepare_compressed(model, config, mode)
     return _checked(Skeleton(model, config, mode, experts.experts_modules(model), folder))
@@ -76,7 +74,7 @@ def _name(source: Any) -> str:
     return str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
 
-def read_config(source: Any, *, trust_remote_code: bool = False) -> tuple[Any, Path | None]:
+def read_config(source: Any) -> tuple[Any, Path | None]:
     """The configuration and, for a folder or a hub id, the local folder that holds it."""
     from transformers import AutoConfig, PretrainedConfig
 
@@ -86,15 +84,19 @@ def read_config(source: Any, *, trust_remote_code: bool = False) -> tuple[Any, P
         raise MoeccError(
             f"a model is a folder, a hub id, a transformers configuration or an nn.Module, not {_name(source)}"
         )
-    folder = config_folder(str(source), trust_remote_code)
+    folder = config_folder(str(source))
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask on the terminal
     except Exception as error:
-        raise MoeccError(f"{source}: its config.json can't be used: {_first_line(error)}") from error
+        why = _first_line(error)
+        own = "; moecc doesn't run a model's own code, it takes the families of transformers"
+        raise MoeccError(
+            f"{source}: its config.json can't be used: {why}{own if 'custom code' in why else ''}"
+        ) from error
     return config, folder
 
 
-def config_folder(source: str, trust_remote_code: bool) -> Path:
+def config_folder(source: str) -> Path:
     """A local folder itself, else a snapshot of the hub repository's configuration files."""
     path = Path(source).expanduser()
     if path.is_dir():
@@ -105,9 +107,8 @@ def config_folder(source: str, trust_remote_code: bool) -> Path:
         raise MoeccError(f"{source}: no such model folder")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.py"] if trust_remote_code else ["*.json"]
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, allow_patterns=["*.json"]))
     except Exception as error:
         raise MoeccError(f"{source}: neither a local folder nor a model that can be had from the hub") from error
 
@@ -213,16 +214,15 @@ def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
         nn.Module.register_parameter, nn.Module._apply = original, original_apply  # type: ignore[method-assign]
 
 
-def _build(config: Any, dtype: torch.dtype, mode: FakeTensorMode, trust_remote_code: bool) -> nn.Module:
+def _build(config: Any, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     experts.register()
     cls = model_class(config)
     auto = hasattr(cls, "from_config")
-    kwargs = {"dtype": dtype, **({"trust_remote_code": trust_remote_code} if auto else {})}
     try:
         with fake_parameters(mode), no_init_weights():
-            model: nn.Module = (cls.from_config if auto else cls._from_config)(config, **kwargs)
+            model: nn.Module = (cls.from_config if auto else cls._from_config)(config, dtype=dtype)
     except Exception as error:
         raise MoeccError(
             f"{_family(config)}: the model can't be built from its config: {_first_line(error)}"

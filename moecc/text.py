@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +78,10 @@ def digest(ids: Tensor) -> str:
 
 
 def tokenizer_of(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a checkpoint; nothing is fetched. MoeccError where there is none or it makes no tokens."""
+    """The tokenizer beside a checkpoint; nothing is fetched. MoeccError where there is none or it makes no tokens.
+
+    trust_remote_code: run the Python code that the tokenizer may come with; models are transformers' own in any case.
+    """
     from transformers import AutoTokenizer
 
     advice = "copy the model's tokenizer files (tokenizer.json, tokenizer_config.json) into it"
@@ -87,12 +91,22 @@ def tokenizer_of(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
         )
     except Exception as error:  # a missing file, a broken one, a missing package: each family raises what it likes
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if has_code(Path(folder)) and not trust_remote_code:
+            raise MoeccError(f"{folder}: its tokenizer is Python code; read it, then --trust-remote-code") from error
         if Path(folder, "tokenizer.json").is_file():
             raise MoeccError(f"{folder}: its tokenizer can't be used ({why}); {advice} again") from error
         raise MoeccError(f"{folder} has no tokenizer that can be used ({why}); {advice}") from error
     if not _ids(tokenizer, "Hello, world"):  # what transformers makes of a folder with a config.json alone
         raise MoeccError(f"{folder} has no tokenizer; {advice}")
     return tokenizer
+
+
+def has_code(folder: Path) -> bool:
+    """Whether the folder's tokenizer comes with Python code of its own."""
+    try:
+        return "auto_map" in json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 # ---------------------------------------------------------------- tokens

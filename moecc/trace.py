@@ -24,16 +24,14 @@ from moecc.skeleton import Skeleton, skeleton
 from moecc.weights import CheckpointStore, ModuleStore
 
 
-def trace(
-    source: str | Path | nn.Module | Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
-) -> Program:
+def trace(source: str | Path | nn.Module | Any, *, dtype: torch.dtype | None = None) -> Program:
     """The Program of a model: local folder, hub id (configuration only), transformers configuration or nn.Module.
 
     dtype: what the program computes in; by default the configuration's. A folder's weights are read when a pass or a backend
     asks for them; a program from a configuration or a hub id has none (`moecc.weights.resolve` fetches a hub checkpoint).
     MoeccError for anything that can't be traced, in one line.
     """
-    found = skeleton(source, dtype, trust_remote_code=trust_remote_code)
+    found = skeleton(source, dtype)
     return program_of(capture(found), found, str(source) if isinstance(source, (str, Path)) else found.model_type)
 
 

@@ -43,7 +43,8 @@ from transformers.core_model_loading import (
 from moecc.errors import MoeccError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+# *.py for tokenizers that are code; it is run only where the user says so
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 # Copies of the same weights in other layouts (`original/`, `consolidated.safetensors`) would double a download.
 HUB_SKIPPED = ["*/*", "consolidated*"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

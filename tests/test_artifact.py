@@ -179,6 +179,32 @@ def test_a_folder_that_is_no_artifact(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
+CODE = {
+    "modeling_mine.py": "raise RuntimeError('the code of the model is run')",
+    "configuration_mine.py": "from transformers import MixtralConfig\nclass Config(MixtralConfig): ...",
+    "tokenization_mine.py": "from transformers import PreTrainedTokenizerFast\nclass Mine(PreTrainedTokenizerFast): ...",
+}
+
+
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_code_beside_a_known_family_is_for_its_tokenizer(
+    tokenizer: bool, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is transformers' own in any case; code is copied where the tokenizer needs it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = checkpoint(tmp_path / "model")
+    for name, text in CODE.items():
+        (model / name).write_text(text)
+    maps = {"config.json": {"AutoConfig": "configuration_mine.Config", "AutoModelForCausalLM": "modeling_mine.Model"}}
+    if tokenizer:
+        maps["tokenizer_config.json"] = {"AutoTokenizer": [None, "tokenization_mine.Mine"]}
+    for name, classes in maps.items():
+        (model / name).write_text(json.dumps({**json.loads((model / name).read_text()), "auto_map": classes}))
+    got = made("mixtral", QUICK, "--trust-remote-code")
+    assert {f.name for f in got.out.glob("*.py")} == (set(CODE) if tokenizer else set())
+    assert logits(load(got.out)).isfinite().all()
+
+
 # ---------------------------------------------------------------- parts
 
 

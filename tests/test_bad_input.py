@@ -99,6 +99,12 @@ def test_an_unknown_family(refused: Any, model: Path) -> None:
     assert "mixture_of_unicorns" in line and "config.json" in line
 
 
+def test_a_model_that_is_code(refused: Any, model: Path) -> None:
+    edit_config(model, model_type="unicorn", auto_map={"AutoConfig": "configuration_unicorn.UnicornConfig"})
+    for options in ([], ["--trust-remote-code"]):
+        assert "moecc doesn't run a model's own code" in refused(model, *options)
+
+
 def test_an_encoder_decoder(refused: Any, model: Path) -> None:
     edit_config(model, is_encoder_decoder=True)
     assert "encoder-decoder" in refused(model)

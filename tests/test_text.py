@@ -143,3 +143,18 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"})[:-3])
     with pytest.raises(MoeccError, match="its tokenizer can't be used"):
         text.tokenizer_of(tmp_path)
+
+
+def test_a_tokenizer_that_is_code_runs_only_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = Path(shutil.copytree(TINYMOE, tmp_path / "model"))
+    (folder / "mine.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass Mine(PreTrainedTokenizerFast): ..."
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine"}))
+    with pytest.raises(MoeccError, match="its tokenizer is Python code; read it, then --trust-remote-code"):
+        text.tokenizer_of(folder)
+    assert type(text.tokenizer_of(folder, trust_remote_code=True)).__name__ == "Mine"
