@@ -191,7 +191,7 @@ class _Side:
 
     def __init__(self, program: Program, moes: list[MoE], batches: list[Tensor]):
         self.program, self.stream = program, Stream(program, batches)
-        self.wanted = {name for m in moes for name in (_index(m).name, m.node.name)}
+        self.wanted = {node.name for m in moes for node in (*_routing(m), m.node)}
         self.seen: dict[tuple[str, int], Tensor] = {}
 
     def visit(self, node: fx.Node, value: Any, batch: int) -> None:
@@ -202,11 +202,12 @@ class _Side:
         self.stream.advance(self.visit)
 
     def pop(self, moe: MoE) -> list[tuple[Tensor, Tensor]]:
-        """(topk_index [T, k], output [T, D]) per batch."""
-        return [
-            (self.seen.pop((_index(moe).name, b)), self.seen.pop((moe.node.name, b)))
-            for b in range(len(self.stream.values))
-        ]
+        """(chosen experts [T, k], -1 where a slot has no weight; output [T, D]) per batch."""
+        found = []
+        for b in range(len(self.stream.values)):
+            index, weight, y = (self.seen.pop((node.name, b)) for node in (*_routing(moe), moe.node))
+            found.append((torch.where(weight != 0, index, -1), y))
+        return found
 
     @torch.no_grad()
     def logits(self, batch: int, weights: StageWeights) -> Tensor:
@@ -219,8 +220,9 @@ class _Side:
         return cast(Tensor, values[output.name])
 
 
-def _index(moe: MoE) -> fx.Node:
-    return cast(fx.Node, moe.node.args[1])
+def _routing(moe: MoE) -> tuple[fx.Node, fx.Node]:
+    """topk_index and the routing weights."""
+    return cast(tuple[fx.Node, fx.Node], moe.node.args[1:3])
 
 
 # ---------------------------------------------------------------- statistics
@@ -254,11 +256,18 @@ class _Tally:
 def compare_sets(a: Tensor, b: Tensor) -> tuple[int, int]:
     """For chosen experts a, b i64 [T, k]: how many of a are in b's set too, and how many rows are the same set.
 
-    Sorted and searched, so that the cost is k log k per token and not k^2 or E.
+    A slot of -1 chose none, which is the same as none in the other. Sorted and searched, so that the cost is k log k per
+    token and not k^2 or E.
     """
-    a, b = a.sort(1).values.contiguous(), b.sort(1).values.contiguous()
+    a, b = _sorted(a), _sorted(b)
     at = torch.searchsorted(b, a).clamp(max=b.shape[1] - 1)
     return int((b.gather(1, at) == a).sum()), int((a == b).all(1).sum())
+
+
+def _sorted(chosen: Tensor) -> Tensor:
+    """Rows in order; the nones of a row, first of all, get numbers of their own: -k, -k + 1, ..."""
+    chosen, k = chosen.sort(1).values, chosen.shape[1]
+    return torch.where(chosen < 0, torch.arange(-k, 0), chosen).contiguous()
 
 
 @dataclass

@@ -34,7 +34,10 @@ class Moments:
 
 @dataclass
 class Routed:
-    """Calibration tokens of one MoE layer: inputs x [T, D], chosen experts [T, k], their weights [T, k], router logits [T, E]."""
+    """Calibration tokens of one MoE layer: inputs x [T, D], chosen experts [T, k], their weights [T, k], router logits [T, E].
+
+    A slot of weight 0 is no choice: longcat_flash's identity experts are traced as expert 0 with that weight.
+    """
 
     x: Tensor
     index: Tensor
@@ -42,7 +45,7 @@ class Routed:
     logits: Tensor | None
 
     def rows(self, expert: int) -> Tensor:
-        return (self.index == expert).any(-1).nonzero().squeeze(-1)
+        return ((self.index == expert) & (self.weight != 0)).any(-1).nonzero().squeeze(-1)
 
     def weight_of(self, expert: int, rows: Tensor) -> Tensor:
         """Routing weight [n] of `expert` on `rows`, 0 where it was not chosen."""

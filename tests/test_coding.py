@@ -16,6 +16,7 @@ from torch import Tensor
 from moecc import vq4
 from moecc.passes import _coding
 from moecc.passes._coding import Coded, _Coder, encode, nearest, pad_columns, weighted_error
+from moecc.passes._moments import Routed
 from moecc.passes.affine import Sums
 from moecc.passes.klt import factorize, square_root
 
@@ -481,3 +482,9 @@ def test_sums_of_two_halves_give_the_line_and_the_error_of_the_whole() -> None:
 def test_the_affine_line_without_tokens_changes_nothing() -> None:
     slope, shift = Sums.of(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0)).line()
     assert bool((slope == 1).all()) and bool((shift == 0).all())
+
+
+def test_a_slot_without_weight_gives_an_expert_no_token() -> None:
+    index, weight = torch.tensor([[0, 1], [2, 0], [0, 0]]), torch.tensor([[0.0, 0.4], [0.3, 0.2], [0.0, 0.0]])
+    routed = Routed(torch.randn(3, 4), index, weight, None)
+    assert [routed.rows(e).tolist() for e in range(4)] == [[1], [0], [1], []]

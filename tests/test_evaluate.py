@@ -110,6 +110,33 @@ def test_sets_are_compared_whatever_their_order(k: int) -> None:
     assert compare_sets(a, a.flip(1)) == (50 * k, 50)
 
 
+def test_a_slot_without_an_expert_is_not_expert_0() -> None:
+    ours = torch.tensor([[-1, 2], [0, 2], [-1, -1], [-1, -1]])
+    theirs = torch.tensor([[0, 2], [2, 0], [-1, 3], [-1, -1]])
+    assert [compare_sets(x[None], y[None]) for x, y in zip(ours, theirs, strict=True)] == [
+        (1, 0),
+        (2, 1),
+        (1, 0),
+        (2, 1),
+    ]
+
+
+def test_identity_experts_are_not_expert_0() -> None:
+    """longcat_flash: one program chooses experts 0 and 1, the other two of those that give back their input."""
+    traced = trace(make("longcat_flash"), dtype=torch.float32)
+    name = next(w.name for w in traced.weights.values() if w.name.endswith("1.mlp.router.e_score_correction_bias"))
+
+    def preferring(experts: list[int]) -> Program:
+        program, bias = traced.copy(), torch.zeros(6)
+        bias[experts] = 9.0
+        program.add(name, bias)
+        return program
+
+    real, identity = preferring([0, 1]), preferring([4, 5])
+    assert evaluate(identity, real, tokens(2, 16)).per_layer[-1].agreement == 0
+    assert evaluate(identity, identity, tokens(2, 16)).agreement == 1
+
+
 def test_kl_is_the_sum_over_the_vocabulary_and_skips_masked_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moecc.evaluate._PROBABILITIES_AT_ONCE", 16)  # several chunks per row
     generator = torch.Generator().manual_seed(0)
