@@ -139,9 +139,8 @@ class Layer:
     """One decoder layer as a layer pass sees it.
 
     `program` is the program being compiled, `inputs` the activations that enter this layer in it (behind compressed earlier
-    layers); `reference` is the float model, `targets` its activations after this layer (of the stage behind the last layer: before it, as
-    logits of all the text would fill the memory). `data` carries what passes leave for each other within the layer, by fact and
-    experts path.
+    layers); `reference` is the float model, `targets` its activations after this layer (before it where this is the head: logits
+    of all the text would fill the memory). `data` carries what passes leave for each other within the layer, by fact and path.
     """
 
     index: int
