@@ -304,7 +304,7 @@ def write(
 
 
 def summary(rows: Iterable[Row]) -> dict[str, Any]:
-    """Bytes by role, and bits per weight over the routed experts and over everything (headers included)."""
+    """Bytes by role (headers included), and bits per weight over the routed experts and over everything (tensors alone)."""
     roles: dict[str, int] = {}
     stored = weights = everything = 0
     for row in rows:
@@ -316,9 +316,10 @@ def summary(rows: Iterable[Row]) -> dict[str, Any]:
         elif row.role == "routed experts" and row.became == "as it was":
             stored, weights = stored + row.nbytes, weights + count
     total = sum(roles.values())
+    tensors = total - roles.get("file format", 0)
     return {
         "bytes": total, "bytes_by_role": roles, "bits_per_weight_experts": 8 * stored / weights if weights else None,
-        "bits_per_weight": 8 * total / everything if everything else None,
+        "bits_per_weight": 8 * tensors / everything if everything else None,
     }  # fmt: skip
 
 

@@ -224,7 +224,7 @@ def test_summary_counts_whole_bits() -> None:
     got = summary(rows)
     assert got["bytes"] == 632 and got["bytes_by_role"]["routed experts"] == 608
     assert got["bits_per_weight_experts"] == pytest.approx(8 * 608 / 512)
-    assert got["bits_per_weight"] == pytest.approx(8 * 632 / (2 * 256 + 32 + 8))
+    assert got["bits_per_weight"] == pytest.approx(8 * (632 - 8) / (2 * 256 + 32 + 8))
     assert summary([])["bits_per_weight"] is None
 
 
