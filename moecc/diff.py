@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moecc.errors import MoeccError
 from moecc.survey import size
-from moecc.weights import INDEX, SINGLE, TensorEntry, read_header, resolve
+from moecc.weights import INDEX, SINGLE, TensorEntry, read_header, read_index, resolve
 
 _AT_ONCE = 64 << 20  # bytes of a tensor that are compared together
 
@@ -126,11 +126,7 @@ def _side(name: str) -> Side:
 
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        table = _json(folder / INDEX)
-        shards = table.get("weight_map") if isinstance(table, dict) else None
-        if not isinstance(shards, dict):
-            raise MoeccError(f"{folder / INDEX} isn't a valid index (no 'weight_map'): fetch it again")
-        return [folder / name for name in sorted(set(shards.values()))]
+        return [folder / name for name in sorted(set(read_index(folder / INDEX).values()))]
     found = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
     if not found:
         raise MoeccError(f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact")

@@ -40,7 +40,7 @@ def reload_and_compare(
     want = run_program(program, batches)
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) * 2
     fits = size * _EXPANSION < (free_memory() if memory is None else memory)
-    got = _by_transformers(folder, batches) if fits else run_program(trace(folder, dtype=torch.float32), batches)
+    got = _reloaded(folder, batches, fits)
     largest = max(float(w.abs().max()) for w in want)
     difference = max(float((w - g).abs().max()) for w, g in zip(want, got, strict=True)) / max(largest, 1e-12)
     found = Comparison(difference, "transformers" if fits else "moecc, layer by layer")
@@ -49,6 +49,18 @@ def reload_and_compare(
             f"{folder.name}: the reloaded model's logits differ by {difference:.2g} of the largest; nothing was kept"
         )
     return found
+
+
+def _reloaded(folder: Path, batches: Sequence[Tensor], by_transformers: bool) -> list[Tensor]:
+    try:
+        if by_transformers:
+            return _by_transformers(folder, batches)
+        return run_program(trace(folder, dtype=torch.float32), batches)
+    except MoeccError:
+        raise
+    except Exception as error:  # whatever the family's code makes of weights that don't fit it
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MoeccError(f"{folder.name}: what was written can't be loaded again: {why}; nothing was kept") from error
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -160,17 +161,28 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MoeccError(f"{file} has no valid safetensors header (truncated or corrupt): fetch it again") from error
-    end = max((e.start + e.nbytes for e in entries.values()), default=8 + length)
+    end = _end_of_data(file, entries.values(), 8 + length)
     if end != size:
         raise MoeccError(f"{file} is {size} bytes and its header says {end} (truncated or corrupt): fetch it again")
     return entries, metadata
+
+
+def _end_of_data(file: Path, entries: Iterable[TensorEntry], start: int) -> int:
+    """Where the last tensor ends; each must begin where the one before it ends, as the format has it."""
+    for entry in sorted(entries, key=lambda e: (e.start, e.nbytes)):
+        if entry.start != start:
+            what = "overlaps the tensor before it" if entry.start < start else "leaves a gap before it"
+            raise MoeccError(f"'{entry.name}' in {file} {what} (corrupt data_offsets): fetch it again")
+        start += entry.nbytes
+    return start
 
 
 def _entry(name: str, file: Path, base: int, item: dict[str, Any]) -> TensorEntry:
     if item["dtype"] not in DTYPES:
         raise MoeccError(f"'{name}' in {file} has dtype {item['dtype']}, which torch can't hold; use a bf16 checkpoint")
     dtype, shape, (start, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
-    if start < 0 or end - start != torch.Size(shape).numel() * dtype.itemsize:
+    whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
+    if not whole or end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(name)
     return TensorEntry(name, file, dtype, shape, base + start, end - start)
 
@@ -517,11 +529,8 @@ def _checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
         return read_header(folder / SINGLE)[0]
     if not (folder / INDEX).exists():
         raise MoeccError(f"{folder} has neither {SINGLE} nor {INDEX}; moecc reads safetensors checkpoints only")
-    try:
-        where: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        shards = sorted(set(where.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MoeccError(f"{folder / INDEX} isn't a valid index (no 'weight_map'): fetch it again") from error
+    where = read_index(folder / INDEX)
+    shards = sorted(set(where.values()))
     for shard in shards:
         if not (folder / shard).is_file():
             raise MoeccError(f"{folder} lacks {shard}, one of the {len(shards)} files its index names: fetch it again")
@@ -532,6 +541,17 @@ def _checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
         if name not in entries:
             raise MoeccError(f"{folder / shard} has no '{name}', which {INDEX} says it has: fetch both again")
     return entries
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """The file of each tensor, from a shard index."""
+    try:
+        where = json.loads(file.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MoeccError(f"{file} isn't a valid index (no 'weight_map'): fetch it again") from error
+    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+        raise MoeccError(f"{file} isn't a valid index ('weight_map' must give file names): fetch it again")
+    return where
 
 
 def _pattern(model: Any, attribute: str, more: Iterable[str] = ()) -> re.Pattern[str] | None:

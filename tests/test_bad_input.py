@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_compile import QUICK, checkpoint, cli, interrupt, stop
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moecc import artifact, weights
+from moecc import artifact, verify, weights
 
 torch.set_num_threads(1)
 TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
@@ -155,6 +155,8 @@ def test_missing_shards_and_a_bad_index(refused: Any, model: Path) -> None:
     assert "lacks model-00002-of-00002.safetensors" in line and "fetch it again" in line
     (model / "model.safetensors.index.json").write_text("{}")
     assert "isn't a valid index" in refused(model)
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": 3}}')
+    assert "'weight_map' must give file names" in refused(model)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1000, -1])
@@ -358,6 +360,17 @@ def test_a_disk_that_fills_up_at_the_small_files(
     monkeypatch.setattr(artifact, name, full)
     line = refused(good)
     assert "writing out failed: No space left on device; make room or choose another place" in line
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_an_artifact_that_does_not_load(fits: bool, refused: Any, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("size mismatch\nfor this and that")
+
+    monkeypatch.setattr(verify, "free_memory", lambda: 1 << 40 if fits else 0)
+    monkeypatch.setattr(verify.hf, "load", broken)
+    monkeypatch.setattr(verify, "trace", broken)
+    assert "artifact: what was written can't be loaded again: size mismatch; nothing was kept" in refused(good)
 
 
 def test_a_resumed_run_that_fails_keeps_what_the_first_had_finished(

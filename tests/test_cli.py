@@ -257,6 +257,13 @@ def test_diff_of_names_shapes_codes_and_files(moecc: Any, tmp_path: Path) -> Non
     assert "vq of x" in moecc("diff", tmp_path / "a", tmp_path / "b").out
 
 
+def test_diff_with_an_index_that_names_no_files(moecc: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": 3}}')
+    got = moecc("diff", tmp_path, tmp_path)
+    assert got.code == 2 and "'weight_map' must give file names" in got.err
+
+
 def test_diff_of_codes_is_a_share_of_all_entries(moecc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moecc.diff._AT_ONCE", 64)  # the last part has 2 rows of 10
     for name, code in (("a", 0), ("b", 1)):

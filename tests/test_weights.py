@@ -260,6 +260,38 @@ def test_truncated_and_corrupt_files(tmp_path: Path) -> None:
         fails(lambda: CheckpointStore(tmp_path, bare), str(file))
 
 
+def header(file: Path, table: dict[str, Any], data: bytes) -> None:
+    head = json.dumps(table).encode()
+    file.write_bytes(len(head).to_bytes(8, "little") + head + data)
+
+
+@pytest.mark.parametrize("offsets", [[0.0, 8.0], [0, 8.0], ["0", "8"], [None, 8], [0], [-8, 0]], ids=str)
+def test_offsets_that_are_no_bytes(offsets: list[Any], tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    header(file, {"a": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}, bytes(8))
+    fails(lambda: TensorFile(file), str(file), "no valid safetensors header")
+
+
+@pytest.mark.parametrize("shape", [[2.0], [-1, -2], ["2"], [True, 2]], ids=str)
+def test_shapes_that_are_no_numbers(shape: list[Any], tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    header(file, {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}, bytes(8))
+    fails(lambda: TensorFile(file), str(file), "no valid safetensors header")
+
+
+@pytest.mark.parametrize(
+    ("second", "third", "said"),
+    [([4, 12], [12, 16], "overlaps"), ([0, 8], [8, 16], "overlaps"), ([12, 20], [20, 24], "leaves a gap")],
+)
+def test_tensors_that_share_bytes_or_leave_some_out(
+    second: list[int], third: list[int], said: str, tmp_path: Path
+) -> None:
+    file, entries = tmp_path / "x.safetensors", {"a": [0, 8], "b": second, "c": third}
+    table = {n: {"dtype": "F32", "shape": [(e - s) // 4], "data_offsets": [s, e]} for n, (s, e) in entries.items()}
+    header(file, table, bytes(third[1]))
+    fails(lambda: TensorFile(file), "'b' in", str(file), said, "fetch it again")
+
+
 def test_a_file_cut_while_in_use(tmp_path: Path) -> None:
     file = saved(tmp_path) / "model.safetensors"
     store = CheckpointStore(tmp_path, skeleton(tmp_path))
@@ -277,7 +309,7 @@ def test_missing_shard_and_index_that_lies(tmp_path: Path) -> None:
     good = index.read_text()
     index.write_text(json.dumps({"weight_map": lying}))
     fails(lambda: CheckpointStore(tmp_path, bare), "model.ghost.weight", where["weight_map"][NORM])
-    for bad in ("{", "[]", "{}", '{"weight_map": 3}'):
+    for bad in ("{", "[]", "{}", "3", '{"weight_map": 3}', '{"weight_map": {"x": 3}}', '{"weight_map": {"x": ["y"]}}'):
         index.write_text(bad)
         fails(lambda: CheckpointStore(tmp_path, bare), "index")
     index.write_text(good)
