@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, fx
 from moecc import ops, text, vq4
 from moecc.base import Context, MoeccError
 from moecc.ir import MoE, Program
-from moecc.weights import free_space, write_safetensors
+from moecc.weights import LazyTensor, free_space, write_safetensors
 
 SHARD_BYTES = 4 << 30
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -53,16 +54,19 @@ class Row:
 class Plan:
     """What will be written: tensors by name (read when written), and the audit rows that account for them."""
 
-    readers: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     experts: dict[str, Any] = field(default_factory=dict)
     linears: dict[str, Any] = field(default_factory=dict)
 
-    def put(self, name: str, size: int, read: Callable[[], Tensor]) -> None:
-        if name in self.readers:
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def put(self, name: str, tensor: LazyTensor) -> None:
+        if name in self.tensors:
             raise MoeccError(f"{name}: two tensors of the artifact have this name; rename the one a pass adds")
-        self.readers[name], self.sizes[name] = read, size
+        self.tensors[name] = tensor
 
 
 # ---- what is stored
@@ -93,7 +97,7 @@ def _plan_experts(found: Plan, program: Program, original: Program, moe: MoE, ct
         stored = _operands(program, moe.node, [f"{projection}_{t}" for t in vq4.TENSORS], projection)
         entry[projection] = {k: _spec(node) for k, (node, _) in stored.items()}
         for tensor, (node, name) in stored.items():
-            found.put(f"{moe.path}.{projection}.{tensor}", _nbytes(node), _held(program, name))
+            found.put(f"{moe.path}.{projection}.{tensor}", _held(program, node, name))
         sources = _origins(original, before, projection)
         weights = before.operand(projection).meta["val"].numel()  # type: ignore[union-attr]
         _experts_rows(found, original, moe, projection, sources, stored, weights, ctx)
@@ -141,7 +145,7 @@ def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> 
     path = program.weights[weight.name].name.rpartition(".")[0]
     stored = _operands(program, node, ["weight", "scale", "zero"], "")
     for tensor, (operand, name) in stored.items():
-        found.put(f"{path}.{tensor}", _nbytes(operand), _held(program, name))
+        found.put(f"{path}.{tensor}", _held(program, operand, name))
     specs = {k: _spec(operand) for k, (operand, _) in stored.items()}
     bias = node.args[4]
     if isinstance(bias, fx.Node):  # stored with the rest, in the checkpoint's own type
@@ -170,40 +174,34 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
     """Every other tensor of the checkpoint, as it was or as a pass left it; what the model does not use is named."""
     store: Any = program.store
     tied = getattr(store, "tied", {})
+    nodes = {program.weights[n.name].name: n for n in program.graph.nodes if n.name in program.weights}
     for name in store.names():
         if name in taken:
             continue
         if name in tied and tied[name] != name:
             found.rows.append(Row(name, role_of(name), tuple(store.shape(name)), f"tied to {tied[name]}", 0))
             continue
-        held = program.tensors.get(name)
-        shape = tuple(store.shape(name))
-        if held is not None:
-            size, read, became = held.nbytes, _constant(held), "rewritten"
+        rewritten, shape = name in program.tensors, tuple(store.shape(name))
+        if rewritten:
+            tensor = _held(program, nodes[name], name)
         else:
-            size = math.prod(shape) * store.dtype(name).itemsize
-            read, became = _reader(store, name), "as it was"
-        found.put(name, size, read)
+            tensor = LazyTensor(shape, store.dtype(name), partial(store.read, name))
+        found.put(name, tensor)
         reason = (
             "no path of the trace reads it"
             if name in program.unreached
             else ctx.audit.get(name, {}).get("fallback", "")
         )
-        details = {"source_bits": _source_bits(program, name)} if held is not None else {}
-        bits = 8 * size / max(math.prod(shape), 1)
-        found.rows.append(Row(name, role_of(name), shape, became, size, bits, fallback=reason, details=details))
+        details = {"source_bits": _source_bits(program, name)} if rewritten else {}
+        bits = 8 * tensor.nbytes / max(math.prod(shape), 1)
+        became = "rewritten" if rewritten else "as it was"
+        found.rows.append(
+            Row(name, role_of(name), shape, became, tensor.nbytes, bits, fallback=reason, details=details)
+        )
     for name in (*getattr(store, "unexpected", ()), *getattr(store, "ignored", ())):
         found.rows.append(
             Row(name, "not part of the model", (), "left out", 0, fallback="no parameter of the model takes it")
         )
-
-
-def _reader(store: Any, name: str) -> Callable[[], Tensor]:
-    return lambda: store.read(name)
-
-
-def _constant(value: Tensor) -> Callable[[], Tensor]:
-    return lambda: value
 
 
 Stored = dict[str, tuple[fx.Node, str]]  # short name of a stored tensor -> its placeholder, the weight's name
@@ -221,8 +219,10 @@ def _operands(program: Program, node: fx.Node, operands: Iterable[str], projecti
     return found
 
 
-def _held(program: Program, name: str) -> Callable[[], Tensor]:
-    return lambda: program.read(name).contiguous()
+def _held(program: Program, node: fx.Node, name: str) -> LazyTensor:
+    """The weight `name` as its placeholder describes it; it may lie on disk, and is read when it is written."""
+    val: Tensor = node.meta["val"]
+    return LazyTensor(tuple(val.shape), val.dtype, partial(program.read, name))
 
 
 def _nbytes(node: fx.Node) -> int:
@@ -276,22 +276,22 @@ def write(
     folder: Path, found: Plan, program: Program, source: Path | None, facts: Mapping[str, Any], progress: Any = None
 ) -> list[Row]:
     """Write the artifact into the existing folder `folder`; the complete audit, whose bytes equal those on disk."""
-    free_space(folder, int(sum(found.sizes.values()) * 1.01) + (1 << 20))
-    shards = _shards(found.sizes)
+    free_space(folder, int(found.nbytes * 1.01) + (1 << 20))
+    shards = _shards(found.tensors)
     names = (
         ["model.safetensors"]
         if len(shards) == 1
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
     for name, keys in (progress or (lambda items, label: items))(list(zip(names, shards, strict=True)), "writing"):
-        write_safetensors(folder / name, {k: found.readers[k]() for k in keys}, {"format": "pt"})
+        write_safetensors(folder / name, {k: found.tensors[k] for k in keys}, {"format": "pt"})
     if len(shards) > 1:
         index = {k: name for name, keys in zip(names, shards, strict=True) for k in keys}
         _json(
             folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": sum(found.sizes.values())}, "weight_map": index},
+            {"metadata": {"total_size": found.nbytes}, "weight_map": index},
         )
-    rows = [*found.rows, _header_row(folder, names, found.sizes)]
+    rows = [*found.rows, _header_row(folder, names, found.nbytes)]
     _check_total(folder, names, rows)
     _copy_small_files(source, folder)
     _json(folder / "config.json", _config(program, source, found))
@@ -323,20 +323,20 @@ def summary(rows: Iterable[Row]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
+def _shards(tensors: Mapping[str, LazyTensor]) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > SHARD_BYTES:
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
+        filled += tensor.nbytes
     return shards
 
 
-def _header_row(folder: Path, names: list[str], sizes: Mapping[str, int]) -> Row:
-    header = sum((folder / n).stat().st_size for n in names) - sum(sizes.values())
+def _header_row(folder: Path, names: list[str], tensors: int) -> Row:
+    header = sum((folder / n).stat().st_size for n in names) - tensors
     return Row("(safetensors headers)", "file format", (), "names, shapes and types", header)
 
 

@@ -187,7 +187,22 @@ def _entry(name: str, file: Path, base: int, item: dict[str, Any]) -> TensorEntr
     return TensorEntry(name, file, dtype, shape, base + start, end - start)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when it is written; its shape and dtype are known before."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write `path` whole or not at all: a temporary file beside it, synced, then renamed.
 
     The same tensors give the same bytes; safetensors' own writer orders metadata by chance, and copies every tensor.
@@ -196,7 +211,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     table: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
     end = 0
     for name in order:
-        start, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize
+        start, end = end, end + tensors[name].nbytes
         dtype, shape = DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
@@ -206,7 +221,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         with open(part, "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
             for name in order:
-                file.write(cast(Any, _as_bytes(tensors[name].cpu().contiguous()).numpy()))
+                file.write(cast(Any, _as_bytes(_value(name, tensors[name]).cpu().contiguous()).numpy()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -217,6 +232,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _value(name: str, tensor: Tensor | LazyTensor) -> Tensor:
+    if isinstance(tensor, Tensor):
+        return tensor
+    found = tensor.read()
+    if tuple(found.shape) != tensor.shape or found.dtype != tensor.dtype:
+        got, said = (f"{t.dtype} {list(t.shape)}" for t in (found, tensor))
+        raise MoeccError(f"'{name}' is {got} but was announced as {said}; this is a fault of moecc")
+    return found
 
 
 def free_space(path: Path, needed_bytes: int) -> None:

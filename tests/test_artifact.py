@@ -14,8 +14,10 @@ from test_compile import ALL, EVERYTHING, FAMILIES, QUICK, checkpoint, compile, 
 
 from moecc import artifact, hf
 from moecc.artifact import Plan, Row, read_manifest, role_of, summary
+from moecc.base import Context
 from moecc.errors import MoeccError
-from moecc.weights import TensorFile
+from moecc.trace import trace
+from moecc.weights import LazyTensor, TensorFile
 
 torch.set_num_threads(1)
 SAMPLE = ("qwen2_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
@@ -210,9 +212,21 @@ def test_code_beside_a_known_family_is_for_its_tokenizer(
 
 def test_two_tensors_of_one_name_are_refused() -> None:
     plan = Plan()
-    plan.put("a", 4, lambda: torch.ones(1))
+    one = LazyTensor((1,), torch.float32, lambda: torch.ones(1))
+    plan.put("a", one)
     with pytest.raises(MoeccError, match="two tensors of the artifact have this name"):
-        plan.put("a", 4, lambda: torch.ones(1))
+        plan.put("a", one)
+
+
+def test_a_rewritten_tensor_stays_on_disk_until_it_is_written(tmp_path: Path) -> None:
+    program = trace(checkpoint(tmp_path / "model"), dtype=torch.float32)
+    original, name, read = program.copy(), "model.norm.weight", []
+    program.add(name, torch.ones(32))
+    program.tensors.spill(name, lambda: read.append(name) or torch.ones(32))
+    plan = artifact.plan(program, original, Context())
+    assert not read and plan.tensors[name].nbytes == 128
+    assert [row.became for row in plan.rows if row.name == name] == ["rewritten"]
+    assert torch.equal(plan.tensors[name].read(), torch.ones(32)) and read
 
 
 def test_summary_counts_whole_bits() -> None:

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import json
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moecc.errors import MoeccError
 from moecc.weights import (
     CheckpointStore,
+    LazyTensor,
     ModuleStore,
     TensorEntry,
     TensorFile,
@@ -447,6 +450,26 @@ def test_written_files_are_the_ones_safetensors_writes(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x.safetensors", contiguous)
     safetensors.torch.save_file(contiguous, tmp_path / "z.safetensors", {"format": "pt"})
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "z.safetensors").read_bytes()
+
+
+def test_tensors_that_are_read_when_written_are_in_memory_one_at_a_time(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(4).bfloat16(), "c": torch.randn(4, 6).t()}
+    alive: list[weakref.ref[Tensor]] = []
+
+    def reader(name: str) -> Tensor:
+        assert not any(seen() is not None for seen in alive)
+        tensor = tensors[name].clone()
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    lazy = {n: LazyTensor(tuple(t.shape), t.dtype, partial(reader, n)) for n, t in tensors.items()}
+    write_safetensors(tmp_path / "lazy.safetensors", lazy)
+    write_safetensors(tmp_path / "plain.safetensors", tensors)
+    assert len(alive) == 3
+    assert (tmp_path / "lazy.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    lying = {"a": LazyTensor((3, 4), torch.float32, lambda: tensors["a"])}
+    fails(lambda: write_safetensors(tmp_path / "x.safetensors", lying), "'a'", "[3, 5]", "[3, 4]")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
