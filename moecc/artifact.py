@@ -295,10 +295,9 @@ def write(
     _check_total(folder, names, rows)
     _copy_small_files(source, folder)
     _json(folder / "config.json", _config(program, source, found))
-    weights = sum(math.prod(r.shape) for r in rows if r.role == "routed experts" and r.bits)
     _json(
         folder / "moecc.json",
-        {**facts, "summary": summary(rows), "audit": [asdict(r) for r in rows], "expert_parameters": weights},
+        {**facts, "summary": summary(rows), "audit": [asdict(r) for r in rows]},
     )
     return rows
 
@@ -375,12 +374,3 @@ def _config(program: Program, source: Path | None, found: Plan) -> dict[str, Any
 
 def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """moecc.json of an artifact; MoeccError where the folder is none."""
-    file = folder / "moecc.json"
-    if not file.is_file():
-        raise MoeccError(f"{folder} is not a moecc artifact (no moecc.json); compile a model with `moecc compile`")
-    manifest: dict[str, Any] = json.loads(file.read_text())
-    return manifest

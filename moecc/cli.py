@@ -300,7 +300,6 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is random (default: 0)")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the program's text after every pass into DIR")
-    parser.add_argument("--device", default="cpu", choices=["cpu"], help="where the passes compute (default: cpu)")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

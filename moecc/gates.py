@@ -2,7 +2,7 @@
 
 A gate turns the rows of the first projection into hidden units: [n, 2F] -> [n, F] with a gate, [n, F] -> [n, F] without one.
 Rows are canonical: all gate rows first, then all up rows. The set was collected from the `_apply_gate` methods of
-transformers 5; a function outside it is an error (see `moecc.families.gate_of`), never a guess.
+transformers 5; a function outside it is an error (see `moecc.probe.probe_gate`), never a guess.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """report.html: what became of a model, on one page that needs nothing but itself.
 
-It says nothing that moecc.json does not hold: `report_of(folder)` writes the same bytes again from that file alone.
+It says nothing that moecc.json does not hold.
 
 The size before is worked out, not measured: every parameter by its shape at 16 bits, or at `details["source_bits"]`
 where the row has it; a tensor stored as it was at its own size; a tied tensor once; the source's headers and what the
@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from moecc.artifact import Row, read_manifest, summary
+from moecc.artifact import Row, summary
+from moecc.survey import size
 
 SOURCE_BITS = 16
 _PROJECTIONS = ("gate_up", "down")  # the order in which `artifact.plan` lists them
@@ -36,12 +37,6 @@ def write_report(folder: Path, facts: Mapping[str, Any], rows: Sequence[Row]) ->
     partial.write_bytes(page(facts, rows).encode("utf-8", "backslashreplace"))
     os.replace(partial, target)
     return target
-
-
-def report_of(folder: Path) -> Path:
-    """Write report.html of an artifact again, from its moecc.json; MoeccError where `folder` is none."""
-    manifest = read_manifest(folder)
-    return write_report(folder, manifest, [Row(**{**r, "shape": tuple(r["shape"])}) for r in manifest["audit"]])
 
 
 def page(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -108,8 +103,8 @@ def _headline(rows: Sequence[Row]) -> str:
     found, before = summary(rows), sum(bytes_before(rows))
     after = found["bytes"]
     tiles = [
-        ("size before", _size(before)),
-        ("size after", _size(after)),
+        ("size before", size(before)),
+        ("size after", size(after)),
         ("ratio", f"{before / after:.2f}×" if after else "–"),
         ("bits/weight, routed experts", _number(found["bits_per_weight_experts"], 3)),
         ("bits/weight, everything", _number(found["bits_per_weight"], 3)),
@@ -164,9 +159,9 @@ def _roles(rows: Sequence[Row]) -> str:
         parts, x = [], 0.0
         for role in order:
             width = 1000 * sizes[role][i] / max(*totals, 1)
-            parts.append(_rect(x, 0, width, 10, color[role], f"{role}: {_size(sizes[role][i])}"))
+            parts.append(_rect(x, 0, width, 10, color[role], f"{role}: {size(sizes[role][i])}"))
             x += width
-        bars += _line(name, _svg(1000, 10, parts), _size(totals[i]), "stack")
+        bars += _line(name, _svg(1000, 10, parts), size(totals[i]), "stack")
     lines = [[f'<i class="key {color[r]}"></i>{escape(r)}', f"{sizes[r][0]:,}", f"{sizes[r][1]:,}"] for r in order]
     return bars + _table(["role", "bytes before", "bytes after"], lines)
 
@@ -216,7 +211,7 @@ def _projections(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
     for label, rows in layers.items():
         for name, r in rows:
             chosen = [escape(str(r.details.get(k, "–"))) for k in ("rank", "codebook", "affine")]
-            stored = ", ".join(f"{escape(str(k))} {_size(v)}" for k, v in sorted(r.details["bytes"].items()))
+            stored = ", ".join(f"{escape(str(k))} {size(v)}" for k, v in sorted(r.details["bytes"].items()))
             lines.append([label, name, escape(r.became), _number(r.bits, 3), _number(r.error, 4), *chosen, stored])
     head = ["layer", "projection", "became", "bits/weight", "error", "rank", "codebook", "affine", "stored"]
     return _table(head, lines) if lines else _NOTHING
@@ -268,14 +263,6 @@ def _svg(width: float, height: float, parts: Iterable[str]) -> str:
 def _rect(x: float, y: float, width: float, height: float, kind: str, title: str) -> str:
     at = f'x="{x:.6g}" y="{y:g}" width="{width:.6g}" height="{height:g}"'
     return f'<rect {at} class="{kind}"><title>{escape(title)}</title></rect>'
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB" if count < 1000 else f"{count:,.0f} TB"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -231,7 +231,7 @@ OPTIONS: dict[str, tuple[str, list[str], str]] = {
     "no pass": (" ", [], "no passes given"), "a missing pass file": ("./mine.py", [], "no pass file mine.py"),
     "no rows": (QUICK, ["--rows", "0"], "number of 1 or more"), "no length": (QUICK, ["--length", "0"], "number of 1 or more"),
     "a length of 1": (QUICK, ["--length", "1"], "at least 1 row of 2 tokens"), "a seed of text": (QUICK, ["--seed", "x"], "seed"),
-    "a backend": (QUICK, ["--backend", "cuda"], "no backend 'cuda'; there is "), "a device": (QUICK, ["--device", "tpu"], "tpu"),
+    "a backend": (QUICK, ["--backend", "cuda"], "no backend 'cuda'; there is "),
     "an option of nothing": (QUICK, ["--bit", "2"], "--bit"),
 }  # fmt: skip
 
