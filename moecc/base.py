@@ -124,6 +124,8 @@ class Context:
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # pass text -> stage -> what it did there
     notes: list[str] = field(default_factory=list)  # named lines of the audit: fallbacks, starved experts
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
+    reference: Program | None = None  # the float model, and
+    batches: Sequence[Tensor] = ()  # the calibration token ids, for passes over the whole model; set when a run starts
 
     def seed_for(self, *key: object) -> int:
         """A seed that depends on the run's seed and `key` only, not on what ran before."""

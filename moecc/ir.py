@@ -175,6 +175,10 @@ class Program:
         derived = next((w for w in self.weights.values() if w.name == name and w.recipe is not None), None)
         return derived.sources if derived else (name,)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type that the checkpoint stores a weight in, the program's own where it has no such weight."""
+        return self.dtype if self.store is None or name not in self.store else self.store.dtype(name)
+
     # ---- rewriting
 
     def add(self, name: str, tensor: Tensor) -> fx.Node:
@@ -481,6 +485,17 @@ def needed_for(nodes: Iterable[fx.Node], wanted: set[str]) -> list[fx.Node]:
         ):
             needed.add(node)
     return [n for n in order if n in needed]
+
+
+def descendants(nodes: Sequence[fx.Node], roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes whose values depend on `roots`, through what is written in place too."""
+    found, before = set(roots), 0
+    while len(found) > before:
+        before = len(found)
+        for node in nodes:
+            if node in found or any(i in found for i in node.all_input_nodes):
+                found.update((node, *written(node)))
+    return found
 
 
 def written(node: fx.Node) -> list[fx.Node]:

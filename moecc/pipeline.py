@@ -244,6 +244,7 @@ def run(
     """Run resolved passes over `program` in place; what each did. `batches`: calibration token ids, i64 [1 or more, S] each."""
     hooks, result = hooks or Hooks(), []
     reference = program.copy()  # the float model for all passes, whatever ran before
+    ctx.reference, ctx.batches = reference, batches
     if not batches and (needy := next((p for p in passes if p.needs_data), None)) is not None:
         raise MoeccError(f"{needy.name} needs calibration text; give --calib FILE")
     done: list[Pass] = []

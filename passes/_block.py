@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from moecc.base import Layer
-from moecc.ir import MoE, Program, ancestors, needed_for, output_node, run_nodes, stage_nodes, written
+from moecc.ir import MoE, Program, ancestors, descendants, needed_for, output_node, run_nodes, stage_nodes, written
 from moecc.passes._routing import boundary_loss, flips, order_loss, standardized, value_loss
 from moecc.stream import StageWeights
 
@@ -35,7 +35,7 @@ class Block:
         self.inputs = layer.inputs.values
         self.targets = layer.targets.values
         body = stage_nodes(program, layer.index)
-        changed = _descendants(body, [m.node for m in layer.moe])
+        changed = descendants(body, [m.node for m in layer.moe])
         live = layer.inputs.needed_after(layer.index)
         self.outputs = [n.name for n in body if n in changed and n.name in live and n.meta["val"].is_floating_point()]
         body = needed_for(body, live)  # the way on may read values that the experts have no part in
@@ -149,14 +149,3 @@ def _only_softmax(node: fx.Node, logits: fx.Node) -> bool:
 def _path_to(program: Program, stage: int, target: fx.Node) -> list[fx.Node]:
     later = [n for n in program.graph.nodes if n.op == "call_function" and n.meta["layer"] > stage]
     return needed_for(later, {target.name})
-
-
-def _descendants(nodes: list[fx.Node], roots: list[fx.Node]) -> set[fx.Node]:
-    """Nodes whose values depend on `roots`, through what is written in place too."""
-    found, before = set(roots), 0
-    while len(found) > before:
-        before = len(found)
-        for node in nodes:
-            if node in found or any(i in found for i in node.all_input_nodes):
-                found.update((node, *written(node)))
-    return found

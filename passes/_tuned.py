@@ -6,7 +6,7 @@ none and stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -46,10 +46,12 @@ class Tuned:
         rates = {k: RATES[self.kinds[k]] * factor * 2.0 ** (2 - self.bits[k]) for k in self.parameters}
         return [{"params": [p], "lr": rates[k]} for k, p in self.parameters.items()]
 
-    def rounded(self) -> dict[str, Tensor]:
-        """Differentiable values by placeholder, those of integer tensors rounded with a straight-through gradient."""
+    def rounded(self, wanted: Container[str] | None = None) -> dict[str, Tensor]:
+        """Differentiable values by placeholder (those `wanted`), integer tensors rounded with a straight-through gradient."""
         found: dict[str, Tensor] = {}
         for k, p in self.parameters.items():
+            if wanted is not None and k not in wanted:
+                continue
             value = p * self.unit[k]
             rounding = self._rounding(k)
             found[k] = value if rounding is None else value + (rounding(value) - value).detach()

@@ -1,9 +1,8 @@
 """Group-quantizes what every token goes through: the linears of attention and of shared experts, at 8 or 4 bit.
 
-  1. A layer's linears are all `aten.linear` nodes on a plain weight whose module is an nn.Linear.
-  2. Left in float, each with its reason in the audit: routers (whatever feeds the chosen indices and weights but not the experts'
-     input), gates (a linear whose result goes into a sigmoid, or with fewer than 32 outputs), linears whose input size no group
-     divides, and weights that something else reads too.
+  1. A layer's linears are all `aten.linear` nodes on a plain weight whose module is an nn.Linear (`_linears`).
+  2. Left in float, each with its reason in the audit: routers, gates, weights that something else reads too, and linears whose
+     input size no group divides.
   3. Each row's groups of `group` neighbouring weights are rounded to `bits` bits between their least and greatest value.
 
 Cost in bits per weight: bits + 24 / group.
@@ -18,46 +17,30 @@ import torch
 from torch import Tensor, fx
 
 from moecc.base import Context, Layer, LayerPass, option
-from moecc.ir import Program, ancestors, stage_nodes
+from moecc.ir import Program
 from moecc.ops import Q_LINEAR, dequantize_linear
+from moecc.passes._linears import linears
 from moecc.passes._store import compact
-
-_FEWEST_OUTPUTS = 32
-_PASS_THROUGH = (
-    "view",
-    "reshape",
-    "to.dtype",
-    "_to_copy",
-    "unsqueeze",
-    "squeeze",
-    "transpose",
-    "chunk",
-    "getitem",
-    "split",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeDense(LayerPass):
     name: ClassVar[str] = "dense"
+    after: ClassVar[frozenset[str]] = frozenset({"merged"})
     provides: ClassVar[frozenset[str]] = frozenset({"dense"})
     bits: int = option(8, help="bits per weight", choices=(4, 8))
     group: int = option(64, help="neighbouring weights that share a scale", choices=(16, 32, 64, 128))
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         program, changed = layer.program, False
-        routers = router_nodes(program)
-        for node in stage_nodes(program, layer.index):
-            if node.target is not torch.ops.aten.linear.default or not isinstance(node.args[1], fx.Node):
-                continue
-            weight = program.weights.get(node.args[1].name)
-            if weight is None or not _inside_a_decoder_layer(layer):
-                continue
-            reason = "router" if node in routers else why_float(node, self.group)
+        for node, name, reason in linears(program, layer.index):
+            inputs = node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
+            if not reason and inputs % self.group:
+                reason = f"groups of {self.group} do not divide {inputs} inputs"
             if reason:
-                ctx.record(weight.name, fallback=f"float: {reason}")
+                ctx.record(name, fallback=f"float: {reason}")
                 continue
-            self.lower(program, node, weight.name, ctx)
+            self.lower(program, node, name, ctx)
             changed = True
         return changed
 
@@ -76,46 +59,6 @@ class QuantizeDense(LayerPass):
         x = node.args[0]
         code = program.add(f"{path}.codes", packed)
         program.replace(node, Q_LINEAR, (x, code, *operands, bias), {"bits": self.bits})
-
-
-def _inside_a_decoder_layer(layer: Layer) -> bool:
-    return 0 < layer.index < layer.program.layers - 1
-
-
-def router_nodes(program: Program) -> set[fx.Node]:
-    """Every node that helps to choose experts or their weights and is not on the way to their input."""
-    found: set[fx.Node] = set()
-    for moe in program.moe_layers():
-        x, index, weight = moe.node.args[:3]
-        found |= ancestors([index, weight]) - ancestors([x])  # type: ignore[list-item]
-        if moe.logits is not None:  # llama4's scores multiply the experts' input, so its router is on the way there
-            found.add(moe.logits)
-    return found
-
-
-def why_float(node: fx.Node, group: int) -> str:
-    """Why a linear stays float, in words; empty where it need not."""
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    outputs, inputs = weight.meta["val"].shape
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if not stack or not str(stack[-1][1]).endswith("linear.Linear"):
-        return "not the forward of an nn.Linear"
-    if len(weight.users) > 1:
-        return "its weight is read more than once"
-    if outputs < _FEWEST_OUTPUTS or _into_sigmoid(node):
-        return "gate"
-    return "" if inputs % group == 0 else f"groups of {group} do not divide {inputs} inputs"
-
-
-def _into_sigmoid(node: fx.Node) -> bool:
-    for user in node.users:
-        name = str(user.target)
-        if "sigmoid" in name:
-            return True
-        if any(word in name for word in _PASS_THROUGH) and _into_sigmoid(user):
-            return True
-    return False
 
 
 def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:

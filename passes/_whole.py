@@ -1,0 +1,96 @@
+"""The whole model as a function of tensors that are trained, differentiated with one layer in memory at a time.
+
+  1. Forward, without a graph: the values alive between two stages are kept, nothing else.
+  2. Backward from the last stage to the first: a stage is run again from its kept inputs, now with a graph; the gradients of what
+     it gave are pulled back to its inputs and to the trained tensors that it reads, and its graph is dropped.
+
+Memory: the activations between all layers for one batch, one layer's weights and one layer's graph. Cost: one forward more.
+The loss is a function of what is alive before the last stage (the last hidden state) and of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecc.ir import Program, descendants, output_node, run_nodes, stage_nodes
+from moecc.stream import StageWeights, Stream
+
+Values = dict[str, Any]
+Trained = Callable[
+    [set[str]], Mapping[str, Tensor]
+]  # placeholders of a stage -> their values, as functions of the parameters
+
+
+class Whole:
+    """A program, stage by stage, with the weights behind the placeholders `trained` replaced by functions of parameters."""
+
+    def __init__(self, program: Program, trained: set[str], *, keep: bool):
+        """keep: whether weights stay in memory once they were read."""
+        self.program, self.keep = program, keep
+        self.input, self.output = program.user_inputs[0].name, output_node(program).name
+        self.stages = [stage_nodes(program, i) for i in range(program.layers)]
+        stream = Stream(program, ())
+        self.alive = [stream.needed_after(i) for i in range(program.layers)]
+        self.alive[-1] = {self.output}
+        self.reads = [{i.name for n in s for i in n.all_input_nodes if i.name in trained} for s in self.stages]
+        roots = [n for n in program.graph.nodes if n.name in trained]
+        self.moving = {n.name for n in descendants([n for s in self.stages for n in s], roots)}
+        self._weights: dict[int, StageWeights] = {}
+
+    def weights(self, stage: int) -> StageWeights:
+        """The stored weights of a stage."""
+        if not self.keep:
+            return StageWeights(self.program)
+        return self._weights.setdefault(stage, StageWeights(self.program))
+
+    def run(self, stage: int, values: Values, trained: Trained) -> Values:
+        """What is alive after `stage`, from what was alive before it."""
+        here = dict(values)
+        weights = StageWeights.sharing(self.weights(stage), trained(self.reads[stage]))
+        for _ in run_nodes(self.stages[stage], here, weights, keep=self.alive[stage]):
+            pass
+        return {k: v for k, v in here.items() if k in self.alive[stage]}
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, trained: Trained) -> list[Values]:
+        """What is alive before each stage; the last entry is what is alive before the head."""
+        kept: list[Values] = [{self.input: ids}]
+        for stage in range(self.program.layers - 1):
+            kept.append(self.run(stage, kept[-1], trained))
+        return kept
+
+    @torch.no_grad()
+    def head(self, values: Values, trained: Trained) -> Tensor:
+        """The output, from what is alive before the last stage."""
+        output: Tensor = self.run(self.program.layers - 1, values, trained)[self.output]
+        return output
+
+    def backward(self, ids: Tensor, trained: Trained, loss: Callable[[Values, Tensor], Tensor]) -> float:
+        """Add the gradient of loss(what is alive before the head, output) to the parameters behind `trained`; its value."""
+        kept = self.forward(ids, trained)
+        values = self._leaves(kept.pop())
+        with torch.enable_grad():
+            total = loss(values, self.run(self.program.layers - 1, values, trained)[self.output])
+            total.backward()
+        for stage in reversed(range(self.program.layers - 1)):
+            grads = {k: v.grad for k, v in values.items() if isinstance(v, Tensor) and v.grad is not None}
+            if not grads:
+                break
+            values = self._leaves(kept.pop())
+            with torch.enable_grad():
+                after = self.run(stage, values, trained)
+                reached = [k for k in grads if after[k].requires_grad]
+                if reached:
+                    torch.autograd.backward([after[k] for k in reached], [grads[k] for k in reached])
+        return float(total.detach())
+
+    def _leaves(self, values: Values) -> Values:
+        """The same values, those that move as leaves that collect a gradient."""
+        return {
+            k: v.detach().requires_grad_() if k in self.moving and v.is_floating_point() else v
+            for k, v in values.items()
+        }

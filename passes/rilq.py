@@ -1,0 +1,215 @@
+"""RILQ: what is left of the error is made up for by all layers together, under a loss of the whole model.  arXiv 2412.01129.
+
+  1. Every float matrix that each token meets in a decoder layer (attention, shared expert; no router, no gate: `_linears`) gets
+     an adapter W + B A of `rank` rows, B zero at first. `merge` folds them in afterwards; they cost no bits.
+  2. The experts' adapters live in what is stored of them: coefficients in the shared basis, the basis, codebooks, scales and
+     biases are trained as they are stored (`_tuned`), so that merging them is exact and free. Codes stay.
+  3. All are trained by Adam on
+         hidden * |h - h_float|^2 / |h_float|^2 of the last hidden state        (the paper's model loss)
+       + lm * -log p(next token of the calibration text)                        (the paper's language-model loss)
+       + kl * KL(float model || program) of the next token                      (ours: what is to be kept, not the text)
+     hidden and kl relative to their values before training. One layer's graph is in memory at a time (`_whole`).
+  4. An eighth of the calibration batches is held out. The state with the least held-out loss is kept, the start included; when
+     `patience` checks in a row bring no better one, training ends.
+
+Cost in bits per weight: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from moecc.base import Context, MoeccError, Pass, option
+from moecc.ir import Program
+from moecc.ops import VQ_EXPERTS
+from moecc.passes._adapters import attach
+from moecc.passes._linears import linears
+from moecc.passes._tuned import Tuned
+from moecc.passes._whole import Values, Whole
+
+_CHECKS = 10  # evaluations of the held-out loss
+_WARM_UP = 20  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLossAdapters(Pass):
+    name: ClassVar[str] = "rilq"
+    requires: ClassVar[frozenset[str]] = frozenset({"folded"})
+    after: ClassVar[frozenset[str]] = frozenset({"routing"})
+    provides: ClassVar[frozenset[str]] = frozenset({"adapters"})
+    leads_to: ClassVar[frozenset[str]] = frozenset({"merged"})
+    needs_data: ClassVar[bool] = True
+    rank: int = option(16, help="rows of each adapter; 0: none, only the experts' own tensors", low=0, high=4096)
+    experts: bool = option(True, help="train what is stored of the experts too")
+    steps: int = option(300, help="optimizer steps at most", low=1, high=100_000)
+    batches: int = option(1, help="calibration batches per step", low=1, high=4096)
+    lr: float = option(1.0, help="factor on all learning rates", low=1e-4, high=100)
+    hidden: float = option(1.0, help="weight of the last hidden state", low=0, high=1e4)
+    kl: float = option(1.0, help="weight of the divergence from the float model's next token", low=0, high=1e4)
+    lm: float = option(0.0, help="weight of the calibration text's own next token", low=0, high=1e4)
+    patience: int = option(3, help="checks without a better held-out loss before training ends", low=1, high=1000)
+
+    def run(self, program: Program, ctx: Context) -> bool:
+        if not (self.hidden or self.kl or self.lm):
+            raise MoeccError("rilq: hidden, kl and lm are all 0; give one of them a weight")
+        trained = Trained(self, program, ctx)
+        if not trained.parameters:
+            return False
+        before, after = Training(self, program, trained, ctx).run()
+        ctx.record("rilq", before=before, after=after)
+        return trained.store(better=after["loss"] < before["loss"])
+
+
+class Trained:
+    """Everything that is trained: adapters of dense matrices, and the experts' stored tensors."""
+
+    def __init__(self, options: ModelLossAdapters, program: Program, ctx: Context):
+        self.program = program
+        self.experts = Tuned(
+            program, [m for m in program.moe_layers() if m.node.target is VQ_EXPERTS] if options.experts else []
+        )
+        self.a: dict[str, Tensor] = {}
+        self.b: dict[str, Tensor] = {}
+        self.lr = options.lr
+        for stage in range(program.layers) if options.rank else ():
+            for node, name, reason in linears(program, stage):
+                weight = node.args[1]
+                assert isinstance(weight, fx.Node)
+                if reason or program.weights[weight.name].recipe is not None:
+                    ctx.record(name, adapter=f"none: {reason or 'computed from other weights'}")
+                else:
+                    generator = torch.Generator().manual_seed(ctx.seed_for("rilq", name))
+                    self._adapt(weight, options.rank, generator)
+
+    def _adapt(self, weight: fx.Node, rank: int, generator: torch.Generator) -> None:
+        rows, columns = weight.meta["val"].shape
+        rank = min(rank, rows, columns)
+        self.a[weight.name] = (torch.randn(rank, columns, generator=generator) / columns**0.5).requires_grad_()
+        self.b[weight.name] = torch.zeros(rows, rank, requires_grad=True)
+
+    @property
+    def placeholders(self) -> set[str]:
+        return {*self.a, *self.experts.parameters}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [*self.a.values(), *self.b.values(), *self.experts.parameters.values()]
+
+    def values(self, wanted: set[str]) -> Mapping[str, Tensor]:
+        """Differentiable values of the placeholders `wanted`."""
+        plain = {p: self.program.read(self.program.weights[p].name) for p in wanted if p in self.a}
+        return {**{p: w + self.b[p] @ self.a[p] for p, w in plain.items()}, **self.experts.rounded(wanted)}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer."""
+        dense = [{"params": [*self.a.values(), *self.b.values()], "lr": 1e-3 * self.lr}] if self.a else []
+        return [*dense, *self.experts.groups(0.5 * self.lr)]
+
+    def state(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def restore(self, state: list[Tensor]) -> None:
+        for p, value in zip(self.parameters, state, strict=True):
+            p.copy_(value)
+
+    def store(self, *, better: bool) -> bool:
+        """Leave adapters and experts in the program; nothing where training brought nothing."""
+        if not better:
+            return False
+        for placeholder in self.a:
+            attach(self.program, placeholder, self.a[placeholder].detach(), self.b[placeholder].detach())
+        self.experts.store()
+        return True
+
+
+class Training:
+    """Steps 3 and 4."""
+
+    def __init__(self, options: ModelLossAdapters, program: Program, trained: Trained, ctx: Context):
+        self.options, self.trained, self.ctx = options, trained, ctx
+        self.whole = Whole(program, trained.placeholders, keep=True)
+        self.batches = list(ctx.batches)
+        self.held_out = list(range(7, len(self.batches), 8)) or [len(self.batches) - 1]
+        self.rows = [i for i in range(len(self.batches)) if i not in self.held_out] or self.held_out
+        assert ctx.reference is not None
+        self.teacher = Whole(ctx.reference, set(), keep=True)
+        self.targets: dict[int, Values] = {}
+        self.scale = {"hidden": 1.0, "kl": 1.0}
+        start = self.losses()
+        self.scale = {k: 1 / max(start[k], 1e-12) for k in self.scale}
+
+    def target(self, row: int) -> Values:
+        """The float model's values before its head, kept: as large as the activations between two layers."""
+        if row not in self.targets:
+            self.targets[row] = self.teacher.forward(self.batches[row], lambda wanted: {})[-1]
+        return self.targets[row]
+
+    def terms(self, row: int, values: Values, logits: Tensor) -> dict[str, Tensor]:
+        """hidden, kl and lm of one batch."""
+        target = self.target(row)
+        moving = [k for k in values if k in self.whole.moving]
+        hidden = [(values[k] - target[k]).float().square().sum() / target[k].float().square().sum() for k in moving]
+        student = logits.float().log_softmax(-1)
+        teacher = self.teacher.head(target, lambda wanted: {}).float().log_softmax(-1)
+        kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
+        lm = F.nll_loss(student[:, :-1].flatten(0, 1), self.batches[row][:, 1:].flatten())
+        return {"hidden": torch.stack(hidden).mean(), "kl": kl, "lm": lm}
+
+    def total(self, terms: Mapping[str, Any]) -> Any:
+        o = self.options
+        return (
+            o.hidden * self.scale["hidden"] * terms["hidden"]
+            + o.kl * self.scale["kl"] * terms["kl"]
+            + o.lm * terms["lm"]
+        )
+
+    @torch.no_grad()
+    def losses(self) -> dict[str, float]:
+        """The held-out terms and their total."""
+        sums: dict[str, float] = {}
+        for row in self.held_out:
+            values = self.whole.forward(self.batches[row], self.trained.values)[-1]
+            terms = self.terms(row, values, self.whole.head(values, self.trained.values))
+            for k, v in terms.items():
+                sums[k] = sums.get(k, 0.0) + float(v) / len(self.held_out)
+        return {**sums, "loss": float(self.total(sums))}
+
+    def run(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Train; the held-out terms before, and of the state that is kept."""
+        steps, generator = self.options.steps, torch.Generator().manual_seed(self.ctx.seed_for("rilq"))
+        optimizer = torch.optim.Adam(self.trained.groups(), betas=(0.9, 0.95))
+        rates = [g["lr"] for g in optimizer.param_groups]
+        before = least = self.losses()
+        best, waited, every = self.trained.state(), 0, max(1, -(-steps // _CHECKS))
+        for step in self.ctx.progress(range(steps), "rilq"):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - step / steps) * min(1.0, (step + 1) / _WARM_UP)
+            for i in torch.randint(len(self.rows), (self.options.batches,), generator=generator).tolist():
+                self.step(self.rows[i])
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % every == 0 or step + 1 == steps:
+                now = self.losses()
+                waited = 0 if now["loss"] < least["loss"] else waited + 1
+                if not waited:
+                    best, least = self.trained.state(), now
+                elif waited >= self.options.patience:
+                    break
+        self.trained.restore(best)
+        return before, least
+
+    def step(self, row: int) -> None:
+        """Add one batch's gradient."""
+
+        def loss(values: Values, logits: Tensor) -> Tensor:
+            found: Tensor = self.total(self.terms(row, values, logits)) / self.options.batches
+            return found
+
+        self.whole.backward(self.batches[row], self.trained.values, loss)
