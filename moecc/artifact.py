@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
             continue
         rewritten, shape = name in program.tensors, tuple(store.shape(name))
         if rewritten:
-            tensor = _held(program, nodes[name], name)
+            tensor = _rewritten(program, nodes[name], name)
         else:
             tensor = LazyTensor(shape, store.dtype(name), partial(store.read, name))
         found.put(name, tensor)
@@ -223,6 +223,14 @@ def _held(program: Program, node: fx.Node, name: str) -> LazyTensor:
     """The weight `name` as its placeholder describes it; it may lie on disk, and is read when it is written."""
     val: Tensor = node.meta["val"]
     return LazyTensor(tuple(val.shape), val.dtype, partial(program.read, name))
+
+
+def _rewritten(program: Program, node: fx.Node, name: str) -> LazyTensor:
+    """A weight of the checkpoint that a pass changed: in the checkpoint's type where that holds it exactly, else as it is."""
+    disk, held = program.stored_dtype(name), _held(program, node, name)
+    value = held.read()
+    exact = torch.equal(value.to(disk).to(value.dtype), value)
+    return replace(held, dtype=disk, read=lambda: held.read().to(disk)) if exact else held
 
 
 def _nbytes(node: fx.Node) -> int:

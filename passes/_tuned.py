@@ -62,10 +62,12 @@ class Tuned:
         return found
 
     @torch.no_grad()
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors exactly as `store` writes them."""
+    def stored(self, wanted: Container[str] | None = None) -> dict[str, Tensor]:
+        """The tensors (those `wanted`) exactly as `store` writes them."""
         found: dict[str, Tensor] = {}
         for k, p in self.parameters.items():
+            if wanted is not None and k not in wanted:
+                continue
             value = (p * self.unit[k]).detach()
             rounding = self._rounding(k)
             found[k] = compact(value) if rounding is None else rounding(value).to(torch.int8)

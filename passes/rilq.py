@@ -62,7 +62,9 @@ class ModelLossAdapters(Pass):
         if not trained.parameters:
             return False
         before, after = Training(self, program, trained, ctx).run()
-        ctx.record("rilq", before=before, after=after)
+        for moe in program.moe_layers():
+            for projection in ("gate_up", "down"):
+                ctx.record(f"{moe.path}.{projection}", rilq={"before": before, "after": after})
         return trained.store(better=after["loss"] < before["loss"])
 
 
@@ -103,8 +105,15 @@ class Trained:
 
     def values(self, wanted: set[str]) -> Mapping[str, Tensor]:
         """Differentiable values of the placeholders `wanted`."""
-        plain = {p: self.program.read(self.program.weights[p].name) for p in wanted if p in self.a}
-        return {**{p: w + self.b[p] @ self.a[p] for p, w in plain.items()}, **self.experts.rounded(wanted)}
+        return {**self._adapted(wanted), **self.experts.rounded(wanted)}
+
+    def stored(self, wanted: set[str]) -> Mapping[str, Tensor]:
+        """Their values as they are stored."""
+        return {**self._adapted(wanted), **self.experts.stored(wanted)}
+
+    def _adapted(self, wanted: set[str]) -> dict[str, Tensor]:
+        plain = {p: self.program.read(self.program.weights[p].name) for p in self.a if p in wanted}
+        return {p: w + self.b[p] @ self.a[p] for p, w in plain.items()}
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer."""
@@ -175,8 +184,8 @@ class Training:
         """The held-out terms and their total."""
         sums: dict[str, float] = {}
         for row in self.held_out:
-            values = self.whole.forward(self.batches[row], self.trained.values)[-1]
-            terms = self.terms(row, values, self.whole.head(values, self.trained.values))
+            values = self.whole.forward(self.batches[row], self.trained.stored)[-1]
+            terms = self.terms(row, values, self.whole.head(values, self.trained.stored))
             for k, v in terms.items():
                 sums[k] = sums.get(k, 0.0) + float(v) / len(self.held_out)
         return {**sums, "loss": float(self.total(sums))}

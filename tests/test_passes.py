@@ -16,10 +16,13 @@ from torch import Tensor
 
 from moecc import pipeline
 from moecc.base import Composite, Context, MoeccError
-from moecc.ir import Program, digest
+from moecc.ir import Program, digest, run_nodes
 from moecc.ops import KLT_EXPERTS, VQ_EXPERTS
+from moecc.passes._adapters import attached
 from moecc.passes._store import compact
-from moecc.stream import run_program
+from moecc.passes._whole import Whole
+from moecc.passes.rilq import Trained
+from moecc.stream import StageWeights, run_program
 from moecc.trace import trace
 
 Tiny = Callable[[str], Program]
@@ -33,6 +36,8 @@ OPTIONS: dict[str, list[str]] = {
     "vq": ["vq{bits=3,codebook=layer}", "vq{rounds=1,feedback=false}"],
     "affine": ["affine{offset=on}", "affine{offset=off}"],
     "vsraq": ["vsraq{steps=4}", "vsraq{steps=1,lr=0.0001}"],
+    "rilq": ["rilq{steps=4,rank=2}", "rilq{steps=1,lr=0.0001,experts=false,patience=1}"],
+    "merge": ["rilq{steps=12,rank=2,lr=4},merge"],
     "kbvq": ["kbvq", "kbvq{bits=4,rank=4,offset=on}"],
     "dense": ["dense{group=16}", "dense{group=16,bits=4}", "dense{group=128}"],
     MY_PASS: [f"affine{{offset=on}},{MY_PASS}{{below=100}}", f"{MY_PASS}{{below=0}}"],
@@ -152,7 +157,7 @@ def test_a_model_without_experts_is_left_alone(tiny: Tiny, batches: list[Tensor]
     program = tiny("DD")
     for name in pipeline.names():
         run = compiled(program, OPTIONS.get(name, [name])[0], batches=batches)
-        if name != "dense":
+        if name not in ("dense", "rilq", "merge"):  # which work on what every token goes through
             assert not any(run.differed.values()) and not any(r.changed for r in run.reports), name
 
 
@@ -270,6 +275,57 @@ def test_tuning_lowers_the_held_out_loss_or_leaves_all_as_it_was(traced: Program
     kinds = [k for k in ("reconstruction", "value", "order", "boundary") if k in terms["before"]]
     ratio = {k: terms["after"][k] / max(terms["before"][k], 1e-12) for k in kinds}
     assert sum(getattr(options, k) * (ratio[k] - 1) for k in kinds) <= 1e-9
+
+
+def test_gradients_layer_by_layer_are_those_of_the_whole(traced: Program) -> None:
+    program = compiled(traced, "kbvq{rank=2}").program
+    trained = Trained(pipeline.find("rilq")(rank=3), program, Context())  # type: ignore[call-arg, arg-type]
+    with torch.no_grad():
+        for b in trained.b.values():
+            b.normal_(std=0.05)
+    whole = Whole(program, trained.placeholders, keep=False)
+    loss = whole.backward(TOKENS[0], trained.values, lambda values, logits: logits.float().square().mean())
+    got = [p.grad for p in trained.parameters]
+
+    weights = StageWeights(program)
+    values: dict[str, Any] = {program.user_inputs[0].name: TOKENS[0]}
+    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+    with torch.enable_grad():
+        for _ in run_nodes(nodes, values, StageWeights.sharing(weights, trained.values(trained.placeholders))):
+            pass
+        want = values[whole.output].float().square().mean()
+        grads = torch.autograd.grad(want, trained.parameters, allow_unused=True)
+    assert loss == pytest.approx(float(want.detach()), rel=1e-5)
+    assert sum(g is not None for g in got) > 20
+    for g, w in zip(got, grads, strict=True):
+        assert (g is None) == (w is None)
+        if g is not None and w is not None:
+            torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-6)
+
+
+def test_rilq_lowers_the_held_out_loss_and_merging_changes_nothing_but_rounding(traced: Program) -> None:
+    more = list(torch.randint(0, 64, (16, 4, 64), generator=torch.Generator().manual_seed(0)))
+    run = compiled(traced, "vq{codebook=layer},affine,fold,rilq{steps=20,rank=4}", batches=more)
+    told = run.ctx.audit["model.layers.0.mlp.experts.down"]["rilq"]
+    assert told["after"]["loss"] < told["before"]["loss"] and run.differed["rilq"]
+    adapted = attached(run.program)
+    names = [a.weight for a in adapted]
+    assert any("self_attn.q_proj" in n for n in names) and any("shared_expert.down_proj" in n for n in names)
+    assert not any("mlp.gate." in n or "shared_expert_gate" in n or "lm_head" in n for n in names)
+    assert run.ctx.audit["model.layers.0.mlp.gate.weight"]["adapter"] == "none: router"
+    with pytest.raises(MoeccError, match="rilq leaves what can't be stored before 'merged'"):
+        pipeline.require_whole(pipeline.resolve(pipeline.parse("rilq")[0])[0])
+
+    before, program = run.output(), run.program
+    pipeline.run(program, [pipeline.find("merge")()], run.ctx)
+    assert not attached(program) and "lora" not in program.text() and not any("lora" in n for n in program.tensors)
+    torch.testing.assert_close(torch.cat(run_program(program, TOKENS)), before, rtol=1e-4, atol=1e-5)
+    assert all(run.ctx.audit[n]["rounding"] < 1e-12 for n in names)  # the checkpoint is float32
+
+
+def test_rilq_without_anything_to_gain_leaves_all_as_it_was(traced: Program) -> None:
+    run = compiled(traced, "vq{bits=4},affine,fold,rilq{steps=1,lr=100,rank=2,patience=1},merge")
+    assert not run.differed["rilq"] and not run.differed["merge"]
 
 
 def test_a_pass_of_one_s_own_takes_biases_out(traced: Program) -> None:
