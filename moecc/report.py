@@ -139,7 +139,7 @@ def _pipeline(facts: Mapping[str, Any]) -> str:
         [escape(p["pass"]), _number(p.get("bits"), 3), _number(p.get("error"), 4), str(p.get("nodes", ""))]
         for p in facts.get("passes") or ()
     ]
-    about = ("source", "source_digest", "calibration_digest", "seed", "backend", "format")
+    about = ("source", "source_digest", "calibration_digest", "seed", "backend")  # the format is among the versions
     known = [(k, facts[k]) for k in about if k in facts]
     known += sorted((facts.get("versions") or {}).items())
     listed = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v)) or 'none'}</dd>" for k, v in known)

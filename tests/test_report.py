@@ -17,7 +17,7 @@ EVIL = "<script>alert('x')</script>&\""
 FACTS: dict[str, Any] = {
     "format": 1, "pipeline": "moments,klt{rank=32},vq{bits=2},affine,fold,vsraq{steps=200}", "seed": 0,
     "calibration_digest": "c0ffee", "source": EVIL, "source_digest": "ab" * 20, "backend": "reference",
-    "versions": {"torch": "2.13", "moecc": "0.1.0"},
+    "versions": {"torch": "2.13", "moecc": "0.1.0", "format": "1"},
     "notes": [f"model.layers.{n}.mlp.experts expert 3: 9 routed tokens; calibrated on 64 sent to it" for n in (2, 10)],
     "passes": [
         {"pass": "klt{rank=32}", "bits": 16.2, "nodes": 40, "error": None},
@@ -97,6 +97,10 @@ def test_every_row_is_there_and_the_total_is_the_sum() -> None:
     assert [int(line[4].replace(",", "")) for line in lines] == [r.nbytes for r in rows]
     assert total[0] == "total"
     assert int(total[4].replace(",", "")) == summary(rows)["bytes"] == sum(r.nbytes for r in rows)
+
+
+def test_the_format_is_named_once() -> None:
+    assert report.page(FACTS, audit()).count("<dt>format</dt>") == 1
 
 
 def test_text_of_the_checkpoint_is_no_markup() -> None:
