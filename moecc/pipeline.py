@@ -54,6 +54,8 @@ def find(name: str) -> type[Pass]:
         found: type[Pass] = ep.load()
         return found
     if name not in names():
+        if "/" in name or Path(name).is_file():
+            raise MoeccError(f"{name} is no pass: the path of a pass file ends in .py, e.g. ./my_pass.py")
         near = difflib.get_close_matches(name, names(), n=1)
         raise MoeccError(
             f"no pass {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names())}")

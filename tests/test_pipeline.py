@@ -93,6 +93,8 @@ def test_a_pipeline_is_read_with_spaces_and_a_last_comma() -> None:
         ("klt,,vq", "can't read the pipeline at column 5: ',vq'; expected name or name{key=value,...}"),
         ("", "no passes given; try --passes kbvq, or `moecc passes` for what there is"),
         ("./nothing.py", "no pass file nothing.py; give the path of a Python file that defines a pass"),
+        ("./my_pass", "./my_pass is no pass: the path of a pass file ends in .py, e.g. ./my_pass.py"),
+        ("./README.md", "./README.md is no pass: the path of a pass file ends in .py, e.g. ./my_pass.py"),
     ],
 )
 def test_what_can_t_be_read_says_why(text: str, message: str) -> None:
