@@ -18,6 +18,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +69,7 @@ class Pass(ABC):
     spoils: ClassVar[frozenset[str]] = frozenset()
     leads_to: ClassVar[frozenset[str]] = frozenset()  # facts that must follow before the program can be stored
     needs_data: ClassVar[bool] = False  # whether calibration text must have been given
+    makes_reference: ClassVar[bool] = False  # whether what it leaves is the float model that later passes compare with
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -79,6 +81,10 @@ class Pass(ABC):
     @abstractmethod
     def run(self, program: Program, ctx: Context) -> bool:
         """Rewrite `program` in place; return whether it changed."""
+
+    def files(self) -> list[Path]:
+        """Files whose contents a run depends on besides model and text: an interrupted run goes on only with the same."""
+        return [Path(self.file)] if self.file else []
 
     def __str__(self) -> str:
         changed = [
@@ -121,7 +127,7 @@ class Context:
 
     seed: int = 0
     audit: dict[str, dict[str, Any]] = field(default_factory=dict)  # weight name -> what became of it
-    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # pass text -> stage -> what it did there
+    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # position and text of a pass -> stage -> what it did there
     notes: list[str] = field(default_factory=list)  # named lines of the audit: fallbacks, starved experts
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
     reference: Program | None = None  # the float model, and

@@ -162,7 +162,8 @@ def read_option(owner: str, f: Field[Any], text: str) -> Any:
 
 def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pass], list[str]]:
     """The order in which the passes run, and remarks on what was inserted. `facts` hold already."""
-    flat = [q for p in passes for q in (p.expand() if isinstance(p, Composite) else [p])]
+    _require_once(passes)
+    flat = [q for p in passes for q in _expanded(p)]
     remarks: list[str] = []
     while (lack := _first_lack(flat, set(facts))) is not None:
         user, fact = lack
@@ -170,6 +171,22 @@ def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pas
         flat.insert(flat.index(user), provider)
         remarks.append(f"{user.name} requires {fact!r}; inserted {provider.name!r} before it")
     return _sort(flat, set(facts)), remarks
+
+
+def _expanded(p: Pass) -> list[Pass]:
+    return p.expand() if isinstance(p, Composite) else [p]
+
+
+def _require_once(passes: Sequence[Pass]) -> None:
+    """MoeccError where what gives facts stands there twice: it would run on what it has made itself."""
+    for i, p in enumerate(passes):
+        for before in passes[:i]:
+            if p.name == before.name and p.provides:
+                raise MoeccError(f"{p.name} is there twice; leave one out")
+            names = {q.name for q in _expanded(before) if q.provides}
+            if shared := next((q.name for q in _expanded(p) if q.name in names), None):
+                holder = before.name if isinstance(before, Composite) else p.name
+                raise MoeccError(f"{shared} is there twice ({holder} contains it); leave one out")
 
 
 def require_whole(passes: Sequence[Pass]) -> None:
@@ -218,6 +235,7 @@ class PassReport:
     """What one pass did, over all layers."""
 
     text: str
+    key: str = ""  # its place in the ledger: two passes may have the same text
     changed: bool = False
     seconds: float = 0.0
     nodes: int = 0
@@ -264,6 +282,8 @@ def run(
             _finish(report, ctx)
             hooks.after_pass(report, program)
             done.append(p)
+            if p.makes_reference:
+                ctx.reference = reference = program.copy()
         hooks.dump(f"{len(done):02d}-after-{Path(str(group[-1]).split('{')[0]).stem}", program, None)
         result += reports
     return result
@@ -279,14 +299,18 @@ def _groups(passes: Sequence[Pass]) -> list[list[Pass]]:
     return groups
 
 
+def _report(p: Pass, position: int) -> PassReport:
+    return PassReport(str(p), f"{position} {p}")
+
+
 def _run_model(program: Program, p: Pass, ctx: Context, done: list[Pass]) -> PassReport:
-    report = PassReport(str(p))
+    report = _report(p, len(done))
     start = time.perf_counter()
     with _named(p, done, None):
         report.changed = p.run(program, ctx)
         program.verify()
     report.seconds = time.perf_counter() - start
-    ctx.ledger[str(p)] = {str(s): _entry(program, s, report.changed, ctx) for s in range(program.layers)}
+    ctx.ledger[report.key] = {str(s): _entry(program, s, report.changed, ctx) for s in range(program.layers)}
     return report
 
 
@@ -294,7 +318,7 @@ def _run_layers(
     program: Program, reference: Program, passes: list[LayerPass], ctx: Context, batches: Sequence[Tensor], hooks: Hooks,
     done: list[Pass],
 ) -> list[PassReport]:  # fmt: skip
-    reports = [PassReport(str(p)) for p in passes]
+    reports = [_report(p, len(done) + i) for i, p in enumerate(passes)]
     stream, target = Stream(program, batches), Stream(reference, batches)
     last_experts = max((m.layer for m in program.moe_layers()), default=0)
     for stage in ctx.progress(range(program.layers), "layers"):
@@ -303,13 +327,13 @@ def _run_layers(
             target.advance()
         if 0 < stage and not hooks.restore_layer(stage, program, ctx):
             layer = Layer(stage, program, reference, stream, target)
-            for p, report in zip(passes, reports, strict=True):
+            for i, (p, report) in enumerate(zip(passes, reports, strict=True)):
                 start = time.perf_counter()
-                with _named(p, [*done, *passes[: passes.index(p)]], stage):
+                with _named(p, [*done, *passes[:i]], stage):
                     changed = p.run_layer(layer, ctx)
                     program.verify()
                 report.seconds += time.perf_counter() - start
-                ctx.ledger.setdefault(str(p), {})[str(stage)] = _entry(program, stage, changed, ctx)
+                ctx.ledger.setdefault(report.key, {})[str(stage)] = _entry(program, stage, changed, ctx)
                 hooks.dump(f"layer{stage:03d}-{p.name}", program, stage)
             program.module.recompile()
             hooks.after_layer(stage, program, ctx)
@@ -349,7 +373,7 @@ def _entry(program: Program, stage: int, changed: bool, ctx: Context) -> dict[st
 
 def _finish(report: PassReport, ctx: Context) -> None:
     """The report's figures from the ledger."""
-    entries = list(ctx.ledger.get(report.text, {}).values())
+    entries = list(ctx.ledger.get(report.key, {}).values())
     report.changed = any(e["changed"] for e in entries)
     report.nodes = entries[-1]["nodes"] if entries else 0
     weights = sum(e["weights"] for e in entries)

@@ -214,6 +214,19 @@ def test_a_composite_stands_for_its_passes_with_its_options() -> None:
         parsed[0].run(None, Context())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kbvq,kbvq{bits=3}", "kbvq is there twice; leave one out"),
+        ("vq,vq{bits=3}", "vq is there twice; leave one out"),
+        ("kbvq,vq{bits=4}", "vq is there twice (kbvq contains it); leave one out"),
+        ("moments,kbvq", "moments is there twice (kbvq contains it); leave one out"),
+    ],
+)
+def test_a_pass_that_gives_facts_stands_there_once(text: str, message: str) -> None:
+    assert error(text) == message
+
+
 def test_missing_providers_are_put_in_front_and_said() -> None:
     resolved, remarks = pipeline.resolve(pipeline.parse("vq,klt{rank=4}")[0])
     assert [str(p) for p in resolved] == ["moments", "klt{rank=4}", "vq"]
@@ -412,6 +425,22 @@ def test_reports_say_what_each_pass_did(tiny: Tiny, batches: list[Tensor]) -> No
     assert lines[0].startswith("moments: ") and "nothing changed" in lines[0] and "nothing changed" not in lines[2]
     assert "bits/weight, error 0." in lines[2]
     assert result[0].bits == 32.0 and len({r.bits for r in result}) == 3  # each pass its own
+
+
+def test_a_pass_that_stands_there_twice_has_two_reports(tiny: Tiny, batches: list[Tensor]) -> None:
+    """Layer passes of one group do, and model passes."""
+    seen: list[int] = []
+
+    def first_time(self: Pass, layer: Layer, ctx: Context) -> bool:
+        seen.append(layer.index)
+        return seen.count(layer.index) == 1
+
+    once = dataclass(frozen=True, kw_only=True)(type("Once", (LayerPass,), {"name": "once", "run_layer": first_time}))()
+    passes, _ = pipeline.resolve([made("model"), once, once, made("model")])
+    reports = pipeline.run(tiny("MD"), passes, Context(), batches)
+    assert [(r.text, r.changed) for r in reports] == [
+        ("model", False), ("once", True), ("once", False), ("model", False),
+    ]  # fmt: skip
 
 
 def test_bits_of_float_experts_are_what_the_checkpoint_stores(tiny: Tiny) -> None:
