@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -47,8 +48,11 @@ class Journal:
             before = json.loads((self.folder / "run.json").read_text())
         except (OSError, ValueError):
             before = None
-        if before != json.loads(json.dumps(self.identity)):
-            raise MoeccError(f"{self.folder} belongs to another run; remove it, or choose another output folder")
+        now = json.loads(json.dumps(self.identity))
+        if before != now:
+            why = _differences(before, now) if isinstance(before, dict) else "its run.json can't be read"
+            advice = f"remove {self.folder.parent}, or choose another output folder"
+            raise MoeccError(f"{self.folder.parent} belongs to another run ({why}); {advice}")
 
     def finished(self) -> int:
         """How many stages of the program it holds, each round counted."""
@@ -111,6 +115,24 @@ class Journal:
         draft = self.folder / f".{name}.part"
         draft.write_text(json.dumps(value))
         draft.replace(self.folder / name)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The entries that are not the same, with both values: "seed was 0, now 1"."""
+    parts = []
+    for key in [*before, *(k for k in now if k not in before)]:
+        was, is_now = before.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            parts += [_differences(was, is_now)] if was != is_now else []
+        elif was != is_now:
+            parts.append(f"{key} was {_short(was)}, now {_short(is_now)}")
+    return "; ".join(parts)
+
+
+def _short(value: Any) -> str:
+    """A digest is told from another by its first figures."""
+    text = "none" if value in (None, "", {}) else str(value)
+    return text[:8] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def _describe(program: Program, node: fx.Node) -> dict[str, Any]:

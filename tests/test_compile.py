@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -281,7 +282,10 @@ def test_what_another_run_left_is_not_touched(mixtral: Path, compile: Any, tmp_p
     before = content(tmp_path)
     got = compile(mixtral, tmp_path / "out", QUICK, "--seed", 1)
     last = got.err.splitlines()[-1]
-    assert got.code == 2 and last.startswith("moecc: error: ") and "belongs to another run; remove it" in last
+    assert got.code == 2 and last.startswith("moecc: error: ") and "(seed was 0, now 1); remove " in last
+    assert f"{tmp_path}/out.partial belongs to another run" in last
+    got = compile(mixtral, tmp_path / "out", QUICK, "--length", 16)
+    assert re.search(r"calibration was [0-9a-f]{8}, now [0-9a-f]{8}\); remove", got.err)
     assert content(tmp_path) == before
     damaged = next((tmp_path / "out.partial" / "journal").glob("layer-*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1])  # then that layer is done again
