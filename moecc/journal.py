@@ -132,7 +132,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     """A digest is told from another by its first figures."""
     text = "none" if value in (None, "", {}) else str(value)
-    return text[:8] if re.fullmatch("[0-9a-f]{64}", text) else text
+    return text[:8] if re.fullmatch("[0-9a-f]{16,64}", text) else text
 
 
 def _describe(program: Program, node: fx.Node) -> dict[str, Any]:
