@@ -61,15 +61,8 @@ def compile_model(
     calib: text file (by default text that comes with Python); rows x length: calibration tokens. MoeccError for bad input, in one
     line, with nothing left behind.
     """
-    if os.path.lexists(out):
-        raise MoeccError(f"{out} exists; choose another output folder or remove it")
-    partial = out.with_name(out.name + ".partial")
-    if os.path.lexists(partial) and not (partial / "journal").is_dir():
-        raise MoeccError(
-            f"{partial} is there and holds no interrupted run; move it away or choose another output folder"
-        )
-    if dump is not None and dump.exists() and not dump.is_dir():
-        raise MoeccError(f"--dump {dump} is a file; give a folder for the texts")
+    partial = _partial_of(out)
+    _require_dump(dump, resumes=(partial / "journal").is_dir())
     require_backend(backend)
     resolved = _pipeline(passes, bits, say)
     folder = resolve(model)
@@ -87,6 +80,8 @@ def compile_model(
         str(model), store.digest(), ",".join(map(str, resolved)), _pass_files(resolved), calibration, seed,
         torch.get_num_threads(), backend, versions(),
     )  # fmt: skip
+    if _is_empty(partial):  # of a run that was killed at its first step or its last
+        partial.rmdir()
     made = [p for p in (partial, *partial.parents) if not p.exists()]
     try:
         free_space(
@@ -106,6 +101,37 @@ def compile_model(
         raise MoeccError(
             f"writing {e.filename or out} failed: {e.strerror or e}; make room or choose another place"
         ) from e
+
+
+def _partial_of(out: Path) -> Path:
+    """The folder that `out` lives in until it is done; MoeccError, before any work, where either can't be made."""
+    if os.path.lexists(out):
+        raise MoeccError(f"{out} exists; choose another output folder or remove it")
+    partial = out.with_name(out.name + ".partial")
+    if os.path.lexists(partial) and not (partial / "journal").is_dir() and not _is_empty(partial):
+        raise MoeccError(
+            f"{partial} is there and holds no interrupted run; move it away or choose another output folder"
+        )
+    above = next(p for p in out.absolute().parents if os.path.lexists(p))
+    if not above.is_dir():
+        raise MoeccError(f"{out} can't be made: {above} is not a folder; choose another output folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise MoeccError(f"{out} can't be made: no permission to write in {above}; choose another output folder")
+    return partial
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+
+
+def _require_dump(dump: Path | None, *, resumes: bool) -> None:
+    """Texts of two runs in one folder could not be told apart; only a run that goes on adds to its own."""
+    if dump is None or not os.path.lexists(dump):
+        return
+    if not dump.is_dir():
+        raise MoeccError(f"--dump {dump} is a file; give a folder for the texts")
+    if any(dump.iterdir()) and not resumes:
+        raise MoeccError(f"--dump {dump} is not empty; give a new folder for the texts")
 
 
 @contextlib.contextmanager

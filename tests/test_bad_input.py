@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_compile import QUICK, checkpoint, cli, interrupt, stop
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moecc import artifact, verify, weights
+from moecc import artifact, compiler, verify, weights
 
 torch.set_num_threads(1)
 TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
@@ -270,8 +270,24 @@ def test_an_output_that_exists(refused: Any, good: Path, tmp_path: Path) -> None
     for name in ("folder", "file", "link", "."):
         assert f"{name} exists; choose another output folder" in refused(good, out=name)
     assert "exists" in refused(good, out=good)
-    assert "Not a directory" in refused(good, out="file/out")
     assert "--dump file is a file" in refused(good, "--dump", "file")
+
+
+def test_a_place_where_nothing_can_be_written_is_met_before_the_trace(
+    refused: Any, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(compiler, "trace", full)
+    for out in ("file/out", "file/deeper/out"):
+        assert f"{out} can't be made: {tmp_path}/file is not a folder; choose" in refused(good, out=out)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert f"new/out can't be made: no permission to write in {tmp_path}; choose" in refused(good, out="new/out")
+
+
+def test_a_dump_folder_that_holds_something(refused: Any, good: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "00-traced.txt").write_text("of another run")
+    assert "--dump texts is not empty; give a new folder for the texts" in refused(good, "--dump", "texts")
 
 
 def test_new_folders_above_the_output_go_too(refused: Any, model: Path) -> None:

@@ -314,6 +314,22 @@ def test_dump_writes_each_layer_after_every_pass_and_the_whole_after_the_last(
     assert texts["00-traced.txt"].count("= moecc.experts(") == 2
 
 
+def test_a_run_that_goes_on_goes_on_with_its_dump(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+    dump = tmp_path / "dump"
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, "after saving", 1, interrupt)
+        assert compile(mixtral, tmp_path / "out", QUICK, "--dump", dump).code == 130
+    assert (dump / "layer001-vq.txt").is_file()
+    assert compile(mixtral, tmp_path / "out", QUICK, "--dump", dump).code == 0
+    assert (dump / "02-after-vq.txt").is_file()
+
+
+def test_an_empty_folder_of_a_killed_run_is_taken(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    assert compile(mixtral, tmp_path / "out").code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 MY_PASS = '''"""Halves the first layer's norm."""
 
 from dataclasses import dataclass
