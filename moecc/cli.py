@@ -1,7 +1,8 @@
 """The command line: `moecc compile | inspect | eval | generate | passes | diff`.
 
 Results go to stdout (with --json exactly one object), remarks and progress to stderr. Exit codes: 0 done; 1 `diff`
-found a difference; 2 bad input, in one line; 3 a fault of moecc's own; 130 interrupted. MOECC_DEBUG=1 shows tracebacks.
+found a difference; 2 bad input, in one line; 3 a fault of moecc's own; 130 interrupted, 143 terminated. MOECC_DEBUG=1 shows
+tracebacks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -28,12 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     debug = os.environ.get("MOECC_DEBUG", "0") not in ("", "0")
     try:
-        options = _parser().parse_args(argv)
-        return _run(options, debug)
+        with _termination():
+            options = _parser().parse_args(argv)
+            return _run(options, debug)
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130, False)
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, Terminated)
+        return _fail("terminated" if terminated else "interrupted", 143 if terminated else 130, False)
     except BrokenPipeError:  # whoever read stdout has gone; nothing can be said to it, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
@@ -42,6 +46,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         hint = "" if debug else "; MOECC_DEBUG=1 shows where"
         return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 3, debug)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which whoever stops a job sends: what an interrupt leaves in order, it leaves too."""
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM raises Terminated inside."""
+
+    def stop(*args: Any) -> NoReturn:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: its program says what signals do
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _run(options: argparse.Namespace, debug: bool) -> int:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -273,6 +274,17 @@ def test_a_killed_process_goes_on_and_ends_the_same(
     again = compile(mixtral, out, EVERYTHING)
     assert again.code == 0 and "2 stages of it are finished" in again.err
     assert content(out) == whole
+
+
+def test_a_terminated_run_goes_on_too(mixtral: Path, whole: dict[str, bytes], compile: Any, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, "after saving", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        got = compile(mixtral, tmp_path / "out", EVERYTHING)
+    assert got.code == 143 and got.out == "" and got.err.endswith("moecc: terminated\n")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    again = compile(mixtral, tmp_path / "out", EVERYTHING)
+    assert again.code == 0 and "2 stages of it are finished" in again.err
+    assert content(tmp_path / "out") == whole
 
 
 def test_what_another_run_left_is_not_touched(mixtral: Path, compile: Any, tmp_path: Path) -> None:
