@@ -135,7 +135,7 @@ def _compile(options: argparse.Namespace) -> Outcome:
 
 
 def _compiled_text(result: dict[str, Any]) -> str:
-    from moecc.survey import size
+    from moecc.weights import size
 
     bits = [
         f"{result[key]:.3f} bits per {what}"

@@ -28,6 +28,7 @@ from moecc.base import Context, MoeccError, Pass
 from moecc.ir import Program
 from moecc.journal import Journal
 from moecc.skeleton import read_config
+from moecc.survey import least_bytes
 from moecc.trace import trace
 from moecc.weights import free_space, resolve
 
@@ -84,9 +85,8 @@ def compile_model(
         partial.rmdir()
     made = [p for p in (partial, *partial.parents) if not p.exists()]
     try:
-        free_space(
-            partial, store.nbytes // 8
-        )  # the least that 2 of 16 bits take; a full disk is better met now than later
+        held = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())  # by a run that goes on
+        free_space(partial, least_bytes(program, resolved) - held)  # a full disk is better met now than later
         journal = Journal(partial / "journal", vars(job))
         result = _run(program, resolved, batches, job, journal, partial, folder, dump, progress, say)
         (partial / "artifact").rename(out)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from moecc.errors import MoeccError
-from moecc.survey import size
-from moecc.weights import INDEX, SINGLE, TensorEntry, read_header, read_index, resolve
+from moecc.weights import INDEX, SINGLE, TensorEntry, read_header, read_index, resolve, size
 
 _AT_ONCE = 64 << 20  # bytes of a tensor that are compared together
 

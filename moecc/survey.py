@@ -19,7 +19,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from moecc import ops, pipeline, vq4
 from moecc.artifact import role_of
@@ -27,8 +27,9 @@ from moecc.base import Pass
 from moecc.capture import capture
 from moecc.errors import MoeccError
 from moecc.ir import MoE, Program, ancestors
-from moecc.skeleton import Skeleton, skeleton
+from moecc.skeleton import skeleton
 from moecc.trace import program_of
+from moecc.weights import size
 
 _SILENT = {"view", "reshape", "getitem", "to", "_to_copy", "unsqueeze", "squeeze", "expand", "zeros_like", "flatten"}
 
@@ -53,7 +54,7 @@ def survey(model: str, *, passes: str | None = None, bits: int | None = None) ->
     wanted = _resolved(passes, bits) if passes is not None else None
     found = skeleton(model)
     program = program_of(capture(found), found, model)
-    sizes = _sizes(found, program)
+    sizes = _sizes(program, found.model)
     layers = [_layer(program, moe) for moe in program.moe_layers()]
     total = sum(s["bytes"] for s in sizes.values())
     result: dict[str, Any] = {
@@ -67,8 +68,18 @@ def survey(model: str, *, passes: str | None = None, bits: int | None = None) ->
     if wanted is not None:
         if any(layer.form != "moecc::experts" for layer in layers):
             raise MoeccError(f"{model} is compressed already; give the checkpoint it was made from")
-        result["estimate"] = _estimate(program, found, sizes, wanted)
+        result["estimate"] = _estimate(program, found.model, sizes, wanted)
     return result
+
+
+def least_bytes(program: Program, passes: Sequence[Pass]) -> int:
+    """Bytes that a compilation of a checkpoint's program takes on disk at its end, at least.
+
+    The artifact, and beside it the journal, which holds the coded experts once more."""
+    written: int = _estimate(program, None, _sizes(program), passes)["bytes"][0]
+    if not any("vq" in p.provides for p in passes):
+        return written
+    return written + round(sum(_experts_bits(moe, passes)[0] for moe in program.moe_layers()) / 8)
 
 
 def _resolved(passes: str, bits: int | None) -> list[Pass]:
@@ -135,11 +146,11 @@ def _short(node: fx.Node) -> str:
 # ---------------------------------------------------------------- sizes
 
 
-def _sizes(found: Skeleton, program: Program) -> dict[str, dict[str, int]]:
+def _sizes(program: Program, model: nn.Module | None = None) -> dict[str, dict[str, int]]:
     """parameters and bytes by role, largest first."""
     sizes: dict[str, dict[str, int]] = {}
-    moes, linears = program.moe_layers(), _quantized_linears(found)
-    for name, shape, itemsize in _parameters(found, program):
+    moes, linears = program.moe_layers(), _quantized_linears(program)
+    for name, shape, itemsize in _parameters(program, model):
         routed = next((m for m in moes if name.startswith(m.path + ".")), None)
         row = sizes.setdefault("routed experts" if routed else role_of(name), {"parameters": 0, "bytes": 0})
         row["bytes"] += math.prod(shape) * itemsize
@@ -153,22 +164,23 @@ def _sizes(found: Skeleton, program: Program) -> dict[str, dict[str, int]]:
     return dict(sorted(sizes.items(), key=lambda item: -item[1]["bytes"]))
 
 
-def _quantized_linears(found: Skeleton) -> dict[str, Any]:
-    settings = getattr(found.config, "quantization_config", None) or {}
+def _quantized_linears(program: Program) -> dict[str, Any]:
+    settings = getattr(program.config, "quantization_config", None) or {}
     linears: dict[str, Any] = settings.get("linears", {}) if isinstance(settings, dict) else settings.linears
     return linears
 
 
-def _parameters(found: Skeleton, program: Program) -> Iterable[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, bytes per element) of everything that a checkpoint stores, tied tensors once."""
+def _parameters(program: Program, model: nn.Module | None) -> Iterable[tuple[str, tuple[int, ...], int]]:
+    """(name, shape, bytes per element) of everything that a checkpoint stores, tied tensors once; without one, of `model`."""
     store: Any = program.store
     if store is not None:
         for name in store.names():
             if name not in store.tied:
                 yield name, tuple(store.shape(name)), store.dtype(name).itemsize
         return
-    tied = getattr(found.model, "all_tied_weights_keys", None) or {}
-    for name, p in found.model.named_parameters():
+    assert model is not None
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, p in model.named_parameters():
         if name not in tied:
             yield name, tuple(p.shape), p.dtype.itemsize
 
@@ -177,7 +189,7 @@ def _parameters(found: Skeleton, program: Program) -> Iterable[tuple[str, tuple[
 
 
 def _estimate(
-    program: Program, found: Skeleton, sizes: dict[str, dict[str, int]], passes: Sequence[Pass]
+    program: Program, model: nn.Module | None, sizes: dict[str, dict[str, int]], passes: Sequence[Pass]
 ) -> dict[str, Any]:
     """Bytes and bits per weight, low and high, behind `passes`. Bits are per parameter of the float model."""
     low = high = expert_weights = 0.0
@@ -188,7 +200,7 @@ def _estimate(
     routed = sizes.get("routed experts", {"bytes": 0})["bytes"]
     if not any("vq" in p.provides for p in passes):
         low = high = 8.0 * routed
-    rest = 8.0 * (sum(s["bytes"] for s in sizes.values()) - routed) - _dense_saving(found, program, passes)
+    rest = 8.0 * (sum(s["bytes"] for s in sizes.values()) - routed) - _dense_saving(program, model, passes)
     weights = sum(s["parameters"] for s in sizes.values())
     return {
         "pipeline": ",".join(map(str, passes)),
@@ -230,13 +242,13 @@ def _projection_bits(
     return low + basis, high + basis
 
 
-def _dense_saving(found: Skeleton, program: Program, passes: Sequence[Pass]) -> float:
+def _dense_saving(program: Program, model: nn.Module | None, passes: Sequence[Pass]) -> float:
     """Bits that group quantization of attention and shared-expert matrices saves."""
     if not any("dense" in p.provides for p in passes):
         return 0.0
     bits, group = _option(passes, "dense", "bits", 8), _option(passes, "dense", "group", 64)
     saving = 0.0
-    for name, shape, itemsize in _parameters(found, program):
+    for name, shape, itemsize in _parameters(program, model):
         if len(shape) == 2 and role_of(name) in ("attention", "shared expert") and shape[1] % group == 0:
             saving += math.prod(shape) * (8 * itemsize - bits - 24 / group) if shape[0] >= 32 else 0
     return saving
@@ -300,11 +312,3 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
 
 def _count(n: int) -> str:
     return next((f"{n / d:.2f} {unit}" for unit, d in (("B", 1e9), ("M", 1e6), ("k", 1e3)) if n >= d), str(n))
-
-
-def size(count: float) -> str:
-    """Bytes as people read them, in powers of 1000."""
-    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= divisor:
-            return f"{count / divisor:.2f} {unit}"
-    return f"{count:.0f} B"

@@ -250,9 +250,16 @@ def free_space(path: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise MoeccError(
-            f"{path} needs {needed_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
-            "free some or write elsewhere"
+            f"{path} needs {size(needed_bytes)} and its disk has {size(free)} free; free some or write elsewhere"
         )
+
+
+def size(count: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= divisor:
+            return f"{count / divisor:.2f} {unit}"
+    return f"{count:.0f} B"
 
 
 class TensorFile:
