@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,6 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
     """Every other tensor of the checkpoint, as it was or as a pass left it; what the model does not use is named."""
     store: Any = program.store
     tied = getattr(store, "tied", {})
-    nodes = {program.weights[n.name].name: n for n in program.graph.nodes if n.name in program.weights}
     for name in store.names():
         if name in taken:
             continue
@@ -183,7 +182,7 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
             continue
         rewritten, shape = name in program.tensors, tuple(store.shape(name))
         if rewritten:
-            tensor = _rewritten(program, nodes[name], name)
+            tensor = _rewritten(program, name)
         else:
             tensor = LazyTensor(shape, store.dtype(name), partial(store.read, name))
         found.put(name, tensor)
@@ -225,12 +224,11 @@ def _held(program: Program, node: fx.Node, name: str) -> LazyTensor:
     return LazyTensor(tuple(val.shape), val.dtype, partial(program.read, name))
 
 
-def _rewritten(program: Program, node: fx.Node, name: str) -> LazyTensor:
+def _rewritten(program: Program, name: str) -> LazyTensor:
     """A weight of the checkpoint that a pass changed: in the checkpoint's type where that holds it exactly, else as it is."""
-    disk, held = program.stored_dtype(name), _held(program, node, name)
-    value = held.read()
-    exact = torch.equal(value.to(disk).to(value.dtype), value)
-    return replace(held, dtype=disk, read=lambda: held.read().to(disk)) if exact else held
+    disk, value = program.stored_dtype(name), program.tensors[name]
+    dtype = disk if torch.equal(value.to(disk).to(value.dtype), value) else value.dtype
+    return LazyTensor(tuple(value.shape), dtype, lambda: program.tensors[name].to(dtype).contiguous())
 
 
 def _nbytes(node: fx.Node) -> int:

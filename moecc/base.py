@@ -127,7 +127,7 @@ class Context:
 
     seed: int = 0
     audit: dict[str, dict[str, Any]] = field(default_factory=dict)  # weight name -> what became of it
-    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # position and text of a pass -> stage -> what it did there
+    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # place and text of a pass -> stage -> its line
     notes: list[str] = field(default_factory=list)  # named lines of the audit: fallbacks, starved experts
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
     reference: Program | None = None  # the float model, and

@@ -44,7 +44,7 @@ class Job:
     source: str
     source_digest: str
     passes: str
-    pass_files: dict[str, str]  # SHA-256 of each pass of one's own
+    pass_files: dict[str, str]  # SHA-256 of each pass of one's own, and of what passes read
     calibration: str
     seed: int
     threads: int  # how sums are split among threads is in their last bits
@@ -261,7 +261,11 @@ def _check_ids(program: Program, batches: list[Tensor]) -> list[Tensor]:
 
 
 def _pass_files(passes: list[Pass]) -> dict[str, str]:
-    return {p.file: hashlib.sha256(Path(p.file).read_bytes()).hexdigest() for p in passes if p.file}
+    files = [file for p in passes for file in p.files()]
+    missing = next((f for f in files if not f.is_file()), None)
+    if missing is not None:
+        raise MoeccError(f"no file {missing}, which a pass needs; check its path")
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def versions() -> dict[str, str]:

@@ -72,8 +72,13 @@ class Held(MutableMapping[str, Tensor]):
         """Forget a tensor; one that was spilled is not read for it."""
         return self._there.pop(name, default)
 
+    def reader(self, name: str) -> Callable[[], Tensor]:
+        """What gives a tensor, without reading it now."""
+        held = self._there[name]
+        return (lambda: held) if isinstance(held, Tensor) else held
+
     def spill(self, name: str, read: Callable[[], Tensor]) -> None:
-        """Drop the tensor called `name` from memory; `read` gives it again."""
+        """Drop the tensor called `name` from memory; `read` gives it again, or another in its place."""
         self._there[name] = read
 
 

@@ -29,6 +29,7 @@ _PER_EXPERT_BYTES = 2 << 30
 @dataclass(frozen=True, kw_only=True)
 class MeasureMoments(LayerPass):
     name: ClassVar[str] = "moments"
+    after: ClassVar[frozenset[str]] = frozenset({"lora"})
     provides: ClassVar[frozenset[str]] = frozenset({"moments"})
     needs_data: ClassVar[bool] = True
     min_tokens: int = option(64, help="an expert with fewer routed tokens is starved", low=1, high=1 << 20)

@@ -37,6 +37,7 @@ OPTIONS: dict[str, list[str]] = {
     "affine": ["affine{offset=on}", "affine{offset=off}"],
     "vsraq": ["vsraq{steps=4}", "vsraq{steps=1,lr=0.0001}"],
     "rilq": ["rilq{steps=4,rank=2}", "rilq{steps=1,lr=0.0001,experts=false,patience=1}"],
+    "lora": [],  # needs an adapter: tests/test_lora.py
     "merge": ["rilq{steps=12,rank=2,lr=4},merge"],
     "kbvq": ["kbvq", "kbvq{bits=4,rank=4,offset=on}"],
     "dense": ["dense{group=16}", "dense{group=16,bits=4}", "dense{group=128}"],
@@ -155,7 +156,7 @@ def test_facts_are_declared(name: str) -> None:
 
 def test_a_model_without_experts_is_left_alone(tiny: Tiny, batches: list[Tensor]) -> None:
     program = tiny("DD")
-    for name in pipeline.names():
+    for name in (n for n in pipeline.names() if OPTIONS.get(n) != []):
         run = compiled(program, OPTIONS.get(name, [name])[0], batches=batches)
         if name not in ("dense", "rilq", "merge"):  # which work on what every token goes through
             assert not any(run.differed.values()) and not any(r.changed for r in run.reports), name

@@ -1,0 +1,166 @@
+"""Merging PEFT adapters: equal to what PEFT's own layers compute, and every adapter that means something else is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import make
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moecc import pipeline
+from moecc.base import Context, MoeccError
+from moecc.ir import Program
+from moecc.stream import run_program
+from moecc.trace import trace
+
+IDS = [torch.arange(24).view(1, 24) % 64]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def adapter(folder: Path, shapes: dict[str, tuple[int, ...]], **config: Any) -> dict[str, Tensor]:
+    """An adapter folder as PEFT saves it, with random matrices; the tensors."""
+    folder.mkdir(exist_ok=True)
+    g = torch.Generator().manual_seed(0)
+    tensors = {f"base_model.model.{k}.weight": torch.randn(s, generator=g) * 0.2 for k, s in shapes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    whole = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "bias": "none", "use_dora": False, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(whole))
+    return tensors
+
+
+def linear(module: str, rows: int, columns: int, rank: int = 2) -> dict[str, tuple[int, ...]]:
+    return {f"{module}.lora_A": (rank, columns), f"{module}.lora_B": (rows, rank)}
+
+
+def merge(model: Any, folder: Path) -> tuple[Program, Context]:
+    program, ctx = trace(model), Context()
+    pipeline.run(program, [pipeline.find("lora")(path=str(folder))], ctx)  # type: ignore[call-arg]
+    return program, ctx
+
+
+def logits(program: Program) -> Tensor:
+    return torch.cat(run_program(program, IDS))
+
+
+@pytest.mark.parametrize(("options", "scaling"), [({}, 8 / 2), ({"use_rslora": True}, 8 / math.sqrt(2)),
+                                                  ({"alpha_pattern": {"q_proj": 3}}, 3 / 2)])  # fmt: skip
+def test_a_linear_is_its_weight_plus_scaled_b_a(tmp_path: Path, options: dict[str, Any], scaling: float) -> None:
+    model = make("qwen2_moe")
+    module = "model.layers.1.self_attn.q_proj"
+    tensors = adapter(tmp_path / "a", linear(module, 32, 32), **options)
+    program, ctx = merge(model, tmp_path / "a")
+    a, b = (tensors[f"base_model.model.{module}.lora_{s}.weight"] for s in "AB")
+    got = logits(program)  # before the model that it reads is changed
+    with torch.no_grad():
+        model.get_submodule(module).weight += scaling * b @ a
+    torch.testing.assert_close(got, logits(trace(model)), rtol=1e-5, atol=1e-6)
+    assert ctx.audit[f"{module}.weight"]["lora"] == f"rank 2, scaling {scaling:g}"
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])  # [E, out, in], and transposed
+def test_experts_are_adapted_one_by_one(tmp_path: Path, family: str) -> None:
+    """As `lora.ParamWrapper` of PEFT 0.21 multiplies them: einsum "o r e, e r i -> e o i", "-> e i o" where transposed."""
+    model = make(family)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    down = experts.down_proj
+    count, rows, columns = down.shape if family == "qwen2_moe" else (down.shape[0], down.shape[2], down.shape[1])
+    shapes = {"lora_A": (2 * count, columns), "lora_B": (rows, 2 * count)}
+    path = "model.layers.0.mlp.experts"
+    tensors = adapter(tmp_path / "a", {f"{path}.{k}": s for k, s in shapes.items()}, target_parameters=EXPERTS[1:])
+    program, _ = merge(model, tmp_path / "a")
+    a, b = (tensors[f"base_model.model.{path}.lora_{s}.weight"] for s in "AB")
+    out, got = "eoi" if family == "qwen2_moe" else "eio", logits(program)
+    with torch.no_grad():
+        down += 4 * torch.einsum(f"ore,eri->{out}", b.reshape(rows, 2, count), a.reshape(count, 2, columns))
+    torch.testing.assert_close(got, logits(trace(model)), rtol=1e-5, atol=1e-6)
+
+
+def test_nested_names_are_told_apart_by_depth(tmp_path: Path) -> None:
+    """With two parameters adapted, the last one's matrices are the outermost: PEFT names no parameter."""
+    model = make("qwen2_moe")
+    e, n, d = model.get_submodule("model.layers.0.mlp.experts").gate_up_proj.shape
+    path = "model.layers.0.mlp.experts"
+    outer, inner = linear(path, d, n // 2, 2 * e), linear(f"{path}.base_layer", n, d, 2 * e)
+    adapter(tmp_path / "a", {**outer, **inner}, target_parameters=EXPERTS)
+    _, ctx = merge(model, tmp_path / "a")
+    assert set(ctx.audit) == {f"{path}.gate_up_proj", f"{path}.down_proj"}
+
+
+def test_merged_experts_are_what_is_coded(tmp_path: Path) -> None:
+    """Passes behind it see the merged weights, and compare with the merged model."""
+    model = make("qwen2_moe")
+    adapter(tmp_path / "a", linear("model.layers.0.mlp.experts", 32, 16, 8), target_parameters=EXPERTS[1:])
+    resolved, _ = pipeline.resolve(pipeline.parse(f"vq{{bits=4}},lora{{path={tmp_path / 'a'}}}")[0])
+    assert [p.name for p in resolved] == ["lora", "moments", "vq"]
+    program, ctx = trace(model), Context()
+    merged = logits(merge(model, tmp_path / "a")[0])
+    pipeline.run(program, resolved, ctx, IDS)
+    assert ctx.reference is not None
+    torch.testing.assert_close(logits(ctx.reference), merged)
+    far, near = (float((logits(program) - x).norm()) for x in (logits(trace(model)), merged))
+    assert near < 0.5 * far
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_merging_equals_peft_s_own(tmp_path: Path, family: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], target_parameters=["down_proj", "gate_up_proj"],
+        rank_pattern={"q_proj": 2}, alpha_pattern={"o_proj": 6}, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    wrapped = peft.get_peft_model(make(family), config)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora" in name:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.1)
+    wrapped.save_pretrained(tmp_path / "a")
+    program, ctx = merge(make(family), tmp_path / "a")
+    whole = wrapped.merge_and_unload()
+    parameters = dict(whole.named_parameters())
+    assert len(ctx.audit) == 8 and any("experts.gate_up_proj" in name for name in ctx.audit)
+    for name in ctx.audit:
+        torch.testing.assert_close(program.tensors[name], parameters[name].detach(), rtol=1e-6, atol=1e-6)
+        assert not torch.equal(parameters[name], make(family).get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "message"),
+    [
+        ({}, {"use_dora": True}, "use_dora in its adapter_config.json can't be merged here; merge it with PEFT first"),
+        ({}, {"init_lora_weights": "pissa"}, "init_lora_weights=pissa in its"),
+        ({}, {"bias": "all"}, "bias in its"),
+        ({}, {"peft_type": "IA3"}, "an adapter of type IA3"),
+        ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save in its"),
+        (linear("model.layers.0.self_attn.q_proj", 32, 16), {}, r"updates \[32, 16\], but the weight is \[32, 32\]"),
+        (linear("model.layers.7.self_attn.q_proj", 32, 32), {}, "no weight for the adapter of model.layers.7.self_attn.q_proj"),
+        ({"model.layers.0.self_attn.q_proj.lora_A": (2, 32)}, {}, "q_proj has lora_A alone"),
+        ({"model.embed_tokens.lora_embedding_A": (2, 64)}, {}, "no LoRA matrix of a linear"),
+        (linear("model.layers.0.self_attn.q_proj", 32, 32), {"lora_alpha": None}, "no lora_alpha"),
+    ],
+)  # fmt: skip
+def test_what_can_t_be_merged_is_refused_in_one_line(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, Any], message: str
+) -> None:
+    adapter(tmp_path / "a", shapes, **config)
+    with pytest.raises(MoeccError, match=message) as found:
+        merge(make("qwen2_moe"), tmp_path / "a")
+    assert "\n" not in str(found.value)
+
+
+def test_a_folder_without_an_adapter_and_no_folder(tmp_path: Path) -> None:
+    model = make("qwen2_moe")
+    with pytest.raises(MoeccError, match=r"no adapter_config.json; give a folder that PEFT saved"):
+        merge(model, tmp_path)
+    with pytest.raises(MoeccError, match=r"write lora\{path=FOLDER\}"):
+        pipeline.run(trace(model), [pipeline.find("lora")()], Context())
+    adapter(tmp_path, {})
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(MoeccError, match="not a safetensors file"):
+        merge(model, tmp_path)
