@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moecc import adapters, experts
 from moecc.errors import MoeccError
+from moecc.weights import model_folder
 
 QUANTIZATION = "moecc"  # quant_method of the checkpoints that moecc writes
 
@@ -84,7 +85,7 @@ def read_config(source: Any) -> tuple[Any, Path | None]:
         raise MoeccError(
             f"a model is a folder, a hub id, a transformers configuration or an nn.Module, not {_name(source)}"
         )
-    folder = config_folder(str(source))
+    folder = model_folder(str(source), ["*.json"])
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask on the terminal
     except Exception as error:
@@ -94,23 +95,6 @@ def read_config(source: Any) -> tuple[Any, Path | None]:
             f"{source}: its config.json can't be used: {why}{own if 'custom code' in why else ''}"
         ) from error
     return config, folder
-
-
-def config_folder(source: str) -> Path:
-    """A local folder itself, else a snapshot of the hub repository's configuration files."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise MoeccError(f"{source}: no config.json in this folder")
-        return path
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise MoeccError(f"{source}: no such model folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json"]))
-    except Exception as error:
-        raise MoeccError(f"{source}: neither a local folder nor a model that can be had from the hub") from error
 
 
 def quantization_method(config: Any) -> str | None:

@@ -105,6 +105,20 @@ def test_bad_input_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["inspect", "compile"])
+def test_what_is_no_model_is_said_in_the_same_words(moecc: Any, command: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    options = ("--passes", "vq", "-o", tmp_path / "out") if command == "compile" else ()
+    for source, says in (
+        ("./nothing", "no folder './nothing'; give a checkpoint folder or a hub id such as "),
+        ("nothing", "no folder 'nothing' here, and the hub gave no model of that name"),
+        (tmp_path / "empty", "empty has no config.json; give the folder of a transformers checkpoint"),
+        (f"{TINYMOE}/config.json", "config.json is a file; give the folder that holds config.json and"),
+    ):
+        got = moecc(command, source, *options)
+        assert got.code == 2 and says in got.err
+
+
 def test_a_checkpoint_without_weights_or_tokenizer(moecc: Any, tmp_path: Path) -> None:
     config("mixtral").save_pretrained(tmp_path)
     assert "no tokenizer" in moecc("eval", tmp_path, "--reference", tmp_path).err

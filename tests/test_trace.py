@@ -148,7 +148,7 @@ def one_line(error: pytest.ExceptionInfo[MoeccError], *words: str) -> None:
         (3, ("int", "folder")),
         (LlamaConfig(), ("llama", "no experts")),
         (T5Config(), ("t5", "encoder-decoder")),
-        ("./no/such/folder", ("no such model folder",)),
+        ("./no/such/folder", ("no folder './no/such/folder'", "give a checkpoint folder")),
         (nn.Linear(2, 2), ("Linear", "no experts")),
         (MixtralConfig(**TINY, quantization_config={"quant_method": "fp8"}), ("fp8", "unquantized")),
     ],
