@@ -13,6 +13,7 @@ in layer i, L + 1 after the last, never falling along an edge), path (the deepes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -23,9 +24,9 @@ from torch.export import Dim, ExportedProgram
 
 from moecc import experts, guards, ops, stages
 from moecc.adapters import adapted
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, reason
 from moecc.seqmix import opaque_scans
-from moecc.skeleton import Skeleton, _first_line
+from moecc.skeleton import Skeleton
 
 # Families whose own code bounds the sequence length, and by what; their graphs are right inside the bound.
 BOUNDED = ("deepseek_v4", "minimax")
@@ -129,6 +130,17 @@ def _broadcast_masks() -> Iterator[None]:
         module._vmap_expansion_sdpa = original
 
 
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Without the traceback that torch logs by itself where an op can't be traced; the error that is raised says it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
     model = found.model
     with found.mode or nullcontext():
@@ -138,13 +150,13 @@ def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
         # Under no_grad: otherwise parts of the graph hide in set_grad_enabled sub-graphs. It stays differentiable.
         with (
             torch.no_grad(), _no_cache(model), _moecc_experts(model), adapted(model), opaque_scans(model),
-            _broadcast_masks(), _only_input_ids(model),
+            _broadcast_masks(), _only_input_ids(model), _one_line(),
         ):  # fmt: skip
             return torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes=shapes, strict=False)
     except MoeccError:
         raise
     except Exception as error:
-        raise MoeccError(f"{found.model_type}: the model can't be traced: {_first_line(error)}") from error
+        raise MoeccError(f"{found.name}: the model can't be traced: {reason(error)}{found.advice}") from error
 
 
 # ---------------------------------------------------------------- 2. shapes

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import logging
 import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,7 @@ def compile_model(
     read_config(folder)  # a broken one would look like a broken tokenizer
     batches, calibration = _calibration(folder, calib, rows, length, resolved, trust_remote_code)
     say(f"tracing {model}")
-    with _one_line():
-        program = trace(folder, dtype=torch.float32)
+    program = trace(folder, dtype=torch.float32)
     _require_fresh(program, model, say)
     _require_fitting(program, batches)
     if program.restriction:
@@ -132,17 +130,6 @@ def _require_dump(dump: Path | None, *, resumes: bool) -> None:
         raise MoeccError(f"--dump {dump} is a file; give a folder for the texts")
     if any(dump.iterdir()) and not resumes:
         raise MoeccError(f"--dump {dump} is not empty; give a new folder for the texts")
-
-
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    """Without the traceback that torch logs by itself where an op can't be traced; the error that is raised says it."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def _remove(made: list[Path], partial: Path) -> None:

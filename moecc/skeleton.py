@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moecc import adapters, experts
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, reason
 from moecc.weights import model_folder
 
 QUANTIZATION = "moecc"  # quant_method of the checkpoints that moecc writes
@@ -41,6 +41,17 @@ class Skeleton:
     mode: FakeTensorMode | None
     experts: dict[str, nn.Module]  # experts modules by path
     folder: Path | None = None  # where the configuration was read, None for a configuration or a module
+    source: str = ""  # the folder or hub id that was given
+
+    @property
+    def name(self) -> str:
+        """For messages: what was given, and its family."""
+        return _where(self.source, self.model_type)
+
+    @property
+    def advice(self) -> str:
+        """What to do where the configuration makes no model that runs."""
+        return _advice(self.source)
 
     @property
     def model_type(self) -> str:
@@ -62,10 +73,11 @@ def skeleton(source: str | Path | nn.Module | Any, dtype: torch.dtype | None = N
             f"{_name(source)}: its weights are quantized already ({method}); give the unquantized checkpoint"
         )
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    model = _build(config, dtype or config_dtype(config), mode)
+    given = str(source) if isinstance(source, (str, Path)) else ""
+    model = _build(config, dtype or config_dtype(config), mode, given)
     if method == QUANTIZATION:
         _prepare_compressed(model, config, mode)
-    return _checked(Skeleton(model, config, mode, experts.experts_modules(model), folder))
+    return _checked(Skeleton(model, config, mode, experts.experts_modules(model), folder, given))
 
 
 # ---------------------------------------------------------------- configuration
@@ -89,10 +101,10 @@ def read_config(source: Any) -> tuple[Any, Path | None]:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask on the terminal
     except Exception as error:
-        why = _first_line(error)
+        why = reason(error)
         own = "; moecc doesn't run a model's own code, it takes the families of transformers"
         raise MoeccError(
-            f"{source}: its config.json can't be used: {why}{own if 'custom code' in why else ''}"
+            f"{source}: its config.json can't be used: {why}{own if 'custom code' in why else '; check config.json'}"
         ) from error
     return config, folder
 
@@ -121,10 +133,6 @@ def config_dtype(config: Any) -> torch.dtype:
         if isinstance(dtype, torch.dtype):
             return dtype
     return torch.float32
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # ---------------------------------------------------------------- class and module tree
@@ -198,7 +206,7 @@ def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
         nn.Module.register_parameter, nn.Module._apply = original, original_apply  # type: ignore[method-assign]
 
 
-def _build(config: Any, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
+def _build(config: Any, dtype: torch.dtype, mode: FakeTensorMode, given: str) -> nn.Module:
     from transformers.initialization import no_init_weights
 
     experts.register()
@@ -208,11 +216,19 @@ def _build(config: Any, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
         with fake_parameters(mode), no_init_weights():
             model: nn.Module = (cls.from_config if auto else cls._from_config)(config, dtype=dtype)
     except Exception as error:
-        raise MoeccError(
-            f"{_family(config)}: the model can't be built from its config: {_first_line(error)}"
-        ) from error
+        why = f"the model can't be built from its config: {_unbuilt(config, error)}{_advice(given)}"
+        raise MoeccError(f"{_where(given, _family(config))}: {why}") from error
     _keep_float32(model, dtype)
     return model.eval()
+
+
+def _unbuilt(config: Any, error: Exception) -> str:
+    """The reason. A name that transformers doesn't know, of an activation, say, comes as a KeyError of that name alone."""
+    if not isinstance(error, KeyError) or not error.args:
+        return reason(error)
+    entries = text_config(config).to_dict().items()
+    entry = next((key for key, value in entries if value == error.args[0]), None)
+    return f"{entry} {error} is unknown" if entry else f"{error} is unknown"
 
 
 def _keep_float32(model: Any, dtype: torch.dtype) -> None:
@@ -242,7 +258,19 @@ def _family(config: Any) -> str:
     return str(getattr(config, "model_type", "") or type(config).__name__)
 
 
+def _where(given: str, family: str) -> str:
+    return f"{given} ({family})" if given else family
+
+
+def _advice(given: str) -> str:
+    return "; check config.json" if given else ""
+
+
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+# What families call the number of experts that a token takes; dbrx has it in its ffn_config.
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 def _checked(found: Skeleton) -> Skeleton:
@@ -257,12 +285,33 @@ def _checked(found: Skeleton) -> Skeleton:
             f"{family}: {type(found.model).__name__} has no experts; moecc takes Mixture-of-Experts models"
         )
     _check_state(found)
+    _check_top_k(found)
     for path, module in found.experts.items():
         try:
             experts.probe(module)
         except MoeccError as error:
             raise MoeccError(f"{family}, {path}: {error}") from error
     return found
+
+
+def _check_top_k(found: Skeleton) -> None:
+    """A model that chooses no expert would be compiled without a word, and one that chooses too many can't be traced."""
+    part = text_config(found.config)
+    part = getattr(part, "ffn_config", part)
+    (key, top_k), (total, count) = _first_count(part, TOP_K), _first_count(part, EXPERT_COUNTS)
+    if top_k is None or count is None:
+        return
+    count += getattr(part, "zero_expert_num", 0) or 0  # longcat's router may choose experts that do nothing
+    if not 1 <= top_k <= count:
+        what = f"{key} is {top_k} and {total} {count}, but a token takes 1 expert or more, and no more than there are"
+        raise MoeccError(f"{found.name}: {what}{found.advice}")
+
+
+def _first_count(config: Any, keys: tuple[str, ...]) -> tuple[str, int | None]:
+    """The first of `keys` that gives one number for all layers."""
+    aliases = getattr(config, "attribute_map", {})
+    values = ((aliases.get(key, key), getattr(config, key, None)) for key in keys)
+    return next(((key, value) for key, value in values if type(value) is int), ("", None))
 
 
 def _check_state(found: Skeleton) -> None:

@@ -203,13 +203,31 @@ def test_a_config_that_lies_about_shapes(lie: dict[str, Any], refused: Any, mode
     assert len(line) > 30 and "tokenizer" not in line
 
 
+@pytest.mark.parametrize(
+    ("lie", "says"),
+    [
+        (dict(num_experts_per_tok=9), "num_experts_per_tok is 9 and num_local_experts 4, but a token takes 1 expert"),
+        (dict(num_experts_per_tok=0), "num_experts_per_tok is 0 and num_local_experts 4, but a token takes 1 expert"),
+        (dict(num_attention_heads=3), "the model can't be traced: Attempting to broadcast"),
+        (dict(hidden_act="mystery"), "hidden_act 'mystery' is unknown"),
+        (dict(hidden_size="64"), "field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_named_with_its_entry(
+    lie: dict[str, Any], says: str, refused: Any, model: Path
+) -> None:
+    edit_config(model, **lie)
+    line = refused(model)
+    assert line.startswith(str(model)) and says in line and line.endswith("; check config.json")
+
+
 def test_as_a_process_too_it_is_one_line(model: Path, tmp_path: Path) -> None:
     """torch logs a traceback where an op can't be traced, past what pytest captures."""
-    edit_config(model, num_experts_per_tok=5)
+    edit_config(model, num_attention_heads=3)
     args = ("compile", model, "--passes", QUICK, "-o", tmp_path / "out", "--json")
     got = subprocess.run([sys.executable, "-m", "moecc.cli", *args], capture_output=True, text=True)
     assert (got.returncode, got.stdout) == (2, "")
-    assert "Traceback" not in got.stderr and got.stderr.splitlines()[-1].startswith("moecc: error: mixtral: ")
+    assert "Traceback" not in got.stderr and got.stderr.splitlines()[-1].startswith(f"moecc: error: {model} (mixtral): ")
 
 
 def test_what_does_not_fit_says_which_tensor(refused: Any, model: Path) -> None:
