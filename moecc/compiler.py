@@ -26,7 +26,7 @@ from moecc import artifact, pipeline, text, verify, vq4
 from moecc.base import Context, MoeccError, Pass
 from moecc.ir import Program
 from moecc.journal import Journal
-from moecc.skeleton import read_config
+from moecc.skeleton import longest_row, read_config
 from moecc.survey import least_bytes
 from moecc.trace import trace
 from moecc.weights import free_space, resolve
@@ -220,12 +220,16 @@ def _require_fresh(program: Program, model: str, say: Callable[[str], None]) -> 
 
 
 def _require_fitting(program: Program, batches: list[Tensor]) -> None:
-    """Rows no longer than the trace holds for, of tokens that the model has."""
+    """Rows no longer than the trace holds for and the model has positions for, of tokens that it has."""
     length, longest = max((ids.shape[1] for ids in batches), default=0), _longest(program)
     excluded = re.search(r"other than ([\d, ]+)", program.restriction)
     if length > longest or (excluded and str(length) in excluded[1].split(", ")):
         advice = f"give --length {min(longest, length + 3)}"
         raise MoeccError(f"rows of {length} tokens, but the trace holds for {program.restriction} only; {advice}")
+    limit = longest_row(program.config)
+    if limit is not None and length > limit:
+        what = f"the model has positions for {limit} (max_position_embeddings in its config.json)"
+        raise MoeccError(f"rows of {length} tokens, but {what}; give --length {limit}")
     highest, size = max((int(ids.max()) for ids in batches), default=0), program.config.get_text_config().vocab_size
     if highest >= size:
         raise MoeccError(
@@ -243,7 +247,7 @@ def _check_ids(program: Program, batches: list[Tensor]) -> list[Tensor]:
     if batches:
         return [batches[0][: CHECKED[0], : CHECKED[1]]]
     size = program.config.get_text_config().vocab_size
-    rows, length = CHECKED[0], min(CHECKED[1], _longest(program))
+    rows, length = CHECKED[0], min(CHECKED[1], _longest(program), longest_row(program.config) or CHECKED[1])
     return [(torch.arange(rows * length) * 7919 % size).view(rows, length)]
 
 

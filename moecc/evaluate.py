@@ -27,7 +27,7 @@ from torch.export.graph_signature import InputKind
 from moecc.errors import MoeccError
 from moecc.ir import MoE, Program, Weight, output_node, run_nodes, stage_nodes
 from moecc.pipeline import expert_weights
-from moecc.skeleton import text_config
+from moecc.skeleton import longest_row, text_config
 from moecc.stream import StageWeights, Stream
 from moecc.weights import Store
 
@@ -175,6 +175,12 @@ def _check_rows(rows: Tensor, program: Program) -> None:
         raise MoeccError(
             f"rows of {rows.shape[1]} tokens, but this model was traced for {program.restriction}; "
             f"give --length {longest[1]}"
+        )
+    limit = longest_row(program.config)
+    if limit is not None and rows.shape[1] > limit:
+        raise MoeccError(
+            f"rows of {rows.shape[1]} tokens, but this model has positions for {limit} (max_position_embeddings in its "
+            f"config.json); give --length {limit}"
         )
     if int(rows.min()) < 0 or int(rows.max()) >= _width(program):
         raise MoeccError(

@@ -125,6 +125,12 @@ def text_config(config: Any) -> Any:
     return get() if callable(get) else config
 
 
+def longest_row(config: Any) -> int | None:
+    """The most tokens that the model has positions for, None where its configuration doesn't say."""
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    return limit if type(limit) is int and limit > 0 else None
+
+
 def config_dtype(config: Any) -> torch.dtype:
     """The dtype that the configuration names, else float32."""
     for part in (config, text_config(config)):

@@ -279,6 +279,12 @@ def test_rows_of_a_length_that_the_family_does_not_take(refused: Any, tmp_path: 
     assert "rows of 2 tokens" in line and "sequence other than 2" in line and "give --length 5" in line
 
 
+def test_rows_longer_than_the_model_has_positions_for(refused: Any, model: Path) -> None:
+    edit_config(model, max_position_embeddings=12)
+    line = refused(model)
+    assert "rows of 16 tokens, but the model has positions for 12" in line and "give --length 12" in line
+
+
 # ---------------------------------------------------------------- the output folder
 
 

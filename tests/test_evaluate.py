@@ -202,6 +202,8 @@ def test_rows_that_do_not_fit_are_refused(tinymoe: Program) -> None:
     assert "token rows must be" in refused(tinymoe, tinymoe, tokens(1, 8)[0])
     program = trace(make("minimax"))
     assert "--length 63" in refused(program, program, tokens(1, 64))
+    program.config.max_position_embeddings = 32
+    assert "positions for 32" in refused(program, program, tokens(1, 33))
 
 
 def test_logits_that_are_not_numbers_are_said() -> None:
