@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from moecc.base import Layer
-from moecc.ir import MoE, Program, ancestors, descendants, needed_for, output_node, run_nodes, stage_nodes, written
-from moecc.passes._routing import boundary_loss, flips, order_loss, standardized, value_loss
+from moecc.ir import MoE, Program, descendants, needed_for, output_node, run_nodes, stage_nodes, written
+from moecc.passes._routing import boundary_loss, flips, order_loss, selection_scores, standardized, value_loss
 from moecc.stream import StageWeights
 
 ROUTING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
@@ -127,23 +127,6 @@ def output_logits(program: Program) -> fx.Node | None:
     node = output_node(program)
     part = program.config.get_text_config() if hasattr(program.config, "get_text_config") else program.config
     return node if node.meta["val"].shape[-1] == getattr(part, "vocab_size", None) else None
-
-
-def selection_scores(moe: MoE) -> fx.Node:
-    """What the last top-k before the experts looks at; a softmax keeps the order of its logits, which are easier to train on."""
-    assert moe.logits is not None and isinstance(moe.node.args[1], fx.Node)
-    between = ancestors([moe.node.args[1]]) - ancestors([moe.logits])
-    topk = [n for n in moe.node.graph.nodes if n in between and "topk" in str(n.target)]
-    if not topk:
-        return moe.logits
-    scores = topk[-1].args[0]
-    assert isinstance(scores, fx.Node)
-    return moe.logits if scores is moe.logits or _only_softmax(scores, moe.logits) else scores
-
-
-def _only_softmax(node: fx.Node, logits: fx.Node) -> bool:
-    steps = [str(n.target) for n in ancestors([node]) - ancestors([logits])]
-    return all(any(word in s for word in ("softmax", "to.dtype", "_to_copy", "view", "reshape")) for s in steps)
 
 
 def _path_to(program: Program, stage: int, target: fx.Node) -> list[fx.Node]:

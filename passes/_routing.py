@@ -11,7 +11,9 @@ Shapes: T tokens, E experts, k chosen; s student, t teacher, both [T, E], in uni
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+from moecc.ir import MoE, ancestors
 
 MARGIN = 0.5  # standard deviations: a gap wider than this is not defended further
 
@@ -59,3 +61,20 @@ def flips(s: Tensor, t: Tensor, top_k: int) -> Tensor:
     """Share of the teacher's chosen experts that the student does not choose."""
     chosen = [z.topk(top_k, -1).indices for z in (s, t)]
     return 1 - (chosen[0].unsqueeze(-1) == chosen[1].unsqueeze(-2)).any(-1).float().mean()
+
+
+def selection_scores(moe: MoE) -> fx.Node:
+    """What the last top-k before the experts looks at; a softmax keeps the order of its logits, which are easier to train on."""
+    assert moe.logits is not None and isinstance(moe.node.args[1], fx.Node)
+    between = ancestors([moe.node.args[1]]) - ancestors([moe.logits])
+    topk = [n for n in moe.node.graph.nodes if n in between and "topk" in str(n.target)]
+    if not topk:
+        return moe.logits
+    scores = topk[-1].args[0]
+    assert isinstance(scores, fx.Node)
+    return moe.logits if scores is moe.logits or _only_softmax(scores, moe.logits) else scores
+
+
+def _only_softmax(node: fx.Node, logits: fx.Node) -> bool:
+    steps = [str(n.target) for n in ancestors([node]) - ancestors([logits])]
+    return all(any(word in s for word in ("softmax", "to.dtype", "_to_copy", "view", "reshape")) for s in steps)

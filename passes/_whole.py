@@ -5,7 +5,8 @@
      it gave are pulled back to its inputs and to the trained tensors that it reads, and its graph is dropped.
 
 Memory: the activations between all layers for one batch, one layer's weights and one layer's graph. Cost: one forward more.
-The loss is a function of what is alive before the last stage (the last hidden state) and of the output.
+The loss is a function of what is alive before the last stage (the last hidden state) and of the output, plus losses of single
+values inside the layers (router scores), which are taken where their layer is run backward.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from moecc.ir import Program, descendants, output_node, run_nodes, stage_nodes
 from moecc.stream import StageWeights, Stream
 
 Values = dict[str, Any]
-Trained = Callable[
-    [set[str]], Mapping[str, Tensor]
-]  # placeholders of a stage -> their values, as functions of the parameters
+# placeholders of a stage -> their values, as functions of the parameters
+Trained = Callable[[set[str]], Mapping[str, Tensor]]
+Inner = Mapping[str, Callable[[Tensor], Tensor]]  # node name -> the loss of its value
 
 
 class Whole:
     """A program, stage by stage, with the weights behind the placeholders `trained` replaced by functions of parameters."""
 
-    def __init__(self, program: Program, trained: set[str], *, keep: bool):
-        """keep: whether weights stay in memory once they were read."""
+    def __init__(self, program: Program, trained: set[str], *, watch: set[str] = frozenset(), keep: bool):  # type: ignore[assignment]
+        """watch: nodes inside the layers whose values are wanted. keep: whether weights stay in memory once they were read."""
         self.program, self.keep = program, keep
         self.input, self.output = program.user_inputs[0].name, output_node(program).name
         self.stages = [stage_nodes(program, i) for i in range(program.layers)]
         stream = Stream(program, ())
         self.alive = [stream.needed_after(i) for i in range(program.layers)]
         self.alive[-1] = {self.output}
+        self.watched = [{n.name for n in s} & watch for s in self.stages]
         self.reads = [{i.name for n in s for i in n.all_input_nodes if i.name in trained} for s in self.stages]
         roots = [n for n in program.graph.nodes if n.name in trained]
         self.moving = {n.name for n in descendants([n for s in self.stages for n in s], roots)}
@@ -48,16 +50,16 @@ class Whole:
         return self._weights.setdefault(stage, StageWeights(self.program))
 
     def run(self, stage: int, values: Values, trained: Trained) -> Values:
-        """What is alive after `stage`, from what was alive before it."""
-        here = dict(values)
+        """What is alive after `stage`, from what was alive before it, and what is watched inside."""
+        here, wanted = dict(values), self.alive[stage] | self.watched[stage]
         weights = StageWeights.sharing(self.weights(stage), trained(self.reads[stage]))
-        for _ in run_nodes(self.stages[stage], here, weights, keep=self.alive[stage]):
+        for _ in run_nodes(self.stages[stage], here, weights, keep=wanted):
             pass
-        return {k: v for k, v in here.items() if k in self.alive[stage]}
+        return {k: v for k, v in here.items() if k in wanted}
 
     @torch.no_grad()
     def forward(self, ids: Tensor, trained: Trained) -> list[Values]:
-        """What is alive before each stage; the last entry is what is alive before the head."""
+        """What is alive before each stage and was watched in the one before; the last entry is what is alive before the head."""
         kept: list[Values] = [{self.input: ids}]
         for stage in range(self.program.layers - 1):
             kept.append(self.run(stage, kept[-1], trained))
@@ -69,24 +71,25 @@ class Whole:
         output: Tensor = self.run(self.program.layers - 1, values, trained)[self.output]
         return output
 
-    def backward(self, ids: Tensor, trained: Trained, loss: Callable[[Values, Tensor], Tensor]) -> float:
-        """Add the gradient of loss(what is alive before the head, output) to the parameters behind `trained`; its value."""
+    def backward(
+        self, ids: Tensor, trained: Trained, loss: Callable[[Values, Tensor], Tensor], inner: Inner | None = None
+    ) -> None:
+        """Add the gradient of loss(what is alive before the head, output), and of inner losses, to what is behind `trained`."""
         kept = self.forward(ids, trained)
         values = self._leaves(kept.pop())
         with torch.enable_grad():
-            total = loss(values, self.run(self.program.layers - 1, values, trained)[self.output])
-            total.backward()
+            loss(values, self.run(self.program.layers - 1, values, trained)[self.output]).backward()
         for stage in reversed(range(self.program.layers - 1)):
             grads = {k: v.grad for k, v in values.items() if isinstance(v, Tensor) and v.grad is not None}
-            if not grads:
-                break
             values = self._leaves(kept.pop())
             with torch.enable_grad():
                 after = self.run(stage, values, trained)
                 reached = [k for k in grads if after[k].requires_grad]
-                if reached:
-                    torch.autograd.backward([after[k] for k in reached], [grads[k] for k in reached])
-        return float(total.detach())
+                inside = [k for k in self.watched[stage] if inner and k in inner and after[k].requires_grad]
+                losses = [inner[k](after[k]) for k in inside] if inner else []
+                if reached or losses:
+                    ends = [*(after[k] for k in reached), *losses]
+                    torch.autograd.backward(ends, [*(grads[k] for k in reached), *(torch.ones_like(x) for x in losses)])
 
     def _leaves(self, values: Values) -> Values:
         """The same values, those that move as leaves that collect a gradient."""

@@ -8,7 +8,8 @@
          hidden * |h - h_float|^2 / |h_float|^2 of the last hidden state        (the paper's model loss)
        + lm * -log p(next token of the calibration text)                        (the paper's language-model loss)
        + kl * KL(float model || program) of the next token                      (ours: what is to be kept, not the text)
-     hidden and kl relative to their values before training. One layer's graph is in memory at a time (`_whole`).
+       + routing * misalignment of every router's scores (`_routing`: value and boundary), so that no gain is bought with flips
+     hidden, kl and routing relative to their values before training. One layer's graph is in memory at a time (`_whole`).
   4. An eighth of the calibration batches is held out. The state with the least held-out loss is kept, the start included; when
      `patience` checks in a row bring no better one, training ends.
 
@@ -17,7 +18,7 @@ Cost in bits per weight: none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from moecc.ir import Program
 from moecc.ops import VQ_EXPERTS
 from moecc.passes._adapters import attach
 from moecc.passes._linears import linears
+from moecc.passes._routing import boundary_loss, selection_scores, standardized, value_loss
 from moecc.passes._tuned import Tuned
 from moecc.passes._whole import Values, Whole
 
@@ -53,6 +55,7 @@ class ModelLossAdapters(Pass):
     hidden: float = option(1.0, help="weight of the last hidden state", low=0, high=1e4)
     kl: float = option(1.0, help="weight of the divergence from the float model's next token", low=0, high=1e4)
     lm: float = option(0.0, help="weight of the calibration text's own next token", low=0, high=1e4)
+    routing: float = option(1.0, help="weight of all routers' alignment", low=0, high=1e4)
     patience: int = option(3, help="checks without a better held-out loss before training ends", low=1, high=1000)
 
     def run(self, program: Program, ctx: Context) -> bool:
@@ -143,27 +146,30 @@ class Training:
 
     def __init__(self, options: ModelLossAdapters, program: Program, trained: Trained, ctx: Context):
         self.options, self.trained, self.ctx = options, trained, ctx
-        self.whole = Whole(program, trained.placeholders, keep=True)
+        routers = {selection_scores(m).name: m.top_k for m in program.moe_layers() if m.logits is not None}
+        self.routers = routers if options.routing else {}
+        self.whole = Whole(program, trained.placeholders, watch=set(self.routers), keep=True)
         self.batches = list(ctx.batches)
         self.held_out = list(range(7, len(self.batches), 8)) or [len(self.batches) - 1]
         self.rows = [i for i in range(len(self.batches)) if i not in self.held_out] or self.held_out
         assert ctx.reference is not None
-        self.teacher = Whole(ctx.reference, set(), keep=True)
+        self.teacher = Whole(ctx.reference, set(), watch=set(self.routers), keep=True)
         self.targets: dict[int, Values] = {}
-        self.scale = {"hidden": 1.0, "kl": 1.0}
+        self.scale = {"hidden": 1.0, "kl": 1.0, "routing": 1.0, "lm": 1.0}
         start = self.losses()
-        self.scale = {k: 1 / max(start[k], 1e-12) for k in self.scale}
+        self.scale |= {k: 1 / max(start[k], 1e-12) for k in ("hidden", "kl", "routing") if k in start}
 
     def target(self, row: int) -> Values:
-        """The float model's values before its head, kept: as large as the activations between two layers."""
+        """The float model's values before its head and its routers' scores, kept: a few activations per token and layer."""
         if row not in self.targets:
-            self.targets[row] = self.teacher.forward(self.batches[row], lambda wanted: {})[-1]
+            kept = self.teacher.forward(self.batches[row], lambda wanted: {})
+            self.targets[row] = kept[-1] | {k: v for values in kept for k, v in values.items() if k in self.routers}
         return self.targets[row]
 
     def terms(self, row: int, values: Values, logits: Tensor) -> dict[str, Tensor]:
         """hidden, kl and lm of one batch."""
         target = self.target(row)
-        moving = [k for k in values if k in self.whole.moving]
+        moving = [k for k in values if k in self.whole.moving and k not in self.routers]
         hidden = [(values[k] - target[k]).float().square().sum() / target[k].float().square().sum() for k in moving]
         student = logits.float().log_softmax(-1)
         teacher = self.teacher.head(target, lambda wanted: {}).float().log_softmax(-1)
@@ -171,21 +177,29 @@ class Training:
         lm = F.nll_loss(student[:, :-1].flatten(0, 1), self.batches[row][:, 1:].flatten())
         return {"hidden": torch.stack(hidden).mean(), "kl": kl, "lm": lm}
 
+    def misalignment(self, row: int, name: str, scores: Tensor) -> Tensor:
+        """One router's share of the routing term."""
+        s, t = standardized(scores.flatten(0, -2).float(), self.target(row)[name].flatten(0, -2).float())
+        k = self.routers[name]
+        return (value_loss(s, t, k) + boundary_loss(s, t, k)) / len(self.routers)
+
+    def weight(self, term: str) -> float:
+        value: float = getattr(self.options, term) * self.scale[term]
+        return value
+
     def total(self, terms: Mapping[str, Any]) -> Any:
-        o = self.options
-        return (
-            o.hidden * self.scale["hidden"] * terms["hidden"]
-            + o.kl * self.scale["kl"] * terms["kl"]
-            + o.lm * terms["lm"]
-        )
+        return sum(self.weight(k) * v for k, v in terms.items())
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """The held-out terms and their total."""
         sums: dict[str, float] = {}
         for row in self.held_out:
-            values = self.whole.forward(self.batches[row], self.trained.stored)[-1]
-            terms = self.terms(row, values, self.whole.head(values, self.trained.stored))
+            kept = self.whole.forward(self.batches[row], self.trained.stored)
+            terms = self.terms(row, kept[-1], self.whole.head(kept[-1], self.trained.stored))
+            inner = {k: v for values in kept for k, v in values.items() if k in self.routers}
+            if inner:
+                terms["routing"] = torch.stack([self.misalignment(row, k, v) for k, v in inner.items()]).sum()
             for k, v in terms.items():
                 sums[k] = sums.get(k, 0.0) + float(v) / len(self.held_out)
         return {**sums, "loss": float(self.total(sums))}
@@ -216,9 +230,13 @@ class Training:
 
     def step(self, row: int) -> None:
         """Add one batch's gradient."""
+        share = 1 / self.options.batches
 
         def loss(values: Values, logits: Tensor) -> Tensor:
-            found: Tensor = self.total(self.terms(row, values, logits)) / self.options.batches
+            found: Tensor = share * self.total(self.terms(row, values, logits))
             return found
 
-        self.whole.backward(self.batches[row], self.trained.values, loss)
+        def of(name: str) -> Callable[[Tensor], Tensor]:
+            return lambda scores: share * self.weight("routing") * self.misalignment(row, name, scores)
+
+        self.whole.backward(self.batches[row], self.trained.values, loss, {name: of(name) for name in self.routers})
