@@ -8,7 +8,7 @@ options. `str(pass)` prints the text that builds it again: `vq{bits=3,codebook=l
                                       calibrated behind the compressed earlier ones
   Composite   expand()                a name for several passes
 
-Facts in use: moments, basis, vq, affine, folded, routing, dense. `requires` must hold before, `provides` holds after, `spoils` no
+Facts in use: lora, moments, basis, vq, affine, folded, routing, adapters, merged, dense. `requires` must hold before, `provides` holds after, `spoils` no
 longer does.
 """
 
