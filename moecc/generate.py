@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, reason
+from moecc.skeleton import QUANTIZATION, bare, quantization_method, read_config
 from moecc.text import tokenizer_of
-from moecc.weights import resolve
+from moecc.weights import CheckpointStore, require_finite, resolve
 
 
 @torch.no_grad()
@@ -27,7 +29,10 @@ def generate(
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[-1] == 0:
         raise MoeccError("the prompt has no tokens; give some text with --prompt")
+    store = _checked_store(folder)
     loaded = _load(str(folder))
+    if store is not None:
+        _require_finite(loaded, store)
     if int(ids.max()) >= loaded.config.get_text_config().vocab_size:
         raise MoeccError(
             f"{model}: its tokenizer makes tokens that the model doesn't have; copy the model's own tokenizer"
@@ -44,6 +49,31 @@ def generate(
     return {"model": model, "prompt": prompt, "text": text, "tokens": made.tolist()}
 
 
+def _checked_store(folder: Path) -> CheckpointStore | None:
+    """The folder's weight files, which fit its model; None where only transformers knows how to load it.
+
+    transformers puts random numbers where a tensor is missing, and says so only in a log."""
+    if quantization_method(read_config(folder)[0]) not in (None, QUANTIZATION):
+        return None
+    found = bare(folder)
+    if not found.experts:
+        return None
+    store = CheckpointStore(folder, found.model)
+    store.check()
+    return store
+
+
+def _require_finite(loaded: Any, store: CheckpointStore) -> None:
+    """Looked for in what is loaded, so that no file is read twice but the one that holds such numbers."""
+    for name, tensor in loaded.state_dict().items():
+        if name in store:
+            try:
+                require_finite(tensor, f"'{name}'")
+            except MoeccError:
+                store.read(name)  # says which tensor of which file
+                raise
+
+
 def _load(folder: str) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -54,6 +84,5 @@ def _load(folder: str) -> Any:
     except MoeccError:
         raise
     except Exception as error:  # transformers raises what the family's code raises
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MoeccError(f"{folder}: transformers can't load it as a causal language model: {why}") from error
+        raise MoeccError(f"{folder}: transformers can't load it as a causal language model: {reason(error)}") from error
     return found.eval()

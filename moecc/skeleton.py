@@ -64,8 +64,13 @@ def skeleton(source: str | Path | nn.Module | Any, dtype: torch.dtype | None = N
     dtype: of the parameters; by default what the configuration says, else float32. MoeccError where the source can't be
     read, is no Mixture-of-Experts model, or belongs to a family that isn't known.
     """
+    return _checked(bare(source, dtype))
+
+
+def bare(source: str | Path | nn.Module | Any, dtype: torch.dtype | None = None) -> Skeleton:
+    """A skeleton that nothing is asked of yet: it may have no experts, or such as moecc doesn't know."""
     if isinstance(source, nn.Module):
-        return _checked(Skeleton(source, getattr(source, "config", None), None, experts.experts_modules(source)))
+        return Skeleton(source, getattr(source, "config", None), None, experts.experts_modules(source))
     config, folder = read_config(source)
     method = quantization_method(config)
     if method not in (None, QUANTIZATION):
@@ -77,7 +82,7 @@ def skeleton(source: str | Path | nn.Module | Any, dtype: torch.dtype | None = N
     model = _build(config, dtype or config_dtype(config), mode, given)
     if method == QUANTIZATION:
         _prepare_compressed(model, config, mode)
-    return _checked(Skeleton(model, config, mode, experts.experts_modules(model), folder, given))
+    return Skeleton(model, config, mode, experts.experts_modules(model), folder, given)
 
 
 # ---------------------------------------------------------------- configuration

@@ -128,7 +128,7 @@ def test_a_checkpoint_without_weights_or_tokenizer(moecc: Any, tmp_path: Path) -
         got = moecc(*args)
         assert got.code == 2 and "no *.safetensors weights" in got.err
     got = moecc("generate", tmp_path)
-    assert got.code == 2 and "can't load it" in got.err and "\n" not in got.err.strip()
+    assert got.code == 2 and "has neither model.safetensors nor" in got.err and "\n" not in got.err.strip()
 
 
 def test_a_tokenizer_of_another_model(moecc: Any, tmp_path: Path) -> None:
@@ -296,6 +296,37 @@ def test_generate_is_greedy_and_repeats(moecc: Any) -> None:
     assert got.code == 0 and len(got.json["tokens"]) == 8 and got.json == moecc(*args).json
     warm = moecc(*args, "--temperature", "2", "--seed", "1").json
     assert warm == moecc(*args, "--temperature", "2", "--seed", "1").json != got.json
+
+
+def damaged(folder: Path, change: Any) -> Path:
+    """A tiny model with a tokenizer, of whose tensors `change` makes others."""
+    make("mixtral").save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(TINYMOE, name), folder)
+    entries = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**entries, "vocab_size": 4096}))
+    file = TensorFile(folder / "model.safetensors")
+    tensors = {name: file.read(name) for name in file.names()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.ones(4096, 32)
+    change(tensors)
+    write_safetensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "a tensor lost": (lambda t: t.pop("model.norm.weight"), "has no tensor for 'model.norm.weight'"),
+    "a tensor of another shape": (lambda t: t.update({"model.norm.weight": torch.ones(8)}), "is [8], but config.json implies [32]"),
+    "an expert lost": (lambda t: t.pop(EXPERT), f"('{EXPERT}' is missing); fetch it again"),
+    "not a number": (lambda t: t[EXPERT][0].fill_(torch.nan), f"'{EXPERT}' in "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "says"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_generate_from_a_damaged_checkpoint(moecc: Any, change: Any, says: str, tmp_path: Path) -> None:
+    got = moecc("generate", damaged(tmp_path, change), "--max-new-tokens", "1")
+    assert got.code == 2 and says in got.err and str(tmp_path) in got.err and "report" not in got.err
 
 
 def test_passes_lists_every_pass_with_its_options(moecc: Any) -> None:
