@@ -178,6 +178,21 @@ def test_as_a_process() -> None:
     assert got.stderr == "moecc: error: no pass 'kbvqq'; did you mean 'kbvq'?\n"
 
 
+def test_an_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; from moecc_start import main; sys.exit(main())"
+    root = Path(__file__).parents[1]
+    got = subprocess.run([sys.executable, "-c", code, "passes"], capture_output=True, text=True, cwd=root)
+    assert (got.returncode, got.stdout, got.stderr) == (130, "", "moecc: interrupted\n")
+
+
+def test_the_command_runs_what_it_imports() -> None:
+    code = "import sys; from moecc_start import main; sys.exit(main())"
+    root = Path(__file__).parents[1]
+    got = subprocess.run([sys.executable, "-c", code, "passes", "vq"], capture_output=True, text=True, cwd=root)
+    assert got.returncode == 0 and "moments -> vq" in got.stdout
+
+
 def test_progress_is_off_unless_asked_for(moecc: Any) -> None:
     assert "comparing" not in moecc("diff", TINYMOE, TINYMOE).err
     assert "comparing" in moecc("diff", TINYMOE, TINYMOE, "--progress").err

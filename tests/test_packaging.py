@@ -57,7 +57,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     source.mkdir()
     for name in ("moecc", "passes", "backends"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for file in ("moecc_start.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         if (ROOT / file).is_file():
             shutil.copy(ROOT / file, source / file)
     code = "import setuptools.build_meta as b; b.build_sdist('../dist')"
@@ -74,8 +74,9 @@ def run(command: list[str], where: Path) -> None:
 
 
 def wanted() -> set[str]:
-    """Every source file as it lies inside the installed package."""
-    return {
+    """Every source file as it is installed."""
+    modules = {f"{name}.py" for name in SETUPTOOLS["py-modules"]}
+    return modules | {
         "/".join([*package.split("."), path.name])
         for package, folder in folders().items()
         for path in (ROOT / folder).glob("*.py")
