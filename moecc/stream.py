@@ -8,6 +8,7 @@ activations between two layers, whatever the model's size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,3 +110,20 @@ def run_program(
     while stream.stage < program.layers:
         stream.advance(visit)
     return stream.output()
+
+
+def free_memory() -> int:
+    """Bytes of memory that this machine says can be had now."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 8 << 30
+
+
+def fits_in_memory(program: Program) -> bool:
+    """Whether all weights take no more than half of what is free, so that they can stay once they were read."""
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in program.weights]
+    return bool(sum(v.numel() * v.element_size() for v in values) < free_memory() // 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moecc import hf
 from moecc.errors import MoeccError
 from moecc.ir import Program
-from moecc.stream import run_program
+from moecc.stream import free_memory, run_program
 from moecc.trace import trace
 
 TOLERANCE = 1e-3  # of the largest logit; both sides compute in float32, in another order
@@ -68,14 +68,3 @@ def _by_transformers(folder: Path, batches: Sequence[Tensor]) -> list[Tensor]:
     model = hf.load(str(folder), torch.float32)
     model.config.use_cache = False
     return [model(input_ids=ids)[0].float() for ids in batches]
-
-
-def free_memory() -> int:
-    """Bytes of memory that this machine says can be had now."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 8 << 30

@@ -11,14 +11,14 @@ values inside the layers (router scores), which are taken where their layer is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moecc.ir import Program, descendants, output_node, run_nodes, stage_nodes
-from moecc.stream import StageWeights, Stream
+from moecc.stream import StageWeights, Stream, fits_in_memory
 
 Values = dict[str, Any]
 # placeholders of a stage -> their values, as functions of the parameters
@@ -29,15 +29,15 @@ Inner = Mapping[str, Callable[[Tensor], Tensor]]  # node name -> the loss of its
 class Whole:
     """A program, stage by stage, with the weights behind the placeholders `trained` replaced by functions of parameters."""
 
-    def __init__(self, program: Program, trained: set[str], *, watch: set[str] = frozenset(), keep: bool):  # type: ignore[assignment]
-        """watch: nodes inside the layers whose values are wanted. keep: whether weights stay in memory once they were read."""
-        self.program, self.keep = program, keep
+    def __init__(self, program: Program, trained: set[str], watch: Container[str] = ()):
+        """watch: nodes inside the layers whose values are wanted. Weights that fit in memory stay there once they were read."""
+        self.program, self.keep = program, fits_in_memory(program)
         self.input, self.output = program.user_inputs[0].name, output_node(program).name
         self.stages = [stage_nodes(program, i) for i in range(program.layers)]
         stream = Stream(program, ())
         self.alive = [stream.needed_after(i) for i in range(program.layers)]
         self.alive[-1] = {self.output}
-        self.watched = [{n.name for n in s} & watch for s in self.stages]
+        self.watched = [{n.name for n in s if n.name in watch} for s in self.stages]
         self.reads = [{i.name for n in s for i in n.all_input_nodes if i.name in trained} for s in self.stages]
         roots = [n for n in program.graph.nodes if n.name in trained]
         self.moving = {n.name for n in descendants([n for s in self.stages for n in s], roots)}

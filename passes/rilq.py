@@ -148,12 +148,12 @@ class Training:
         self.options, self.trained, self.ctx = options, trained, ctx
         routers = {selection_scores(m).name: m.top_k for m in program.moe_layers() if m.logits is not None}
         self.routers = routers if options.routing else {}
-        self.whole = Whole(program, trained.placeholders, watch=set(self.routers), keep=True)
+        self.whole = Whole(program, trained.placeholders, watch=self.routers)
         self.batches = list(ctx.batches)
         self.held_out = list(range(7, len(self.batches), 8)) or [len(self.batches) - 1]
         self.rows = [i for i in range(len(self.batches)) if i not in self.held_out] or self.held_out
         assert ctx.reference is not None
-        self.teacher = Whole(ctx.reference, set(), watch=set(self.routers), keep=True)
+        self.teacher = Whole(ctx.reference, set(), watch=self.routers)
         self.targets: dict[int, Values] = {}
         self.scale = {"hidden": 1.0, "kl": 1.0, "routing": 1.0, "lm": 1.0}
         start = self.losses()

@@ -286,7 +286,7 @@ def test_gradients_layer_by_layer_are_those_of_the_whole(traced: Program) -> Non
         for b in trained.b.values():
             b.normal_(std=0.05)
     routers = {selection_scores(m).name for m in program.moe_layers()}
-    whole = Whole(program, trained.placeholders, watch=routers, keep=False)
+    whole = Whole(program, trained.placeholders, watch=routers)
     inner = {name: lambda scores: scores.float().sin().sum() for name in routers}
     whole.backward(TOKENS[0], trained.values, lambda values, logits: logits.float().square().mean(), inner)
     got = [p.grad for p in trained.parameters]
