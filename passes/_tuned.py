@@ -44,10 +44,10 @@ class Tuned:
     def groups(self, factor: float) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer, rates multiplied by `factor`.
 
-        A bit more quarters the squared error that there is to correct, and so the steps: larger ones lowered the flips of the
+        A bit more leaves less to correct, and the steps are a third: larger ones lowered the flips of the
         routers at 3 bit and raised the divergence.
         """
-        rates = {k: RATES[self.kinds[k]] * factor * 4.0 ** (2 - self.bits[k]) for k in self.parameters}
+        rates = {k: RATES[self.kinds[k]] * factor * 3.0 ** (2 - self.bits[k]) for k in self.parameters}
         return [{"params": [p], "lr": rates[k]} for k, p in self.parameters.items()]
 
     def rounded(self, wanted: Container[str] | None = None) -> dict[str, Tensor]:
