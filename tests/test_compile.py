@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Missing, make
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -495,3 +496,36 @@ def test_saving_a_loaded_artifact_gives_the_same_tensors(mixtral: Path, compile:
     for name in first.names():
         assert torch.equal(first.read(name), second.read(name)), name
     assert torch.equal(logits(load(tmp_path / "again")), logits(load(tmp_path / "out")))
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def test_adapters_are_merged_into_the_checkpoint_s_own_type(compile: Any, tmp_path: Path) -> None:
+    """A trained adapter comes first, those that are trained on the compressed model are gone at the end; nothing grows."""
+    model = checkpoint(tmp_path / "model", "qwen2_moe", torch.bfloat16)
+    folder, name = tmp_path / "adapter", "model.layers.0.self_attn.o_proj"
+    folder.mkdir()
+    pair = {
+        f"base_model.model.{name}.lora_{k}.weight": torch.randn(s) * 0.2 for k, s in (("A", (2, 32)), ("B", (32, 2)))
+    }
+    save_file(pair, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+
+    passes = f"rilq{{steps=10,rank=2,lr=5,patience=9}},merge,kbvq{{rank=2}},lora{{path={folder}}}"
+    got = compile(model, tmp_path / "out", passes)
+    assert got.code == 0, got.err
+    assert "lora{path=" in got.err and ",fold,rilq{" in got.err and got.json["passes"].endswith(",merge")
+    audit = {row["name"]: row for row in json.loads((tmp_path / "out" / "moecc.json").read_text())["audit"]}
+    row = audit[f"{name}.weight"]
+    assert (row["became"], row["bits"], row["role"]) == ("rewritten", 16.0, "attention")
+    before, after = (load(f).get_parameter(f"{name}.weight").detach() for f in (model, tmp_path / "out"))
+    a, b = pair.values()
+    assert float((after - before - 2 * b @ a).norm()) < 0.2 * float((2 * b @ a).norm())
+
+    save_file({k: v * 2 for k, v in pair.items()}, folder / "adapter_model.safetensors")
+    other = compile(model, tmp_path / "other", f"lora{{path={folder}}}")
+    assert other.code == 0, other.err
+    moved = load(tmp_path / "other").get_parameter(f"{name}.weight").detach()
+    torch.testing.assert_close(moved, (before + 8 * b @ a).bfloat16().float())
+    assert "vq" not in (tmp_path / "other" / "config.json").read_text()
