@@ -109,7 +109,7 @@ def test_dtype_is_the_configs_by_default() -> None:
 
 def test_correction_bias_keeps_float32_in_a_bfloat16_model() -> None:
     config = AutoConfig.for_model("deepseek_v3", **{**TINY, "num_key_value_heads": 4}, n_routed_experts=8,
-                                  n_group=2, topk_group=1, first_k_dense_replace=0)  # fmt: skip
+                                  num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=0)  # fmt: skip
     buffers = dict(skeleton(config, torch.bfloat16).model.named_buffers())
     bias = next(b for name, b in buffers.items() if name.endswith("e_score_correction_bias"))
     assert bias.dtype == torch.float32
