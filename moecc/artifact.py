@@ -225,10 +225,9 @@ def _held(program: Program, node: fx.Node, name: str) -> LazyTensor:
 
 
 def _rewritten(program: Program, name: str) -> LazyTensor:
-    """A weight of the checkpoint that a pass changed: in the checkpoint's type where that holds it exactly, else as it is."""
-    disk, value = program.stored_dtype(name), program.tensors[name]
-    dtype = disk if torch.equal(value.to(disk).to(value.dtype), value) else value.dtype
-    return LazyTensor(tuple(value.shape), dtype, lambda: program.tensors[name].to(dtype).contiguous())
+    """A weight of the checkpoint that a pass changed: in the checkpoint's type where that holds it exactly, else the program's."""
+    dtype = program.stored_dtype(name) if name in program.rounded else program.dtype
+    return LazyTensor(_shape(program, name), dtype, lambda: program.tensors[name].to(dtype).contiguous())
 
 
 def _nbytes(node: fx.Node) -> int:

@@ -8,8 +8,8 @@ options. `str(pass)` prints the text that builds it again: `vq{bits=3,codebook=l
                                       calibrated behind the compressed earlier ones
   Composite   expand()                a name for several passes
 
-Facts in use: lora, moments, basis, vq, affine, folded, routing, adapters, merged, dense. `requires` must hold before, `provides` holds after, `spoils` no
-longer does.
+Facts in use: lora, moments, basis, vq, affine, folded, routing, adapters, merged, dense. `requires` must hold before, `provides`
+holds after, `spoils` no longer does, `leads_to` must follow.
 """
 
 from __future__ import annotations

@@ -136,6 +136,7 @@ class Program:
     restriction: str = ""  # a limit on input shapes that the trace had to accept
     unreached: tuple[str, ...] = ()  # parameters that no traced path reads
     facts: set[str] = field(default_factory=set)
+    rounded: set[str] = field(default_factory=set)  # held weights whose values the checkpoint's own type holds exactly
 
     @property
     def graph(self) -> fx.Graph:
@@ -189,6 +190,7 @@ class Program:
     def add(self, name: str, tensor: Tensor) -> fx.Node:
         """A new held weight and its placeholder; an existing name is given its new value."""
         self.tensors[name] = tensor
+        self.rounded.discard(name)
         for node in self.graph.nodes:
             if node.op == "placeholder" and node.name in self.weights and self.weights[node.name].name == name:
                 node.meta["val"] = self._fake(tensor)
@@ -221,7 +223,7 @@ class Program:
         """The same program with a graph of its own; tensors and store are shared."""
         return Program(
             copy_module(self.module), dict(self.weights), Held(self.tensors), self.store, self.exported_from, self.config,
-            self.source, self.dtype, self.restriction, self.unreached, set(self.facts),
+            self.source, self.dtype, self.restriction, self.unreached, set(self.facts), set(self.rounded),
         )  # fmt: skip
 
     def _fake(self, tensor: Tensor) -> Tensor:

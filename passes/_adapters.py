@@ -55,6 +55,7 @@ def merge(program: Program, adapter: Adapter) -> float:
     merged = value.to(program.stored_dtype(adapter.weight)).to(value.dtype)
     program.weights[adapter.placeholder] = Weight(adapter.weight)
     program.tensors[adapter.weight] = merged
+    program.rounded.add(adapter.weight)
     for name in (adapter.a, adapter.b):
         program.tensors.pop(name)
     return float((merged - value).square().sum() / value.square().sum().clamp(min=1e-30))

@@ -58,6 +58,7 @@ class MergeLora(Pass):
             dtype = program.stored_dtype(weight)
             before = program.tensors.reader(weight) if weight in program.tensors else partial(_stored, program, weight)
             program.tensors.spill(weight, partial(merged, before, update, dtype))
+            program.rounded.add(weight)
             ctx.record(weight, lora=f"rank {update.rank}, scaling {update.scaling:g}")
         return bool(updates)
 
