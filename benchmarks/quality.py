@@ -1,7 +1,9 @@
 """What is lost at which size: moecc's pipelines beside other tools, on one checkpoint, in one run.
 
-    python benchmarks/quality.py                      the example model; tables to benchmarks/results/quality.md and .json
+    python benchmarks/quality.py                      the example model; tables to benchmarks/results/quality.md and .json,
+                                                      and KL against bits per weight of all methods to quality.svg
     python benchmarks/quality.py --only 2bit ablation --model CHECKPOINT --calib FILE --text FILE
+    python benchmarks/quality.py --join A.json B.json     one page of groups that were measured in several runs
 
 Everything is quantized on the same calibration rows and evaluated on the same rows of a text that no method saw, by `moecc eval`
 (KL(reference || quantized), perplexity, share of the chosen experts that stays the same). Bits per weight are counted over the
@@ -45,6 +47,14 @@ METHODS: dict[str, list[tuple[str, str, int]]] = {
         ("AutoRound W3 g128, 200 iterations", "peer:autoround-w3g128", 3),
         ("moecc kbvq", "kbvq", 3),
         ("moecc kbvq,vsraq", "kbvq,vsraq", 3),
+    ],
+    "rilq": [
+        ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
+        ("moecc kbvq,rilq,merge", "kbvq,rilq,merge", 2),
+        ("moecc kbvq,vsraq,rilq,merge", "kbvq,vsraq,rilq,merge", 2),
+        ("moecc kbvq,vsraq,rilq,merge, routers not in the loss", "kbvq,vsraq,rilq{routing=0},merge", 2),
+        ("moecc kbvq,vsraq,rilq,merge, rank 4", "kbvq,vsraq,rilq{rank=4},merge", 2),
+        ("moecc kbvq,vsraq,rilq,merge, rank 64", "kbvq,vsraq,rilq{rank=64},merge", 2),
     ],
     "ablation": [
         ("k-means only", "moments,vq{feedback=false}", 2),
@@ -141,6 +151,40 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(groups: dict[str, list[dict[str, Any]]], model: str, out: Path) -> None:
+    """KL against bits per weight, a point for every method of the tables with peers."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib isn't installed; pip install '.[bench]'", file=sys.stderr)
+        return
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "moecc"  # the same points, the same bytes
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    rows = {r["label"]: r for name, group in groups.items() if name != "ablation" for r in group}
+    for peer, marker, color in ((True, "s", "#b0492f"), (False, "o", "#2f6db0")):
+        mine = [r for r in rows.values() if r["method"].startswith("peer:") == peer]
+        axes.plot(
+            [r["bits_per_weight_experts"] for r in mine],
+            [r["kl"] for r in mine],
+            marker,
+            color=color,
+            label="peers" if peer else "moecc",
+        )
+        for r in mine:
+            text = r["label"].removeprefix("moecc ")
+            axes.annotate(text, (r["bits_per_weight_experts"], r["kl"]), (5, 3), textcoords="offset points", fontsize=6)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight of the routed experts, everything counted")
+    axes.set_ylabel("KL(reference || compressed), nats per token")
+    axes.set_title(f"{model}: what is lost at which size")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(out, metadata={"Date": None})
+
+
 def document(groups: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> str:
     """The whole page."""
     reference = next((r["reference_perplexity"] for rows in groups.values() for r in rows), float("nan"))
@@ -165,10 +209,17 @@ def main() -> int:
     parser.add_argument("--eval-rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--only", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--join", nargs="+", type=Path, metavar="JSON", help="measure nothing, join the groups of these results"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[dict[str, Any]]] = {}
+    if args.join:
+        for file in args.join:
+            groups |= json.loads(file.read_text())
+        return finish(groups, args)
     seen: dict[tuple[str, int], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -184,6 +235,14 @@ def main() -> int:
                 print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
                 args.out.with_suffix(".json").write_text(json.dumps(groups, indent=1) + "\n")
                 args.out.with_suffix(".md").write_text(document(groups, args))
+    return finish(groups, args)
+
+
+def finish(groups: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> int:
+    """Write the page, the numbers and the plot."""
+    args.out.with_suffix(".json").write_text(json.dumps(groups, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(document(groups, args))
+    plot(groups, args.model.name, args.out.with_suffix(".svg"))
     print(args.out.with_suffix(".md").read_text())
     return 0
 
