@@ -5,7 +5,7 @@ options. `str(pass)` prints the text that builds it again: `vq{bits=3,codebook=l
 
   Pass        run(program, ctx)       once over the whole program
   LayerPass   run_layer(layer, ctx)   once per decoder layer; consecutive layer passes run layer by layer, so that a later layer is
-                                      calibrated behind the compressed earlier ones
+                                      calibrated behind the compressed earlier ones (`own_round`: alone)
   Composite   expand()                a name for several passes
 
 Facts in use: lora, moments, basis, vq, affine, folded, routing, adapters, merged, dense. `requires` must hold before, `provides`
@@ -100,6 +100,8 @@ def _text(value: Any) -> str:
 @dataclass(frozen=True, kw_only=True)
 class LayerPass(Pass):
     """A pass that works on one decoder layer at a time."""
+
+    own_round: ClassVar[bool] = False  # whether the passes before it finish all layers before it begins with the first
 
     @abstractmethod
     def run_layer(self, layer: Layer, ctx: Context) -> bool:

@@ -292,7 +292,7 @@ def run(
 def _groups(passes: Sequence[Pass]) -> list[list[Pass]]:
     groups: list[list[Pass]] = []
     for p in passes:
-        if groups and isinstance(p, LayerPass) and isinstance(groups[-1][0], LayerPass):
+        if groups and isinstance(p, LayerPass) and isinstance(groups[-1][0], LayerPass) and not p.own_round:
             groups[-1].append(p)
         else:
             groups.append([p])

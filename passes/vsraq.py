@@ -1,6 +1,7 @@
 """VSRAQ: tune the compressed experts so that the routers behind them choose as before.  arXiv 2606.05688.
 
-  1. A layer's block runs behind the compressed earlier layers; its target is the float model's own output of that layer.
+  1. All layers are coded before the first is tuned, so that what is coded and its bits do not depend on tuning. A layer's block
+     runs behind the compressed and tuned earlier layers; its target is the float model's own output of that layer.
   2. Codebooks and coefficients (rounded on the way, straight-through), row scales, biases and bases are trained by Adam on
          reconstruction of the block's output
        + value * sensitivity-weighted alignment of the next router's scores
@@ -34,6 +35,7 @@ class AlignRouting(LayerPass):
     requires: ClassVar[frozenset[str]] = frozenset({"folded"})
     provides: ClassVar[frozenset[str]] = frozenset({"routing"})
     needs_data: ClassVar[bool] = True
+    own_round: ClassVar[bool] = True
     steps: int = option(200, help="optimizer steps per layer", low=1, high=100_000)
     batches: int = option(1, help="calibration batches per step", low=1, high=4096)
     lr: float = option(2.0, help="factor on all learning rates", low=1e-4, high=100)

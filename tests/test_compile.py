@@ -235,7 +235,7 @@ def watch(patch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.parametrize(
     ("where", "stage", "finished"),
-    [("before saving", 1, 0), ("after saving", 1, 1), ("before saving", 3, 2), ("writing", 0, 3)],
+    [("before saving", 1, 0), ("after saving", 1, 1), ("before saving", 3, 2), ("writing", 0, 6)],
 )
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     where: str, stage: int, finished: int, mixtral: Path, whole: dict[str, bytes], compile: Any, tmp_path: Path
@@ -251,7 +251,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         again = compile(mixtral, out, EVERYTHING)
     assert again.code == 0, again.err
     assert f"out.partial holds; {finished} stages of it are finished" in again.err
-    assert restored == [i < finished for i in range(3)]
+    assert restored == [i < finished for i in range(6)]  # vsraq goes through the layers in a round of its own
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert content(out) == whole
 
