@@ -4,7 +4,7 @@
 
   1. The peer gets a virtual environment of its own (`--venv-dir`), made at first use: torch first, then the peer.
      On Linux without a GPU, point pip at CPU wheels of torch (`PIP_INDEX_URL`) to save some gigabytes.
-  2. `_peer_autoround.py` runs in that environment on the caller's token ids, [rows, length] int64, and leaves a
+  2. `_peer.py` runs in that environment on the caller's token ids, [rows, length] int64, and leaves a
      float32 checkpoint with the decoded experts and a report: seconds, peak memory, versions, how many expert
      matrices were really quantized, and bits/weight of the routed experts counted from the tensors stored.
   3. Both are kept (`--cache-dir`) under a name made of the method and of digests of options, token ids, checkpoint
@@ -33,19 +33,29 @@ from safetensors.numpy import load_file
 from moecc.errors import MoeccError
 
 HOME = Path("~/.cache/moecc/peers").expanduser()
-WORKER = Path(__file__).with_name("_peer_autoround.py")
+WORKER = Path(__file__).with_name("_peer.py")
 
-# One line per `pip install`: torch comes before what would otherwise choose a torch of its own.
-REQUIREMENTS = (("torch==2.13.0",), ("auto-round==0.16.1", "transformers==5.23.0", "safetensors", "numpy"))
+# One line per `pip install` of each tool: torch comes before what would otherwise choose a torch of its own.
+REQUIREMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "auto-round": (("torch==2.13.0",), ("auto-round==0.16.1", "transformers==5.23.0", "safetensors", "numpy")),
+    "gptqmodel": (
+        ("torch==2.13.0",),
+        ("gptqmodel==7.6.0", "torch==2.13.0", "transformers==5.24.0", "safetensors", "numpy"),
+    ),
+}
 
-# AutoRound's options; everything that isn't named here is at the peer's own default.
-METHODS: dict[str, dict[str, int]] = {
-    "autoround-w2g128": {"bits": 2, "group_size": 128, "iters": 200},
-    "autoround-w2g32": {"bits": 2, "group_size": 32, "iters": 200},
-    "autoround-w2g128-rtn": {"bits": 2, "group_size": 128, "iters": 0},
-    "autoround-w2g32-rtn": {"bits": 2, "group_size": 32, "iters": 0},
-    "autoround-w3g128": {"bits": 3, "group_size": 128, "iters": 200},
-    "autoround-w3g32": {"bits": 3, "group_size": 32, "iters": 200},
+# Each tool's options; everything that isn't named here is at the peer's own default.
+METHODS: dict[str, dict[str, Any]] = {
+    "autoround-w2g128": {"tool": "auto-round", "bits": 2, "group_size": 128, "iters": 200},
+    "autoround-w2g32": {"tool": "auto-round", "bits": 2, "group_size": 32, "iters": 200},
+    "autoround-w2g128-rtn": {"tool": "auto-round", "bits": 2, "group_size": 128, "iters": 0},
+    "autoround-w2g32-rtn": {"tool": "auto-round", "bits": 2, "group_size": 32, "iters": 0},
+    "autoround-w3g128": {"tool": "auto-round", "bits": 3, "group_size": 128, "iters": 200},
+    "autoround-w3g32": {"tool": "auto-round", "bits": 3, "group_size": 32, "iters": 200},
+    "gptqmodel-w2g128": {"tool": "gptqmodel", "bits": 2, "group_size": 128, "iters": 0},
+    "gptqmodel-w2g32": {"tool": "gptqmodel", "bits": 2, "group_size": 32, "iters": 0},
+    "gptqmodel-w3g128": {"tool": "gptqmodel", "bits": 3, "group_size": 128, "iters": 0},
+    "gptqmodel-w3g32": {"tool": "gptqmodel", "bits": 3, "group_size": 32, "iters": 0},
 }
 
 
@@ -54,16 +64,16 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
-def environment(folder: Path) -> Path:
-    """The Python of the peer's virtual environment in `folder`, which is made (minutes, 1.5 GB) unless it is there."""
+def environment(folder: Path, tool: str) -> Path:
+    """The Python of the tool's virtual environment in `folder`, which is made (minutes, 1.5 GB) unless it is there."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = folder / "moecc-peer.json"
-    wanted = json.dumps(REQUIREMENTS)
+    wanted = json.dumps(REQUIREMENTS[tool])
     if stamp.exists() and stamp.read_text() == wanted:
         return python
-    print(f"installing {REQUIREMENTS[1][0]} into {folder}", file=sys.stderr)
+    print(f"installing {REQUIREMENTS[tool][1][0]} into {folder}", file=sys.stderr)
     steps = [[sys.executable, "-m", "venv", str(folder)]]
-    steps += [[str(python), "-m", "pip", "install", "--quiet", *line] for line in REQUIREMENTS]
+    steps += [[str(python), "-m", "pip", "install", "--quiet", *line] for line in REQUIREMENTS[tool]]
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -124,13 +134,14 @@ def quantize(
     ids: np.ndarray,
     method: str,
     *,
-    venv_dir: str | Path = HOME / "auto-round",
+    venv_dir: str | Path | None = None,
     cache_dir: str | Path = HOME / "results",
     threads: int = 0,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Quantize the routed experts of `checkpoint` with `method` (a name in METHODS), or find it done.
 
+    venv_dir: the tool's environment, one of its own in HOME by default.
     `ids` [rows, length] is what the peer calibrates on, row by row; the caller chooses and tokenizes the text.
     The report has "checkpoint", the float32 folder with decoded experts; "cached"; and what the worker measured.
     `threads` and `device` are not part of the key: they change the time more than the result.
@@ -146,13 +157,13 @@ def quantize(
         "model_digest": checkpoint_digest(checkpoint),
         "ids_digest": digest(repr(ids.shape).encode(), ids.tobytes()),
         "options": options,
-        "requirements": REQUIREMENTS,
+        "requirements": REQUIREMENTS[options["tool"]],
     }
     key = digest(json.dumps(inputs, sort_keys=True).encode(), WORKER)[:16]
     result = Path(cache_dir).expanduser() / f"{method}-{key}"
     cached = (result / "report.json").exists()
     if not cached:
-        python = environment(Path(venv_dir).expanduser())
+        python = environment(Path(venv_dir or HOME / options["tool"]).expanduser(), options["tool"])
         result.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{method}-", suffix=".partial", dir=result.parent) as partial:
             work = Path(partial)
@@ -189,7 +200,7 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder (config.json, *.safetensors)")
     parser.add_argument("--ids", type=Path, required=True, help=".npy or .safetensors file of token ids [rows, length]")
     parser.add_argument("--method", nargs="+", default=list(METHODS), metavar="NAME", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--venv-dir", type=Path, default=HOME / "auto-round", help="default %(default)s")
+    parser.add_argument("--venv-dir", type=Path, help=f"default {HOME}/TOOL")
     parser.add_argument("--cache-dir", type=Path, default=HOME / "results", help="default %(default)s")
     parser.add_argument("--out", type=Path, help="also copy each result there, as NAME/ and NAME.json")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of the peer; 0: its own choice")

@@ -40,11 +40,14 @@ METHODS: dict[str, list[tuple[str, str, int]]] = {
     "2bit": [
         ("AutoRound W2 g128, 200 iterations", "peer:autoround-w2g128", 2),
         ("AutoRound W2 g128, rounding only", "peer:autoround-w2g128-rtn", 2),
+        ("GPTQModel W2 g128", "peer:gptqmodel-w2g128", 2),
+        ("GPTQModel W2 g32", "peer:gptqmodel-w2g32", 2),
         ("moecc kbvq", "kbvq", 2),
         ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
     ],
     "3bit": [
         ("AutoRound W3 g128, 200 iterations", "peer:autoround-w3g128", 3),
+        ("GPTQModel W3 g128", "peer:gptqmodel-w3g128", 3),
         ("moecc kbvq", "kbvq", 3),
         ("moecc kbvq,vsraq", "kbvq,vsraq", 3),
     ],

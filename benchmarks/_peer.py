@@ -1,7 +1,7 @@
-"""AutoRound on the routed experts of one checkpoint; `peers.py` runs this inside the peer's own environment.
+"""A peer tool on the routed experts of one checkpoint; `peers.py` runs this inside the peer's own environment.
 
-  1. AutoRound, in a process of its own since it patches transformers, tunes and packs the routed experts on the
-     caller's token ids; every other linear layer is named to it as one to leave alone.
+  1. AutoRound or GPTQModel, in a process of its own since it patches transformers, quantizes and packs the routed experts on
+     the caller's token ids; every other linear layer is named to it as one to leave alone.
   2. Codes, zero points and scales are read back from the packed file, and every expert matrix is decoded in float32:
      what is evaluated is what the peer stores, not what it held in memory.
   3. The decoded matrices replace the float ones in the original model, which is saved as a plain float32 checkpoint.
@@ -48,34 +48,30 @@ def decode(stored: dict[str, torch.Tensor], bits: int, group_size: int) -> torch
     """The float32 matrix [N, K] that the packed tensors stand for: scale * (code - zero point).
 
     qweight [K * bits / 32, N], qzeros [G, N * bits / 32] and scales [G, N], with G = ceil(K / group_size); the file
-    holds zero points less one, the convention of the GPTQ format.
+    holds zero points less one, the convention of the GPTQ format. g_idx [K], where there is one, names each column's group.
     """
     codes_KN = unpack_words(stored["qweight"], bits)
     zeros_GN = unpack_words(stored["qzeros"].T.contiguous(), bits).T + 1
-    group_K = torch.arange(codes_KN.shape[0]) // group_size
+    group_K = stored["g_idx"].long() if "g_idx" in stored else torch.arange(codes_KN.shape[0]) // group_size
     return (stored["scales"].float()[group_K] * (codes_KN - zeros_GN[group_K])).T.contiguous()
 
 
-def other_layers(model_folder: str) -> str:
-    """AutoRound's `ignore_layers` (parts of names, comma-separated) for every linear layer but the routed experts'."""
+def other_layers(model_folder: str) -> list[str]:
+    """Names within a decoder layer of every linear layer but the routed experts'."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
     linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".experts." not in n}
-    return ",".join(sorted({re.sub(r"^.*\blayers\.\d+\.", "", name) for name in linear if ".layers." in name}))
+    return sorted({re.sub(r"^.*\blayers\.\d+\.", "", name) for name in linear if ".layers." in name})
 
 
-def quantize(options: argparse.Namespace, folder: Path, ignored: str) -> dict[str, object]:
-    """Run AutoRound, leaving its packed checkpoint under `folder`; returns what it took."""
+def autoround(options: argparse.Namespace, folder: Path, ignored: list[str], ids: torch.Tensor) -> None:
+    """Leave AutoRound's packed checkpoint under `folder`."""
     # Without this, 0.16.1 fails on families whose checkpoint names aren't their module names, such as Mixtral.
     os.environ["AR_DISABLE_META_LOAD"] = "1"
     from auto_round import AutoRound
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    start, cpu_start = time.perf_counter(), time.process_time()
-    ids = torch.from_numpy(np.load(options.ids))
     compressor = AutoRound(
         options.model,
         bits=options.bits,
@@ -86,10 +82,34 @@ def quantize(options: argparse.Namespace, folder: Path, ignored: str) -> dict[st
         dataset=list(ids.split(1)),
         nsamples=len(ids),
         seqlen=ids.shape[1],
-        ignore_layers=ignored,
+        ignore_layers=",".join(ignored),
         device_map=options.device,
     )
     compressor.quantize_and_save(str(folder), format="auto_round")
+
+
+def gptqmodel(options: argparse.Namespace, folder: Path, ignored: list[str], ids: torch.Tensor) -> None:
+    """Leave GPTQModel's packed checkpoint under `folder`."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.6.0 asks its pool for two workers whatever it has
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    skip = {rf"-:.*\.{re.escape(name)}$": {} for name in ignored}
+    config = QuantizeConfig(bits=options.bits, group_size=options.group_size, dynamic=skip)
+    model = GPTQModel.load(options.model, config, device=options.device)
+    rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids]
+    model.quantize(rows, batch_size=1)
+    model.save(str(folder))
+
+
+TOOLS = {"auto-round": autoround, "gptqmodel": gptqmodel}
+
+
+def quantize(options: argparse.Namespace, folder: Path, ignored: list[str]) -> dict[str, object]:
+    """Run the peer, leaving its packed checkpoint under `folder`; returns what it took."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    TOOLS[options.tool](options, folder, ignored, torch.from_numpy(np.load(options.ids)))
     return {
         "seconds": round(time.perf_counter() - start, 2),
         "cpu_seconds": round(time.process_time() - cpu_start, 2),
@@ -110,7 +130,7 @@ def packed_matrices(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     for file in sorted(folder.rglob("*.safetensors")):
         for name, tensor in load_file(file).items():
             module, _, kind = name.rpartition(".")
-            if kind in ("qweight", "qzeros", "scales"):
+            if kind in ("qweight", "qzeros", "scales", "g_idx"):
                 key = re.sub(r"^.*\blayers\.(\d+)\..*\bexperts\.(\d+)\.(\w+)$", r"\1/\2/\3", module)
                 packed.setdefault(key, {})[kind] = tensor
     return packed
@@ -157,7 +177,7 @@ def replace_experts(
                 target.copy_(decoded)
     if packed:
         raise SystemExit(
-            f"error: AutoRound packed {len(packed)} matrices that are no routed experts': {min(packed)}, ..."
+            f"error: the peer packed {len(packed)} matrices that are no routed experts': {min(packed)}, ..."
         )
     return {
         "expert_matrices": count["matrices"],
@@ -171,7 +191,8 @@ def replace_experts(
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="quantize a checkpoint's routed experts with AutoRound")
+    parser = argparse.ArgumentParser(description="quantize a checkpoint's routed experts with a peer tool")
+    parser.add_argument("--tool", choices=list(TOOLS), required=True)
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--ids", required=True, help=".npy file of int64 token ids [rows, length]")
     parser.add_argument("--out", required=True, type=Path, help="folder to fill: checkpoint/ and report.json")
@@ -206,7 +227,7 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawn) as process:
         cost = process.submit(quantize, options, packed_folder, other_layers(options.model)).result()
-    versions = {p: importlib.metadata.version(p) for p in ("auto-round", "torch", "transformers")}
+    versions = {p: importlib.metadata.version(p) for p in (options.tool, "torch", "transformers")}
     report = {
         **cost,
         "device": options.device,
