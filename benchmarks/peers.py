@@ -122,7 +122,9 @@ def run_worker(python: Path, arguments: list[str], log: Path) -> None:
         command = [str(python), str(WORKER), *arguments]
         # The scratch folder is AutoRound's, which would otherwise be left in the caller's current one.
         surroundings = os.environ | {"AR_WORK_SPACE": str(log.parent / "scratch"), "TOKENIZERS_PARALLELISM": "false"}
-        code = subprocess.run(command, stdout=file, stderr=file, env=surroundings, check=False).returncode
+        # in the peer's own folder: both tools leave files where they run
+        place = log.parent
+        code = subprocess.run(command, stdout=file, stderr=file, env=surroundings, cwd=place, check=False).returncode
     if code:
         kept = Path(tempfile.gettempdir()) / f"moecc-peer-{time.time_ns()}.log"
         shutil.copy(log, kept)
