@@ -7,6 +7,8 @@
      towards 1 and 0 by `_PRIOR` tokens so that an expert with few tokens is not bent to them.
   3. Both are fitted on every second token and kept only where they help on the others; then refitted on all. With
      offset=auto the offset must also be worth its 16/K bits per weight (`_rate`).
+  4. The audit has what the correction is for: how far the mean of the output was off, and its variance, before and after, over
+     the variance of what is wanted.
 
 Shapes: E experts, N rows; slope and offset [E, N], operands of `moecc::vq_experts` until `fold`.
 """
@@ -14,7 +16,7 @@ Shapes: E experts, N rows; slope and offset [E, N], operands of `moecc::vq_exper
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +74,29 @@ class Sums:
         return float(terms.sum())
 
 
+class Fit(NamedTuple):
+    """Slope and offset [E, N] of a projection, None where they do not help; and the shift of its output before and after."""
+
+    slope: Tensor | None
+    offset: Tensor | None
+    shift: dict[str, list[float]]
+
+
+def shift(sums: list[Sums], lines: list[tuple[Tensor | float, Tensor | float]]) -> dict[str, list[float]]:
+    """Squared error of the output's mean, and its variance, both over the variance of what is wanted: [before, after]."""
+    found: dict[str, list[float]] = {"mean": [], "variance": []}
+    wanted = sum(float((s.tt - s.t.square() / s.w.clamp(min=1e-30)).sum()) for s in sums)
+    for each in ([(1.0, 0.0)] * len(sums), lines):
+        mean = variance = 0.0
+        for s, (slope, offset) in zip(sums, each, strict=True):
+            total = s.w.clamp(min=1e-30)
+            mean += float(((slope * s.v + offset * s.w - s.t).square() / total).sum())
+            variance += float((slope * slope * (s.vv - s.v.square() / total)).sum())
+        found["mean"].append(mean / max(wanted, 1e-30))
+        found["variance"].append(variance / max(wanted, 1e-30))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class AffineCorrection(LayerPass):
     name: ClassVar[str] = "affine"
@@ -91,29 +116,31 @@ class AffineCorrection(LayerPass):
         dense = {n: layer.original(moe, n) for n in ("gate_up", "down", "gate_up_bias")}
         fits = self.fit(moe, routed, coded, dense)
         args, names = list(moe.node.args), [a.name for a in VQ_EXPERTS._schema.arguments]
-        for projection, (slope, offset) in fits.items():
+        for projection, (slope, offset, moved) in fits.items():
             for name, value in (("slope", slope), ("offset", offset)):
                 if value is not None:
                     node = layer.program.add(f"{moe.path}.{projection}.{name}", value)
                     args[names.index(f"{projection}_{name}")] = node
-            ctx.record(f"{moe.path}.{projection}", affine="+".join(_present(slope=slope, offset=offset)) or "none")
+            kept = "+".join(_present(slope=slope, offset=offset)) or "none"
+            ctx.record(f"{moe.path}.{projection}", affine=kept, output_shift=moved)
         moe.node.args = tuple(args)
-        return any(v is not None for fit in fits.values() for v in fit)
+        return any(v is not None for fit in fits.values() for v in (fit.slope, fit.offset))
 
     def fit(
         self, moe: MoE, routed: Routed, coded: dict[str, CodedProjection], dense: dict[str, Tensor | None]
-    ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """Slope and offset [E, N] of both projections, None where they do not help."""
+    ) -> dict[str, Fit]:
+        """The corrections of both projections."""
         gate_up, down, bias = dense["gate_up"], dense["down"], dense["gate_up_bias"]
         assert gate_up is not None and down is not None
-        inputs, found = {}, {}
+        inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        found: dict[str, Fit] = {}
         for e in range(len(gate_up)):
             rows = routed.rows(e)[:_MOST_TOKENS]
             x, weight = routed.x[rows], routed.weight_of(e, rows).square()
             inputs[e] = (x, gate_up[e], x, weight)
-        found["gate_up"] = slope, offset = self.regress(coded["gate_up"], inputs)
+        found["gate_up"] = first = self.regress(coded["gate_up"], inputs)
         for e, (x, w, _, weight) in list(inputs.items()):
-            rows_out = coded["gate_up"].apply(e, x, slope, offset)
+            rows_out = coded["gate_up"].apply(e, x, first.slope, first.offset)
             a = moe.attributes
             arrived = apply_gate(rows_out, a["act"], a["gate"], a["alpha"], a["limit"])
             intended = hidden_units(moe, x, w, None if bias is None else bias[e])
@@ -121,9 +148,7 @@ class AffineCorrection(LayerPass):
         found["down"] = self.regress(coded["down"], inputs)
         return found
 
-    def regress(
-        self, coded: CodedProjection, inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def regress(self, coded: CodedProjection, inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]) -> Fit:
         coded_error = slope_error = both_error = 0.0
         sums = []
         for e, (intended, dense, arrived, weight) in inputs.items():
@@ -138,10 +163,10 @@ class AffineCorrection(LayerPass):
         worth = gain(min(coded_error, slope_error), both_error, price) > 0
         use_offset = self.offset == "on" or (self.offset == "auto" and worth)
         if not use_offset and slope_error >= coded_error:
-            return None, None
+            return Fit(None, None, shift(sums, [(1.0, 0.0)] * len(sums)))
         lines = [each.line(offset=use_offset) for each in sums]
         slope, offset = (torch.stack([pair[i] for pair in lines]).float() for i in (0, 1))
-        return slope, offset if use_offset else None
+        return Fit(slope, offset if use_offset else None, shift(sums, list(lines)))
 
 
 def _present(**values: Tensor | None) -> list[str]:

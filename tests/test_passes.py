@@ -22,6 +22,7 @@ from moecc.passes._adapters import attached
 from moecc.passes._routing import selection_scores
 from moecc.passes._store import compact
 from moecc.passes._whole import Whole
+from moecc.passes.affine import shift
 from moecc.passes.rilq import Trained
 from moecc.stream import StageWeights, run_program
 from moecc.trace import trace
@@ -268,6 +269,16 @@ def test_fold_is_exact_up_to_rounding(traced: Program) -> None:
     assert "slope" not in after.program.text() and "slope" in before.program.text()
     got, want = after.output(), before.output()
     assert float((got - want).norm() / want.norm()) < 5e-3
+
+
+def test_the_correction_takes_the_shift_of_the_mean_and_brings_the_variance_nearer(traced: Program) -> None:
+    more = list(torch.randint(0, 64, (8, 2, 64), generator=torch.Generator().manual_seed(0)))
+    run = compiled(traced, "vq{feedback=false},affine{offset=on}", batches=more)
+    for moe in traced.moe_layers():
+        for projection in ("gate_up", "down"):
+            moved = run.ctx.audit[f"{moe.path}.{projection}"]["output_shift"]
+            assert moved["mean"][1] < moved["mean"][0] / 4 and abs(moved["variance"][0] - 1) < 0.2
+    assert shift([], []) == {"mean": [0.0, 0.0], "variance": [0.0, 0.0]}
 
 
 def test_tuning_lowers_the_held_out_loss_or_leaves_all_as_it_was(traced: Program) -> None:
