@@ -165,20 +165,21 @@ def plot(groups: dict[str, list[dict[str, Any]]], model: str, out: Path) -> None
     matplotlib.rcParams["svg.hashsalt"] = "moecc"  # the same points, the same bytes
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    rows = {r["label"]: r for name, group in groups.items() if name != "ablation" for r in group}
-    for peer, marker, color in ((True, "s", "#b0492f"), (False, "o", "#2f6db0")):
-        mine = [r for r in rows.values() if r["method"].startswith("peer:") == peer]
-        axes.plot(
-            [r["bits_per_weight_experts"] for r in mine],
-            [r["kl"] for r in mine],
-            marker,
-            color=color,
-            label="peers" if peer else "moecc",
-        )
-        for r in mine:
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    tables = [r for name, group in groups.items() if name != "ablation" for r in group]
+    kinds = [
+        ("peers", [r for r in tables if r["method"].startswith("peer:")], "s", "#b0492f"),
+        ("moecc", [r for r in tables if not r["method"].startswith("peer:")], "o", "#2f6db0"),
+        ("moecc, parts left out", groups.get("ablation", []), ".", "#9db8d6"),
+    ]
+    for label, rows, marker, color in reversed(kinds):
+        bits, kl = [r["bits_per_weight_experts"] for r in rows], [r["kl"] for r in rows]
+        axes.plot(bits, kl, marker, color=color, label=label)
+        for i, r in enumerate(rows if marker != "." else ()):
             text = r["label"].removeprefix("moecc ")
-            axes.annotate(text, (r["bits_per_weight_experts"], r["kl"]), (5, 3), textcoords="offset points", fontsize=6)
+            place = (6, -8) if i % 2 else (6, 3)
+            axes.annotate(text, (bits[i], kl[i]), place, textcoords="offset points", fontsize=6)
+    axes.margins(x=0.2)
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight of the routed experts, everything counted")
     axes.set_ylabel("KL(reference || compressed), nats per token")
@@ -196,7 +197,8 @@ def document(groups: dict[str, list[dict[str, Any]]], args: argparse.Namespace) 
         f"Model `{args.model.name}`, calibration {args.rows} x {args.length} tokens, evaluation {args.eval_rows} x {args.length} "
         f"tokens of another text; reference perplexity {reference:.4f}. Routed experts only; KL in nats per token. "
         f"moecc {moecc.__version__}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores. "
-        "Made by `python benchmarks/quality.py`; seconds of peers are those of the run that their kept results come from.",
+        "Made by `python benchmarks/quality.py`; seconds of peers are those of the run that their kept results come from."
+        + (f" {args.remark}" if args.remark else ""),
     ]  # fmt: skip
     for name, rows in groups.items():
         head += ["", f"## {name}", "", table(rows)]
@@ -215,6 +217,7 @@ def main() -> int:
     parser.add_argument(
         "--join", nargs="+", type=Path, metavar="JSON", help="measure nothing, join the groups of these results"
     )
+    parser.add_argument("--remark", default="", help="a sentence for the head of the page")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
