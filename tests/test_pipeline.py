@@ -376,6 +376,23 @@ def test_layer_passes_go_through_together_and_see_inputs_before_and_targets_afte
 
 
 @dataclass(frozen=True, kw_only=True)
+class Late(Touch):
+    """Begins when the passes before it have gone through all layers."""
+
+    name: ClassVar[str] = "late"
+    own_round: ClassVar[bool] = True
+
+
+def test_a_round_of_one_s_own_begins_behind_all_layers(tiny: Tiny, batches: list[Tensor]) -> None:
+    dumps: list[str] = []
+    hooks = pipeline.Hooks(dump=lambda name, program, stage: dumps.append(name))
+    pipeline.run(tiny("MD"), [Touch(), Late(), Touch()], Context(), batches, hooks)
+    first = [f"layer00{i}-touch" for i in (1, 2, 3)]
+    second = [f"layer00{i}-{name}" for i in (1, 2, 3) for name in ("late", "touch")]
+    assert dumps == [*first, "01-after-touch", *second, "03-after-touch"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Seen(LayerPass):
     """Notes whether the float model it is given still has dense experts."""
 
