@@ -467,7 +467,8 @@ def output_node(program: Program) -> fx.Node:
 
 def digest(tensor: Tensor) -> str:
     """Eight hexadecimal digits of a tensor's bytes."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # torch 2.11 views no scalar as bytes
+    flat = tensor.detach().cpu().contiguous().reshape(-1)  # torch 2.11 views no scalar as bytes
+    raw = flat.view(torch.uint8).numpy()
     return hashlib.sha256(raw.tobytes()).hexdigest()[:8]
 
 
