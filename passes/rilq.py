@@ -56,7 +56,7 @@ class ModelLossAdapters(Pass):
     kl: float = option(1.0, help="weight of the divergence from the float model's next token", low=0, high=1e4)
     lm: float = option(0.0, help="weight of the calibration text's own next token", low=0, high=1e4)
     routing: float = option(1.0, help="weight of all routers' alignment", low=0, high=1e4)
-    patience: int = option(3, help="checks without a better held-out loss before training ends", low=1, high=1000)
+    patience: int = option(5, help="checks without a better held-out loss before training ends", low=1, high=1000)
 
     def run(self, program: Program, ctx: Context) -> bool:
         if not (self.hidden or self.kl or self.lm):
@@ -120,8 +120,8 @@ class Trained:
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer."""
-        dense = [{"params": [*self.a.values(), *self.b.values()], "lr": 1e-3 * self.lr}] if self.a else []
-        return [*dense, *self.experts.groups(0.5 * self.lr)]
+        dense = [{"params": [*self.a.values(), *self.b.values()], "lr": 3e-4 * self.lr}] if self.a else []
+        return [*dense, *self.experts.groups(0.15 * self.lr)]
 
     def state(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.parameters]

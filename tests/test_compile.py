@@ -509,7 +509,7 @@ def test_adapters_are_merged_into_the_checkpoint_s_own_type(compile: Any, tmp_pa
     save_file(pair, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
 
-    passes = f"rilq{{steps=10,rank=2,lr=5,patience=9}},merge,kbvq{{rank=2}},lora{{path={folder}}}"
+    passes = f"rilq{{steps=10,rank=2,lr=15,patience=9}},merge,kbvq{{rank=2}},lora{{path={folder}}}"
     got = compile(model, tmp_path / "out", passes)
     assert got.code == 0, got.err
     assert "lora{path=" in got.err and ",fold,rilq{" in got.err and got.json["passes"].endswith(",merge")

@@ -40,7 +40,7 @@ OPTIONS: dict[str, list[str]] = {
     "vsraq": ["vsraq{steps=4}", "vsraq{steps=1,lr=0.0001}"],
     "rilq": ["rilq{steps=4,rank=2}", "rilq{steps=1,lr=0.0001,experts=false,patience=1}"],
     "lora": [],  # needs an adapter: tests/test_lora.py
-    "merge": ["rilq{steps=12,rank=2,lr=4},merge"],
+    "merge": ["rilq{steps=12,rank=2,lr=10},merge"],
     "kbvq": ["kbvq", "kbvq{bits=4,rank=4,offset=on}"],
     "dense": ["dense{group=16}", "dense{group=16,bits=4}", "dense{group=128}"],
     MY_PASS: [f"affine{{offset=on}},{MY_PASS}{{below=100}}", f"{MY_PASS}{{below=0}}"],
@@ -319,7 +319,7 @@ def test_gradients_layer_by_layer_are_those_of_the_whole(traced: Program) -> Non
 
 def test_rilq_lowers_the_held_out_loss_and_merging_changes_nothing_but_rounding(traced: Program) -> None:
     more = list(torch.randint(0, 64, (16, 4, 64), generator=torch.Generator().manual_seed(0)))
-    run = compiled(traced, "vq{codebook=layer},affine,fold,rilq{steps=20,rank=4}", batches=more)
+    run = compiled(traced, "vq{codebook=layer},affine,fold,rilq{steps=20,rank=4,lr=3}", batches=more)
     told = run.ctx.audit["model.layers.0.mlp.experts.down"]["rilq"]
     assert told["after"]["loss"] < told["before"]["loss"] and run.differed["rilq"]
     adapted = attached(run.program)
