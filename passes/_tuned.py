@@ -20,6 +20,12 @@ from moecc.passes._store import compact
 RATES = {"codebook": 0.15, "scale": 2e-3, "bias": 2e-2, "basis": 5e-3, "coef": 0.3, "coef_scale": 2e-3}
 
 
+def split(batches: int) -> tuple[list[int], list[int]]:
+    """Which calibration batches train, and which are held out: an eighth, at least one, and of a single one the same."""
+    held_out = list(range(7, batches, 8)) or [batches - 1]
+    return [i for i in range(batches) if i not in held_out] or held_out, held_out
+
+
 class Tuned:
     """The tensors behind the compressed experts nodes `found`, by placeholder; each trained in units of its own size."""
 

@@ -32,7 +32,7 @@ from moecc.ops import VQ_EXPERTS
 from moecc.passes._adapters import attach
 from moecc.passes._linears import linears
 from moecc.passes._routing import boundary_loss, selection_scores, standardized, value_loss
-from moecc.passes._tuned import Tuned
+from moecc.passes._tuned import Tuned, split
 from moecc.passes._whole import Values, Whole
 
 _CHECKS = 10  # evaluations of the held-out loss
@@ -150,8 +150,7 @@ class Training:
         self.routers = routers if options.routing else {}
         self.whole = Whole(program, trained.placeholders, watch=self.routers)
         self.batches = list(ctx.batches)
-        self.held_out = list(range(7, len(self.batches), 8)) or [len(self.batches) - 1]
-        self.rows = [i for i in range(len(self.batches)) if i not in self.held_out] or self.held_out
+        self.rows, self.held_out = split(len(self.batches))
         assert ctx.reference is not None
         self.teacher = Whole(ctx.reference, set(), watch=self.routers)
         self.targets: dict[int, Values] = {}

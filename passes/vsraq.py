@@ -26,7 +26,7 @@ import torch
 from moecc.base import Context, Layer, LayerPass, option
 from moecc.ops import VQ_EXPERTS
 from moecc.passes._block import Block
-from moecc.passes._tuned import Tuned
+from moecc.passes._tuned import Tuned, split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,7 @@ class _Run:
 
     def __init__(self, options: AlignRouting, block: Block, tuned: Tuned, ctx: Context):
         self.options, self.block, self.tuned, self.ctx = options, block, tuned, ctx
-        batches = len(block.inputs)
-        self.held_out = list(range(7, batches, 8)) or list(range(batches - 1, batches))
-        self.rows = [i for i in range(batches) if i not in self.held_out] or self.held_out
+        self.rows, self.held_out = split(len(block.inputs))
         self.generator = torch.Generator().manual_seed(ctx.seed_for("vsraq", block.layer.index))
         self.terms = block.losses(self.held_out, tuned.stored())
         self.scale = {k: getattr(options, k) / max(v, 1e-12) for k, v in self.terms.items() if k != "flips"}
