@@ -33,7 +33,6 @@ class Journal:
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
         self.folder, self.identity = folder, dict(identity)
         self.found = folder.is_dir()
-        self.restored: list[int] = []
         self.resuming = self.found
         self._round = self._stage = 0
         self._before: dict[str, Tensor] = {}  # what the layer's nodes held before its passes ran
@@ -84,7 +83,6 @@ class Journal:
             there.clear()
             there.update(noted)
         ctx.notes[:] = record["notes"]
-        self.restored.append(stage)
         return True
 
     def _restored(self, stage: int, program: Program) -> Any:

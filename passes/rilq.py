@@ -34,6 +34,7 @@ from moecc.passes._linears import linears
 from moecc.passes._routing import boundary_loss, selection_scores, standardized, value_loss
 from moecc.passes._tuned import Tuned, split
 from moecc.passes._whole import Values, Whole
+from moecc.stream import StageWeights, fits_in_memory
 
 _CHECKS = 10  # evaluations of the held-out loss
 _WARM_UP = 20  # steps
@@ -76,6 +77,7 @@ class Trained:
 
     def __init__(self, options: ModelLossAdapters, program: Program, ctx: Context):
         self.program = program
+        self.kept = StageWeights(program) if fits_in_memory(program) else None  # what is adapted, read once
         self.experts = Tuned(
             program, [m for m in program.moe_layers() if m.node.target is VQ_EXPERTS] if options.experts else []
         )
@@ -115,8 +117,8 @@ class Trained:
         return {**self._adapted(wanted), **self.experts.stored(wanted)}
 
     def _adapted(self, wanted: set[str]) -> dict[str, Tensor]:
-        plain = {p: self.program.read(self.program.weights[p].name) for p in self.a if p in wanted}
-        return {p: w + self.b[p] @ self.a[p] for p, w in plain.items()}
+        weights = StageWeights(self.program) if self.kept is None else self.kept
+        return {p: weights[p] + self.b[p] @ self.a[p] for p in self.a if p in wanted}
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer."""
@@ -157,6 +159,8 @@ class Training:
         self.scale = {"hidden": 1.0, "kl": 1.0, "routing": 1.0, "lm": 1.0}
         start = self.losses()
         self.scale |= {k: 1 / max(start[k], 1e-12) for k in ("hidden", "kl", "routing") if k in start}
+        terms = {k: v for k, v in start.items() if k != "loss"}
+        self.before = {**terms, "loss": float(self.total(terms))}
 
     def target(self, row: int) -> Values:
         """The float model's values before its head and its routers' scores, kept: a few activations per token and layer."""
@@ -208,7 +212,7 @@ class Training:
         steps, generator = self.options.steps, torch.Generator().manual_seed(self.ctx.seed_for("rilq"))
         optimizer = torch.optim.Adam(self.trained.groups(), betas=(0.9, 0.95))
         rates = [g["lr"] for g in optimizer.param_groups]
-        before = least = self.losses()
+        before = least = self.before
         best, waited, every = self.trained.state(), 0, max(1, -(-steps // _CHECKS))
         for step in self.ctx.progress(range(steps), "rilq"):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
