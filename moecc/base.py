@@ -8,15 +8,15 @@ options. `str(pass)` prints the text that builds it again: `vq{bits=3,codebook=l
                                       calibrated behind the compressed earlier ones (`own_round`: alone)
   Composite   expand()                a name for several passes
 
-Facts in use: lora, moments, basis, vq, affine, folded, routing, adapters, merged, dense. `requires` must hold before, `provides`
-holds after, `spoils` no longer does, `leads_to` must follow.
+Facts in use: lora, sensitivity, moments, basis, vq, affine, folded, routing, adapters, merged, dense. `requires` must hold before,
+`provides` holds after, `spoils` no longer does, `leads_to` must follow.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -134,6 +134,9 @@ class Context:
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
     reference: Program | None = None  # the float model, and
     batches: Sequence[Tensor] = ()  # the calibration token ids, for passes over the whole model; set when a run starts
+    sensitivity: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # [D, D] by MoE path and by name of a value between layers
 
     def seed_for(self, *key: object) -> int:
         """A seed that depends on the run's seed and `key` only, not on what ran before."""

@@ -1,8 +1,9 @@
 """One layer's block behind the compressed earlier layers, and what is wanted of it: the float model's output and routing.
 
-The objective's terms (VSRAQ, arXiv 2606.05688): reconstruction of the block's output, relative to the variance of the float
-model's; and the terms of `_routing` on the next router, reached through the next layer's own attention and norm. Behind the last
-experts there is no router; what chooses there is the model's head, so its term is KL(float logits || logits) per token in nats.
+The objective's terms (VSRAQ, arXiv 2606.05688): reconstruction of the block's output, an error d costing d^T S d (`sensitivity`)
+and that relative to what the spread of the float model's output would cost; and the terms of `_routing` on the next router, reached
+through the next layer's own attention and norm. Behind the last experts there is no router; what chooses there is the model's
+head, so its term is KL(float logits || logits) per token in nats.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ ROUTING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 class Block:
     """One layer's block of the program and the way on to the next router, with the float model's values as targets."""
 
-    def __init__(self, layer: Layer, routing: Iterable[str], *, head: bool):
-        """routing: which of the terms of `_routing` are wanted; without any the router isn't reached. head: that term too."""
+    def __init__(self, layer: Layer, routing: Iterable[str], sensitivity: Mapping[str, Tensor], *, head: bool):
+        """routing: which of the terms of `_routing` are wanted; without any the router isn't reached. head: that term too.
+
+        sensitivity: [D, D] by name of a value between layers; errors of one that has none count alike in all directions.
+        """
         self.layer, self.routing = layer, tuple(routing)
         program = layer.program
         self.inputs = layer.inputs.values
@@ -49,7 +53,10 @@ class Block:
         self.onward = [] if goal is None else _path_to(program, layer.index, goal)
         self.weights = StageWeights(program)
         self.reference_weights = StageWeights(layer.reference)
-        self.spread = {n: torch.stack([v[n].float().var() for v in self.targets]).mean() for n in self.outputs}
+        self.roots = {n: torch.linalg.cholesky(_damped(sensitivity[n])) for n in self.outputs if n in sensitivity}
+        self.spread = {
+            n: torch.stack([self._cost(n, v[n] - v[n].mean()) for v in self.targets]).mean() for n in self.outputs
+        }
         nodes = {n.name: n for n in layer.reference.graph.nodes}
         self.reference_onward = [nodes[n.name] for n in self.onward]
         self.kept: dict[int, dict[str, Any]] = {}
@@ -91,9 +98,7 @@ class Block:
         weights = StageWeights.sharing(self.weights, overrides)
         for _ in run_nodes(self.body, values, weights):
             pass
-        errors = [
-            (values[n].float() - self.targets[row][n].float()).square().mean() / self.spread[n] for n in self.outputs
-        ]
+        errors = [self._cost(n, values[n] - self.targets[row][n]) / self.spread[n] for n in self.outputs]
         found = {"reconstruction": torch.stack(errors).sum()}
         if self.head is not None:
             teacher = self._teacher(row).log_softmax(-1)  # not kept: a vocabulary is wide
@@ -108,10 +113,20 @@ class Block:
         found["flips"] = flips(s.detach(), t, k)
         return found
 
+    def _cost(self, name: str, error: Tensor) -> Tensor:
+        """Mean over tokens of d^T S d, S the identity for a value without one."""
+        d = error.float()
+        return (d @ self.roots[name] if name in self.roots else d).square().mean()
+
     @torch.no_grad()
     def losses(self, rows: list[int], stored: Mapping[str, Tensor]) -> dict[str, float]:
         """The terms as plain numbers, on tensors as they would be stored."""
         return {k: float(v) for k, v in self.terms(rows, stored).items()}
+
+
+def _damped(sensitivity: Tensor) -> Tensor:
+    """Every direction costs at least a twentieth of the mean: what was not seen to matter on a sample of tokens still may."""
+    return sensitivity + torch.eye(len(sensitivity)) * (0.05 * sensitivity.diagonal().mean() + 1e-20)
 
 
 def next_router(program: Program, stage: int) -> tuple[MoE, fx.Node] | None:

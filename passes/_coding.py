@@ -9,8 +9,13 @@
      gradients; for a fixed codebook each row's scale is a ratio of two H-products.
   4. Each code is chosen again with all others fixed (coordinate descent under H). 2 to 4 repeat; the best state seen is kept.
 
-Shapes: E experts, N rows, K columns (a multiple of 8: padded before), G = K/v groups, C = E codebooks or 1. Errors are
-tr(D H D^T) per expert, D the weight error. All arithmetic in float32; a fixed seed gives the same codes.
+  5. Where an error in the output has a cost S of its own (`sensitivity`), the error is tr(S D H D^T) instead of tr(D H D^T), D the
+     weight error. Then rows depend on each other: they are coded `_ROWS` at a time, the most costly first, their error carried
+     over to the rows not yet coded through the Cholesky factor of S^-1 (as YAQA does on both sides, arXiv 2505.22988); a sweep goes
+     through the same blocks, each with all others fixed, and the scales of all rows are one linear system.
+
+Shapes: E experts, N rows, K columns (a multiple of 8: padded before), G = K/v groups, C = E codebooks or 1. All arithmetic in
+float32; a fixed seed gives the same codes.
 """
 
 from __future__ import annotations
@@ -24,6 +29,10 @@ from torch import Tensor
 from moecc import vq4
 
 _SAMPLE = 1 << 14  # groups that k-means looks at
+_ROWS = 8  # rows coded together under a metric that couples them; in a block each is coded as if the others stayed
+_OUTPUT_DAMPING = (
+    0.2  # share of the mean cost of an output error that every direction has at least: 0.1 to 0.2 was best
+)
 _CHUNK = 1 << 22  # distances held at a time while codes are chosen
 
 
@@ -57,34 +66,44 @@ def damped(moment: Tensor, share: float = 0.01) -> Tensor:
     return moment + torch.eye(moment.shape[-1], device=moment.device) * (share * mean + 1e-10)
 
 
-def weighted_error(error: Tensor, moment: Tensor) -> Tensor:
-    """tr(D H D^T) per expert: [E, N, K], [E, K, K] -> [E]."""
-    return ((error @ moment) * error).sum((-2, -1))
+def weighted_error(error: Tensor, moment: Tensor, output: Tensor | None = None) -> Tensor:
+    """tr(S D H D^T) per expert, S all alike where `output` is None: [E, N, K], [E, K, K], [E, N, N] -> [E]."""
+    return (_weighted(error, moment, output) * error).sum((-2, -1))
+
+
+def _weighted(error: Tensor, moment: Tensor, output: Tensor | None) -> Tensor:
+    right = error @ moment
+    return right if output is None else output @ right
 
 
 def encode(
     weight: Tensor,
     moment: Tensor,
+    output: Tensor | None = None,
     *,
     bits: int,
     shared: bool,
     seed: int,
     rounds: int = 3,
     feedback: bool = True,
-    sweeps: int = 1,
 ) -> Coded:
-    """Code weight [E, N, K] under second moments [E, K, K]. `shared`: one codebook for all experts.
+    """Code weight [E, N, K] under second moments [E, K, K] of the input and costs [E, N, N] of output errors (None: all alike).
 
-    feedback=False leaves steps 2 to 4 out (plain k-means), for ablation.
+    `shared`: one codebook for all experts. feedback=False leaves steps 2 to 5 out (plain k-means), for ablation.
     """
     moment = damped(moment)
     importance = moment.diagonal(dim1=-2, dim2=-1)
     importance = importance / importance.mean(-1, keepdim=True)
     size = weight.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
     target = weight / size
+    if output is not None and feedback:
+        output = damped(size * output * size.mT, _OUTPUT_DAMPING)
+        output = output / output.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        order = output.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True).unsqueeze(-1)
+        target, output = target.take_along_dim(order, 1), output.take_along_dim(order, 1).take_along_dim(order.mT, 2)
     book = _round(kmeans(target, importance, bits=bits, seed=seed), bits)
     table = book.integers if shared else book.integers.expand(len(weight), -1, -1)
-    coder = _Coder(target, moment, importance, bits, feedback)
+    coder = _Coder(target, moment, importance, bits, feedback, output if feedback else None)
     state = coder.choose(table, book.step.expand(weight.shape[:2]))
     best, best_error = None, torch.full((len(weight),), torch.inf)
     for turn in range(rounds if feedback else 1):
@@ -92,12 +111,16 @@ def encode(
             state = coder.refit_codebook(state)
             state = coder.choose(state.codebook, state.scale) if turn == 1 else state
         if feedback:
-            for _ in range(sweeps):
-                state = coder.sweep(state)
+            state = coder.sweep(state)
         state = coder.refit_scale(state)
-        error = weighted_error(state.dense() - target, moment)
-        best, best_error = _better(best, best_error, state, error, shared)
+        best, best_error = _better(best, best_error, state, coder.error(state), shared)
     assert best is not None
+    if output is not None and feedback:
+        back = order.argsort(dim=1)
+        negative = None if best.negative is None else best.negative.take_along_dim(back, 1)
+        best = Coded(
+            best.codes.take_along_dim(back, 1), negative, best.codebook, best.scale.take_along_dim(back[..., 0], 1)
+        )
     return Coded(best.codes, best.negative, best.codebook, best.scale * size.squeeze(-1))
 
 
@@ -173,13 +196,30 @@ def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Gener
 # ---- codes
 
 
+def _feedback(metric: Tensor) -> Tensor:
+    """U with metric^-1 = U^T U: what is left of an error, and how it is carried over, read off its rows."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(metric))
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper
+
+
 class _Coder:
     """Chooses codes for one projection; holds what does not change between rounds."""
 
-    def __init__(self, target: Tensor, moment: Tensor, importance: Tensor, bits: int, feedback: bool):
-        self.target, self.moment, self.bits, self.feedback = target, moment, bits, feedback
+    def __init__(
+        self,
+        target: Tensor,
+        moment: Tensor,
+        importance: Tensor,
+        bits: int,
+        feedback: bool,
+        output: Tensor | None = None,
+    ):
+        self.target, self.moment, self.output, self.bits, self.feedback = target, moment, output, bits, feedback
         self.v = v = vq4.group_size(bits)
-        _, columns = importance.shape
+        rows, columns = target.shape[1:]
+        step = rows if output is None else _ROWS
+        self.blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
         groups = importance.unflatten(-1, (-1, v)).sum(-1)
         # costly groups first, while all others can still make up for them
         order = torch.argsort(groups, dim=-1, descending=True, stable=True)
@@ -187,17 +227,38 @@ class _Coder:
         self.order = order
         if feedback:
             permuted = torch.gather(moment, 1, self.columns.unsqueeze(-1).expand(-1, -1, columns))
-            permuted = torch.gather(permuted, 2, self.columns.unsqueeze(1).expand(-1, columns, -1))
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
-            self.upper = torch.linalg.cholesky(inverse, upper=True)
+            self.upper = _feedback(torch.gather(permuted, 2, self.columns.unsqueeze(1).expand(-1, columns, -1)))
+            inner = moment.unflatten(-2, (-1, v)).unflatten(-1, (-1, v)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+            self.inverses, self.roots = torch.linalg.inv(inner), torch.linalg.cholesky(inner)  # [E, G, v, v]
         else:
             self.diagonal = torch.gather(importance, 1, self.columns)
+        if output is not None:
+            self.row_upper = _feedback(output)
 
-    def choose(self, codebook: Tensor, scale: Tensor, block: int = 128) -> Coded:
+    def error(self, state: Coded) -> Tensor:
+        return weighted_error(state.dense() - self.target, self.moment, self.output)
+
+    def choose(self, codebook: Tensor, scale: Tensor) -> Coded:
         """Codes for a codebook [C, 256, v] and row scales [E, N], with error feedback (or nearest by importance)."""
-        experts, rows, columns = self.target.shape
+        if self.output is None:
+            return self._choose(self.target, codebook, scale)
+        rest, parts = self.target.clone(), []
+        for block in self.blocks:
+            part = self._choose(rest[:, block], codebook, scale[:, block])
+            parts.append(part)
+            later = slice(block.stop, None)
+            lower = self.row_upper[:, block, block].mT
+            carried = torch.linalg.solve_triangular(lower, rest[:, block] - part.dense(), upper=False)
+            rest[:, later] -= self.row_upper[:, block, later].mT @ carried
+        negative = [p.negative for p in parts if p.negative is not None]
+        codes = torch.cat([p.codes for p in parts], 1)
+        return Coded(codes, torch.cat(negative, 1) if negative else None, codebook, scale.contiguous())
+
+    def _choose(self, target: Tensor, codebook: Tensor, scale: Tensor, block: int = 128) -> Coded:
+        """The same for some rows, which do not depend on each other."""
+        experts, rows, columns = target.shape
         v, index = self.v, self.columns.unsqueeze(1).expand(-1, rows, -1)
-        rest = torch.gather(self.target, 2, index) / scale.unsqueeze(-1)
+        rest = torch.gather(target, 2, index) / scale.unsqueeze(-1)
         codes = torch.empty(experts, rows, columns // v, dtype=torch.long, device=rest.device)
         negative = torch.zeros(experts, rows, columns, dtype=torch.bool, device=rest.device) if self.bits == 3 else None
         for start in range(0, columns, block):
@@ -228,37 +289,60 @@ class _Coder:
         return metric
 
     def sweep(self, state: Coded) -> Coded:
-        """Choose each group's code again with all the others fixed: the exact minimum over one group under H."""
-        v, moment = self.v, self.moment
+        """Choose each group's code again with all the others fixed: the minimum over one group, rows of a block at a time."""
         codes, negative = state.codes.clone(), None if state.negative is None else state.negative.clone()
-        dense = state.unscaled()
-        pull = (self.target / state.scale.unsqueeze(-1) - dense) @ moment  # (w - q) H, kept up to date
-        for g in range(dense.shape[-1] // v):
-            cols = slice(g * v, g * v + v)
-            inner = moment[:, cols, cols]
-            old = dense[:, :, cols]
-            t = old + pull[:, :, cols] @ torch.linalg.inv(inner)
-            metric = torch.linalg.cholesky(inner)
-            code, sign, q = nearest(t, state.codebook, metric, self.bits)
-            # At 3 bit `nearest` follows the signs of t, so a code of other signs may have been better: then it stays.
-            better = ((t - q) @ metric).square().sum(-1) < ((t - old) @ metric).square().sum(-1)
-            q = torch.where(better.unsqueeze(-1), q, old)
-            change = q - old
-            codes[:, :, g] = torch.where(better, code, codes[:, :, g])
-            if negative is not None and sign is not None:
-                negative[:, :, cols] = torch.where(better.unsqueeze(-1), sign, negative[:, :, cols])
-            dense[:, :, cols] = q
-            pull -= change @ moment[:, cols, :]
+        dense, scale = state.unscaled(), state.scale.unsqueeze(-1)
+        carried = (self.target - dense * scale) @ self.moment  # (w - q) H, kept up to date between blocks
+        for rows in self.blocks:
+            pull = (
+                carried[:, rows] / scale[:, rows]
+                if self.output is None
+                else self._coupled(carried, rows) / scale[:, rows]
+            )
+            part = Coded(codes[:, rows], None if negative is None else negative[:, rows], state.codebook, state.scale)
+            self._sweep(part, dense[:, rows], pull)
+            if self.output is not None:
+                carried[:, rows] = (self.target[:, rows] - dense[:, rows] * scale[:, rows]) @ self.moment
         return Coded(codes, negative, state.codebook, state.scale)
 
+    def _coupled(self, carried: Tensor, rows: slice) -> Tensor:
+        """What pulls at each row of a block with all other rows fixed, in units of the row: [E, rows, K]."""
+        assert self.output is not None
+        inner = self.output[:, rows, rows]
+        own = inner.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        # Rows of a block move at once. Where they are so much of one mind that this would overshoot, they go a shorter way.
+        most = torch.linalg.eigvalsh(inner / (own * own.mT).sqrt())[:, -1].clamp(min=2.0)[:, None, None] - 1
+        pull: Tensor = self.output[:, rows] @ carried / (own * most)
+        return pull
+
+    def _sweep(self, part: Coded, dense: Tensor, pull: Tensor) -> None:
+        """Codes, signs and values of some rows, changed in place."""
+        v = self.v
+        for g in range(dense.shape[-1] // v):
+            cols = slice(g * v, g * v + v)
+            metric, old = self.roots[:, g], dense[:, :, cols]
+            t = old + pull[:, :, cols] @ self.inverses[:, g]
+            code, sign, q = nearest(t, part.codebook, metric, self.bits)
+            # At 3 bit `nearest` follows the signs of t, so a code of other signs may have been better: then it stays.
+            better = ((t - q) @ metric).square().sum(-1) < ((t - old) @ metric).square().sum(-1)
+            change = torch.where(better.unsqueeze(-1), q - old, 0.0)
+            part.codes[:, :, g] = torch.where(better, code, part.codes[:, :, g])
+            if part.negative is not None and sign is not None:
+                part.negative[:, :, cols] = torch.where(better.unsqueeze(-1), sign, part.negative[:, :, cols])
+            dense[:, :, cols] = torch.where(better.unsqueeze(-1), q, old)
+            pull -= change @ self.moment[:, cols, :]
+
     def refit_scale(self, state: Coded) -> Coded:
-        """Each row's scale by least squares under H; a row that codes to zero keeps its scale."""
+        """The rows' scales by least squares under S and H; a row that codes to zero, or would turn around, keeps its scale."""
         q = state.unscaled()
         qh = q @ self.moment
-        top, bottom = (qh * self.target).sum(-1), (qh * q).sum(-1)
-        scale = torch.where(bottom > 0, top / bottom.clamp(min=1e-20), state.scale)
-        scale = torch.where(scale > 0, scale, state.scale)
-        return Coded(state.codes, state.negative, state.codebook, scale)
+        if self.output is None:
+            top, bottom = (qh * self.target).sum(-1), (qh * q).sum(-1)
+            scale = torch.where(bottom > 0, top / bottom.clamp(min=1e-20), state.scale)
+        else:
+            top = (_weighted(self.target, self.moment, self.output) * q).sum(-1)
+            scale = torch.linalg.solve(damped(self.output * (qh @ q.mT), 1e-6), top)
+        return Coded(state.codes, state.negative, state.codebook, torch.where(scale > 0, scale, state.scale))
 
     def refit_codebook(self, state: Coded, turns: int = 12) -> Coded:
         """The codebook for fixed codes and scales: least squares under H by preconditioned conjugate gradients, then rounded.
@@ -279,12 +363,14 @@ class _Coder:
         fixed = state.dense() - weights_of(state.codebook)  # the -1 of negative weights at 3 bit, zero otherwise
         c = state.codebook.clone()
         diagonal = self.moment.diagonal(dim1=-2, dim2=-1).unsqueeze(1) * scale.square()
+        if self.output is not None:
+            diagonal = diagonal * self.output.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         precondition = 1 / self._gather(diagonal, state.codes, books).clamp(min=1e-12)
-        residual = back((self.target - fixed - weights_of(c)) @ self.moment)
+        residual = back(_weighted(self.target - fixed - weights_of(c), self.moment, self.output))
         z = precondition * residual
         direction, rz = z, (residual * z).sum((-2, -1), keepdim=True)
         for _ in range(turns):
-            image = back(weights_of(direction) @ self.moment)
+            image = back(_weighted(weights_of(direction), self.moment, self.output))
             alpha = rz / (direction * image).sum((-2, -1), keepdim=True).clamp(min=1e-20)
             c, residual = c + alpha * direction, residual - alpha * image
             z = precondition * residual

@@ -25,11 +25,19 @@ class Moments:
     gate_up: Tensor  # [E, D, D], or [1, D, D] where one per expert does not fit
     down: Tensor  # [E, F, F]
     starved: dict[int, int]  # expert -> tokens sent to it on purpose
+    output: dict[
+        str, Tensor
+    ]  # projection -> [E, N, N] or [1, N, N]: what an error in its output costs; none: all alike
 
     def of(self, projection: str) -> Tensor:
         """[E, K, K] of `gate_up` or `down` (a view where experts share one)."""
         moment = self.gate_up if projection == "gate_up" else self.down
         return moment.expand(len(self.tokens), -1, -1)
+
+    def output_of(self, projection: str) -> Tensor | None:
+        """[E, N, N] of `gate_up` or `down` (a view where experts share one), None where errors of all channels count alike."""
+        found = self.output.get(projection)
+        return None if found is None else found.expand(len(self.tokens), -1, -1)
 
 
 @dataclass
@@ -67,6 +75,15 @@ def hidden_units(moe: MoE, x: Tensor, gate_up: Tensor, bias: Tensor | None) -> T
     rows = torch.nn.functional.linear(x, gate_up, bias)
     a = moe.attributes
     return apply_gate(rows, a["act"], a["gate"], a["alpha"], a["limit"])
+
+
+def gate_slopes(moe: MoE, x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
+    """By how much each row of one expert's first projection moves the hidden unit that it is a part of: [n, D] -> [n, N]."""
+    with torch.enable_grad():
+        rows = torch.nn.functional.linear(x, gate_up, bias).detach().requires_grad_()
+        a = moe.attributes
+        hidden = apply_gate(rows, a["act"], a["gate"], a["alpha"], a["limit"])
+        return torch.autograd.grad(hidden.sum(), rows)[0]
 
 
 def mean_outer(x: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -29,11 +29,16 @@ def standardized(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def value_loss(s: Tensor, t: Tensor, top_k: int) -> Tensor:
     """Sensitivity-weighted squared difference of scores."""
     p = t.softmax(-1)
-    ranked = t.sort(-1, descending=True).values
-    boundary = ranked[:, top_k - 1 : top_k + 1].mean(-1, keepdim=True)
-    sensitivity = p * (1 - p) + torch.exp(-(t - boundary).abs())
+    sensitivity = p * (1 - p) + boundary_nearness(t, top_k)
     sensitivity = sensitivity / sensitivity.sum(-1, keepdim=True)
     return (sensitivity * (s - t).square()).sum(-1).mean()
+
+
+def boundary_nearness(t: Tensor, top_k: int, sharpness: float = 1.0) -> Tensor:
+    """exp(-sharpness |t_e - b|) for every score."""
+    ranked = t.sort(-1, descending=True).values
+    boundary = ranked[:, top_k - 1 : top_k + 1].mean(-1, keepdim=True)
+    return torch.exp(-sharpness * (t - boundary).abs())
 
 
 def order_loss(s: Tensor, t: Tensor, top_k: int) -> Tensor:

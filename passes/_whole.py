@@ -76,12 +76,12 @@ class Whole:
     ) -> None:
         """Add the gradient of loss(what is alive before the head, output), and of inner losses, to what is behind `trained`."""
         kept = self.forward(ids, trained)
-        values = self._leaves(kept.pop())
+        values = self.leaves(kept.pop())
         with torch.enable_grad():
             loss(values, self.run(self.program.layers - 1, values, trained)[self.output]).backward()
         for stage in reversed(range(self.program.layers - 1)):
             grads = {k: v.grad for k, v in values.items() if isinstance(v, Tensor) and v.grad is not None}
-            values = self._leaves(kept.pop())
+            values = self.leaves(kept.pop())
             with torch.enable_grad():
                 after = self.run(stage, values, trained)
                 reached = [k for k in grads if after[k].requires_grad]
@@ -91,7 +91,7 @@ class Whole:
                     ends = [*(after[k] for k in reached), *losses]
                     torch.autograd.backward(ends, [*(grads[k] for k in reached), *(torch.ones_like(x) for x in losses)])
 
-    def _leaves(self, values: Values) -> Values:
+    def leaves(self, values: Values) -> Values:
         """The same values, those that move as leaves that collect a gradient."""
         return {
             k: v.detach().requires_grad_() if k in self.moving and v.is_floating_point() else v

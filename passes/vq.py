@@ -52,7 +52,7 @@ class VectorQuantize(LayerPass):
         moments: Moments = layer.data["moments", moe.path]
         operands: list[fx.Node | None] = []
         for projection in ("gate_up", "down"):
-            tensors = self.code(layer, moe, projection, moments.of(projection), ctx)
+            tensors = self.code(layer, moe, projection, moments, ctx)
             operands += [
                 None if t is None else layer.program.add(f"{moe.path}.{projection}.{n}", t) for n, t in tensors.items()
             ]
@@ -66,15 +66,16 @@ class VectorQuantize(LayerPass):
             )
         layer.program.replace(moe.node, VQ_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
 
-    def code(self, layer: Layer, moe: MoE, projection: str, moment: Tensor, ctx: Context) -> dict[str, Tensor | None]:
+    def code(self, layer: Layer, moe: MoE, projection: str, moments: Moments, ctx: Context) -> dict[str, Tensor | None]:
         """The eight stored tensors of one projection."""
         weight = layer.weight(moe, projection)
         assert weight is not None
+        moment, output = moments.of(projection), moments.output_of(projection)
         shared = {
             n: layer.weight(moe, f"{projection}_{n}") if moe.node.target is KLT_EXPERTS else None
             for n in vq4.TENSORS[5:]
         }
-        coded, shared_book = self.best(weight, moment, ctx.seed_for(moe.path, projection))
+        coded, shared_book = self.best(weight, moment, output, ctx.seed_for(moe.path, projection))
         error = coded.dense()[..., : weight.shape[-1]] - weight
         original = weight if shared["basis"] is None else weight + _basis_of(shared, projection)
         relative = weighted_error(error, moment) / weighted_error(original, moment).clamp(min=1e-20)
@@ -93,32 +94,31 @@ class VectorQuantize(LayerPass):
             **held,
         }
 
-    def best(self, weight: Tensor, moment: Tensor, seed: int) -> tuple[Coded, bool]:
+    def best(self, weight: Tensor, moment: Tensor, output: Tensor | None, seed: int) -> tuple[Coded, bool]:
         """The coded projection and whether its experts share one codebook."""
         weight, moment = pad_columns(weight, moment)
-        if self.codebook != "auto":
-            return self.encode(weight, moment, self.codebook == "layer", seed), self.codebook == "layer"
-        shared = self.shares(weight, moment, seed)
-        return self.encode(weight, moment, shared, seed), shared
+        shared = self.shares(weight, moment, seed) if self.codebook == "auto" else self.codebook == "layer"
+        return self.encode(weight, moment, output, shared, seed), shared
 
     def shares(self, weight: Tensor, moment: Tensor, seed: int) -> bool:
-        """Whether one codebook for the layer is better at its bits, measured on some experts."""
+        """Whether one codebook for the layer is better at its bits, measured on some experts, all output channels alike."""
         price = 8 * vq4.CODEBOOK_SIZE * vq4.group_size(self.bits) * (1 - 1 / len(weight)) / weight[0].numel()
         if price < 0.005:  # next to nothing
             return False
         some = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EXPERTS)).long()
         weight, moment = weight[some], moment[some]
         quick = replace(self, rounds=min(self.rounds, 2))
-        coded = [quick.encode(weight, moment, shared, seed) for shared in (True, False)]
+        coded = [quick.encode(weight, moment, None, shared, seed) for shared in (True, False)]
         one, own = (float(weighted_error(c.dense() - weight, moment).sum()) for c in coded)
         return gain(one, own, price) <= 0
 
-    def encode(self, weight: Tensor, moment: Tensor, shared: bool, seed: int) -> Coded:
+    def encode(self, weight: Tensor, moment: Tensor, output: Tensor | None, shared: bool, seed: int) -> Coded:
         step = len(weight) if shared else max(1, _AT_ONCE // weight[0].numel())
         parts = [
             encode(
                 weight[i : i + step],
                 moment[i : i + step],
+                None if output is None else output[i : i + step],
                 bits=self.bits,
                 shared=shared,
                 seed=seed,

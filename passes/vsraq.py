@@ -32,7 +32,7 @@ from moecc.passes._tuned import Tuned, split
 @dataclass(frozen=True, kw_only=True)
 class AlignRouting(LayerPass):
     name: ClassVar[str] = "vsraq"
-    requires: ClassVar[frozenset[str]] = frozenset({"folded"})
+    requires: ClassVar[frozenset[str]] = frozenset({"folded", "sensitivity"})
     provides: ClassVar[frozenset[str]] = frozenset({"routing"})
     needs_data: ClassVar[bool] = True
     own_round: ClassVar[bool] = True
@@ -50,7 +50,7 @@ class AlignRouting(LayerPass):
         if not found:
             return False
         tuned = Tuned(layer.program, found)
-        run = _Run(self, Block(layer, self.routing(), head=self.head > 0), tuned, ctx)
+        run = _Run(self, Block(layer, self.routing(), ctx.sensitivity, head=self.head > 0), tuned, ctx)
         before, after = run.train()
         for moe in found:
             for projection in ("gate_up", "down"):

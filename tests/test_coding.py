@@ -39,10 +39,10 @@ def codebooks(bits: int, seed: int = 0, *, books: int = E, size: int = 256) -> T
     return torch.randint(low, 128, (books, size, v), generator=g).float()
 
 
-def coder(bits: int, seed: int = 0, *, feedback: bool = True, **shape: int) -> _Coder:
+def coder(bits: int, seed: int = 0, *, feedback: bool = True, output: Tensor | None = None, **shape: int) -> _Coder:
     weight, moment = drawn(seed, **shape)
     importance = moment.diagonal(dim1=-2, dim2=-1)
-    return _Coder(weight, moment, importance / importance.mean(-1, keepdim=True), bits, feedback)
+    return _Coder(weight, moment, importance / importance.mean(-1, keepdim=True), bits, feedback, output)
 
 
 def scales(c: _Coder) -> Tensor:
@@ -68,6 +68,8 @@ def error_of(c: _Coder, s: Coded) -> Tensor:
     """tr(D H D^T) per expert by the definition, in float64."""
     d, h = (s.dense().double() - c.target.double()), c.moment.double()
     found = [sum(float(row @ h[e] @ row) for row in d[e]) for e in range(len(d))]
+    if c.output is not None:
+        found = [float(torch.trace(c.output[e].double() @ d[e] @ h[e] @ d[e].T)) for e in range(len(d))]
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -215,7 +217,7 @@ def slow_feedback(c: _Coder, table: np.ndarray, e: int, n: int, scale: float) ->
 def test_error_feedback_against_least_squares_at_every_step(bits: int, block: int) -> None:
     c = coder(bits)
     table, s = codebooks(bits), scales(c)
-    chosen = c.choose(table, s, block=block).unscaled().double().numpy()
+    chosen = c._choose(c.target, table, s, block=block).unscaled().double().numpy()
     same, total, errors = 0, 0, np.zeros(2)
     for e, n in itertools.product(range(E), range(N)):
         want = slow_feedback(c, table[e].double().numpy(), e, n, float(s[e, n]))
@@ -231,6 +233,57 @@ def test_feedback_pays(bits: int) -> None:
     c, plain = coder(bits, rows=24), coder(bits, rows=24, feedback=False)
     table, s = codebooks(bits), scales(c)
     assert float(error_of(c, c.choose(table, s)).sum()) < float(error_of(c, plain.choose(table, s)).sum())
+
+
+def costs(likeness: float, seed: int = 0, rows: int = 64) -> Tensor:
+    """Costs [E, N, N] of output errors: full, and the rows the more alike the larger `likeness`."""
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randn(E, rows, 4 * rows, generator=g) + likeness * torch.randn(E, 1, 4 * rows, generator=g)
+    return a @ a.mT / a.shape[-1]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("likeness", [1.0, 10.0])
+def test_codes_follow_the_cost_of_output_errors(bits: int, likeness: float) -> None:
+    weight, moment = drawn(5, rows=64, columns=64)
+    cost = costs(likeness)
+    plain, knowing = (
+        encode(weight, moment, output, bits=bits, shared=False, seed=0).dense() - weight for output in (None, cost)
+    )
+    assert float(weighted_error(knowing, moment, cost).sum()) < 0.95 * float(weighted_error(plain, moment, cost).sum())
+    # the rows stand where they stood
+    assert float(weighted_error(knowing, moment).sum()) < 0.5 * float(weighted_error(weight, moment).sum())
+
+
+def test_equal_costs_are_none() -> None:
+    weight, moment = drawn(5, rows=64, columns=64)
+    plain, same = (
+        float(weighted_error(encode(weight, moment, c, bits=2, shared=False, seed=0).dense() - weight, moment).sum())
+        for c in (None, torch.eye(64).expand(E, -1, -1))
+    )
+    assert abs(same / plain - 1) < 0.01
+
+
+@given(bits=st.sampled_from(BITS), seed=st.integers(0, 10_000), likeness=st.floats(0, 30))
+def test_a_sweep_under_output_costs_never_increases_the_error(bits: int, seed: int, likeness: float) -> None:
+    c = coder(bits, seed, rows=24, output=costs(likeness, seed, 24))
+    s = c.choose(codebooks(bits, seed), scales(c))
+    swept = c.sweep(s)
+    # rows of a block move together, so a step may overshoot a little
+    assert bool((error_of(c, swept) <= 1.05 * error_of(c, s)).all())
+
+
+def test_refits_under_output_costs_are_least_squares() -> None:
+    c = coder(2, rows=24, output=costs(2.0, rows=24))
+    s = c.choose(codebooks(2), scales(c))
+    refit, q = c.refit_scale(s), s.unscaled().double()
+    assert c.output is not None
+    for e in range(E):
+        left, right = torch.linalg.cholesky(c.output[e].double()).T, torch.linalg.cholesky(c.moment[e].double())
+        columns = torch.stack([(left[:, n : n + 1] @ q[e, n : n + 1] @ right).flatten() for n in range(24)], 1)
+        want = torch.linalg.lstsq(columns, (left @ c.target[e].double() @ right).flatten().unsqueeze(1)).solution
+        torch.testing.assert_close(refit.scale[e].double(), want.squeeze(1), rtol=2e-3, atol=1e-6)
+    assert float(error_of(c, c.refit_codebook(s)).sum()) < float(error_of(c, s).sum())
 
 
 # ---- refits

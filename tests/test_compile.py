@@ -152,7 +152,7 @@ def test_a_family_compiles_reloads_and_generates(family: str, compile: Any, tmp_
     got = compile(model, out, EVERYTHING)
     assert got.code == 0, got.err
     assert got.json["reload_difference"] <= verify.TOLERANCE and got.json["reloaded_by"] == "transformers"
-    assert got.json["passes"] == "moments,klt{rank=4},vq,affine,fold,vsraq{steps=3},dense{group=16}"
+    assert got.json["passes"] == "sensitivity,moments,klt{rank=4},vq,affine,fold,vsraq{steps=3},dense{group=16}"
     assert {p.name for p in tmp_path.iterdir()} == {"model", "out"}
     config = AutoConfig.from_pretrained(out)
     assert config.quantization_config["experts"]

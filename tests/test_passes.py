@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import make
 from torch import Tensor
 
 from moecc import pipeline
 from moecc.base import Composite, Context, MoeccError
-from moecc.ir import Program, digest, run_nodes
+from moecc.ir import Program, digest, output_node, run_nodes
 from moecc.ops import KLT_EXPERTS, VQ_EXPERTS
 from moecc.passes._adapters import attached
 from moecc.passes._routing import selection_scores
@@ -24,6 +25,7 @@ from moecc.passes._store import compact
 from moecc.passes._whole import Whole
 from moecc.passes.affine import shift
 from moecc.passes.rilq import Trained
+from moecc.passes.sensitivity import Gradients
 from moecc.stream import StageWeights, run_program
 from moecc.trace import trace
 
@@ -36,6 +38,7 @@ TOKENS = [torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(
 OPTIONS: dict[str, list[str]] = {
     "klt": ["klt{rank=2}", "klt{rank=0}"],
     "vq": ["vq{bits=3,codebook=layer}", "vq{rounds=1,feedback=false}"],
+    "sensitivity": ["sensitivity", "sensitivity{kl=0,routing=0}"],
     "affine": ["affine{offset=on}", "affine{offset=off}"],
     "vsraq": ["vsraq{steps=4}", "vsraq{steps=1,lr=0.0001}"],
     "rilq": ["rilq{steps=4,rank=2}", "rilq{steps=1,lr=0.0001,experts=false,patience=1}"],
@@ -288,6 +291,62 @@ def test_tuning_lowers_the_held_out_loss_or_leaves_all_as_it_was(traced: Program
     kinds = [k for k in ("reconstruction", "value", "order", "boundary") if k in terms["before"]]
     ratio = {k: terms["after"][k] / max(terms["before"][k], 1e-12) for k in kinds}
     assert sum(getattr(options, k) * (ratio[k] - 1) for k in kinds) <= 1e-9
+
+
+def test_sensitivity_is_that_of_the_whole_graph(traced: Program) -> None:
+    ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    layered = Gradients(traced, "kl", Context())
+    layered.measure([ids], "")
+    values: dict[str, Any] = {traced.user_inputs[0].name: ids}
+    paths, probes = {m.node.name: m.path for m in traced.moe_layers()}, {}
+    with torch.enable_grad():
+        nodes = [n for n in traced.graph.nodes if n.op == "call_function"]
+        for node, value in run_nodes(nodes, values, StageWeights(traced)):
+            if node.name in paths:
+                probes[paths[node.name]] = torch.zeros_like(value).requires_grad_()
+                values[node.name] = value + probes[paths[node.name]]
+        logits = values[output_node(traced).name].flatten(0, 1)
+        drawn = torch.Generator().manual_seed(Context().seed_for("sensitivity", "kl"))
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn).squeeze(-1)
+        grads = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), list(probes.values()))
+    for path, g in zip(probes, grads, strict=True):
+        torch.testing.assert_close(layered.means()[path], g.T @ g / len(g), rtol=1e-3, atol=1e-9)
+
+
+def test_sensitivity_foretells_the_divergence(traced: Program) -> None:
+    """Behind the last experts, where no router can change its mind."""
+    ids = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(0))
+    run = compiled(traced, "sensitivity{routing=0}", batches=list(ids.split(1)))
+    assert not run.differed["sensitivity"]
+    moe, logits = traced.moe_layers()[-1], []
+    for noise in (0.0, 0.002):
+        values: dict[str, Any] = {traced.user_inputs[0].name: ids}
+        nodes = [n for n in traced.graph.nodes if n.op == "call_function"]
+        for node, value in run_nodes(nodes, values, StageWeights(traced)):
+            if node is moe.node:
+                generator = torch.Generator().manual_seed(1)
+                values[node.name] = value + noise * torch.randn(value.shape, generator=generator)
+        logits.append(values[output_node(traced).name].double().log_softmax(-1))
+    divergence = float((logits[0].exp() * (logits[0] - logits[1]).square()).sum(-1).mean()) / 2  # to second order
+    assert divergence == pytest.approx(0.002**2 * float(run.ctx.sensitivity[moe.path].trace()) / 2, rel=0.1)
+
+
+def test_sensitivity_of_routing_is_that_of_the_routers_behind(traced: Program) -> None:
+    run = compiled(traced, "sensitivity{kl=0}")
+    first, last = (m.path for m in traced.moe_layers())
+    assert first in run.ctx.sensitivity and last not in run.ctx.sensitivity
+    both = compiled(traced, "sensitivity")
+    assert float(both.ctx.sensitivity[first].trace()) > float(both.ctx.sensitivity[last].trace()) > 0
+
+
+def test_without_sensitivity_all_output_channels_count_alike(traced: Program) -> None:
+    off, plain = compiled(traced, "sensitivity{kl=0,routing=0},vq"), compiled(traced, "vq")
+    assert off.texts["layer001-vq"] == plain.texts["layer001-vq"]
+    run = compiled(traced, "sensitivity,vq")
+    assert run.texts["layer001-vq"] != plain.texts["layer001-vq"]
+    path = traced.moe_layers()[0].path
+    told = [r.ctx.audit[f"{path}.gate_up"]["errors"] for r in (run, plain)]
+    assert told == ["weighted by sensitivity", "all channels alike"]
 
 
 def test_gradients_layer_by_layer_are_those_of_the_whole(traced: Program) -> None:

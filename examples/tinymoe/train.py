@@ -12,7 +12,9 @@
      are dropped. The saved model knows nothing of it.
   4. --upcycle 0.25: after a quarter of the run all experts restart as one parent plus noise, as in sparse upcycling
      (arXiv 2212.05055), so that they end as relatives.
-  5. The model is saved in bfloat16, loaded again as anyone would, and scored on the held-out text.
+  5. --start FOLDER: tensors of the same name and shape are taken from that checkpoint (attention, embeddings, norms of the same
+     width); experts and routers begin as noise.
+  6. The model is saved in bfloat16, loaded again as anyone would, and scored on the held-out text.
 
 Shapes: T tokens, k experts a token, E experts, C tokens an expert takes, D hidden, F intermediate.
 """
@@ -125,6 +127,18 @@ def make_model(config, device):
     return model, layers
 
 
+@torch.no_grad()
+def start_from(folder, model):
+    """Copy what has the same name and shape outside the MoE blocks; how many tensors that were."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    same = {
+        n: t for n, t in model.state_dict().items() if n in theirs and theirs[n].shape == t.shape and ".mlp." not in n
+    }
+    for name, tensor in same.items():
+        tensor.copy_(theirs[name])
+    return len(same)
+
+
 def watch_loads(model, layers):
     """Routed tokens of each expert in the latest step [E], by layer; keeps the score correction biases up to date."""
     loads = [torch.ones(1)] * len(layers)
@@ -208,6 +222,7 @@ def arguments():
     parser.add_argument("--tokenizer", help="folder of a tokenizer to use instead of training one")
     parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer that is trained")
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--start", metavar="FOLDER", help="checkpoint to take attention, embeddings and norms from")
     parser.add_argument("--upcycle", type=float, metavar="SHARE", help="restart all experts at this share of the run")
     parser.add_argument("--batch", type=int, default=16, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
@@ -232,6 +247,8 @@ def main():
         fail(f"{options.config}: {in_short(error)}")
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{config.model_type}: {size:.1f} million parameters, {len(stream)} tokens", flush=True)
+    if options.start:
+        print(f"{start_from(options.start, model)} tensors are {options.start}'s", flush=True)
     steps = train(model, layers, stream, options)
     if hasattr(config, "output_router_logits"):
         model.config.output_router_logits = False  # a saved model answers with the language loss alone
