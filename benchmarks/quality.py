@@ -35,6 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 EXAMPLE = ROOT / "examples" / "tinymoe"
 
+TUNING = "vsraq{value=0,order=0,boundary=0,head=0}"  # on reconstruction alone
+
 # group -> (label, peer method or pipeline, bits)
 METHODS: dict[str, list[tuple[str, str, int]]] = {
     "2bit": [
@@ -43,12 +45,15 @@ METHODS: dict[str, list[tuple[str, str, int]]] = {
         ("GPTQModel W2 g128", "peer:gptqmodel-w2g128", 2),
         ("GPTQModel W2 g32", "peer:gptqmodel-w2g32", 2),
         ("moecc kbvq", "kbvq", 2),
+        ("moecc sensitivity,kbvq", "sensitivity,kbvq", 2),
+        ("moecc kbvq + tuning, routers nowhere", f"sensitivity{{routing=0}},kbvq,{TUNING}", 2),
         ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
     ],
     "3bit": [
         ("AutoRound W3 g128, 200 iterations", "peer:autoround-w3g128", 3),
         ("GPTQModel W3 g128", "peer:gptqmodel-w3g128", 3),
         ("moecc kbvq", "kbvq", 3),
+        ("moecc sensitivity,kbvq", "sensitivity,kbvq", 3),
         ("moecc kbvq,vsraq", "kbvq,vsraq", 3),
     ],
     "rilq": [
@@ -64,15 +69,18 @@ METHODS: dict[str, list[tuple[str, str, int]]] = {
         ("+ error feedback and refits", "moments,vq", 2),
         ("+ affine", "moments,vq,affine,fold", 2),
         ("+ klt (= kbvq)", "kbvq", 2),
-        ("kbvq, rank 4", "kbvq{rank=4}", 2),
-        ("kbvq + tuning on reconstruction alone", "kbvq,vsraq{value=0,order=0,boundary=0,head=0}", 2),
-        ("kbvq + vsraq, value alone", "kbvq,vsraq{order=0,boundary=0,head=0}", 2),
-        ("kbvq + vsraq, order and boundary alone", "kbvq,vsraq{value=0,head=0}", 2),
-        ("kbvq + vsraq", "kbvq,vsraq", 2),
-        ("the same without klt", "kbvq{rank=0},vsraq", 2),
-        ("the same without affine offsets", "kbvq{offset=off},vsraq", 2),
-        ("the same with one codebook per layer", "kbvq{codebook=layer},vsraq", 2),
-        ("the same, codebook and offset only where they earn their bits", "kbvq{codebook=auto,offset=auto},vsraq", 2),
+        ("+ sensitivity of the model's output", "sensitivity{routing=0},kbvq", 2),
+        ("+ sensitivity of the routers", "sensitivity,kbvq", 2),
+        ("kbvq + tuning on reconstruction alone, all errors alike", f"sensitivity{{kl=0,routing=0}},kbvq,{TUNING}", 2),
+        ("the same, + sensitivity of the model's output", f"sensitivity{{routing=0}},kbvq,{TUNING}", 2),
+        ("the same, + sensitivity of the routers", f"sensitivity,kbvq,{TUNING}", 2),
+        ("the same, + value", "kbvq,vsraq{order=0,boundary=0,head=0}", 2),
+        ("the same, + order and boundary (= kbvq,vsraq without head)", "kbvq,vsraq{head=0}", 2),
+        ("+ head (= kbvq,vsraq)", "kbvq,vsraq", 2),
+        ("kbvq,vsraq without klt", "kbvq{rank=0},vsraq", 2),
+        ("kbvq,vsraq, rank 4", "kbvq{rank=4},vsraq", 2),
+        ("kbvq,vsraq with affine offsets", "kbvq{offset=on},vsraq", 2),
+        ("kbvq,vsraq with one codebook per layer", "kbvq{codebook=layer},vsraq", 2),
     ],
 }
 

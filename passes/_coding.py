@@ -29,10 +29,8 @@ from torch import Tensor
 from moecc import vq4
 
 _SAMPLE = 1 << 14  # groups that k-means looks at
-_ROWS = 8  # rows coded together under a metric that couples them; in a block each is coded as if the others stayed
-_OUTPUT_DAMPING = (
-    0.2  # share of the mean cost of an output error that every direction has at least: 0.1 to 0.2 was best
-)
+_ROWS = 16  # rows coded together under a metric that couples them; in a block each is coded as if the others stayed
+OUTPUT_DAMPING = 0.2  # share of the mean cost of an output error that every direction has at least: 0.1 to 0.2 was best
 _CHUNK = 1 << 22  # distances held at a time while codes are chosen
 
 
@@ -97,7 +95,7 @@ def encode(
     size = weight.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
     target = weight / size
     if output is not None and feedback:
-        output = damped(size * output * size.mT, _OUTPUT_DAMPING)
+        output = damped(size * output * size.mT, OUTPUT_DAMPING)
         output = output / output.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         order = output.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True).unsqueeze(-1)
         target, output = target.take_along_dim(order, 1), output.take_along_dim(order, 1).take_along_dim(order.mT, 2)
@@ -240,11 +238,12 @@ class _Coder:
 
     def choose(self, codebook: Tensor, scale: Tensor) -> Coded:
         """Codes for a codebook [C, 256, v] and row scales [E, N], with error feedback (or nearest by importance)."""
+        finders = self._finders(codebook)
         if self.output is None:
-            return self._choose(self.target, codebook, scale)
+            return self._choose(self.target, codebook, scale, finders)
         rest, parts = self.target.clone(), []
         for block in self.blocks:
-            part = self._choose(rest[:, block], codebook, scale[:, block])
+            part = self._choose(rest[:, block], codebook, scale[:, block], finders)
             parts.append(part)
             later = slice(block.stop, None)
             lower = self.row_upper[:, block, block].mT
@@ -254,7 +253,13 @@ class _Coder:
         codes = torch.cat([p.codes for p in parts], 1)
         return Coded(codes, torch.cat(negative, 1) if negative else None, codebook, scale.contiguous())
 
-    def _choose(self, target: Tensor, codebook: Tensor, scale: Tensor, block: int = 128) -> Coded:
+    def _finders(self, codebook: Tensor) -> list[Nearest]:
+        """What finds a group's code when all groups before it are coded, in the order of coding."""
+        return [Nearest(codebook, self._metric(j), self.bits) for j in range(0, self.columns.shape[-1], self.v)]
+
+    def _choose(
+        self, target: Tensor, codebook: Tensor, scale: Tensor, finders: list[Nearest], block: int = 128
+    ) -> Coded:
         """The same for some rows, which do not depend on each other."""
         experts, rows, columns = target.shape
         v, index = self.v, self.columns.unsqueeze(1).expand(-1, rows, -1)
@@ -266,13 +271,13 @@ class _Coder:
             errors = torch.empty(experts, rows, stop - start, device=rest.device)
             for j in range(start, stop, v):
                 t = rest[:, :, j : j + v]
-                metric = self._metric(j)
-                code, sign, q = nearest(t, codebook, metric, self.bits)
+                find = finders[j // v]
+                code, sign, q = find(t)
                 codes[:, :, j // v] = code
                 if negative is not None and sign is not None:
                     negative[:, :, j : j + v] = sign
                 if self.feedback:
-                    carried = (t - q) @ metric
+                    carried = (t - q) @ find.metric
                     errors[:, :, j - start : j - start + v] = carried
                     rest[:, :, j + v : stop] -= carried @ self.upper[:, j : j + v, j + v : stop]
             if self.feedback and stop < columns:
@@ -293,6 +298,7 @@ class _Coder:
         codes, negative = state.codes.clone(), None if state.negative is None else state.negative.clone()
         dense, scale = state.unscaled(), state.scale.unsqueeze(-1)
         carried = (self.target - dense * scale) @ self.moment  # (w - q) H, kept up to date between blocks
+        finders = [Nearest(state.codebook, self.roots[:, g], self.bits) for g in range(self.roots.shape[1])]
         for rows in self.blocks:
             pull = (
                 carried[:, rows] / scale[:, rows]
@@ -300,7 +306,7 @@ class _Coder:
                 else self._coupled(carried, rows) / scale[:, rows]
             )
             part = Coded(codes[:, rows], None if negative is None else negative[:, rows], state.codebook, state.scale)
-            self._sweep(part, dense[:, rows], pull)
+            self._sweep(part, dense[:, rows], pull, finders)
             if self.output is not None:
                 carried[:, rows] = (self.target[:, rows] - dense[:, rows] * scale[:, rows]) @ self.moment
         return Coded(codes, negative, state.codebook, state.scale)
@@ -315,22 +321,22 @@ class _Coder:
         pull: Tensor = self.output[:, rows] @ carried / (own * most)
         return pull
 
-    def _sweep(self, part: Coded, dense: Tensor, pull: Tensor) -> None:
+    def _sweep(self, part: Coded, dense: Tensor, pull: Tensor, finders: list[Nearest]) -> None:
         """Codes, signs and values of some rows, changed in place."""
         v = self.v
-        for g in range(dense.shape[-1] // v):
+        for g, find in enumerate(finders):
             cols = slice(g * v, g * v + v)
-            metric, old = self.roots[:, g], dense[:, :, cols]
+            old = dense[:, :, cols]
             t = old + pull[:, :, cols] @ self.inverses[:, g]
-            code, sign, q = nearest(t, part.codebook, metric, self.bits)
-            # At 3 bit `nearest` follows the signs of t, so a code of other signs may have been better: then it stays.
-            better = ((t - q) @ metric).square().sum(-1) < ((t - old) @ metric).square().sum(-1)
-            change = torch.where(better.unsqueeze(-1), q - old, 0.0)
-            part.codes[:, :, g] = torch.where(better, code, part.codes[:, :, g])
+            code, sign, q = find(t)
             if part.negative is not None and sign is not None:
+                # What is found has the signs of t, so a code of other signs may have been better: then it stays.
+                better = ((t - q) @ find.metric).square().sum(-1) < ((t - old) @ find.metric).square().sum(-1)
+                code, q = torch.where(better, code, part.codes[:, :, g]), torch.where(better.unsqueeze(-1), q, old)
                 part.negative[:, :, cols] = torch.where(better.unsqueeze(-1), sign, part.negative[:, :, cols])
-            dense[:, :, cols] = torch.where(better.unsqueeze(-1), q, old)
-            pull -= change @ self.moment[:, cols, :]
+            part.codes[:, :, g] = code
+            pull -= (q - old) @ self.moment[:, cols, :]
+            dense[:, :, cols] = q
 
     def refit_scale(self, state: Coded) -> Coded:
         """The rows' scales by least squares under S and H; a row that codes to zero, or would turn around, keeps its scale."""
@@ -394,43 +400,49 @@ class _Coder:
         return flat.view(books, size, self.v)
 
 
-def nearest(t: Tensor, codebook: Tensor, metric: Tensor, bits: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """argmin_c |(t - c) metric|^2 for t [E, N, v], codebook [C, 256, v], metric [E, v, v]; at 3 bit among the c that have the
-    signs of t + 1/2, which is all it takes under a diagonal metric.
+class Nearest:
+    """The nearest entry of a codebook under a metric; what depends on these two alone is computed once, not per row.
 
-    Returns codes [E, N], at 3 bit which components are negative [E, N, v], and the chosen vectors [E, N, v].
+    argmin_c |(t - c) metric|^2 for t [E, n, v], codebook [C, 256, v], metric [E, v, v]; at 3 bit among the c that have the signs
+    of t + 1/2, which is all it takes under a diagonal metric.
     """
-    negative = None
-    if bits == 3:  # decode is symmetric about -1/2: match |t + 1/2| against p + 1/2 with the signs of t + 1/2
-        negative = t + 0.5 < 0
-        t, codebook = t + 0.5, codebook + 0.5
-    table = codebook.expand(len(t), -1, -1)
-    code = _nearest_signed(t, table, metric, negative) if negative is not None else _nearest(t @ metric, table @ metric)
-    q = torch.gather(table, 1, code.unsqueeze(-1).expand(-1, -1, t.shape[-1]))
-    if negative is not None:
-        q = torch.where(negative, -q, q) - 0.5
-    return code, negative, q
 
+    def __init__(self, codebook: Tensor, metric: Tensor, bits: int):
+        # At 3 bit decode is symmetric about -1/2: match |t + 1/2| against p + 1/2 with the signs of t + 1/2.
+        self.table = (codebook + 0.5 if bits == 3 else codebook).expand(len(metric), -1, -1)
+        self.metric, self.signed = metric, bits == 3
+        if not self.signed:
+            image = self.table @ metric
+            self.image, self.norms = image.mT, image.square().sum(-1).unsqueeze(1)
+            return
+        # |(t - s*p) M|^2 = const - 2 (s * (t G)) . p + p^T (G with rows and columns signed) p, G = M M^T; the last term depends
+        # on the sign pattern alone, so it is tabulated for each of the 2^v patterns.
+        v = metric.shape[-1]
+        self.gram = metric @ metric.mT
+        self.powers = torch.arange(v, device=metric.device)
+        bits_of_pattern = (torch.arange(2**v, device=metric.device).unsqueeze(-1) >> self.powers) & 1
+        signed = self.table.unsqueeze(1) * (1.0 - 2.0 * bits_of_pattern.to(metric.dtype)).unsqueeze(
+            1
+        )  # [E, 2^v, 256, v]
+        self.norms = ((signed @ self.gram.unsqueeze(1)) * signed).sum(-1)  # [E, 2^v, 256]
 
-def _nearest(points: Tensor, table: Tensor) -> Tensor:
-    norm = table.square().sum(-1).unsqueeze(1)
-    return torch.baddbmm(norm, points, table.transpose(1, 2), alpha=-2).argmin(-1)
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Codes [E, n], at 3 bit which components are negative [E, n, v], and the chosen vectors [E, n, v]."""
+        if not self.signed:
+            code = torch.baddbmm(self.norms, t @ self.metric, self.image, alpha=-2).argmin(-1)
+            return code, None, self._entries(code)
+        t = t + 0.5
+        negative = t < 0
+        pattern = (negative.long() << self.powers).sum(-1)
+        linear = t @ self.gram
+        linear = torch.where(negative, -linear, linear)
+        own = torch.gather(self.norms, 1, pattern.unsqueeze(-1).expand(-1, -1, self.table.shape[1]))
+        code = torch.baddbmm(own, linear, self.table.mT, alpha=-2).argmin(-1)
+        q = self._entries(code)
+        return code, negative, torch.where(negative, -q, q) - 0.5
 
-
-def _nearest_signed(t: Tensor, table: Tensor, metric: Tensor, negative: Tensor) -> Tensor:
-    # |(t - s*p) M|^2 = const - 2 (s * (t G)) . p + p^T (G with rows and columns signed) p, G = M M^T; the last term depends on
-    # the sign pattern alone, so it is tabulated for each of the 2^v patterns.
-    v = t.shape[-1]
-    gram = metric @ metric.transpose(1, 2)
-    patterns = torch.arange(2**v, device=t.device)
-    bits = (patterns.unsqueeze(-1) >> torch.arange(v, device=t.device)) & 1
-    signs = 1.0 - 2.0 * bits.to(t.dtype)  # [2^v, v]
-    signed = table.unsqueeze(1) * signs.unsqueeze(1)  # [E, 2^v, 256, v]
-    norms = ((signed @ gram.unsqueeze(1)) * signed).sum(-1)  # [E, 2^v, 256]
-    pattern = (negative.long() << torch.arange(v, device=t.device)).sum(-1)  # [E, N]
-    linear = torch.where(negative, -(t @ gram), t @ gram)
-    own = torch.gather(norms, 1, pattern.unsqueeze(-1).expand(-1, -1, table.shape[1]))
-    return (own - 2 * linear @ table.transpose(1, 2)).argmin(-1)
+    def _entries(self, code: Tensor) -> Tensor:
+        return torch.gather(self.table, 1, code.unsqueeze(-1).expand(-1, -1, self.table.shape[2]))
 
 
 def pad_columns(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@
      coded gate_up).
   2. Each output channel's t is regressed on v, tokens weighted by their squared routing weight: slope and offset, both drawn
      towards 1 and 0 by `_PRIOR` tokens so that an expert with few tokens is not bent to them.
+     Where output errors have costs of their own (`sensitivity`), the slopes of all channels are fitted together under them.
   3. Both are fitted on every second token and kept only where they help on the others; then refitted on all. With
      offset=auto the offset must also be worth its 16/K bits per weight (`_rate`).
   4. The audit has what the correction is for: how far the mean of the output was off, and its variance, before and after, over
@@ -16,7 +17,7 @@ Shapes: E experts, N rows; slope and offset [E, N], operands of `moecc::vq_exper
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from moecc.base import Context, Layer, LayerPass, option
 from moecc.gates import apply_gate
 from moecc.ir import MoE
 from moecc.ops import VQ_EXPERTS
-from moecc.passes._moments import Routed, hidden_units, routed_tokens
+from moecc.passes._coding import OUTPUT_DAMPING, damped
+from moecc.passes._moments import Moments, Routed, hidden_units, routed_tokens
 from moecc.passes._rate import gain
 
 _PRIOR = 32.0
@@ -53,6 +55,10 @@ class Sums:
         sums = [weight.sum(), wv.sum(0), wt.sum(0), (wv * v).sum(0), (wv * t).sum(0), (wt * t).sum(0)]
         return cls(len(v), *(x.double() for x in sums))
 
+    @property
+    def plain(self) -> Sums:
+        return self
+
     def __add__(self, other: Sums) -> Sums:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return Sums(*(a + b for a, b in pairs))
@@ -72,6 +78,46 @@ class Sums:
         a, b = slope, offset
         terms = self.tt - 2 * a * self.vt - 2 * b * self.t + a * a * self.vv + 2 * a * b * self.v + b * b * self.w
         return float(terms.sum())
+
+
+@dataclass
+class CoupledSums:
+    """The same where an error r [N] of the output costs r^T S r: sums of products of all pairs of channels, [N, N] each."""
+
+    cost: Tensor  # S
+    plain: Sums
+    vv: Tensor  # sum of w v v^T, and so on
+    vt: Tensor
+    tt: Tensor
+
+    @classmethod
+    def of(cls, v: Tensor, t: Tensor, weight: Tensor, cost: Tensor) -> CoupledSums:
+        wv, wt = (weight.unsqueeze(-1) * x for x in (v, t))
+        products = [x.double() for x in (wv.T @ v, wv.T @ t, wt.T @ t)]
+        return cls(cost.double(), Sums.of(v, t, weight), *products)
+
+    def __add__(self, other: CoupledSums) -> CoupledSums:
+        names = ("plain", "vv", "vt", "tt")
+        return CoupledSums(self.cost, *(getattr(self, n) + getattr(other, n) for n in names))
+
+    def line(self, *, offset: bool = True) -> tuple[Tensor, Tensor]:
+        """The slopes that are best together, and the offsets that take out what is left of the mean."""
+        p, total = self.plain, self.plain.w.clamp(min=1e-30)
+        mean_v, mean_t = (p.v / total, p.t / total) if offset else (p.v * 0, p.t * 0)
+        joint = self.cost * (self.vt / total - torch.outer(mean_v, mean_t))
+        spread = self.cost * (self.vv / total - torch.outer(mean_v, mean_v))
+        slope = torch.linalg.solve(damped(spread.unsqueeze(0), 1e-6)[0], joint.sum(1))
+        trust = p.count / (p.count + _PRIOR)
+        slope = 1 + trust * (slope - 1)
+        return slope, trust * (mean_t - slope * mean_v)
+
+    def error(self, slope: Tensor | float, offset: Tensor | float) -> float:
+        """sum of w r^T S r, r = t - slope v - offset."""
+        p = self.plain
+        a, b = (torch.zeros_like(p.v) + x for x in (slope, offset))
+        rr = self.tt - 2 * a.unsqueeze(1) * self.vt + torch.outer(a, a) * self.vv
+        rr = rr - 2 * torch.outer(b, p.t - a * p.v) + torch.outer(b, b) * p.w
+        return float((self.cost * rr).sum())
 
 
 class Fit(NamedTuple):
@@ -104,7 +150,7 @@ class AffineCorrection(LayerPass):
     provides: ClassVar[frozenset[str]] = frozenset({"affine"})
     leads_to: ClassVar[frozenset[str]] = frozenset({"folded"})
     needs_data: ClassVar[bool] = True
-    offset: str = option("on", help="store an offset per output channel where it is worth its bits, always, never",
+    offset: str = option("auto", help="store an offset per output channel where it is worth its bits, always, never",
                          choices=("auto", "on", "off"))  # fmt: skip
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
@@ -114,7 +160,9 @@ class AffineCorrection(LayerPass):
         routed = layer.data.get(("routed", moe.path)) or routed_tokens(layer, moe)
         coded = {p: CodedProjection.of(layer, moe, p) for p in ("gate_up", "down")}
         dense = {n: layer.original(moe, n) for n in ("gate_up", "down", "gate_up_bias")}
-        fits = self.fit(moe, routed, coded, dense)
+        moments: Moments | None = layer.data.get(("moments", moe.path))
+        costs = {p: None if moments is None else moments.output_of(p) for p in coded}
+        fits = self.fit(moe, routed, coded, dense, costs)
         args, names = list(moe.node.args), [a.name for a in VQ_EXPERTS._schema.arguments]
         for projection, (slope, offset, moved) in fits.items():
             for name, value in (("slope", slope), ("offset", offset)):
@@ -127,7 +175,12 @@ class AffineCorrection(LayerPass):
         return any(v is not None for fit in fits.values() for v in (fit.slope, fit.offset))
 
     def fit(
-        self, moe: MoE, routed: Routed, coded: dict[str, CodedProjection], dense: dict[str, Tensor | None]
+        self,
+        moe: MoE,
+        routed: Routed,
+        coded: dict[str, CodedProjection],
+        dense: dict[str, Tensor | None],
+        costs: dict[str, Tensor | None],
     ) -> dict[str, Fit]:
         """The corrections of both projections."""
         gate_up, down, bias = dense["gate_up"], dense["down"], dense["gate_up_bias"]
@@ -138,23 +191,33 @@ class AffineCorrection(LayerPass):
             rows = routed.rows(e)[:_MOST_TOKENS]
             x, weight = routed.x[rows], routed.weight_of(e, rows).square()
             inputs[e] = (x, gate_up[e], x, weight)
-        found["gate_up"] = first = self.regress(coded["gate_up"], inputs)
+        found["gate_up"] = first = self.regress(coded["gate_up"], inputs, costs["gate_up"])
         for e, (x, w, _, weight) in list(inputs.items()):
             rows_out = coded["gate_up"].apply(e, x, first.slope, first.offset)
             a = moe.attributes
             arrived = apply_gate(rows_out, a["act"], a["gate"], a["alpha"], a["limit"])
             intended = hidden_units(moe, x, w, None if bias is None else bias[e])
             inputs[e] = (intended, down[e], arrived, weight)
-        found["down"] = self.regress(coded["down"], inputs)
+        found["down"] = self.regress(coded["down"], inputs, costs["down"])
         return found
 
-    def regress(self, coded: CodedProjection, inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]) -> Fit:
+    def regress(
+        self, coded: CodedProjection, inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]], cost: Tensor | None
+    ) -> Fit:
         coded_error = slope_error = both_error = 0.0
-        sums = []
+        sums: list[Any] = []
+        if cost is not None:
+            cost = damped(cost, OUTPUT_DAMPING)
         for e, (intended, dense, arrived, weight) in inputs.items():
             v, low = coded.parts(e, arrived)
             t = intended @ dense.T - low
-            fit, rest = Sums.of(v[::2], t[::2], weight[::2]), Sums.of(v[1::2], t[1::2], weight[1::2])
+            parts: list[Any] = [
+                Sums.of(v[i::2], t[i::2], weight[i::2])
+                if cost is None
+                else CoupledSums.of(v[i::2], t[i::2], weight[i::2], cost[e])
+                for i in (0, 1)
+            ]
+            fit, rest = parts
             coded_error += rest.error(1.0, 0.0)
             slope_error += rest.error(fit.line(offset=False)[0], 0.0)
             both_error += rest.error(*fit.line())
@@ -163,10 +226,10 @@ class AffineCorrection(LayerPass):
         worth = gain(min(coded_error, slope_error), both_error, price) > 0
         use_offset = self.offset == "on" or (self.offset == "auto" and worth)
         if not use_offset and slope_error >= coded_error:
-            return Fit(None, None, shift(sums, [(1.0, 0.0)] * len(sums)))
+            return Fit(None, None, shift([s.plain for s in sums], [(1.0, 0.0)] * len(sums)))
         lines = [each.line(offset=use_offset) for each in sums]
         slope, offset = (torch.stack([pair[i] for pair in lines]).float() for i in (0, 1))
-        return Fit(slope, offset if use_offset else None, shift(sums, list(lines)))
+        return Fit(slope, offset if use_offset else None, shift([s.plain for s in sums], list(lines)))
 
 
 def _present(**values: Tensor | None) -> list[str]:

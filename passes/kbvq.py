@@ -22,7 +22,7 @@ class KBVQ(Composite):
         "auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024
     )
     codebook: str = option("expert", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
-    offset: str = option("on", help="affine offset: worth its bits, always, never", choices=("auto", "on", "off"))
+    offset: str = option("auto", help="affine offset: worth its bits, always, never", choices=("auto", "on", "off"))
 
     def expand(self) -> list[Pass]:
         return [

@@ -45,7 +45,7 @@ class MeasureSensitivity(Pass):
     routing: float = option(
         1.0, help="weight of the routers behind, relative to the output's; 0: not measured", low=0, high=1e4
     )
-    tokens: int = option(16384, help="calibration tokens for each of both, at most", low=1, high=1 << 30)
+    tokens: int = option(8192, help="calibration tokens for each of both, at most", low=1, high=1 << 30)
 
     def run(self, program: Program, ctx: Context) -> bool:
         assert ctx.reference is not None

@@ -38,11 +38,11 @@ class AlignRouting(LayerPass):
     own_round: ClassVar[bool] = True
     steps: int = option(200, help="optimizer steps per layer", low=1, high=100_000)
     batches: int = option(1, help="calibration batches per step", low=1, high=4096)
-    lr: float = option(2.0, help="factor on all learning rates", low=1e-4, high=100)
+    lr: float = option(1.0, help="factor on all learning rates", low=1e-4, high=100)
     reconstruction: float = option(1.0, help="weight of the block's output", low=0, high=1e4)
-    value: float = option(6.0, help="weight of router value alignment", low=0, high=1e4)
-    order: float = option(0.6, help="weight of expert order alignment", low=0, high=1e4)
-    boundary: float = option(1.8, help="weight of top-k boundary alignment", low=0, high=1e4)
+    value: float = option(2.0, help="weight of router value alignment", low=0, high=1e4)
+    order: float = option(0.2, help="weight of expert order alignment", low=0, high=1e4)
+    boundary: float = option(0.6, help="weight of top-k boundary alignment", low=0, high=1e4)
     head: float = option(1.0, help="weight of the logits, behind the last experts", low=0, high=1e4)
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moecc import vq4
 from moecc.passes import _coding
-from moecc.passes._coding import Coded, _Coder, encode, nearest, pad_columns, weighted_error
+from moecc.passes._coding import Coded, Nearest, _Coder, encode, pad_columns, weighted_error
 from moecc.passes._moments import Routed
-from moecc.passes.affine import Sums
+from moecc.passes.affine import CoupledSums, Sums
 from moecc.passes.klt import factorize, square_root
 
 E, N, K = 2, 6, 16
@@ -141,7 +141,7 @@ def test_nearest_against_brute_force(bits: int, diagonal: bool, books: int) -> N
     v = vq4.group_size(bits)
     metric, table = metrics(v, bits, diagonal=diagonal), codebooks(bits, books=books, size=40)
     t = torch.randn(E, 12, v, generator=torch.Generator().manual_seed(7)) * 60
-    code, negative, q = nearest(t, table, metric, bits)
+    code, negative, q = Nearest(table, metric, bits)(t)
     for e, n in itertools.product(range(E), range(12)):
         args = [x.double().numpy() for x in (t[e, n], table[e % books], metric[e])]
         _, want = slow_nearest(args[0], args[1], args[2], bits)
@@ -155,7 +155,7 @@ def test_three_bit_signs_are_the_best_ones_under_a_diagonal_metric() -> None:
     """All 16 sign patterns of every code are tried: following the signs of t + 1/2 loses nothing."""
     metric, table = metrics(4, 2, diagonal=True), codebooks(3, size=12)
     t = torch.randn(E, 8, 4, generator=torch.Generator().manual_seed(8)) * 60
-    q = nearest(t, table, metric, 3)[2]
+    q = Nearest(table, metric, 3)(t)[2]
     for e, n in itertools.product(range(E), range(8)):
         args = [x.double().numpy() for x in (t[e, n], metric[e])]
         every = (
@@ -217,7 +217,7 @@ def slow_feedback(c: _Coder, table: np.ndarray, e: int, n: int, scale: float) ->
 def test_error_feedback_against_least_squares_at_every_step(bits: int, block: int) -> None:
     c = coder(bits)
     table, s = codebooks(bits), scales(c)
-    chosen = c._choose(c.target, table, s, block=block).unscaled().double().numpy()
+    chosen = c._choose(c.target, table, s, c._finders(table), block=block).unscaled().double().numpy()
     same, total, errors = 0, 0, np.zeros(2)
     for e, n in itertools.product(range(E), range(N)):
         want = slow_feedback(c, table[e].double().numpy(), e, n, float(s[e, n]))
@@ -535,6 +535,25 @@ def test_sums_of_two_halves_give_the_line_and_the_error_of_the_whole() -> None:
 def test_the_affine_line_without_tokens_changes_nothing() -> None:
     slope, shift = Sums.of(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0)).line()
     assert bool((slope == 1).all()) and bool((shift == 0).all())
+
+
+@pytest.mark.parametrize("offset", [True, False])
+def test_slopes_under_output_costs_are_least_squares_together(offset: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, weight = torch.randn(4000, 6, generator=g).double(), torch.rand(4000, generator=g).double()
+    t = 1.3 * v + 0.4 * v.roll(1, 1) + 0.2 + 0.1 * torch.randn(4000, 6, generator=g)
+    cost = costs(1.0, rows=6)[0].double()
+    sums = CoupledSums.of(v[::2], t[::2], weight[::2], cost) + CoupledSums.of(v[1::2], t[1::2], weight[1::2], cost)
+    slope, shift = sums.line(offset=offset)
+    r = t - slope * v - shift
+    want = float((weight * ((r @ cost) * r).sum(-1)).sum())
+    assert sums.error(slope, shift) == pytest.approx(want, rel=1e-6)
+    for near in (0.98, 1.02):  # the prior of a few tokens is all that keeps it from the minimum
+        assert sums.error(1 + near * (slope - 1), shift) > want * (1 - 1e-4)
+    alone, alike = Sums.of(v, t, weight), CoupledSums.of(v, t, weight, torch.eye(6))
+    for got, plain in zip(alike.line(offset=offset), alone.line(offset=offset), strict=True):
+        torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-6)
+    assert alike.error(slope, shift) == pytest.approx(alone.error(slope, shift), rel=1e-9)
 
 
 def test_a_slot_without_weight_gives_an_expert_no_token() -> None:
