@@ -56,6 +56,18 @@ METHODS: dict[str, list[tuple[str, str, int]]] = {
         ("moecc sensitivity,kbvq", "sensitivity,kbvq", 3),
         ("moecc kbvq,vsraq", "kbvq,vsraq", 3),
     ],
+    "models": [  # the short table, for further models
+        ("AutoRound W2 g128, 200 iterations", "peer:autoround-w2g128", 2),
+        ("GPTQModel W2 g128", "peer:gptqmodel-w2g128", 2),
+        ("GPTQModel W2 g32", "peer:gptqmodel-w2g32", 2),
+        ("moecc kbvq", "kbvq", 2),
+        ("moecc sensitivity,kbvq", "sensitivity,kbvq", 2),
+        ("moecc kbvq + tuning, routers nowhere", f"sensitivity{{routing=0}},kbvq,{TUNING}", 2),
+        ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
+        ("AutoRound W3 g128, 200 iterations", "peer:autoround-w3g128", 3),
+        ("GPTQModel W3 g128", "peer:gptqmodel-w3g128", 3),
+        ("moecc kbvq,vsraq, 3 bit", "kbvq,vsraq", 3),
+    ],
     "rilq": [
         ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
         ("moecc kbvq,rilq,merge", "kbvq,rilq,merge", 2),
@@ -148,6 +160,16 @@ def measure(label: str, method: str, bits: int, args: argparse.Namespace, work: 
     return row
 
 
+def attempt(label: str, method: str, bits: int, args: argparse.Namespace, work: Path, ids: Path) -> dict[str, Any]:
+    """The row of `measure`; of a peer that fails on this model, a row that says so."""
+    try:
+        return measure(label, method, bits, args, work, ids)
+    except MoeccError as error:
+        if not method.startswith("peer:"):
+            raise
+        return {"label": label, "method": method, "bits": bits, "failed": str(error).split(" (all of its output")[0]}
+
+
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """The rows as a Markdown table; flips are 1 - agreement."""
     lines = [
@@ -155,6 +177,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        if "failed" in r:
+            lines.append(f"| {r['label']}: could not ({r['failed']}) |" + " |" * 8)
+            continue
         lines.append(
             f"| {r['label']} | {r['bits_per_weight_experts']:.3f} | {r['perplexity']:.4f} | {r['kl']:.5f} | {r['agreement']:.4f} "
             f"| {1 - r['agreement']:.4f} | {r['exact_agreement']:.4f} | {r['seconds']:.0f} | {r['peak_memory_bytes'] / 2**30:.2f} |"
@@ -174,7 +199,7 @@ def plot(groups: dict[str, list[dict[str, Any]]], model: str, out: Path) -> None
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    tables = [r for name, group in groups.items() if name != "ablation" for r in group]
+    tables = [r for name, group in groups.items() if name != "ablation" for r in group if "failed" not in r]
     kinds = [
         ("peers", [r for r in tables if r["method"].startswith("peer:")], "s", "#b0492f"),
         ("moecc", [r for r in tables if not r["method"].startswith("peer:")], "o", "#2f6db0"),
@@ -199,7 +224,8 @@ def plot(groups: dict[str, list[dict[str, Any]]], model: str, out: Path) -> None
 
 def document(groups: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> str:
     """The whole page."""
-    reference = next((r["reference_perplexity"] for rows in groups.values() for r in rows), float("nan"))
+    measured = [r for rows in groups.values() for r in rows if "failed" not in r]
+    reference = measured[0]["reference_perplexity"] if measured else float("nan")
     head = [
         "# Quality at equal bits", "",
         f"Model `{args.model.name}`, calibration {args.rows} x {args.length} tokens, evaluation {args.eval_rows} x {args.length} "
@@ -243,7 +269,7 @@ def main() -> int:
             groups[group] = []
             for label, method, bits in METHODS[group]:
                 if (method, bits) not in seen:
-                    seen[method, bits] = measure(label, method, bits, args, work, ids)
+                    seen[method, bits] = attempt(label, method, bits, args, work, ids)
                 row = {**seen[method, bits], "label": label}
                 groups[group].append(row)
                 print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
