@@ -127,7 +127,7 @@ def measure(label: str, method: str, bits: int, args: argparse.Namespace, work: 
         )
         row["bits_per_weight_experts"] = row.pop("bits_per_weight")
         if report["expert_matrices_quantized"] < report["expert_matrices"]:
-            row["label"] += (
+            row["remark"] = (
                 f" ({report['expert_matrices_quantized']} of {report['expert_matrices']} expert matrices quantized)"
             )
     else:
@@ -180,10 +180,12 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         if "failed" in r:
             lines.append(f"| {r['label']}: could not ({r['failed']}) |" + " |" * 8)
             continue
-        lines.append(
-            f"| {r['label']} | {r['bits_per_weight_experts']:.3f} | {r['perplexity']:.4f} | {r['kl']:.5f} | {r['agreement']:.4f} "
-            f"| {1 - r['agreement']:.4f} | {r['exact_agreement']:.4f} | {r['seconds']:.0f} | {r['peak_memory_bytes'] / 2**30:.2f} |"
-        )
+        figures = [
+            f"{r['bits_per_weight_experts']:.3f}", f"{r['perplexity']:.4f}", f"{r['kl']:.5f}", f"{r['agreement']:.4f}",
+            f"{1 - r['agreement']:.4f}", f"{r['exact_agreement']:.4f}", f"{r['seconds']:.0f}",
+            f"{r['peak_memory_bytes'] / 2**30:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {r['label']}{r.get('remark', '')} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
