@@ -134,9 +134,8 @@ class Context:
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
     reference: Program | None = None  # the float model, and
     batches: Sequence[Tensor] = ()  # the calibration token ids, for passes over the whole model; set when a run starts
-    sensitivity: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # [D, D] by MoE path and by name of a value between layers
+    # [D, D] by path of an MoE layer and by name of a value between layers: what an error there costs (pass `sensitivity`)
+    sensitivity: Mapping[str, Tensor] = field(default_factory=dict)
 
     def seed_for(self, *key: object) -> int:
         """A seed that depends on the run's seed and `key` only, not on what ran before."""

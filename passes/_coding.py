@@ -10,7 +10,7 @@
   4. Each code is chosen again with all others fixed (coordinate descent under H). 2 to 4 repeat; the best state seen is kept.
 
   5. Where an error in the output has a cost S of its own (`sensitivity`), the error is tr(S D H D^T) instead of tr(D H D^T), D the
-     weight error. Then rows depend on each other: they are coded `_ROWS` at a time, the most costly first, their error carried
+     weight error. Then rows depend on each other: they are coded a block at a time, the most costly first, their error carried
      over to the rows not yet coded through the Cholesky factor of S^-1 (as YAQA does on both sides, arXiv 2505.22988); a sweep goes
      through the same blocks, each with all others fixed, and the scales of all rows are one linear system.
 
@@ -29,9 +29,11 @@ from torch import Tensor
 from moecc import vq4
 
 _SAMPLE = 1 << 14  # groups that k-means looks at
-_ROWS = 16  # rows coded together under a metric that couples them; in a block each is coded as if the others stayed
+_BLOCKS = (
+    32  # of rows, coded one after the other under a metric that couples rows; in a block each as if the others stayed
+)
+_ROWS = 16  # in a block at least
 OUTPUT_DAMPING = 0.2  # share of the mean cost of an output error that every direction has at least: 0.1 to 0.2 was best
-_CHUNK = 1 << 22  # distances held at a time while codes are chosen
 
 
 @dataclass
@@ -59,9 +61,9 @@ def lookup(codes: Tensor, negative: Tensor | None, codebook: Tensor) -> Tensor:
 
 
 def damped(moment: Tensor, share: float = 0.01) -> Tensor:
-    """Second moments [E, K, K] with `share` of their mean diagonal added, so that they can be inverted."""
+    """Second moments [E, K, K] with `share` of their mean diagonal added, so that they can be inverted; zero ones become 1."""
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return moment + torch.eye(moment.shape[-1], device=moment.device) * (share * mean + 1e-10)
+    return moment + torch.eye(moment.shape[-1], device=moment.device) * torch.where(mean > 0, share * mean, 1.0)
 
 
 def weighted_error(error: Tensor, moment: Tensor, output: Tensor | None = None) -> Tensor:
@@ -216,7 +218,7 @@ class _Coder:
         self.target, self.moment, self.output, self.bits, self.feedback = target, moment, output, bits, feedback
         self.v = v = vq4.group_size(bits)
         rows, columns = target.shape[1:]
-        step = rows if output is None else _ROWS
+        step = rows if output is None else max(_ROWS, rows // _BLOCKS)
         self.blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
         groups = importance.unflatten(-1, (-1, v)).sum(-1)
         # costly groups first, while all others can still make up for them

@@ -25,9 +25,8 @@ class Moments:
     gate_up: Tensor  # [E, D, D], or [1, D, D] where one per expert does not fit
     down: Tensor  # [E, F, F]
     starved: dict[int, int]  # expert -> tokens sent to it on purpose
-    output: dict[
-        str, Tensor
-    ]  # projection -> [E, N, N] or [1, N, N]: what an error in its output costs; none: all alike
+    # projection -> [E, N, N] or [1, N, N]: what an error in its output costs; without an entry all channels count alike
+    output: dict[str, Tensor]
 
     def of(self, projection: str) -> Tensor:
         """[E, K, K] of `gate_up` or `down` (a view where experts share one)."""

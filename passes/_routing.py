@@ -15,15 +15,17 @@ from torch import Tensor, fx
 
 from moecc.ir import MoE, ancestors
 
+_MASKED = 1e30
 MARGIN = 0.5  # standard deviations: a gap wider than this is not defended further
 
 
 def standardized(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both divided by the teacher's standard deviation over tokens and experts; a masked score (infinite) becomes a low one."""
-    finite = torch.isfinite(teacher)
+    """Both divided by the teacher's standard deviation over tokens and experts; a masked score (infinite, or so large that it can
+    only be meant as that) becomes a low one."""
+    finite = teacher.abs() < _MASKED
     spread = teacher[finite].std().clamp(min=1e-6)
     low = (teacher[finite].min() - spread) / spread
-    return tuple(torch.where(torch.isfinite(z), z / spread, low) for z in (student, teacher))  # type: ignore[return-value]
+    return tuple(torch.where(z.abs() < _MASKED, z / spread, low) for z in (student, teacher))  # type: ignore[return-value]
 
 
 def value_loss(s: Tensor, t: Tensor, top_k: int) -> Tensor:

@@ -106,9 +106,9 @@ class CoupledSums:
         mean_v, mean_t = (p.v / total, p.t / total) if offset else (p.v * 0, p.t * 0)
         joint = self.cost * (self.vt / total - torch.outer(mean_v, mean_t))
         spread = self.cost * (self.vv / total - torch.outer(mean_v, mean_v))
-        slope = torch.linalg.solve(damped(spread.unsqueeze(0), 1e-6)[0], joint.sum(1))
+        beyond = torch.linalg.solve(damped(spread.unsqueeze(0), 1e-6)[0], (joint - spread).sum(1))
         trust = p.count / (p.count + _PRIOR)
-        slope = 1 + trust * (slope - 1)
+        slope = 1 + trust * beyond
         return slope, trust * (mean_t - slope * mean_v)
 
     def error(self, slope: Tensor | float, offset: Tensor | float) -> float:
@@ -205,31 +205,31 @@ class AffineCorrection(LayerPass):
         self, coded: CodedProjection, inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]], cost: Tensor | None
     ) -> Fit:
         coded_error = slope_error = both_error = 0.0
-        sums: list[Any] = []
-        if cost is not None:
-            cost = damped(cost, OUTPUT_DAMPING)
+        sums: list[Sums] = []
+        lines: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}  # with and without an offset
         for e, (intended, dense, arrived, weight) in inputs.items():
             v, low = coded.parts(e, arrived)
             t = intended @ dense.T - low
-            parts: list[Any] = [
-                Sums.of(v[i::2], t[i::2], weight[i::2])
-                if cost is None
-                else CoupledSums.of(v[i::2], t[i::2], weight[i::2], cost[e])
-                for i in (0, 1)
-            ]
-            fit, rest = parts
+            fit, rest = (self.sums(v[i::2], t[i::2], weight[i::2], None if cost is None else cost[e]) for i in (0, 1))
             coded_error += rest.error(1.0, 0.0)
             slope_error += rest.error(fit.line(offset=False)[0], 0.0)
-            both_error += rest.error(*fit.line())
-            sums.append(fit + rest)
+            both_error += rest.error(*fit.line(offset=True))
+            both = fit + rest
+            sums.append(both.plain)
+            for offset, found in lines.items():
+                found.append(both.line(offset=offset))
         price = 0.0 if coded.bias is not None else 16 / coded.columns
         worth = gain(min(coded_error, slope_error), both_error, price) > 0
         use_offset = self.offset == "on" or (self.offset == "auto" and worth)
         if not use_offset and slope_error >= coded_error:
-            return Fit(None, None, shift([s.plain for s in sums], [(1.0, 0.0)] * len(sums)))
-        lines = [each.line(offset=use_offset) for each in sums]
-        slope, offset = (torch.stack([pair[i] for pair in lines]).float() for i in (0, 1))
-        return Fit(slope, offset if use_offset else None, shift([s.plain for s in sums], list(lines)))
+            return Fit(None, None, shift(sums, [(1.0, 0.0)] * len(sums)))
+        slope, offsets = (torch.stack([pair[i] for pair in lines[use_offset]]).float() for i in (0, 1))
+        return Fit(slope, offsets if use_offset else None, shift(sums, list(lines[use_offset])))
+
+    def sums(self, v: Tensor, t: Tensor, weight: Tensor, cost: Tensor | None) -> Any:
+        if cost is None:
+            return Sums.of(v, t, weight)
+        return CoupledSums.of(v, t, weight, damped(cost.unsqueeze(0), OUTPUT_DAMPING)[0])
 
 
 def _present(**values: Tensor | None) -> list[str]:

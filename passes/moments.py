@@ -85,15 +85,23 @@ class MeasureMoments(LayerPass):
     def output(self, moe: MoE, ctx: Context, gate_up_fits: bool) -> dict[str, Tensor]:
         """Step 5 for down [1, D, D]; an entry for gate_up where it is to be measured."""
         cost = ctx.sensitivity.get(moe.path)
-        weighted = cost is not None and moe.operand("post_norm") is None  # a norm behind down changes directions
-        ctx.record(f"{moe.path}.down", errors="weighted by sensitivity" if weighted else "all channels alike")
-        ctx.record(
-            f"{moe.path}.gate_up",
-            errors="weighted by sensitivity" if weighted and gate_up_fits else "all channels alike",
-        )
-        if cost is None or not weighted:
-            return {}
-        return {"down": cost.unsqueeze(0)} | ({"gate_up": cost.new_zeros(())} if gate_up_fits else {})
+        found: dict[str, Tensor] = {}
+        if cost is not None and moe.operand("post_norm") is not None:
+            ctx.notes.append(
+                f"{moe.path}: errors of all channels count alike; a norm stands between them and sensitivity"
+            )
+        elif cost is not None:
+            found["down"] = cost.unsqueeze(0)
+            if gate_up_fits:
+                found["gate_up"] = cost.new_zeros(())
+            else:
+                ctx.notes.append(
+                    f"{moe.path}.gate_up: errors of all rows count alike; their costs would not fit in memory"
+                )
+        for projection in ("gate_up", "down"):
+            weighted = "weighted by sensitivity" if projection in found else "all channels alike"
+            ctx.record(f"{moe.path}.{projection}", errors=weighted)
+        return found
 
     def cost(self, routed: Routed, expert: int, rows: Tensor) -> Tensor | None:
         return None if self.routing == "one" else routed.weight_of(expert, rows).square()

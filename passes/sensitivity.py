@@ -11,8 +11,10 @@
   2. kl is measured on even calibration batches and routing on odd ones, up to `tokens` tokens of each; routing is scaled to
      weigh `routing` times what kl does over all layers that have a router behind them.
 
-Layer by layer, forward and backward, as `_whole` does; the experts' own weights aren't touched. Memory: one layer, the
-activations between all layers for the batches that go through together, and S [D, D] per layer.
+Layer by layer, forward and backward, as `_whole` does. Memory: one layer, the activations between all layers for the batches that
+go through together, and while it lasts two S [D, D] per layer, one for the experts and one for what leaves the layer, of each
+kind; afterwards one of each. Where the weights don't stay in memory, batches go together, and a layer is read once for all of them.
+Not measured: routers whose scores the trace does not show, and routers that choose all experts; the audit's notes name them.
 """
 
 from __future__ import annotations
@@ -49,10 +51,12 @@ class MeasureSensitivity(Pass):
 
     def run(self, program: Program, ctx: Context) -> bool:
         assert ctx.reference is not None
-        found = {k: Gradients(ctx.reference, k, ctx) for k in ("kl", "routing") if getattr(self, k)}
-        for i, (kind, gradients) in enumerate(found.items()):
-            gradients.measure(self.chosen(list(ctx.batches), i, len(found)), f"sensitivity {kind}")
-        ctx.sensitivity = combined({k: g.means() for k, g in found.items()}, {"kl": self.kl, "routing": self.routing})
+        gradients = Gradients(ctx.reference, ctx)
+        kinds = [k for k in ("kl", "routing") if getattr(self, k)]
+        means = {}
+        for i, kind in enumerate(kinds):
+            means[kind] = gradients.measure(kind, self.chosen(list(ctx.batches), i, len(kinds)))
+        ctx.sensitivity = combined(means.get("kl", {}), means.get("routing", {}), self.kl, self.routing)
         return False
 
     def chosen(self, batches: list[Tensor], turn: int, of: int) -> list[Tensor]:
@@ -61,85 +65,101 @@ class MeasureSensitivity(Pass):
         return taken[: max(1, self.tokens // taken[0].numel())]
 
 
-def combined(means: dict[str, dict[str, Tensor]], weights: dict[str, float]) -> dict[str, Tensor]:
-    """Step 2's sum, by path of an MoE layer and by name of a value between layers."""
-    kl, routing = means.get("kl", {}), means.get("routing", {})
-    factor = weights["routing"]
-    if kl and routing:
-        both = kl.keys() & routing.keys()
-        size = {k: sum(float(m[n].trace()) for n in both) for k, m in means.items()}
-        factor *= weights["kl"] * size["kl"] / max(size["routing"], 1e-30)
-    found = {n: weights["kl"] * s for n, s in kl.items()}
-    for n, s in routing.items():
-        found[n] = found[n] + factor * s if n in found else factor * s
+def combined(
+    kl: dict[str, Tensor], routing: dict[str, Tensor], kl_weight: float, routing_weight: float
+) -> dict[str, Tensor]:
+    """Step 2's sum, by path of an MoE layer and by name of a value between layers; takes the tensors over."""
+    both = kl.keys() & routing.keys()
+    sizes = [kl_weight * sum(float(m[n].trace()) for n in both) for m in (kl, routing)]
+    factor = routing_weight * (sizes[0] / sizes[1] * kl_weight if both and sizes[1] > 0 else 1.0)
+    found = {n: s.mul_(kl_weight) for n, s in kl.items()}
+    for n in list(routing):
+        found[n] = found[n].add_(routing.pop(n), alpha=factor) if n in found else routing.pop(n).mul_(factor)
     return found
 
 
 class Gradients:
-    """Outer products of one kind of gradient, summed over tokens, by path of an MoE layer and by name of a value between layers."""
+    """Mean outer products of gradients over tokens, by path of an MoE layer and by name of a value between layers."""
 
-    def __init__(self, program: Program, kind: str, ctx: Context):
-        self.kind, self.ctx = kind, ctx
-        self.experts = {m.node.name: m.path for m in program.moe_layers()}
-        self.routers = {selection_scores(m).name: m.top_k for m in program.moe_layers() if m.logits is not None}
+    def __init__(self, program: Program, ctx: Context):
+        self.ctx = ctx
+        found = program.moe_layers()
+        self.experts = {m.node.name: m.path for m in found}
+        self.first = min((m.layer for m in found), default=0)
+        self.routers: dict[str, int] = {}
+        for moe in found:
+            if moe.logits is None:
+                ctx.notes.append(f"{moe.path}: the trace shows no scores of its router; sensitivity leaves it out")
+                continue
+            scores = selection_scores(moe)
+            if moe.top_k < scores.meta["val"].shape[-1]:  # a router that takes all has nothing to decide
+                self.routers[scores.name] = moe.top_k
+        self.layers = {n.name: n.meta["layer"] for n in program.graph.nodes if n.op == "call_function"}
         self.whole = Whole(program, set(self.experts), watch=self.routers)
         self.has_head = output_logits(program) is not None
-        self.generator = torch.Generator().manual_seed(ctx.seed_for("sensitivity", kind))
+        if not self.has_head:
+            ctx.notes.append(
+                "the model gives no logits of its vocabulary; sensitivity is that of its last hidden state"
+            )
+
+    def measure(self, kind: str, batches: list[Tensor]) -> dict[str, Tensor]:
+        """S of one kind, by path and name."""
+        self.kind = kind
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
+        last = self.whole.program.layers - 1
+        self.top = max((self.layers[r] for r in self.routers), default=0) if kind == "routing" else last
+        if self.top >= self.first:
+            step = self._together(batches[0])
+            starts = self.ctx.progress(range(0, len(batches), step), f"sensitivity {kind}")
+            for i in starts:
+                self._backward(i, batches[i : i + step])
+        return {k: s.div_(self.tokens[k]) for k, s in self.sums.items()}
 
-    def means(self) -> dict[str, Tensor]:
-        return {k: s / self.tokens[k] for k, s in self.sums.items()}
+    def _together(self, batch: Tensor) -> int:
+        """Batches at a time: one, or where the weights are read anew each time as many as memory holds activations of."""
+        if self.whole.keep:
+            return 1
+        kept = self.whole.forward(batch, lambda wanted: {})
+        size = sum(v.numel() * v.element_size() for values in kept for v in values.values() if isinstance(v, Tensor))
+        return max(1, free_memory() // 4 // max(1, size))
 
-    def measure(self, batches: list[Tensor], label: str) -> None:
-        for group in self.ctx.progress(list(self._groups(batches)), label):
-            self._backward(group)
-
-    def _groups(self, batches: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Batches one by one; where the weights are read anew each time, as many together as memory holds activations of."""
-        step = 1
-        if not self.whole.keep:
-            alive = {n.name: n.meta["val"] for s in self.whole.stages for n in s}
-            width = sum(
-                alive[k].shape[-1] for names in self.whole.alive for k in names if k in alive and alive[k].ndim > 2
-            )
-            step = max(1, free_memory() // 4 // max(1, 4 * width * batches[0].numel()))
-        for i in range(0, len(batches), step):
-            yield batches[i : i + step]
-
-    def _backward(self, batches: list[Tensor]) -> None:
-        """Add the gradients of some batches; a layer's weights are read once for all of them on either way."""
-        whole, last = self.whole, self.whole.program.layers - 1
-        kept: list[list[Values]] = [[{whole.input: ids} for ids in batches]]
+    def _backward(self, start: int, batches: list[Tensor]) -> None:
+        """Add the gradients of batches start, start + 1, ...; a layer's weights are read once for all of them on either way."""
+        kept: list[list[Values]] = [[{self.whole.input: ids} for ids in batches]]
         with torch.no_grad():
-            for stage in range(last):
-                weights = whole.weights(stage)
+            for stage in range(self.top):
+                weights = self.whole.weights(stage)
                 kept.append([self._run(stage, values, weights)[0] for values in kept[-1]])
         after: list[dict[str, Tensor]] = [{} for _ in batches]  # gradients of what is alive after the stage
-        for stage in reversed(range(last + 1)):
-            weights = whole.weights(stage)
-            after = [self._pull(stage, v, weights, g) for v, g in zip(kept.pop(), after, strict=True)]
+        for stage in range(self.top, self.first - 1, -1):
+            weights, entering = self.whole.weights(stage), kept.pop()
+            for i, values in enumerate(entering):
+                after[i] = self._pull(stage, start + i, values, weights, after[i])
 
-    def _pull(self, stage: int, values: Values, weights: Any, after: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _pull(
+        self, stage: int, batch: int, values: Values, weights: Any, after: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The gradients of what enters a stage, from those of what leaves it and the losses inside; both are summed up."""
         for name, grad in after.items():
-            self._add(name, grad)
+            if self.layers[name] == stage:  # else it only passes by, and this is its gradient in part
+                self._add(name, grad)
         leaves = self.whole.leaves(values)
         entering = {k: v for k, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
         with torch.enable_grad():
             found, probes = self._run(stage, leaves, weights)
-            ends = [found[k] for k in after]
-            losses = [x for x in self._losses(stage, found) if x.requires_grad]
+            reached = [k for k in after if found[k].requires_grad]
+            losses = [x for x in self._losses(stage, batch, found) if x.requires_grad]
         inputs = {**entering, **probes}
-        if not inputs or not (ends or losses):
+        if not inputs or not (reached or losses):
             return {}
-        grads = torch.autograd.grad(
-            [*ends, *losses], list(inputs.values()), [*after.values(), *map(torch.ones_like, losses)], allow_unused=True
-        )
-        reached = {k: g for k, g in zip(inputs, grads, strict=True) if g is not None}
-        for name in probes.keys() & reached.keys():
-            self._add(self.experts[name], reached[name])
-        return {k: g for k, g in reached.items() if k in entering}
+        ends = [*(found[k] for k in reached), *losses]
+        starts = [*(after[k] for k in reached), *map(torch.ones_like, losses)]
+        grads = torch.autograd.grad(ends, list(inputs.values()), starts, allow_unused=True)
+        given = {k: g for k, g in zip(inputs, grads, strict=True) if g is not None}
+        for name in probes.keys() & given.keys():
+            self._add(self.experts[name], given[name])
+        return {k: g for k, g in given.items() if k in entering}
 
     def _run(self, stage: int, values: Values, weights: Any) -> tuple[Values, dict[str, Tensor]]:
         """What is alive after a stage or watched inside; and zeros added to the experts' outputs, to take gradients of."""
@@ -151,30 +171,34 @@ class Gradients:
                 here[node.name] = value + probes[node.name]
         return {k: v for k, v in here.items() if k in wanted}, probes
 
-    def _losses(self, stage: int, values: Values) -> Iterator[Tensor]:
+    def _losses(self, stage: int, batch: int, values: Values) -> Iterator[Tensor]:
         if self.kind == "routing":
             for name in sorted(self.whole.watched[stage]):
                 if values[name].requires_grad:
-                    yield self._decisions(values[name].flatten(0, -2).float(), self.routers[name])
-        elif stage == self.whole.program.layers - 1:
-            yield self._output(values[self.whole.output].flatten(0, -2).float())
+                    yield self._decisions(
+                        values[name].flatten(0, -2).float(), self.routers[name], self._draw(batch, name)
+                    )
+        elif stage == self.top:
+            yield self._output(values[self.whole.output].flatten(0, -2).float(), self._draw(batch, "output"))
 
-    def _output(self, output: Tensor) -> Tensor:
+    def _draw(self, batch: int, name: str) -> torch.Generator:
+        """Random numbers that do not depend on which batches go through together."""
+        return torch.Generator().manual_seed(self.ctx.seed_for("sensitivity", self.kind, batch, name))
+
+    def _output(self, output: Tensor, draw: torch.Generator) -> Tensor:
         """kl's loss, summed over tokens."""
         if not self.has_head:
-            return (output * self._noise(output)).sum()
-        drawn = torch.multinomial(output.detach().softmax(-1), 1, generator=self.generator).squeeze(-1)
-        return F.cross_entropy(output, drawn, reduction="sum")
+            return (output * torch.randn(output.shape, generator=draw)).sum()
+        labels = torch.multinomial(output.detach().softmax(-1), 1, generator=draw).squeeze(-1)
+        return F.cross_entropy(output, labels, reduction="sum")
 
-    def _decisions(self, scores: Tensor, top_k: int) -> Tensor:
+    def _decisions(self, scores: Tensor, top_k: int, draw: torch.Generator) -> Tensor:
         """One router's part of routing's loss, summed over tokens."""
         s, t = standardized(scores, scores.detach())
-        return (self._noise(s) * boundary_nearness(t, top_k, SHARPNESS).sqrt() * s).sum()
-
-    def _noise(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator, dtype=like.dtype)
+        return (torch.randn(s.shape, generator=draw) * boundary_nearness(t, top_k, SHARPNESS).sqrt() * s).sum()
 
     def _add(self, key: str, gradient: Tensor) -> None:
         g = gradient.flatten(0, -2).float()
-        self.sums[key] = self.sums.get(key, torch.zeros(())) + g.T @ g
+        outer = g.T @ g
+        self.sums[key] = self.sums[key].add_(outer) if key in self.sums else outer
         self.tokens[key] = self.tokens.get(key, 0) + len(g)

@@ -3,7 +3,7 @@
   1. All layers are coded before the first is tuned, so that what is coded and its bits do not depend on tuning. A layer's block
      runs behind the compressed and tuned earlier layers; its target is the float model's own output of that layer.
   2. Codebooks and coefficients (rounded on the way, straight-through), row scales, biases and bases are trained by Adam on
-         reconstruction of the block's output
+         reconstruction of the block's output, errors weighted by `sensitivity`
        + value * sensitivity-weighted alignment of the next router's scores
        + order * alignment of the order of its chosen experts  +  boundary * alignment of its top-k boundary   (`_routing`)
        + head * divergence of the logits, in the last layer with experts, which has no router behind it   (`_block`)

@@ -255,6 +255,15 @@ def test_codes_follow_the_cost_of_output_errors(bits: int, likeness: float) -> N
     assert float(weighted_error(knowing, moment).sum()) < 0.5 * float(weighted_error(weight, moment).sum())
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_codes_do_not_depend_on_the_unit_of_costs(size: float) -> None:
+    weight, moment = drawn(5, rows=32)
+    cost = costs(1.0, rows=32)
+    want, got = (encode(weight, moment, c, bits=2, shared=False, seed=0) for c in (cost, cost * size))
+    errors = [float(weighted_error(c.dense() - weight, moment, cost).sum()) for c in (want, got)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
 def test_equal_costs_are_none() -> None:
     weight, moment = drawn(5, rows=64, columns=64)
     plain, same = (
@@ -550,6 +559,8 @@ def test_slopes_under_output_costs_are_least_squares_together(offset: bool) -> N
     assert sums.error(slope, shift) == pytest.approx(want, rel=1e-6)
     for near in (0.98, 1.02):  # the prior of a few tokens is all that keeps it from the minimum
         assert sums.error(1 + near * (slope - 1), shift) > want * (1 - 1e-4)
+    small = CoupledSums.of(v, t, weight, cost * 1e-12).line(offset=offset)
+    torch.testing.assert_close(small[0], slope, rtol=1e-6, atol=1e-9)
     alone, alike = Sums.of(v, t, weight), CoupledSums.of(v, t, weight, torch.eye(6))
     for got, plain in zip(alike.line(offset=offset), alone.line(offset=offset), strict=True):
         torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-6)

@@ -295,8 +295,7 @@ def test_tuning_lowers_the_held_out_loss_or_leaves_all_as_it_was(traced: Program
 
 def test_sensitivity_is_that_of_the_whole_graph(traced: Program) -> None:
     ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
-    layered = Gradients(traced, "kl", Context())
-    layered.measure([ids], "")
+    layered = Gradients(traced, Context()).measure("kl", [ids])
     values: dict[str, Any] = {traced.user_inputs[0].name: ids}
     paths, probes = {m.node.name: m.path for m in traced.moe_layers()}, {}
     with torch.enable_grad():
@@ -306,11 +305,11 @@ def test_sensitivity_is_that_of_the_whole_graph(traced: Program) -> None:
                 probes[paths[node.name]] = torch.zeros_like(value).requires_grad_()
                 values[node.name] = value + probes[paths[node.name]]
         logits = values[output_node(traced).name].flatten(0, 1)
-        drawn = torch.Generator().manual_seed(Context().seed_for("sensitivity", "kl"))
+        drawn = torch.Generator().manual_seed(Context().seed_for("sensitivity", "kl", 0, "output"))
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn).squeeze(-1)
         grads = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), list(probes.values()))
     for path, g in zip(probes, grads, strict=True):
-        torch.testing.assert_close(layered.means()[path], g.T @ g / len(g), rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(layered[path], g.T @ g / len(g), rtol=1e-3, atol=1e-9)
 
 
 def test_sensitivity_foretells_the_divergence(traced: Program) -> None:
@@ -329,6 +328,20 @@ def test_sensitivity_foretells_the_divergence(traced: Program) -> None:
         logits.append(values[output_node(traced).name].double().log_softmax(-1))
     divergence = float((logits[0].exp() * (logits[0] - logits[1]).square()).sum(-1).mean()) / 2  # to second order
     assert divergence == pytest.approx(0.002**2 * float(run.ctx.sensitivity[moe.path].trace()) / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 40])
+def test_sensitivity_is_the_same_where_weights_do_not_stay_in_memory(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, memory: int, batches: list[Tensor]
+) -> None:
+    program = tiny("MMM")
+    want = {k: Gradients(program, Context()).measure(k, batches) for k in ("kl", "routing")}
+    monkeypatch.setattr("moecc.passes._whole.fits_in_memory", lambda program: False)
+    monkeypatch.setattr("moecc.passes.sensitivity.free_memory", lambda: memory)  # batches one by one, and all together
+    got = {k: Gradients(program, Context()).measure(k, batches) for k in want}
+    for kind, found in want.items():
+        assert found.keys() == got[kind].keys() and found
+        assert all(torch.equal(s, got[kind][n]) for n, s in found.items())
 
 
 def test_sensitivity_of_routing_is_that_of_the_routers_behind(traced: Program) -> None:
