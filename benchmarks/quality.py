@@ -201,11 +201,18 @@ def plot(groups: dict[str, list[dict[str, Any]]], model: str, out: Path) -> None
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    tables = [r for name, group in groups.items() if name != "ablation" for r in group if "failed" not in r]
+    tables = [
+        r for name, group in groups.items() if not name.startswith("ablation") for r in group if "failed" not in r
+    ]
     kinds = [
         ("peers", [r for r in tables if r["method"].startswith("peer:")], "s", "#b0492f"),
         ("moecc", [r for r in tables if not r["method"].startswith("peer:")], "o", "#2f6db0"),
-        ("moecc, parts left out", groups.get("ablation", []), ".", "#9db8d6"),
+        (
+            "moecc, parts left out",
+            [r for n, g in groups.items() if n.startswith("ablation") for r in g],
+            ".",
+            "#9db8d6",
+        ),
     ]
     for label, rows, marker, color in reversed(kinds):
         bits, kl = [r["bits_per_weight_experts"] for r in rows], [r["kl"] for r in rows]

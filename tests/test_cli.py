@@ -227,7 +227,7 @@ def test_eval_says_when_the_rows_are_those_of_calibration(moecc: Any, tmp_path: 
 
 
 def test_inspect_counts_every_byte(moecc: Any) -> None:
-    got = moecc("inspect", TINYMOE, "--passes", "kbvq{codebook=auto,offset=auto}", "--bits", "3", "--json")
+    got = moecc("inspect", TINYMOE, "--passes", "kbvq{codebook=auto}", "--bits", "3", "--json")
     found, entries = got.json, TensorFile(Path(TINYMOE, "model.safetensors")).entries
     assert got.code == 0 and found["bytes"] == sum(e.nbytes for e in entries.values())
     layer = found["moe_layers"][0]
@@ -236,7 +236,7 @@ def test_inspect_counts_every_byte(moecc: Any) -> None:
     assert found["sizes"]["routed experts"]["parameters"] == 4 * 16 * 3 * 256 * 128
     low, high = found["estimate"]["bits_per_weight_experts"]
     assert 3 < low < high < 3.5
-    assert found["estimate"]["pipeline"] == "moments,klt{bits=3},vq{bits=3,codebook=auto},affine{offset=auto},fold"
+    assert found["estimate"]["pipeline"] == "moments,klt{bits=3},vq{bits=3,codebook=auto},affine,fold"
     text = moecc("inspect", TINYMOE).out
     assert "4 decoder layers, 4 of them MoE" in text and "routed experts" in text
 
