@@ -56,15 +56,17 @@ def corpus(out: Path) -> None:
     paths = sysconfig.get_paths()
     files = {f for name in ("stdlib", "purelib") for f in Path(paths[name]).rglob("*.py")}
     seen: set[str] = set()
+    length = 0
     for file in random.Random(0).sample(sorted(files), len(files)):
         try:
             source = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
-        if sum(map(len, seen)) > SOURCES:
+        if length > SOURCES:
             break
-        if 500 <= len(source) <= 200_000 and source[200:500] not in valid:
+        if 500 <= len(source) <= 200_000 and source[200:500] not in valid and source not in seen:
             seen.add(source.replace("\0", " "))
+            length += len(source)
     calib = (EXAMPLE / "calib.txt").read_text(encoding="utf-8")
     out.write_text("\0".join([*sorted(seen), *[calib] * 4]), encoding="utf-8")
 

@@ -37,35 +37,41 @@ EXAMPLE = ROOT / "examples" / "tinymoe"
 
 TUNING = "vsraq{value=0,order=0,boundary=0,head=0}"  # on reconstruction alone
 
-# group -> (label, peer method or pipeline, bits)
-METHODS: dict[str, list[tuple[str, str, int]]] = {
+Method = tuple[str, str, int]  # label, peer method or pipeline, bits
+AUTOROUND_2BIT: Method = ("AutoRound W2 g128, 200 iterations", "peer:autoround-w2g128", 2)
+GPTQMODEL_2BIT: list[Method] = [
+    ("GPTQModel W2 g128", "peer:gptqmodel-w2g128", 2),
+    ("GPTQModel W2 g32", "peer:gptqmodel-w2g32", 2),
+]
+OURS_2BIT: list[Method] = [
+    ("moecc kbvq", "kbvq", 2),
+    ("moecc sensitivity,kbvq", "sensitivity,kbvq", 2),
+    ("moecc kbvq + tuning, routers nowhere", f"sensitivity{{routing=0}},kbvq,{TUNING}", 2),
+    ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
+]
+PEERS_3BIT: list[Method] = [
+    ("AutoRound W3 g128, 200 iterations", "peer:autoround-w3g128", 3),
+    ("GPTQModel W3 g128", "peer:gptqmodel-w3g128", 3),
+]
+
+METHODS: dict[str, list[Method]] = {
     "2bit": [
-        ("AutoRound W2 g128, 200 iterations", "peer:autoround-w2g128", 2),
+        AUTOROUND_2BIT,
         ("AutoRound W2 g128, rounding only", "peer:autoround-w2g128-rtn", 2),
-        ("GPTQModel W2 g128", "peer:gptqmodel-w2g128", 2),
-        ("GPTQModel W2 g32", "peer:gptqmodel-w2g32", 2),
-        ("moecc kbvq", "kbvq", 2),
-        ("moecc sensitivity,kbvq", "sensitivity,kbvq", 2),
-        ("moecc kbvq + tuning, routers nowhere", f"sensitivity{{routing=0}},kbvq,{TUNING}", 2),
-        ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
+        *GPTQMODEL_2BIT,
+        *OURS_2BIT,
     ],
     "3bit": [
-        ("AutoRound W3 g128, 200 iterations", "peer:autoround-w3g128", 3),
-        ("GPTQModel W3 g128", "peer:gptqmodel-w3g128", 3),
+        *PEERS_3BIT,
         ("moecc kbvq", "kbvq", 3),
         ("moecc sensitivity,kbvq", "sensitivity,kbvq", 3),
         ("moecc kbvq,vsraq", "kbvq,vsraq", 3),
     ],
     "models": [  # the short table, for further models
-        ("AutoRound W2 g128, 200 iterations", "peer:autoround-w2g128", 2),
-        ("GPTQModel W2 g128", "peer:gptqmodel-w2g128", 2),
-        ("GPTQModel W2 g32", "peer:gptqmodel-w2g32", 2),
-        ("moecc kbvq", "kbvq", 2),
-        ("moecc sensitivity,kbvq", "sensitivity,kbvq", 2),
-        ("moecc kbvq + tuning, routers nowhere", f"sensitivity{{routing=0}},kbvq,{TUNING}", 2),
-        ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
-        ("AutoRound W3 g128, 200 iterations", "peer:autoround-w3g128", 3),
-        ("GPTQModel W3 g128", "peer:gptqmodel-w3g128", 3),
+        AUTOROUND_2BIT,
+        *GPTQMODEL_2BIT,
+        *OURS_2BIT,
+        *PEERS_3BIT,
         ("moecc kbvq,vsraq, 3 bit", "kbvq,vsraq", 3),
     ],
     "rilq": [

@@ -16,9 +16,12 @@ from torch import Tensor, fx
 
 from moecc.base import Layer
 from moecc.ir import MoE, Program, descendants, needed_for, output_node, run_nodes, stage_nodes, written
+from moecc.passes._coding import damped
 from moecc.passes._routing import boundary_loss, flips, order_loss, selection_scores, standardized, value_loss
 from moecc.stream import StageWeights
 
+# Every direction costs at least this share of the mean: what was not seen to matter on a sample of tokens still may.
+_DAMPING = 0.05
 ROUTING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "value": value_loss,
     "order": order_loss,
@@ -53,7 +56,11 @@ class Block:
         self.onward = [] if goal is None else _path_to(program, layer.index, goal)
         self.weights = StageWeights(program)
         self.reference_weights = StageWeights(layer.reference)
-        self.roots = {n: torch.linalg.cholesky(_damped(sensitivity[n])) for n in self.outputs if n in sensitivity}
+        self.roots = {
+            n: torch.linalg.cholesky(damped(sensitivity[n].unsqueeze(0), _DAMPING)[0])
+            for n in self.outputs
+            if n in sensitivity
+        }
         self.spread = {
             n: torch.stack([self._cost(n, v[n] - v[n].mean()) for v in self.targets]).mean() for n in self.outputs
         }
@@ -122,11 +129,6 @@ class Block:
     def losses(self, rows: list[int], stored: Mapping[str, Tensor]) -> dict[str, float]:
         """The terms as plain numbers, on tensors as they would be stored."""
         return {k: float(v) for k, v in self.terms(rows, stored).items()}
-
-
-def _damped(sensitivity: Tensor) -> Tensor:
-    """Every direction costs at least a twentieth of the mean: what was not seen to matter on a sample of tokens still may."""
-    return sensitivity + torch.eye(len(sensitivity)) * (0.05 * sensitivity.diagonal().mean() + 1e-20)
 
 
 def next_router(program: Program, stage: int) -> tuple[MoE, fx.Node] | None:

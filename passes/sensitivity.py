@@ -70,7 +70,7 @@ def combined(
 ) -> dict[str, Tensor]:
     """Step 2's sum, by path of an MoE layer and by name of a value between layers; takes the tensors over."""
     both = kl.keys() & routing.keys()
-    sizes = [kl_weight * sum(float(m[n].trace()) for n in both) for m in (kl, routing)]
+    sizes = [sum(float(m[n].trace()) for n in both) for m in (kl, routing)]
     factor = routing_weight * (sizes[0] / sizes[1] * kl_weight if both and sizes[1] > 0 else 1.0)
     found = {n: s.mul_(kl_weight) for n, s in kl.items()}
     for n in list(routing):
