@@ -37,7 +37,7 @@ EXAMPLE = ROOT / "examples" / "tinymoe"
 
 TUNING = "vsraq{value=0,order=0,boundary=0,head=0}"  # on reconstruction alone
 
-Method = tuple[str, str, int]  # label, peer method or pipeline, bits
+Method = tuple[str, str, float]  # label, peer method or pipeline, bits
 AUTOROUND_2BIT: Method = ("AutoRound W2 g128, 200 iterations", "peer:autoround-w2g128", 2)
 GPTQMODEL_2BIT: list[Method] = [
     ("GPTQModel W2 g128", "peer:gptqmodel-w2g128", 2),
@@ -48,6 +48,7 @@ OURS_2BIT: list[Method] = [
     ("moecc sensitivity,kbvq", "sensitivity,kbvq", 2),
     ("moecc kbvq + tuning, routers nowhere", f"sensitivity{{routing=0}},kbvq,{TUNING}", 2),
     ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
+    ("moecc kbvq,vsraq, 2.4 bits in all", "kbvq,vsraq", 2.4),
 ]
 PEERS_3BIT: list[Method] = [
     ("AutoRound W3 g128, 200 iterations", "peer:autoround-w3g128", 3),
@@ -86,19 +87,22 @@ METHODS: dict[str, list[Method]] = {
         ("k-means only", "moments,vq{feedback=false}", 2),
         ("+ error feedback and refits", "moments,vq", 2),
         ("+ affine", "moments,vq,affine,fold", 2),
-        ("+ klt (= kbvq)", "kbvq", 2),
+        ("+ klt's basis", "kbvq{mean=off}", 2),
+        ("+ klt's mean (= kbvq)", "kbvq", 2),
         ("+ sensitivity of the model's output", "sensitivity{routing=0},kbvq", 2),
         ("+ sensitivity of the routers", "sensitivity,kbvq", 2),
         ("kbvq + tuning on reconstruction alone, all errors alike", f"sensitivity{{kl=0,routing=0}},kbvq,{TUNING}", 2),
         ("the same, + sensitivity of the model's output", f"sensitivity{{routing=0}},kbvq,{TUNING}", 2),
         ("the same, + sensitivity of the routers", f"sensitivity,kbvq,{TUNING}", 2),
-        ("the same, + value", "kbvq,vsraq{order=0,boundary=0,head=0}", 2),
-        ("the same, + order and boundary (= kbvq,vsraq without head)", "kbvq,vsraq{head=0}", 2),
+        ("the same, + value, order and boundary (= kbvq,vsraq without head)", "kbvq,vsraq{head=0}", 2),
         ("+ head (= kbvq,vsraq)", "kbvq,vsraq", 2),
-        ("kbvq,vsraq without klt", "kbvq{rank=0},vsraq", 2),
+        ("kbvq,vsraq without mean", "kbvq{mean=off},vsraq", 2),
+        ("kbvq,vsraq without basis", "kbvq{rank=0},vsraq", 2),
+        ("kbvq,vsraq, a mean everywhere, 2 bit", "kbvq{rank=0,mean=2},vsraq", 2),
         ("kbvq,vsraq, rank 4", "kbvq{rank=4},vsraq", 2),
-        ("kbvq,vsraq with affine offsets", "kbvq{offset=on},vsraq", 2),
         ("kbvq,vsraq with one codebook per layer", "kbvq{codebook=layer},vsraq", 2),
+        ("kbvq,vsraq, 2.4 bits in all", "kbvq,vsraq", 2.4),
+        ("kbvq,vsraq, 2.7 bits in all", "kbvq,vsraq", 2.7),
     ],
 }
 
@@ -120,7 +124,7 @@ def moecc_command(*args: str | Path) -> tuple[dict[str, Any], float, int]:
     return found, time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
-def measure(label: str, method: str, bits: int, args: argparse.Namespace, work: Path, ids: Path) -> dict[str, Any]:
+def measure(label: str, method: str, bits: float, args: argparse.Namespace, work: Path, ids: Path) -> dict[str, Any]:
     """One row of a table."""
     row: dict[str, Any] = {"label": label, "method": method, "bits": bits}
     if method.startswith("peer:"):
@@ -166,7 +170,7 @@ def measure(label: str, method: str, bits: int, args: argparse.Namespace, work: 
     return row
 
 
-def attempt(label: str, method: str, bits: int, args: argparse.Namespace, work: Path, ids: Path) -> dict[str, Any]:
+def attempt(label: str, method: str, bits: float, args: argparse.Namespace, work: Path, ids: Path) -> dict[str, Any]:
     """The row of `measure`; of a peer that fails on this model, a row that says so."""
     try:
         return measure(label, method, bits, args, work, ids)
@@ -275,7 +279,7 @@ def main() -> int:
         for file in args.join:
             groups |= json.loads(file.read_text())
         return finish(groups, args)
-    seen: dict[tuple[str, int], dict[str, Any]] = {}
+    seen: dict[tuple[str, float], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         ids = work / "ids.npy"

@@ -8,8 +8,8 @@ options. `str(pass)` prints the text that builds it again: `vq{bits=3,codebook=l
                                       calibrated behind the compressed earlier ones (`own_round`: alone)
   Composite   expand()                a name for several passes
 
-Facts in use: lora, sensitivity, moments, basis, vq, affine, folded, routing, adapters, merged, dense. `requires` must hold before,
-`provides` holds after, `spoils` no longer does, `leads_to` must follow.
+Facts in use: lora, sensitivity, budget, moments, basis, vq, affine, folded, routing, adapters, merged, dense. `requires` must hold
+before, `provides` holds after, `spoils` no longer does, `leads_to` must follow.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ class Context:
     batches: Sequence[Tensor] = ()  # the calibration token ids, for passes over the whole model; set when a run starts
     # [D, D] by path of an MoE layer and by name of a value between layers: what an error there costs (pass `sensitivity`)
     sensitivity: Mapping[str, Tensor] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)  # by path and projection: bits, mean and rank (pass `budget`)
 
     def seed_for(self, *key: object) -> int:
         """A seed that depends on the run's seed and `key` only, not on what ran before."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -317,7 +318,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passes", required=True, metavar="P", help="e.g. kbvq or 'vsraq,kbvq{rank=32}'; see moecc passes"
     )
-    parser.add_argument("--bits", type=_positive, metavar="B", help="default of every pass option called bits")
+    parser.add_argument("--bits", type=_bits, metavar="B", help="default of every pass option called bits")
     parser.add_argument("-o", "--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--calib", type=Path, metavar="FILE", help="calibration text (default: text of this Python)")
     _add_rows(parser)
@@ -331,7 +332,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder (a config.json is enough) or hub id")
     parser.add_argument("--passes", metavar="P", help="say what this pipeline would give")
-    parser.add_argument("--bits", type=_positive, metavar="B", help="default of every pass option called bits")
+    parser.add_argument("--bits", type=_bits, metavar="B", help="default of every pass option called bits")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -359,6 +360,16 @@ def _positive(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
+
+
+def _bits(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of bits")
+    return int(value) if value == int(value) else value
 
 
 def _temperature(text: str) -> float:

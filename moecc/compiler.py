@@ -52,7 +52,7 @@ class Job:
 
 
 def compile_model(
-    model: str, passes: str, out: Path, *, bits: int | None = None, calib: Path | None = None, rows: int = 64, length: int = 512,
+    model: str, passes: str, out: Path, *, bits: float | None = None, calib: Path | None = None, rows: int = 64, length: int = 512,
     backend: str = "reference", seed: int = 0, dump: Path | None = None, trust_remote_code: bool = False,
     progress: Progress = lambda items, label: items, say: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
@@ -187,7 +187,7 @@ def require_backend(name: str) -> None:
         raise MoeccError(f"no backend {name!r}; there is {', '.join(there)}")
 
 
-def _pipeline(passes: str, bits: int | None, say: Callable[[str], None]) -> list[Pass]:
+def _pipeline(passes: str, bits: float | None, say: Callable[[str], None]) -> list[Pass]:
     parsed, remarks = pipeline.parse(passes, bits=bits)
     resolved, more = pipeline.resolve(parsed)
     pipeline.require_whole(resolved)

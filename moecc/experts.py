@@ -158,7 +158,7 @@ class CompressedProjection(nn.Module):
         _register_buffers(self, vq4.TENSORS, specs)
 
     def operands(self) -> tuple[Tensor | None, ...]:
-        """The ten operands of a projection in moecc::vq_experts; slope and offset are folded in what is stored."""
+        """The operands of a projection in moecc::vq_experts; slope and offset are folded in what is stored."""
         return (*(getattr(self, name) for name in vq4.TENSORS), None, None)
 
 

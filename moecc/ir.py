@@ -356,6 +356,13 @@ def check_operands(node: fx.Node) -> None:
     }  # fmt: skip
     for projection, n, k, input_side in (("gate_up", rows, hidden, True), ("down", hidden, intermediate, False)):
         own = {t: shape[f"{projection}_{t}"] for t in vq4.TENSORS if f"{projection}_{t}" in shape}
+        for whole in (vq4.SHARED[:3], [vq4.MEAN + t for t in vq4.CODED if t != "signs"]):
+            missing = [t for t in whole if t not in own]
+            if 0 < len(missing) < len(whole):
+                present = next(t for t in whole if t in own)
+                raise MoeccError(
+                    f"node %{node.name} ({_target(node.target)}): {projection}_{present} without {projection}_{missing[0]}"
+                )
         expected.update(
             {f"{projection}_{t}": s for t, s in _stored_shapes(own, experts, n, k, hidden, input_side).items()}
         )
@@ -379,6 +386,11 @@ def _stored_shapes(
         expected["basis"] = (rank, hidden)
         expected["coef"] = (experts, rows, rank) if input_side else (experts, rank, columns)
         expected["coef_scale"] = expected["coef"][:2]
+    mean = {t.removeprefix(vq4.MEAN): s for t, s in own.items() if t.startswith(vq4.MEAN)}
+    if mean:
+        expected[vq4.MEAN + "scale"] = (1, rows)
+        for t, s in _stored_shapes(mean, 1, rows, columns, hidden, input_side).items():
+            expected[vq4.MEAN + t] = s
     return expected
 
 

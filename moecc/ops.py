@@ -1,7 +1,7 @@
 """The moecc dialect: one node per MoE layer, defined by an eager reference.
 
   moecc::experts       the dense experts of a layer, straight from the trace
-  moecc::klt_experts   the same with the shared basis taken out, the remainder still dense
+  moecc::klt_experts   the same with what the experts share taken out (basis, mean), the remainder still dense
   moecc::vq_experts    the compressed form (`moecc.vq4`)
   moecc::q_linear      group-quantized dense linear (attention, shared expert)
   moecc::expert_linear one projection per chosen expert, not combined (JetMoE's mixture of attention heads)
@@ -19,7 +19,7 @@ An index outside 0..E-1 raises IndexError.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -137,53 +137,61 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _with_basis(dense: Tensor, parts: tuple[Operand, Operand, Operand], e: int, *, input_side: bool) -> Tensor:
-    basis, coef, coef_scale = parts
-    if basis is None or coef is None or coef_scale is None:
-        return dense
-    low = vq4.basis_part(coef[e : e + 1], coef_scale[e : e + 1], basis, dense.dtype, input_side=input_side)
-    return dense + low[0]
-
-
 def klt_experts_reference(
-    x: Tensor, topk_index: Tensor, topk_weight: Tensor, gate_up: Tensor, down: Tensor,
-    gate_up_basis: Operand, gate_up_coef: Operand, gate_up_coef_scale: Operand,
-    down_basis: Operand, down_coef: Operand, down_coef_scale: Operand,
-    gate_up_bias: Operand, down_bias: Operand, post_norm: Operand,
-    *, act: str, gate: str, alpha: float, limit: float, eps: float,
+    x: Tensor, topk_index: Tensor, topk_weight: Tensor, gate_up: Tensor, down: Tensor, *operands: Operand,
+    act: str, gate: str, alpha: float, limit: float, eps: float,
 ) -> Tensor:  # fmt: skip
-    """moecc::klt_experts: `experts` whose weights are a dense remainder plus the stored basis part. Computed in float32."""
-    dtype = _wide(x)
-    up_parts = (gate_up_basis, gate_up_coef, gate_up_coef_scale)
-    down_parts = (down_basis, down_coef, down_coef_scale)
+    """moecc::klt_experts: `experts` whose weights are a dense remainder plus the stored shared part. Computed in float32.
+
+    operands: `vq4.SHARED` of gate_up and of down, then gate_up_bias, down_bias, post_norm."""
+    dtype, count = _wide(x), len(vq4.SHARED)
+    gate_up_bias, down_bias, post_norm = operands[2 * count :]
+    parts, means = {}, {}
+    for i, (name, dense) in enumerate((("gate_up", gate_up), ("down", down))):
+        parts[name] = dict(zip(vq4.SHARED, operands[i * count : (i + 1) * count], strict=True))
+        means[name] = vq4.mean_part(parts[name], dense.shape[-1], dtype)
+
+    def weight(name: str, dense: Tensor, e: int) -> Tensor:
+        w, mean = dense[e].to(dtype), means[name]
+        basis, coef, coef_scale = (parts[name][t] for t in ("basis", "coef", "coef_scale"))
+        if basis is not None and coef is not None and coef_scale is not None:
+            one = slice(e, e + 1)
+            w = w + vq4.basis_part(coef[one], coef_scale[one], basis, dtype, input_side=name == "gate_up")[0]
+        return w if mean is None else w + mean[0]
 
     def run(e: int, tokens: Tensor) -> Tensor:
-        w = _with_basis(gate_up[e].to(dtype), up_parts, e, input_side=True)
-        rows = F.linear(x[tokens].to(dtype), w, None if gate_up_bias is None else gate_up_bias[e].to(dtype))
+        bias = None if gate_up_bias is None else gate_up_bias[e].to(dtype)
+        rows = F.linear(x[tokens].to(dtype), weight("gate_up", gate_up, e), bias)
         hidden = apply_gate(rows, act, gate, alpha, limit)
-        w = _with_basis(down[e].to(dtype), down_parts, e, input_side=False)
-        y = F.linear(hidden, w, None if down_bias is None else down_bias[e].to(dtype))
+        y = F.linear(hidden, weight("down", down, e), None if down_bias is None else down_bias[e].to(dtype))
         return _post_norm(y, post_norm, eps)
 
     return _combine(x, topk_index, topk_weight, gate_up.shape[0], run)
 
 
-def _project(
-    e: int, x: Tensor, codes: Tensor, signs: Operand, codebook: Tensor, scale: Tensor, bias: Operand,
-    basis: Operand, coef: Operand, coef_scale: Operand, slope: Operand, offset: Operand, *, input_side: bool,
-) -> Tensor:  # fmt: skip
-    """One expert's projection of x [n, K] -> [n, N], as `moecc.vq4` defines it; affine operands act on the VQ part."""
+_Projection = dict[str, Operand]  # by names of `vq4.TENSORS`, and slope and offset
+
+
+def _project(p: _Projection, e: int, x: Tensor, mean: Tensor | None, *, input_side: bool) -> Tensor:
+    """One expert's projection of x [n, K] -> [n, N], as `moecc.vq4` defines it; affine operands act on the VQ part.
+
+    mean [1, N, K]: what all experts share as it is."""
+    codes, signs, codebook, scale = (p[name] for name in vq4.CODED)
+    assert codes is not None and codebook is not None and scale is not None
     one = slice(e, e + 1)
     table = codebook[one] if codebook.shape[0] > 1 else codebook
     weight = vq4.decode(codes[one], None if signs is None else signs[one], table, x.shape[-1], x.dtype)[0]
-    y = F.linear(x, weight) * scale[e].to(x.dtype)
-    if slope is not None:
-        y = y * slope[e].to(x.dtype)
+    factor = scale[e].to(x.dtype)
+    if (slope := p["slope"]) is not None:
+        factor = factor * slope[e].to(x.dtype)
+    # one product instead of two: on a CPU x is many tokens, and the sum of two matrices is cheap
+    y = F.linear(x, weight) * factor if mean is None else F.linear(x, weight * factor.unsqueeze(-1) + mean[0])
+    basis, coef, coef_scale = p["basis"], p["coef"], p["coef_scale"]
     if basis is not None and coef is not None and coef_scale is not None:
         low = coef[e].to(x.dtype) * coef_scale[e].to(x.dtype).unsqueeze(-1)
         b = basis.to(x.dtype)
         y = y + (F.linear(F.linear(x, b), low) if input_side else F.linear(x, low) @ b)
-    for shift in (bias, offset):
+    for shift in (p["bias"], p["offset"]):
         if shift is not None:
             y = y + shift[e].to(x.dtype)
     return y
@@ -193,16 +201,22 @@ def vq_experts_reference(
     x: Tensor, topk_index: Tensor, topk_weight: Tensor, *operands: Operand,
     act: str, gate: str, alpha: float, limit: float, eps: float,
 ) -> Tensor:  # fmt: skip
-    """moecc::vq_experts: `experts` on the tensors of `moecc.vq4`, ten per projection, then post_norm. Computed in float32."""
-    gate_up, down, post_norm = operands[:10], operands[10:20], operands[20]
-    codes = gate_up[0]
-    assert codes is not None
+    """moecc::vq_experts: `experts` on the tensors of `moecc.vq4`. Computed in float32.
+
+    operands: `vq4.TENSORS`, slope and offset of gate_up and of down, then post_norm."""
+    count = len(_OPERANDS)
+    gate_up, down = (dict(zip(_OPERANDS, operands[i : i + count], strict=True)) for i in (0, count))
+    codes, down_codes, post_norm = gate_up["codes"], down["codes"], operands[2 * count]
+    assert codes is not None and down_codes is not None
     dtype = _wide(x)
+    rows_out = codes.shape[1]
+    intermediate = rows_out if gate == "none" else rows_out // 2
+    up_mean, down_mean = vq4.mean_part(gate_up, x.shape[1], dtype), vq4.mean_part(down, intermediate, dtype)
 
     def run(e: int, tokens: Tensor) -> Tensor:
-        rows = _project(e, x[tokens].to(dtype), *gate_up, input_side=True)  # type: ignore[arg-type]
+        rows = _project(gate_up, e, x[tokens].to(dtype), up_mean, input_side=True)
         hidden = apply_gate(rows, act, gate, alpha, limit)
-        return _post_norm(_project(e, hidden, *down, input_side=False), post_norm, eps)  # type: ignore[arg-type]
+        return _post_norm(_project(down, e, hidden, down_mean, input_side=False), post_norm, eps)
 
     return _combine(x, topk_index, topk_weight, codes.shape[0], run)
 
@@ -240,20 +254,21 @@ def _same_shape(x: Tensor, topk_index: Tensor, topk_weight: Tensor, *args: Any, 
     return x.new_empty(x.shape)
 
 
-def _projection(name: str) -> str:
+_OPERANDS = (*vq4.TENSORS, "slope", "offset")  # of one projection of vq_experts
+
+
+def _operands(projection: str, names: Sequence[str]) -> str:
     required = {"codes", "codebook", "scale"}
-    kinds = {t: "Tensor" if t in required else "Tensor?" for t in (*vq4.TENSORS, "slope", "offset")}
-    return ", ".join(f"{kind} {name}_{t}" for t, kind in kinds.items())
+    return ", ".join(f"{'Tensor' if t in required else 'Tensor?'} {projection}_{t}" for t in names)
 
 
 _ROUTED = "Tensor x, Tensor topk_index, Tensor topk_weight"
 define("experts", f"{_ROUTED}, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor? post_norm",
        _ATTRIBUTES, experts_reference, _same_shape)  # fmt: skip
-define("klt_experts", f"{_ROUTED}, Tensor gate_up, Tensor down, Tensor? gate_up_basis, Tensor? gate_up_coef, "
-       "Tensor? gate_up_coef_scale, Tensor? down_basis, Tensor? down_coef, Tensor? down_coef_scale, "
-       "Tensor? gate_up_bias, Tensor? down_bias, Tensor? post_norm",
+define("klt_experts", f"{_ROUTED}, Tensor gate_up, Tensor down, {_operands('gate_up', vq4.SHARED)}, "
+       f"{_operands('down', vq4.SHARED)}, Tensor? gate_up_bias, Tensor? down_bias, Tensor? post_norm",
        _ATTRIBUTES, klt_experts_reference, _same_shape)  # fmt: skip
-define("vq_experts", f"{_ROUTED}, {_projection('gate_up')}, {_projection('down')}, Tensor? post_norm",
+define("vq_experts", f"{_ROUTED}, {_operands('gate_up', _OPERANDS)}, {_operands('down', _OPERANDS)}, Tensor? post_norm",
        _ATTRIBUTES, vq_experts_reference, _same_shape)  # fmt: skip
 define("q_linear", "Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor? bias", "int bits", q_linear_reference,
        lambda x, weight, scale, zero, bias, *, bits: x.new_empty((*x.shape[:-1], weight.shape[0])))  # fmt: skip

@@ -89,7 +89,7 @@ def _pass_in(module: Any, where: str) -> type[Pass]:
     return own[0]
 
 
-def parse(text: str, *, bits: int | None = None) -> tuple[list[Pass], list[str]]:
+def parse(text: str, *, bits: float | None = None) -> tuple[list[Pass], list[str]]:
     """The passes that `text` names, and remarks. `bits` is the default of every option called `bits` that takes it."""
     found: list[Pass] = []
     remarks: list[str] = []
@@ -109,7 +109,7 @@ def parse(text: str, *, bits: int | None = None) -> tuple[list[Pass], list[str]]
     return found, remarks
 
 
-def _build(cls: type[Pass], options: str, bits: int | None, remarks: list[str]) -> Pass:
+def _build(cls: type[Pass], options: str, bits: float | None, remarks: list[str]) -> Pass:
     known = {f.name: f for f in fields(cls)}
     given: dict[str, Any] = {}
     for item in filter(None, (o.strip() for o in options.split(","))):
@@ -139,13 +139,15 @@ def read_option(owner: str, f: Field[Any], text: str) -> Any:
             return choice
     default = None if f.default is MISSING else f.default
     kinds: list[Callable[[str], Any]] = []
-    if isinstance(default, bool):
+    if isinstance(default, float):
+        kinds = [float]
+    elif "float" in str(f.type):  # int | float
+        kinds = [int, float]
+    elif isinstance(default, bool):
         if text in ("true", "false"):
             return text == "true"
     elif isinstance(default, int) or (isinstance(default, str) and f.metadata.get("low") is not None):
         kinds = [int]
-    elif isinstance(default, float):
-        kinds = [float]
     elif isinstance(default, str) and not choices:
         return text
     for kind in kinds:

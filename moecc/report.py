@@ -210,10 +210,10 @@ def _projections(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
     lines = []
     for label, rows in layers.items():
         for name, r in rows:
-            chosen = [escape(str(r.details.get(k, "–"))) for k in ("rank", "codebook", "affine")]
+            chosen = [escape(str(r.details.get(k, "–"))) for k in ("mean", "rank", "codebook", "affine")]
             stored = ", ".join(f"{escape(str(k))} {size(v)}" for k, v in sorted(r.details["bytes"].items()))
             lines.append([label, name, escape(r.became), _number(r.bits, 3), _number(r.error, 4), *chosen, stored])
-    head = ["layer", "projection", "became", "bits/weight", "error", "rank", "codebook", "affine", "stored"]
+    head = ["layer", "projection", "became", "bits/weight", "error", "mean", "rank", "codebook", "affine", "stored"]
     return _table(head, lines) if lines else _NOTHING
 
 

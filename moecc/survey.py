@@ -4,8 +4,8 @@
      between the router's linear and the chosen indices say how it routes.
   2. Every parameter is counted under a role, in the dtype on disk (or, without weights, that of the configuration).
   3. A pipeline is judged by what its passes provide and their options: a coded projection costs what `moecc.vq4` says.
-     What a pass decides only when it sees weights (codebooks, offsets) gives a low and a high estimate. A shared basis
-     of automatic rank is left out: it is taken where it saves more bits at equal error than it costs.
+     What a pass decides only when it sees weights (codebooks, offsets) gives a low and a high estimate. A mean and a shared
+     basis that are automatic are left out: they are taken where they save more bits at equal error than they cost.
 
 Shapes: E experts, N rows and K columns of a projection, D hidden, F intermediate.
 """
@@ -49,7 +49,7 @@ class MoELayer:
     form: str
 
 
-def survey(model: str, *, passes: str | None = None, bits: int | None = None) -> dict[str, Any]:
+def survey(model: str, *, passes: str | None = None, bits: float | None = None) -> dict[str, Any]:
     """What `moecc inspect --json` prints. `model` is a folder or a hub id; MoeccError where it can't be traced."""
     wanted = _resolved(passes, bits) if passes is not None else None
     found = skeleton(model)
@@ -82,7 +82,7 @@ def least_bytes(program: Program, passes: Sequence[Pass]) -> int:
     return written + round(sum(_experts_bits(moe, passes)[0] for moe in program.moe_layers()) / 8)
 
 
-def _resolved(passes: str, bits: int | None) -> list[Pass]:
+def _resolved(passes: str, bits: float | None) -> list[Pass]:
     found = pipeline.resolve(pipeline.parse(passes, bits=bits)[0])[0]
     pipeline.require_whole(found)
     return found
@@ -200,6 +200,8 @@ def _estimate(
     routed = sizes.get("routed experts", {"bytes": 0})["bytes"]
     if not any("vq" in p.provides for p in passes):
         low = high = 8.0 * routed
+    elif budget := next((p for p in passes if "budget" in p.provides), None):
+        low, high = min(low, high, expert_weights * budget.bits), expert_weights * budget.bits  # type: ignore[attr-defined]
     rest = 8.0 * (sum(s["bytes"] for s in sizes.values()) - routed) - _dense_saving(program, model, passes)
     weights = sum(s["parameters"] for s in sizes.values())
     return {
@@ -207,7 +209,9 @@ def _estimate(
         "bytes": [round((low + rest) / 8), round((high + rest) / 8)],
         "bits_per_weight_experts": [low / expert_weights, high / expert_weights],
         "bits_per_weight": [(low + rest) / weights, (high + rest) / weights],
-        "automatic_basis": any("basis" in p.provides and getattr(p, "rank", "") == "auto" for p in passes),
+        "automatic_basis": any(
+            "basis" in p.provides and "auto" in (getattr(p, "rank", ""), getattr(p, "mean", "")) for p in passes
+        ),
     }
 
 
@@ -225,21 +229,17 @@ def _projection_bits(
     experts: int, rows: int, columns: int, passes: Sequence[Pass], input_side: bool
 ) -> tuple[float, float]:
     bits = _option(passes, "vq", "bits", 2)
-    book = 8 * vq4.CODEBOOK_SIZE * vq4.group_size(bits)
-    low = experts * rows * (bits * vq4.padded(columns) + 16) + book
-    high = low + book * (experts - 1)
+    low, high = (vq4.coded_bits(experts, rows, columns, bits, books=n) for n in (1, experts))
     chosen = _option(passes, "vq", "codebook", "auto")
     low, high = (high if chosen == "expert" else low), (low if chosen == "layer" else high)
     offset = _option(passes, "affine", "offset", "auto") if any("affine" in p.provides for p in passes) else "off"
     low, high = low + 16 * experts * rows * (offset == "on"), high + 16 * experts * rows * (offset != "off")
     if not any("basis" in p.provides for p in passes):
         return low, high
-    hidden, other = (columns, rows) if input_side else (rows, columns)
-    rank = _option(passes, "basis", "rank", "auto")
-    if rank in ("auto", 0):
-        return low, high
-    basis = 16 * rank * hidden + 8 * experts * rank * other + 16 * experts * (rows if input_side else rank)
-    return low + basis, high + basis
+    rank, mean = _option(passes, "basis", "rank", "auto"), _option(passes, "basis", "mean", "auto")
+    certain = 0 if rank == "auto" else vq4.basis_bits(int(rank), experts, rows, columns, input_side=input_side)
+    certain += 0 if mean in ("auto", "off") else vq4.coded_bits(1, rows, columns, int(mean))
+    return low + certain, high + certain
 
 
 def _dense_saving(program: Program, model: nn.Module | None, passes: Sequence[Pass]) -> float:
@@ -306,7 +306,7 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
         f"with {found['pipeline']}",
         f"  about {low if low == high else f'{low} to {high}'}: {span(found['bits_per_weight_experts'], '.3f')} bits "
         f"per routed-expert weight, {span(found['bits_per_weight'], '.3f')} over everything",
-        *(["  a shared basis comes on top where it earns its bits"] if found["automatic_basis"] else []),
+        *(["  a shared mean and basis come on top where they earn their bits"] if found["automatic_basis"] else []),
     ]
 
 

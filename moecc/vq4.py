@@ -11,6 +11,8 @@ E experts, N rows and K columns of one projection (gate_up: N = 2F or F, K = D; 
   basis        f16/bf16 [r, D] or absent      shared by the layer, on the residual-stream side
   coef         i8 [E, N, r] | i8 [E, r, F]    gate_up | down: an expert's coordinates in the basis
   coef_scale   f16/bf16 [E, N] | [E, r]       one scale per row of coef
+  mean_codes, mean_signs, mean_codebook, mean_scale, or absent:  one more matrix [1, N, K], coded as above at 2, 3 or 4 bits of its
+               own: what all experts of the layer hold with the same weight. Shared as it is: computed once per token
 
 Kp is K rounded up to a multiple of 8; the padding is decoded and cut off, and counts as bits.
 
@@ -18,11 +20,13 @@ Kp is K rounded up to a multiple of 8; the padding is decoded and cut off, and c
   3 bit:    weight = p where the sign bit is clear, -1-p where it is set (symmetric about -1/2, p in 0..127).
             Bit c of a sign byte's low nibble belongs to component c of the even group of four, of its high nibble to the odd one.
 
-  gate_up:  y_e = scale_e * (VQ_e x) + coef_e (basis x) + bias_e
-  down:     y   = sum_e w_e (scale_e * (VQ_e h_e) + bias_e) + basis^T sum_e w_e (coef_e h_e)
+  gate_up:  y_e = scale_e * (VQ_e x) + coef_e (basis x) + mean_scale * (VQ_mean x) + bias_e
+  down:     y   = sum_e w_e (scale_e * (VQ_e h_e) + bias_e) + basis^T sum_e w_e (coef_e h_e) + mean_scale * (VQ_mean sum_e w_e h_e)
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,7 +34,10 @@ from torch import Tensor
 VERSION = 1
 CODEBOOK_SIZE = 256
 # The suffixes of one projection's tensors, in the order of the op's operands.
-TENSORS = ("codes", "signs", "codebook", "scale", "bias", "basis", "coef", "coef_scale")
+CODED = ("codes", "signs", "codebook", "scale")  # a matrix per expert, or one for all under names that start with MEAN
+MEAN = "mean_"
+SHARED = ("basis", "coef", "coef_scale", *(MEAN + name for name in CODED))  # what is taken out before coding
+TENSORS = (*CODED, "bias", *SHARED)
 
 
 def group_size(bits: int) -> int:
@@ -74,6 +81,37 @@ def basis_part(coef: Tensor, coef_scale: Tensor, basis: Tensor, dtype: torch.dty
     return scaled @ basis.to(dtype) if input_side else basis.to(dtype).T @ scaled
 
 
+def mean_part(tensors: Mapping[str, Tensor | None], columns: int, dtype: torch.dtype) -> Tensor | None:
+    """The dense [1, N, columns] that all experts share as it is, by names of SHARED; None without one."""
+    codes, signs, codebook, scale = (tensors.get(MEAN + name) for name in CODED)
+    if codes is None or codebook is None or scale is None:
+        return None
+    return decode(codes, signs, codebook, columns, dtype) * scale.to(dtype).unsqueeze(-1)
+
+
+def shared_part(
+    tensors: Mapping[str, Tensor | None], columns: int, dtype: torch.dtype, *, input_side: bool
+) -> Tensor | None:
+    """The dense [E, N, columns] (a leading 1 where it is the mean alone) of all that is taken out before coding."""
+    basis, coef, coef_scale = (tensors.get(name) for name in SHARED[:3])
+    mean = mean_part(tensors, columns, dtype)
+    if basis is None or coef is None or coef_scale is None:
+        return mean
+    low = basis_part(coef, coef_scale, basis, dtype, input_side=input_side)
+    return low if mean is None else low + mean
+
+
 def stored_bits(tensors: dict[str, Tensor | None]) -> int:
     """Every bit stored for one projection, nothing left out."""
     return sum(t.numel() * t.element_size() * 8 for t in tensors.values() if t is not None)
+
+
+def coded_bits(matrices: int, rows: int, columns: int, bits: int, *, books: int = 1) -> int:
+    """Bits that codes, signs, codebooks and scales of [matrices, rows, columns] take."""
+    return matrices * rows * (bits * padded(columns) + 16) + 8 * CODEBOOK_SIZE * group_size(bits) * books
+
+
+def basis_bits(rank: int, experts: int, rows: int, columns: int, *, input_side: bool) -> int:
+    """Bits that a basis and its coefficients take (input_side: gate_up, else down)."""
+    hidden, other, scales = (columns, rows, rows) if input_side else (rows, columns, rank)
+    return 16 * rank * hidden + 8 * experts * rank * other + 16 * experts * scales if rank else 0

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moecc import vq4
+from moecc.passes._store import compact
 
 _SAMPLE = 1 << 14  # groups that k-means looks at
 _BLOCKS = (
@@ -50,6 +51,12 @@ class Coded:
 
     def dense(self) -> Tensor:
         return self.unscaled() * self.scale.unsqueeze(-1)
+
+    def stored(self) -> dict[str, Tensor | None]:
+        """The tensors of `vq4.CODED`."""
+        signs = None if self.negative is None else vq4.pack_signs(self.negative)
+        codes, codebook = self.codes.to(torch.uint8), self.codebook.to(torch.int8).contiguous()
+        return dict(zip(vq4.CODED, (codes, signs, codebook, compact(self.scale)), strict=True))
 
 
 def lookup(codes: Tensor, negative: Tensor | None, codebook: Tensor) -> Tensor:
@@ -86,6 +93,7 @@ def encode(
     seed: int,
     rounds: int = 3,
     feedback: bool = True,
+    turns: int = 15,  # of k-means
 ) -> Coded:
     """Code weight [E, N, K] under second moments [E, K, K] of the input and costs [E, N, N] of output errors (None: all alike).
 
@@ -101,7 +109,7 @@ def encode(
         output = output / output.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         order = output.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True).unsqueeze(-1)
         target, output = target.take_along_dim(order, 1), output.take_along_dim(order, 1).take_along_dim(order.mT, 2)
-    book = _round(kmeans(target, importance, bits=bits, seed=seed), bits)
+    book = _round(kmeans(target, importance, bits=bits, seed=seed, turns=turns), bits)
     table = book.integers if shared else book.integers.expand(len(weight), -1, -1)
     coder = _Coder(target, moment, importance, bits, feedback, output if feedback else None)
     state = coder.choose(table, book.step.expand(weight.shape[:2]))
@@ -159,7 +167,7 @@ def clamp_codebook(values: Tensor, bits: int) -> Tensor:
     return values.round().clamp(0 if bits == 3 else -127, 127)
 
 
-def kmeans(target: Tensor, importance: Tensor, *, bits: int, seed: int, turns: int = 15) -> Tensor:
+def kmeans(target: Tensor, importance: Tensor, *, bits: int, seed: int, turns: int) -> Tensor:
     """Weighted k-means over groups of v weights (their magnitudes at 3 bit): [E, N, K], [E, K] -> [1, 256, v].
 
     One codebook for the layer: rows are normalised, so experts differ little here, and refits make it an expert's own.
@@ -201,6 +209,15 @@ def _feedback(metric: Tensor) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(metric))
     upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return upper
+
+
+def pivots(metric: Tensor) -> Tensor:
+    """What is left of an error's cost where all later ones make up for it, the costly first: [E, K, K] -> [E, K]."""
+    order = metric.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    rows = metric.gather(1, order.unsqueeze(-1).expand_as(metric))
+    permuted = rows.gather(2, order.unsqueeze(1).expand_as(metric))
+    left = _feedback(permuted).diagonal(dim1=-2, dim2=-1).square().reciprocal()
+    return torch.empty_like(left).scatter_(1, order, left)
 
 
 class _Coder:

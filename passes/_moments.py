@@ -5,7 +5,7 @@ Shapes: E experts, D hidden, F intermediate, T routed tokens of one expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +14,8 @@ from moecc.base import Layer
 from moecc.gates import apply_gate
 from moecc.ir import MoE
 
+MIN_TOKENS = 64
+_PER_EXPERT_BYTES = 2 << 30
 SHRINKAGE = 16.0  # tokens' worth of the layer's average mixed into each expert's moment of gate_up's input
 
 
@@ -22,11 +24,13 @@ class Moments:
     """What calibration learned of one MoE layer. Moments are means over tokens, not sums."""
 
     tokens: Tensor  # [E] routed tokens
+    mass: Tensor  # [E] sum of their weights over all tokens: how much of the layer an expert is
     gate_up: Tensor  # [E, D, D], or [1, D, D] where one per expert does not fit
     down: Tensor  # [E, F, F]
     starved: dict[int, int]  # expert -> tokens sent to it on purpose
     # projection -> [E, N, N] or [1, N, N]: what an error in its output costs; without an entry all channels count alike
     output: dict[str, Tensor]
+    notes: list[str] = field(default_factory=list)  # what could not be measured as it should be
 
     def of(self, projection: str) -> Tensor:
         """[E, K, K] of `gate_up` or `down` (a view where experts share one)."""
@@ -67,6 +71,62 @@ def routed_tokens(layer: Layer, moe: MoE) -> Routed:
     joined = [torch.cat([v.flatten(0, -2) for v in values[n]]) for n in names]
     logits = joined[3].float() if len(joined) > 3 and joined[3].shape[0] == joined[0].shape[0] else None
     return Routed(joined[0].float(), joined[1], joined[2].float(), logits)
+
+
+def measure(
+    layer: Layer, moe: MoE, routed: Routed, cost: Tensor | None, min_tokens: int = MIN_TOKENS, *, squared: bool = True
+) -> Moments:
+    """The moments of both projections. `cost` [D, D]: the layer's sensitivity; squared=False: every token counts alike."""
+    gate_up, bias, down = (layer.weight(moe, n) for n in ("gate_up", "gate_up_bias", "down"))
+    assert gate_up is not None and down is not None
+    experts, rows_of_gate_up, hidden = gate_up.shape
+    per_expert = 4 * experts * hidden * hidden <= _PER_EXPERT_BYTES
+    output, notes = _output(moe, cost, 4 * experts * rows_of_gate_up**2 <= _PER_EXPERT_BYTES)
+    average = mean_outer(routed.x)
+    first, second, outward, tokens, mass, starved = [], [], [], [], [], {}
+    for e in range(experts):
+        rows = routed.rows(e)
+        weight = routed.weight_of(e, rows).square() if squared else None
+        tokens.append(len(rows))
+        mass.append(float(len(rows) if weight is None else weight.sum()) / len(routed.x))
+        if per_expert:
+            own = mean_outer(routed.x[rows], weight)
+            share = SHRINKAGE / (len(rows) + SHRINKAGE)
+            first.append(own * (1 - share) + average * share)
+        if len(rows) < min(min_tokens, len(routed.x)):
+            rows, weight = _sent(routed, e, min_tokens), None
+            starved[e] = len(rows)
+        reached = gate_up[e], None if bias is None else bias[e]
+        second.append(mean_outer(hidden_units(moe, routed.x[rows], *reached), weight))
+        if "gate_up" in output:
+            behind = (down[e].T @ output["down"][0] @ down[e]).repeat(2, 2)[:rows_of_gate_up, :rows_of_gate_up]
+            outward.append(behind * mean_outer(gate_slopes(moe, routed.x[rows], *reached), weight))
+    for e, sent in starved.items():
+        notes.append(f"{moe.path} expert {e}: {tokens[e]} routed tokens; calibrated on {sent} sent to it on purpose")
+    if outward:
+        output["gate_up"] = torch.stack(outward)
+    inputs = torch.stack(first) if per_expert else average.unsqueeze(0)
+    return Moments(torch.tensor(tokens), torch.tensor(mass), inputs, torch.stack(second), starved, output, notes)
+
+
+def _output(moe: MoE, cost: Tensor | None, gate_up_fits: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """What errors of down cost [1, D, D], with an entry for gate_up where it is to be measured; and what is left out."""
+    if cost is None:
+        return {}, []
+    if moe.operand("post_norm") is not None:
+        return {}, [f"{moe.path}: errors of all channels count alike; a norm stands between them and sensitivity"]
+    if gate_up_fits:
+        return {"down": cost.unsqueeze(0), "gate_up": cost.new_zeros(())}, []
+    note = f"{moe.path}.gate_up: errors of all rows count alike; their costs would not fit in memory"
+    return {"down": cost.unsqueeze(0)}, [note]
+
+
+def _sent(routed: Routed, expert: int, count: int) -> Tensor:
+    """The tokens that the router would soonest have sent here; evenly spaced ones where it has no logits."""
+    count = min(count, len(routed.x))
+    if routed.logits is None or routed.logits.shape[1] <= expert:
+        return torch.linspace(0, len(routed.x) - 1, count).long()
+    return routed.logits[:, expert].topk(count).indices
 
 
 def hidden_units(moe: MoE, x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecc import vq4
 from moecc.ir import MoE, Program
 from moecc.passes._coding import clamp_codebook
 from moecc.passes._store import compact
 
 # kind -> learning rate at 2 bit, in units of the tensor's own (`_unit`)
-RATES = {"codebook": 0.15, "scale": 2e-3, "bias": 2e-2, "basis": 5e-3, "coef": 0.3, "coef_scale": 2e-3}
+RATES = {
+    "codebook": 0.15, "scale": 2e-3, "bias": 2e-2, "basis": 5e-3, "coef": 0.3, "coef_scale": 2e-3,
+    "mean_codebook": 0.15, "mean_scale": 2e-3,
+}  # fmt: skip
+_WHOLE = ("codebook", "mean_codebook", "coef")  # whole numbers in the format
 
 
 def split(batches: int) -> tuple[list[int], list[int]]:
@@ -42,7 +47,7 @@ class Tuned:
                     if node is None:
                         continue
                     self.names[node.name], self.kinds[node.name] = program.weights[node.name].name, kind
-                    self.bits[node.name] = bits_of(moe, projection)
+                    self.bits[node.name] = bits_of(moe, projection, vq4.MEAN if kind.startswith(vq4.MEAN) else "")
                     values[node.name] = program.read(self.names[node.name]).float().clone()
         self.unit = {k: _unit(self.kinds[k], v) for k, v in values.items()}
         self.parameters = {k: (v / self.unit[k]).requires_grad_() for k, v in values.items()}
@@ -81,7 +86,7 @@ class Tuned:
 
     def _rounding(self, placeholder: str) -> Callable[[Tensor], Tensor] | None:
         kind, bits = self.kinds[placeholder], self.bits[placeholder]
-        if kind == "codebook":
+        if kind.endswith("codebook"):
             return lambda value: clamp_codebook(value, bits)
         return (lambda value: value.round().clamp(-127, 127)) if kind == "coef" else None
 
@@ -104,17 +109,17 @@ class Tuned:
         return changed
 
 
-def bits_of(moe: MoE, projection: str) -> int:
-    """Bits per weight of a projection's codes and signs."""
-    codebook = moe.operand(f"{projection}_codebook")
+def bits_of(moe: MoE, projection: str, part: str = "") -> int:
+    """Bits per weight of a projection's codes and signs; `part` vq4.MEAN: of those that its experts share."""
+    codebook = moe.operand(f"{projection}_{part}codebook")
     assert codebook is not None
-    if moe.operand(f"{projection}_signs") is not None:
+    if moe.operand(f"{projection}_{part}signs") is not None:
         return 3
     return 4 if codebook.meta["val"].shape[-1] == 2 else 2
 
 
 def _unit(kind: str, value: Tensor) -> Tensor:
     """Scales move relative to themselves, signed tensors relative to their size, whole numbers in steps of one."""
-    if kind in ("scale", "coef_scale"):
+    if kind.endswith("scale"):
         return value.abs().clamp(min=1e-8)
-    return value.new_ones(()) if kind in ("codebook", "coef") else value.abs().mean().clamp(min=1e-8)
+    return value.new_ones(()) if kind in _WHOLE else value.abs().mean().clamp(min=1e-8)

@@ -1,8 +1,8 @@
 """KBVQ-MoE, third part: a channel-wise affine correction of each projection's output.  arXiv 2602.11184.
 
-  1. On the tokens routed to an expert, v is the coded part's output (without basis and bias) and t what it stands for: the float
-     projection of the float input minus the stored basis part of the input it will really get (down: hidden units behind the
-     coded gate_up).
+  1. On the tokens routed to an expert, v is the coded part's output (without shared part and bias) and t what it stands for: the
+     float projection of the float input minus the stored shared part of the input it will really get (down: hidden units behind
+     the coded gate_up).
   2. Each output channel's t is regressed on v, tokens weighted by their squared routing weight: slope and offset, both drawn
      towards 1 and 0 by `_PRIOR` tokens so that an expert with few tokens is not bent to them.
      Where output errors have costs of their own (`sensitivity`), the slopes of all channels are fitted together under them.
@@ -262,7 +262,7 @@ class CodedProjection:
         return codes.shape[-1] * book.shape[-1]
 
     def parts(self, e: int, x: Tensor) -> tuple[Tensor, Tensor | float]:
-        """scale * VQ x, and the basis part of x: [n, K] -> [n, N] each."""
+        """scale * VQ x, and the shared part of x: [n, K] -> [n, N] each."""
         t = self.tensors
         codes, signs, book, scale = t["codes"], t["signs"], t["codebook"], t["scale"]
         assert codes is not None and book is not None and scale is not None
@@ -270,12 +270,9 @@ class CodedProjection:
         table = book[one] if len(book) > 1 else book
         weight = vq4.decode(codes[one], None if signs is None else signs[one], table, x.shape[-1], torch.float32)[0]
         v = (x @ weight.T) * scale[e].float()
-        if t["basis"] is None or t["coef"] is None or t["coef_scale"] is None:
-            return v, 0.0
-        low = vq4.basis_part(
-            t["coef"][one], t["coef_scale"][one], t["basis"], torch.float32, input_side=self.input_side
-        )[0]
-        return v, x @ low.T
+        one_of = {n: t[n][one] if n in ("coef", "coef_scale") and t[n] is not None else t[n] for n in vq4.SHARED}  # type: ignore[index]
+        low = vq4.shared_part(one_of, x.shape[-1], torch.float32, input_side=self.input_side)
+        return v, 0.0 if low is None else x @ low[0].T
 
     def apply(self, e: int, x: Tensor, slope: Tensor | None, offset: Tensor | None) -> Tensor:
         v, low = self.parts(e, x)

@@ -1,12 +1,13 @@
-"""KBVQ-MoE under one name: `moments,klt,vq,affine,fold`.  arXiv 2602.11184."""
+"""KBVQ-MoE under one name: `moments,klt,vq,affine,fold`; behind `budget` where bits is no whole number.  arXiv 2602.11184."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.base import Composite, Pass, option
+from moecc.base import Composite, MoeccError, Pass, option
 from moecc.passes.affine import AffineCorrection
+from moecc.passes.budget import PlanBits
 from moecc.passes.fold import FoldAffine
 from moecc.passes.klt import SharedBasis
 from moecc.passes.moments import MeasureMoments
@@ -17,15 +18,27 @@ from moecc.passes.vq import VectorQuantize
 class KBVQ(Composite):
     name: ClassVar[str] = "kbvq"
     provides: ClassVar[frozenset[str]] = frozenset({"moments", "basis", "vq", "affine", "folded"})
-    bits: int = option(2, help="bits per weight of codes and signs", choices=(2, 3, 4))
+    bits: int | float = option(
+        2, help="bits per weight of codes and signs; a fraction: of all that is stored, spent by `budget`", low=2, high=4
+    )  # fmt: skip
     rank: int | str = option(
         "auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024
+    )
+    mean: int | str = option(
+        "auto", help="bits of a matrix that all experts share as it is; off: none", choices=("auto", "off", 2, 3, 4)
     )
     codebook: str = option("expert", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
     offset: str = option("auto", help="affine offset: worth its bits, always, never", choices=("auto", "on", "off"))
 
     def expand(self) -> list[Pass]:
+        budget: list[Pass] = []
+        bits, offset = int(self.bits), self.offset
+        if bits != self.bits:
+            if self.codebook == "auto":
+                raise MoeccError("kbvq: a fraction of bits needs codebook=expert or layer, not auto")
+            budget = [PlanBits(bits=self.bits, rank=self.rank, mean=self.mean, codebook=self.codebook)]
+            bits, offset = 2, "off" if offset == "auto" else offset
         return [
-            MeasureMoments(), SharedBasis(rank=self.rank, bits=self.bits),
-            VectorQuantize(bits=self.bits, codebook=self.codebook), AffineCorrection(offset=self.offset), FoldAffine(),
+            *budget, MeasureMoments(), SharedBasis(rank=self.rank, mean=self.mean, bits=bits),
+            VectorQuantize(bits=bits, codebook=self.codebook), AffineCorrection(offset=offset), FoldAffine(),
         ]  # fmt: skip

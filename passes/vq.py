@@ -35,7 +35,7 @@ _AT_ONCE = 1 << 26  # weights coded together where experts have codebooks of the
 class VectorQuantize(LayerPass):
     name: ClassVar[str] = "vq"
     requires: ClassVar[frozenset[str]] = frozenset({"moments"})
-    after: ClassVar[frozenset[str]] = frozenset({"basis"})
+    after: ClassVar[frozenset[str]] = frozenset({"basis", "budget"})
     provides: ClassVar[frozenset[str]] = frozenset({"vq"})
     bits: int = option(2, help="bits per weight of codes and signs", choices=(2, 3, 4))
     codebook: str = option("expert", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
@@ -67,32 +67,25 @@ class VectorQuantize(LayerPass):
         layer.program.replace(moe.node, VQ_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
 
     def code(self, layer: Layer, moe: MoE, projection: str, moments: Moments, ctx: Context) -> dict[str, Tensor | None]:
-        """The eight stored tensors of one projection."""
+        """The stored tensors of one projection."""
+        planned = ctx.plan.get(f"{moe.path}.{projection}")
+        if planned is not None and planned.bits != self.bits:
+            return replace(self, bits=planned.bits).code(layer, moe, projection, moments, ctx)
         weight = layer.weight(moe, projection)
         assert weight is not None
         moment, output = moments.of(projection), moments.output_of(projection)
-        shared = {
-            n: layer.weight(moe, f"{projection}_{n}") if moe.node.target is KLT_EXPERTS else None
-            for n in vq4.TENSORS[5:]
-        }
+        held = {n: _held(layer, moe, f"{projection}_{n}") for n in vq4.SHARED}
         coded, shared_book = self.best(weight, moment, output, ctx.seed_for(moe.path, projection))
         error = coded.dense()[..., : weight.shape[-1]] - weight
-        original = weight if shared["basis"] is None else weight + _basis_of(shared, projection)
+        shared = vq4.shared_part(held, weight.shape[-1], torch.float32, input_side=projection == "gate_up")
+        original = weight if shared is None else weight + shared
         relative = weighted_error(error, moment) / weighted_error(original, moment).clamp(min=1e-20)
         ctx.record(
             f"{moe.path}.{projection}", became=f"vq4 {self.bits} bit", codebook="layer" if shared_book else "expert",
             error=float(relative.mean()), expert_error=[round(float(r), 6) for r in relative],
         )  # fmt: skip
         bias = layer.weight(moe, f"{projection}_bias")
-        held = {n: _held(layer, moe, f"{projection}_{n}") for n in vq4.TENSORS[5:]}
-        return {
-            "codes": coded.codes.to(torch.uint8),
-            "signs": None if coded.negative is None else vq4.pack_signs(coded.negative),
-            "codebook": coded.codebook.to(torch.int8).contiguous(),
-            "scale": compact(coded.scale),
-            "bias": None if bias is None else compact(bias),
-            **held,
-        }
+        return {**coded.stored(), "bias": None if bias is None else compact(bias), **held}
 
     def best(self, weight: Tensor, moment: Tensor, output: Tensor | None, seed: int) -> tuple[Coded, bool]:
         """The coded projection and whether its experts share one codebook."""
@@ -142,9 +135,3 @@ def _held(layer: Layer, moe: MoE, name: str) -> Tensor | None:
     """The stored tensor behind an operand, in its stored dtype."""
     node = moe.operand(name) if moe.node.target is KLT_EXPERTS else None
     return None if node is None else layer.program.read(layer.program.weights[node.name].name)
-
-
-def _basis_of(shared: dict[str, Tensor | None], projection: str) -> Tensor:
-    basis, coef, scale = shared["basis"], shared["coef"], shared["coef_scale"]
-    assert basis is not None and coef is not None and scale is not None
-    return vq4.basis_part(coef, scale, basis, torch.float32, input_side=projection == "gate_up")

@@ -67,21 +67,42 @@ VOCABULARY, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 16, 16, 8, 4, 2, 6
 
 
 class TinyMoE(nn.Module):
-    """The experts of one layer behind a softmax router."""
+    """The experts of one layer behind a softmax router; `likeness` of their energy is the same in all."""
+
+    experts, likeness = EXPERTS, 0.0
 
     def __init__(self, seed: int):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
-        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.gate_up = nn.Parameter(torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=g) * 0.3)
-        self.down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INTERMEDIATE, generator=g) * 0.3)
-        self.gate.weight.data = torch.randn(EXPERTS, HIDDEN, generator=g)
+        self.gate = nn.Linear(HIDDEN, self.experts, bias=False)
+        shapes = (self.experts, 2 * INTERMEDIATE, HIDDEN), (self.experts, HIDDEN, INTERMEDIATE)
+        self.gate_up, self.down = (nn.Parameter(torch.randn(shape, generator=g) * 0.3) for shape in shapes)
+        self.gate.weight.data = torch.randn(self.experts, HIDDEN, generator=g)
+        for p in (self.gate_up, self.down) if self.likeness else ():
+            parent = torch.randn(p.shape[1:], generator=g) * 0.3
+            p.data = self.likeness**0.5 * parent + (1 - self.likeness) ** 0.5 * p.data
 
     def forward(self, x: Tensor) -> Tensor:
         score, index = self.gate(x).softmax(-1).topk(TOP_K, -1)
         args = (index, score, self.gate_up, self.down, None, None, None)
         result: Tensor = torch.ops.moecc.experts(x, *args, act="silu", gate="glu", alpha=0.0, limit=0.0, eps=1e-6)
         return result
+
+
+class Many(TinyMoE):
+    """So many experts that a mean costs next to nothing."""
+
+    experts = 64
+
+
+class Siblings(Many):
+    likeness = 0.99
+
+
+class FewSiblings(TinyMoE):
+    """A mean of these costs more bits than it saves."""
+
+    likeness = 0.99
 
 
 class TinyDense(nn.Module):
@@ -132,8 +153,10 @@ class DictStore:
 
 
 def tiny_program(kinds: str = "M") -> Program:
-    """A Program of one letter per layer, M for experts and D for dense, whose text fits on a page."""
-    model = TinyModel([{"M": TinyMoE, "D": TinyDense}[k] for k in kinds]).eval()
+    """A Program of one letter per layer, whose text fits on a page: M for experts, I for many of them, S for many that are nearly
+    the same, F for few such, D for dense."""
+    layers = {"M": TinyMoE, "I": Many, "S": Siblings, "F": FewSiblings, "D": TinyDense}
+    model = TinyModel([layers[k] for k in kinds]).eval()
     exported = torch.export.export(model, (torch.zeros(1, TOKENS, dtype=torch.int64),))
     weights = {
         s.arg.name: Weight(str(s.target)) for s in exported.graph_signature.input_specs if s.kind == InputKind.PARAMETER

@@ -84,6 +84,7 @@ def test_rows_of_compressed_experts_say_what_became_of_them(made: Any) -> None:
         path = name.replace("gate_up_proj", "gate_up").replace("down_proj", "down")
         parts = {k.removeprefix(path + "."): v.nbytes for k, v in stored.items() if k.startswith(path + ".")}
         assert row["details"]["bytes"] == parts and row["nbytes"] == sum(parts.values())
+        assert {"basis", "mean_codes", "mean_codebook", "mean_scale"} <= parts.keys() and "mean_signs" not in parts
         assert row["bits"] == pytest.approx(8 * row["nbytes"] / torch.Size(row["shape"]).numel())
         assert row["became"].startswith("vq4 3 bit") and 0 < row["error"] < 1 and sum(row["tokens"]) == 8 * 32 * 2
     shared = [r for n, r in got.rows.items() if ".shared_expert." in n]

@@ -241,7 +241,7 @@ def test_what_does_not_fit_says_which_tensor(refused: Any, model: Path) -> None:
 
 
 OPTIONS: dict[str, tuple[str, list[str], str]] = {
-    "bits that nothing takes": (QUICK, ["--bits", "5"], "2 | 3 | 4"), "no bits": (QUICK, ["--bits", "0"], "number of 1 or more"),
+    "bits that nothing takes": (QUICK, ["--bits", "5"], "2 | 3 | 4"), "no bits": (QUICK, ["--bits", "0"], "0 is no number of bits"),
     "bits of a pass": ("vq{bits=9}", [], "vq: bits=9 is out of range; it takes 2 | 3 | 4"),
     "a negative rank": ("klt{rank=-1},vq", [], "rank=-1 is out of range"), "a rank of text": ("klt{rank=many},vq", [], "auto"),
     "a rank beyond the model": ("kbvq{rank=100}", [], "give a smaller rank"), "no steps": ("kbvq,vsraq{steps=0}", [], "steps=0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from moecc import vq4
 from moecc.passes import _coding
 from moecc.passes._coding import Coded, Nearest, _Coder, encode, pad_columns, weighted_error
 from moecc.passes._moments import Routed
+from moecc.passes._shared import factorize, square_root
 from moecc.passes.affine import CoupledSums, Sums
-from moecc.passes.klt import factorize, square_root
 
 E, N, K = 2, 6, 16
 BITS = [2, 3, 4]
@@ -414,6 +415,12 @@ def test_what_encode_returns_can_be_stored(bits: int, shared: bool) -> None:
     assert torch.equal(coded.codebook, coded.codebook.to(torch.int8).float())
     assert (coded.negative is not None) == (bits == 3) and bool((coded.scale > 0).all())
     assert bits != 3 or int(coded.codebook.min()) >= 0
+    stored = coded.stored()
+    assert tuple(stored) == vq4.CODED and (stored["signs"] is None) == (bits != 3)
+    assert [t.dtype for t in stored.values() if t is not None and t.dtype != torch.uint8] == [torch.int8, torch.float16]
+    part: Any = {vq4.MEAN + n: t for n, t in stored.items()}
+    torch.testing.assert_close(vq4.mean_part(part, K, torch.float32), coded.dense(), rtol=1e-3, atol=1e-6)
+    assert vq4.stored_bits(stored) == vq4.coded_bits(E, N, K, bits, books=1 if shared else E)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -473,7 +480,8 @@ def test_square_root() -> None:
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_shared_basis_against_numpy_s_svd(input_side: bool, rank: int) -> None:
     weight, moment = drawn(7, experts=3, rows=10, columns=8)
-    got = factorize(weight, moment, rank, input_side=input_side).dense().double().numpy()
+    shared = factorize(weight, moment, rank, input_side=input_side)
+    got = (weight - shared.left_of(weight)).double().numpy()
     w, h = weight.double().numpy(), moment.double().numpy()
     if input_side:
         c = h.mean(0)
@@ -495,7 +503,7 @@ def test_the_shared_basis_against_numpy_s_svd(input_side: bool, rank: int) -> No
 def test_a_full_basis_leaves_only_rounding() -> None:
     weight, moment = drawn(8, experts=3, rows=10, columns=8)
     for input_side, rank in ((True, 8), (False, 10)):
-        left = weight - factorize(weight, moment, rank, input_side=input_side).dense()
+        left = factorize(weight, moment, rank, input_side=input_side).left_of(weight)
         assert float(left.abs().max()) < 0.03 * float(weight.abs().max())
 
 
@@ -503,10 +511,11 @@ def test_a_stored_basis_has_the_format_s_shapes() -> None:
     weight, moment = drawn(8, experts=3, rows=10, columns=8)
     for input_side, basis, coef in ((True, (2, 8), (3, 10, 2)), (False, (2, 10), (3, 2, 8))):
         got = factorize(weight, moment, 2, input_side=input_side)
-        assert (got.basis.shape, got.basis.dtype) == (basis, torch.float16)
-        assert (got.coef.shape, got.coef.dtype) == (coef, torch.int8)
-        assert (got.coef_scale.shape, got.coef_scale.dtype) == (coef[:2], torch.float16)
-        assert got.bits() == 16 * got.basis.numel() + 8 * got.coef.numel() + 16 * got.coef_scale.numel()
+        want = {"basis": (basis, torch.float16), "coef": (coef, torch.int8), "coef_scale": (coef[:2], torch.float16)}
+        assert {n: (tuple(t.shape), t.dtype) for n, t in got.tensors.items() if t is not None} == want
+        bits = 16 * math.prod(basis) + 8 * math.prod(coef) + 16 * math.prod(coef[:2])
+        assert vq4.stored_bits(got.tensors) == bits == vq4.basis_bits(2, 3, 10, 8, input_side=input_side)
+    assert vq4.basis_bits(0, 3, 10, 8, input_side=True) == 0
 
 
 @pytest.mark.parametrize("offset", [True, False])

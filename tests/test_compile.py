@@ -34,7 +34,7 @@ ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"
 SAMPLE = (
     "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "nemotron_h", "jetmoe", "muse_spark_text",
 )  # fmt: skip
-EVERYTHING = "kbvq{rank=4},vsraq{steps=3},dense{group=16}"
+EVERYTHING = "kbvq{rank=4,mean=2},vsraq{steps=3},dense{group=16}"
 QUICK = "vq{rounds=1,codebook=layer}"
 ROWS = ("--rows", "8", "--length", "32")
 
@@ -152,7 +152,7 @@ def test_a_family_compiles_reloads_and_generates(family: str, compile: Any, tmp_
     got = compile(model, out, EVERYTHING)
     assert got.code == 0, got.err
     assert got.json["reload_difference"] <= verify.TOLERANCE and got.json["reloaded_by"] == "transformers"
-    assert got.json["passes"] == "sensitivity,moments,klt{rank=4},vq,affine,fold,vsraq{steps=3},dense{group=16}"
+    assert got.json["passes"] == "sensitivity,moments,klt{rank=4,mean=2},vq,affine,fold,vsraq{steps=3},dense{group=16}"
     assert {p.name for p in tmp_path.iterdir()} == {"model", "out"}
     config = AutoConfig.from_pretrained(out)
     assert config.quantization_config["experts"]

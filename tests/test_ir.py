@@ -11,7 +11,7 @@ import torch
 from families import make
 from torch import Tensor
 
-from moecc import ops, pipeline
+from moecc import ops, pipeline, vq4
 from moecc.base import Context
 from moecc.errors import MoeccError
 from moecc.ir import Program, digest, router_logits, run_nodes, stage_nodes
@@ -30,9 +30,9 @@ def qwen() -> tuple[Any, Program]:
 
 @pytest.fixture(scope="module")
 def compressed(qwen: tuple[Any, Program]) -> Program:
-    """qwen2_moe after every kind of rewrite: shared basis, codes with signs, folded affine correction."""
+    """qwen2_moe after every kind of rewrite: shared basis and mean, codes with signs, folded affine correction."""
     program = qwen[1].copy()
-    passes = pipeline.resolve(pipeline.parse("klt{rank=2},vq{bits=3},affine{offset=on},fold")[0])[0]
+    passes = pipeline.resolve(pipeline.parse("klt{rank=2,mean=3},vq{bits=3},affine{offset=on},fold")[0])[0]
     batches = [torch.randint(0, 64, (1, 16), generator=torch.Generator().manual_seed(i)) for i in range(4)]
     pipeline.run(program, passes, Context(), batches)
     return program
@@ -92,9 +92,7 @@ def test_operands_must_fit_each_other(tiny: Tiny, operand: str, shape: tuple[int
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    "name", ["codes", "signs", "codebook", "scale", "bias", "basis", "coef", "coef_scale"]
-)  # fmt: skip
+@pytest.mark.parametrize("name", vq4.TENSORS)
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
 def test_every_tensor_of_the_format_is_checked(compressed: Program, projection: str, name: str) -> None:
     program = compressed.copy()
@@ -105,7 +103,37 @@ def test_every_tensor_of_the_format_is_checked(compressed: Program, projection: 
     wrong = program.add("wrong", torch.zeros(*held.shape[:-1], held.shape[-1] + 1, dtype=held.dtype))
     moe.node.replace_input_with(node, wrong)
     message = rejected(program)
-    assert f"%{moe.node.name} (moecc.vq_experts): {projection}_" in message and "expected" in message
+    # the scale is what the number of rows is read from: what does not fit it is named
+    named = f"{projection}_" if name == "scale" else f"{projection}_{name} is "
+    assert f"%{moe.node.name} (moecc.vq_experts): {named}" in message and "expected" in message
+
+
+@pytest.mark.parametrize("name", [n for n in vq4.TENSORS if n.startswith(vq4.MEAN)])
+def test_a_mean_is_one_matrix(tiny: Tiny, batches: list[Tensor], compressed: Program, name: str) -> None:
+    factored = tiny("M")
+    pipeline.run(factored, pipeline.resolve(pipeline.parse("klt{rank=0,mean=3}")[0])[0], Context(), batches)
+    for program, op in ((compressed.copy(), "vq_experts"), (factored, "klt_experts")):
+        moe = program.moe_layers()[0]
+        for projection in ("gate_up", "down"):
+            node = moe.operand(f"{projection}_{name}")
+            assert node is not None
+            held = program.read(program.weights[node.name].name)
+            wrong = program.add("wrong", torch.cat([held, held]))
+            moe.node.replace_input_with(node, wrong)
+            message = rejected(program)
+            assert message.startswith(f"node %{moe.node.name} (moecc.{op}): {projection}_{name} is (2, ")
+            assert message.endswith(f"expected {tuple(held.shape)}")
+            moe.node.replace_input_with(wrong, node)
+        program.verify()
+
+
+@pytest.mark.parametrize("name", ["coef", "basis", "mean_codebook", "mean_scale"])
+def test_what_is_shared_is_there_whole_or_not_at_all(compressed: Program, name: str) -> None:
+    program = compressed.copy()
+    moe = program.moe_layers()[0]
+    node = moe.operand(f"down_{name}")
+    moe.node.args = tuple(None if a is node else a for a in moe.node.args)
+    assert f" without down_{name}" in rejected(program)
 
 
 def test_routing_must_fit_the_tokens(tiny: Tiny) -> None:
@@ -155,7 +183,7 @@ def test_replace_keeps_the_name_the_place_and_the_meta(tiny: Tiny) -> None:
     program = tiny("M")
     moe = program.moe_layers()[0]
     name, meta, before = moe.node.name, dict(moe.node.meta), [n.name for n in program.graph.nodes]
-    args = (*moe.node.args[:5], *[None] * 6, *moe.node.args[5:])
+    args = (*moe.node.args[:5], *[None] * (2 * len(vq4.SHARED)), *moe.node.args[5:])
     new = program.replace(moe.node, ops.KLT_EXPERTS, args, moe.attributes)
     assert (new.name, new.meta, [n.name for n in program.graph.nodes]) == (name, meta, before)
     assert [m.node.target for m in program.moe_layers()] == [ops.KLT_EXPERTS]

@@ -56,26 +56,41 @@ def basis(salt: int, coef_shape: tuple[int, ...], dtype: torch.dtype) -> list[Te
     ]  # fmt: skip
 
 
-def klt(*, optional: bool, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+def mean(salt: int, bits: int, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """codes, signs, codebook and scale of the matrix that all experts share as it is."""
+    drawn = slow.draw(salt, experts=1, rows=rows, columns=columns, bits=bits)
+    return [cast(drawn[name], dtype) for name in slow.NAMES[:4]]
+
+
+def cast(value: Any, dtype: torch.dtype) -> Tensor | None:
+    """A drawn array as a tensor, floats in `dtype`."""
+    t = None if value is None else torch.from_numpy(value)
+    return t if t is None or not t.is_floating_point() else t.to(dtype)
+
+
+def klt(*, optional: bool, means: bool | None = None, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
     weights = dense(optional=optional, dtype=dtype)
-    if not optional:
-        return [*weights[:2], *[None] * 6, *weights[2:]]
-    return [*weights[:2], *basis(20, (E, 2 * F, 3), dtype), *basis(30, (E, 2, F), dtype), *weights[2:]]
+    up, down = (basis(20, (E, 2 * F, 3), dtype), basis(30, (E, 2, F), dtype)) if optional else ([None] * 3, [None] * 3)
+    up_mean, down_mean = [None] * 4, [None] * 4
+    if optional if means is None else means:
+        up_mean, down_mean = mean(25, 3, 2 * F, D, dtype), mean(35, 4, D, F, dtype)
+    return [*weights[:2], *up, *up_mean, *down, *down_mean, *weights[2:]]
 
 
 def vq(
-    bits: int, *, optional: bool, shared: bool = False, affine: bool | None = None, dtype: torch.dtype = torch.float64
-) -> list[Tensor | None]:
-    """The 21 operands after the routing; codebooks stay whole numbers of type i8."""
+    bits: int, *, optional: bool, means: bool | None = None, shared: bool = False, affine: bool | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor | None]:  # fmt: skip
+    """The operands after the routing; codebooks stay whole numbers of type i8. A mean has other bits than the experts."""
     found: list[Tensor | None] = []
     affine = optional if affine is None else affine
+    means = optional if means is None else means
     gate_up, down = slow.draw_layer(
-        bits, experts=E, hidden=D, intermediate=F, bits=bits, shared=shared, rank=2 if optional else 0, bias=optional
-    )
+        bits, experts=E, hidden=D, intermediate=F, bits=bits, shared=shared, rank=2 if optional else 0, bias=optional,
+        mean={2: 3, 3: 4, 4: 2}[bits] if means else 0,
+    )  # fmt: skip
     for p, rows, salt in ((gate_up, 2 * F, 40), (down, D, 50)):
-        for value in p.values():
-            t = None if value is None else torch.from_numpy(value)
-            found.append(t.to(dtype) if t is not None and t.is_floating_point() else t)
+        found += [cast(value, dtype) for value in p.values()]
         found.append(1 + floats(salt, E, rows, dtype=dtype, scale=0.1) if affine else None)
         found.append(floats(salt + 1, E, rows, dtype=dtype, scale=0.1) if affine else None)
     return [*found, floats(8, D, dtype=dtype) if optional else None]
@@ -90,7 +105,7 @@ def quantized(bits: int, *, bias: bool, dtype: torch.dtype = torch.float64) -> l
 
 
 def calls(dtype: torch.dtype = torch.float64) -> dict[str, Call]:
-    """Every op with and without what is optional."""
+    """Every op with and without what is optional, and with a mean as all that experts share."""
     found: dict[str, Call] = {}
     for optional in (False, True):
         suffix = "-all" if optional else ""
@@ -103,7 +118,9 @@ def calls(dtype: torch.dtype = torch.float64) -> dict[str, Call]:
         for bits in (4, 8):
             args = quantized(bits, bias=optional, dtype=dtype)
             found[f"q_linear{bits}{suffix}"] = (ops.Q_LINEAR, args, {"bits": bits})
-    x, index, _ = routed(dtype=dtype)
+    x, index, _ = r = routed(dtype=dtype)
+    found["klt-mean"] = (ops.KLT_EXPERTS, [*r, *klt(optional=False, means=True, dtype=dtype)], ATTRIBUTES)
+    found["vq2-mean"] = (ops.VQ_EXPERTS, [*r, *vq(2, optional=False, means=True, dtype=dtype)], ATTRIBUTES)
     weight = floats(70, E, 3, D, dtype=dtype)
     found["expert_linear"] = (torch.ops.moecc.expert_linear.default, [x, index, weight], {})
     per_slot = floats(71, 5, 2, D, dtype=dtype)
@@ -262,16 +279,21 @@ def test_experts_against_the_loop(gate: str, optional: bool) -> None:
 
 def undone(args: list[Any]) -> list[Any]:
     """The operands of `experts` that a klt_experts call stands for."""
-    r, (gate_up, down), bases, rest = args[:3], list(args[3:5]), args[5:11], args[11:]
-    for e in range(E):
-        if bases[0] is not None:
-            gate_up[e] += (bases[1][e].double() * bases[2][e][:, None]) @ bases[0]
-        if bases[3] is not None:
-            down[e] += bases[3].T @ (bases[4][e].double() * bases[5][e][:, None])
-    return [*r, gate_up, down, *rest]
+    r, weights, rest = args[:3], [args[3].clone(), args[4].clone()], args[19:]
+    for weight, (base, coef, coef_scale, *coded), input_side in zip(
+        weights, (args[5:12], args[12:19]), (True, False), strict=True
+    ):
+        for e in range(E):
+            if base is not None:
+                low = coef[e].double() * coef_scale[e][:, None]
+                weight[e] += low @ base if input_side else base.T @ low
+            if coded[0] is not None:
+                p = {name: None if t is None else t.numpy() for name, t in zip(slow.NAMES[:4], coded, strict=True)}
+                weight[e] += torch.from_numpy(slow.unscaled(p, weight.shape[2])[0]) * coded[3][0][:, None]
+    return [*r, *weights, *rest]
 
 
-@pytest.mark.parametrize("name", ["klt", "klt-all"])
+@pytest.mark.parametrize("name", ["klt", "klt-mean", "klt-all"])
 def test_klt_experts_against_the_loop(name: str) -> None:
     op, args, attributes = calls()[name]
     got = op(*args, **attributes)
@@ -285,14 +307,15 @@ def test_vq_experts_with_slope_and_offset_against_the_loop(bits: int) -> None:
     got = ops.VQ_EXPERTS(*args, **ATTRIBUTES)
     weights: list[Tensor] = []
     biases: list[Tensor] = []
-    for start, columns, input_side in ((3, D, True), (13, F, False)):
-        p = dict(zip(slow.NAMES, [None if t is None else t.clone() for t in args[start : start + 8]], strict=True))
-        slope, offset = args[start + 8 : start + 10]
+    count = len(slow.NAMES)
+    for start, columns, input_side in ((3, D, True), (5 + count, F, False)):
+        p = dict(zip(slow.NAMES, args[start : start + count], strict=True))
+        slope, offset = args[start + count : start + count + 2]
         p["scale"] = p["scale"] * slope
         arrays = {k: None if v is None else v.numpy() for k, v in p.items()}
         weights.append(torch.from_numpy(slow.dense(arrays, columns, input_side=input_side)))
         biases.append(p["bias"] + offset)
-    want = slow_experts([*args[:3], *weights, *biases, args[23]], ATTRIBUTES)
+    want = slow_experts([*args[:3], *weights, *biases, args[-1]], ATTRIBUTES)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 

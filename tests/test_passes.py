@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from families import make
 from torch import Tensor
 
-from moecc import pipeline
+from moecc import pipeline, vq4
 from moecc.base import Composite, Context, MoeccError
 from moecc.ir import Program, digest, output_node, run_nodes
 from moecc.ops import KLT_EXPERTS, VQ_EXPERTS
 from moecc.passes._adapters import attached
 from moecc.passes._routing import selection_scores
 from moecc.passes._store import compact
+from moecc.passes._tuned import Tuned, bits_of
 from moecc.passes._whole import Whole
 from moecc.passes.affine import shift
 from moecc.passes.rilq import Trained
@@ -36,7 +37,8 @@ TOKENS = [torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(
 # Options under which a pass is run here; a pass that is not listed runs with its defaults. Small, and for each pass of ours one
 # that changes the tiny model and one that leaves it as it is.
 OPTIONS: dict[str, list[str]] = {
-    "klt": ["klt{rank=2}", "klt{rank=0}"],
+    "budget": ["budget{bits=6,codebook=layer}", "budget{bits=6,codebook=layer,mean=off},klt,vq{codebook=layer}"],
+    "klt": ["klt{rank=2,mean=3}", "klt{rank=0}"],
     "vq": ["vq{bits=3,codebook=layer}", "vq{rounds=1,feedback=false}"],
     "sensitivity": ["sensitivity", "sensitivity{kl=0,routing=0}"],
     "affine": ["affine{offset=on}", "affine{offset=off}"],
@@ -44,7 +46,7 @@ OPTIONS: dict[str, list[str]] = {
     "rilq": ["rilq{steps=4,rank=2}", "rilq{steps=1,lr=0.0001,experts=false,patience=1}"],
     "lora": [],  # needs an adapter: tests/test_lora.py
     "merge": ["rilq{steps=12,rank=2,lr=10},merge"],
-    "kbvq": ["kbvq", "kbvq{bits=4,rank=4,offset=on}"],
+    "kbvq": ["kbvq", "kbvq{bits=4,rank=4,mean=2,offset=on}"],
     "dense": ["dense{group=16}", "dense{group=16,bits=4}", "dense{group=128}"],
     MY_PASS: [f"affine{{offset=on}},{MY_PASS}{{below=100}}", f"{MY_PASS}{{below=0}}"],
 }
@@ -260,10 +262,69 @@ def test_a_rank_beyond_the_dimensions_is_an_error(traced: Program, rank: str) ->
         compiled(traced, f"klt{{rank={rank}}}")
 
 
-def test_klt_changes_the_program_by_rounding_only(traced: Program) -> None:
-    run = compiled(traced, "klt{rank=4}")
+@pytest.mark.parametrize("options", ["rank=4", "rank=0,mean=2", "rank=4,mean=3"])
+def test_klt_changes_the_program_by_rounding_only(traced: Program, options: str) -> None:
+    run = compiled(traced, f"klt{{{options}}}")
     assert [m.node.target for m in run.program.moe_layers()] == [KLT_EXPERTS] * 2
     torch.testing.assert_close(run.output(), torch.cat(run_program(traced, TOKENS)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(("mean", "bits"), [("off", 0), (2, 2), (3, 3), (4, 4)])
+def test_basis_and_mean_are_there_as_told(
+    tiny: Tiny, batches: list[Tensor], rank: int, mean: int | str, bits: int
+) -> None:
+    run = compiled(tiny("M"), f"klt{{rank={rank},mean={mean}}},vq{{rounds=1}}", batches=batches)
+    (moe,) = run.program.moe_layers()
+    for projection in ("gate_up", "down"):
+        there = {n for n in vq4.SHARED if moe.operand(f"{projection}_{n}") is not None}
+        want = {"basis", "coef", "coef_scale"} if rank else set()
+        want |= {"mean_codes", "mean_codebook", "mean_scale"} if bits else set()
+        assert there == want | ({"mean_signs"} if bits == 3 else set())
+        assert not bits or bits_of(moe, projection, vq4.MEAN) == bits
+        row = run.ctx.audit[f"{moe.path}.{projection}"]
+        assert (row["rank"], row["mean"]) == (rank, f"{bits} bit" if bits else "none")
+
+
+def test_experts_of_one_parent_get_a_mean_where_it_is_worth_its_bits(tiny: Tiny, batches: list[Tensor]) -> None:
+    """And what is left of them is coded the better for it."""
+    alike, off, independent, few = (
+        compiled(tiny(kind), f"{klt},vq{{rounds=1,codebook=layer}}", batches=batches).ctx.audit
+        for kind, klt in (("S", "klt"), ("S", "klt{mean=off}"), ("I", "klt"), ("F", "klt"))
+    )
+    for path in ("layers.0.gate_up", "layers.0.down"):
+        assert alike[path]["mean"] in ("2 bit", "3 bit", "4 bit")
+        assert [audit[path]["mean"] for audit in (off, independent, few)] == ["none"] * 3
+        assert alike[path]["error"] < off[path]["error"] / 5
+
+
+def test_a_mean_s_codebook_and_scale_are_trained_and_stored_as_the_format_has_them(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    program = compiled(tiny("M"), "klt{rank=2,mean=3},vq{rounds=1},affine,fold", batches=batches).program
+    (moe,) = program.moe_layers()
+    tuned = Tuned(program, [moe])
+    assert set(tuned.kinds.values()) >= {"codebook", "scale", "basis", "coef", "mean_codebook", "mean_scale"}
+    mean = {k: kind for k, kind in tuned.kinds.items() if kind.startswith(vq4.MEAN)}
+    assert [tuned.bits[k] for k in tuned.kinds] == [3 if k in mean else 2 for k in tuned.kinds]
+
+    before, weights = tuned.stored(), StageWeights(program)
+    with torch.enable_grad():
+        shared = StageWeights.sharing(weights, tuned.rounded())
+        values: dict[str, Any] = {program.user_inputs[0].name: batches[0]}
+        for _ in run_nodes([n for n in program.graph.nodes if n.op == "call_function"], values, shared):
+            pass
+        values[output_node(program).name].square().mean().backward()
+    optimizer = torch.optim.Adam(tuned.groups(10.0))
+    assert all(p.grad is not None and bool(p.grad.any()) for p in tuned.parameters.values())
+    optimizer.step()
+    after = tuned.stored()
+    for k, kind in mean.items():
+        assert not torch.equal(after[k], before[k])
+        assert after[k].dtype == (torch.int8 if kind == "mean_codebook" else torch.float16)
+        assert kind != "mean_codebook" or int(after[k].min()) >= 0  # as three bits' symmetric codebooks are
+    assert tuned.store() and all(torch.equal(program.read(tuned.names[k]), after[k]) for k in mean)
+    program.verify()
 
 
 def test_fold_is_exact_up_to_rounding(traced: Program) -> None:
@@ -274,9 +335,12 @@ def test_fold_is_exact_up_to_rounding(traced: Program) -> None:
     assert float((got - want).norm() / want.norm()) < 5e-3
 
 
-def test_the_correction_takes_the_shift_of_the_mean_and_brings_the_variance_nearer(traced: Program) -> None:
+@pytest.mark.parametrize("before", ["", "klt{rank=0,mean=2},"])
+def test_the_correction_takes_the_shift_of_the_mean_and_brings_the_variance_nearer(
+    traced: Program, before: str
+) -> None:
     more = list(torch.randint(0, 64, (8, 2, 64), generator=torch.Generator().manual_seed(0)))
-    run = compiled(traced, "vq{feedback=false},affine{offset=on}", batches=more)
+    run = compiled(traced, f"{before}vq{{feedback=false}},affine{{offset=on}}", batches=more)
     for moe in traced.moe_layers():
         for projection in ("gate_up", "down"):
             moved = run.ctx.audit[f"{moe.path}.{projection}"]["output_shift"]
@@ -456,8 +520,8 @@ def layer_text(program: Program, text: str, batches: list[Tensor], names: tuple[
 @pytest.mark.parametrize(
     ("name", "text", "names"),
     [
-        ("klt", "moments,klt{rank=2}", ("before", "klt")),
-        ("vq", "moments,klt{rank=2},vq{bits=3,codebook=layer}", ("klt", "vq")),
+        ("klt", "moments,klt{rank=2,mean=2}", ("before", "klt")),
+        ("vq", "moments,klt{rank=2,mean=2},vq{bits=3,codebook=layer}", ("klt", "vq")),
         ("fold", "moments,vq{codebook=layer},affine{offset=on},fold", ("affine", "fold")),
     ],
 )

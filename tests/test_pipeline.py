@@ -77,7 +77,7 @@ def test_a_pipeline_is_read_with_spaces_and_a_last_comma() -> None:
     [
         ("kbvqq", "no pass 'kbvqq'; did you mean 'kbvq'?"),
         ("vq{bitz=3}", "vq has no option 'bitz'; did you mean 'bits'?"),
-        ("kbvq{zzz=3}", "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'offset', 'rank']"),
+        ("kbvq{zzz=3}", "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'mean', 'offset', 'rank']"),
         ("vq{bits}", "vq: option 'bits' lacks a value; write bits=VALUE"),
         ("vq{bits=5}", "vq: bits=5 is out of range; it takes 2 | 3 | 4"),
         ("vq{bits=two}", "vq: bits='two' is out of range; it takes 2 | 3 | 4"),
@@ -113,12 +113,12 @@ def test_bits_is_the_default_of_every_option_of_that_name() -> None:
 def test_a_pass_that_does_not_take_the_bits_keeps_its_own_and_says_so() -> None:
     parsed, remarks = pipeline.parse("dense,kbvq", bits=8)
     assert [str(p) for p in parsed] == ["dense", "kbvq"]
-    assert remarks == ["kbvq keeps bits=2 (it takes 2 | 3 | 4, not 8)"]
+    assert remarks == ["kbvq keeps bits=2 (it takes 2 <= number <= 4, not 8)"]
 
 
 def test_bits_that_no_pass_takes_are_an_error() -> None:
     assert error("kbvq,moments", bits=8) == (
-        "no pass of 'kbvq,moments' takes --bits 8: kbvq keeps bits=2 (it takes 2 | 3 | 4, not 8)"
+        "no pass of 'kbvq,moments' takes --bits 8: kbvq keeps bits=2 (it takes 2 <= number <= 4, not 8)"
     )
 
 

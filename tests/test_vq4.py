@@ -1,6 +1,6 @@
 """The format: `moecc.vq4` and `moecc::vq_experts` against a decoder written index by index, and the bytes on disk.
 
-`python tests/test_vq4.py --regenerate` writes tests/golden/ again; only a new version of the format is a reason to.
+`python tests/test_vq4.py --regenerate` writes tests/golden/ again; only a new case or a new version of the format is a reason to.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moecc import vq4
 from moecc.ops import VQ_EXPERTS
+from moecc.passes.affine import CodedProjection
 
 GOLDEN = Path(__file__).parent / "golden"
 PLAIN = dict(act="silu", gate="glu", alpha=0.0, limit=0.0, eps=1e-6)
@@ -33,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "3bit_bias_padded": dict(salt=4000, bits=3, rank=0, bias=True, hidden=12, intermediate=10),
     "4bit_shared": dict(salt=5000, bits=4, rank=0, bias=False, shared=True),
     "4bit_basis_bias_padded": dict(salt=6000, bits=4, rank=2, bias=True, hidden=12, intermediate=10),
+    "2bit_mean_basis_padded": dict(salt=7000, bits=2, rank=2, bias=False, mean=3, hidden=12, intermediate=10),
 }
 
 
@@ -119,16 +121,55 @@ def test_basis_part_against_the_loop(input_side: bool) -> None:
     np.testing.assert_allclose(coded + low.numpy(), whole, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("input_side", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_shared_part_against_the_loop(bits: int, rank: int, input_side: bool) -> None:
+    """All that a projection holds but for the experts' own codes."""
+    p = slow.draw(4, experts=2, rows=6, columns=10, bits=2, rank=rank, mean=bits, input_side=input_side)
+    t = tensors(p)
+    want = slow.dense({**p, "scale": np.zeros_like(p["scale"])}, 10, input_side=input_side)
+    got = vq4.shared_part(t, 10, torch.float64, input_side=input_side)
+    mean = vq4.mean_part(t, 10, torch.float64)
+    assert got is not None and mean is not None
+    assert mean.shape == (1, 6, 10) and got.shape == ((2, 6, 10) if rank else (1, 6, 10))
+    np.testing.assert_allclose(got.expand(2, -1, -1).numpy(), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("input_side", [True, False])
+@pytest.mark.parametrize(("rank", "mean"), [(0, 0), (2, 0), (0, 3), (2, 4)])
+def test_affine_reads_a_projection_as_the_format_says(rank: int, mean: int, input_side: bool) -> None:
+    """What it fits is the experts' own codes; the rest is taken off the target."""
+    p = slow.draw(6, experts=2, rows=6, columns=10, bits=3, rank=rank, mean=mean, bias=True, input_side=input_side)
+    x = slow.uniform(7, 5, 10)
+    coded = CodedProjection(tensors(p), input_side)
+    own = slow.unscaled(p, 10) * p["scale"].astype(np.float64)[..., None]
+    for e, whole in enumerate(slow.dense(p, 10, input_side=input_side)):
+        v, low = coded.parts(e, torch.from_numpy(x).float())
+        np.testing.assert_allclose(v.numpy(), x @ own[e].T, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose((v + low).numpy(), x @ whole.T, rtol=1e-4, atol=1e-5)
+        got = coded.apply(e, torch.from_numpy(x).float(), torch.full((2, 6), 2.0), None)
+        np.testing.assert_allclose(got.numpy(), x @ (whole + own[e]).T + p["bias"][e], rtol=1e-4, atol=1e-5)
+
+
+def test_there_is_nothing_shared_without_basis_and_mean() -> None:
+    t = tensors(slow.draw(4, experts=2, rows=6, columns=10, bits=3))
+    assert vq4.mean_part(t, 10, torch.float64) is None
+    assert vq4.shared_part(t, 10, torch.float64, input_side=True) is None
+
+
 def test_every_bit_is_counted() -> None:
-    p = tensors(slow.draw(1, experts=3, rows=4, columns=10, bits=3, rank=2, bias=True))
+    p = tensors(slow.draw(1, experts=3, rows=4, columns=10, bits=3, rank=2, bias=True, mean=4))
     codes, signs, books = 3 * 4 * 4 * 8, 3 * 4 * 2 * 8, 3 * 256 * 4 * 8  # ten columns are stored as sixteen
     scales, basis = 2 * (3 * 4 * 16), 2 * 10 * 16
     coef = 3 * 4 * 2 * 8 + 3 * 4 * 16
-    assert vq4.stored_bits(p) == codes + signs + books + scales + basis + coef
+    mean = 4 * 8 * 8 + 256 * 2 * 8 + 4 * 16
+    assert vq4.stored_bits(p) == codes + signs + books + scales + basis + coef + mean
 
 
 def test_tensor_names_are_the_format_s() -> None:
     assert vq4.TENSORS == slow.NAMES
+    assert vq4.SHARED == slow.NAMES[5:] and vq4.CODED == slow.NAMES[:4]
     assert vq4.VERSION == 1
 
 
@@ -145,26 +186,42 @@ def test_layer_output_against_the_slow_layer(bits: int, shared: bool, rank: int,
     np.testing.assert_allclose(got, slow.layer(x, index, weight, gate_up, down, slow.silu_glu), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("bits", "mean"), [(2, 2), (2, 3), (3, 4), (4, 2)])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_layer_output_with_a_mean_against_the_slow_layer(bits: int, mean: int, rank: int) -> None:
+    gate_up, down = slow.draw_layer(bits, bits=bits, rank=rank, mean=mean)
+    x, index, weight = slow.draw_routing(11, tokens=3, top_k=2, experts=3, hidden=12)
+    got = run_op(x, index, weight, gate_up, down)
+    np.testing.assert_allclose(got, slow.layer(x, index, weight, gate_up, down, slow.silu_glu), rtol=1e-9, atol=1e-12)
+    for p in (gate_up, down):
+        p.update({name: None for name in p if name.startswith("mean_")})
+    assert np.abs(run_op(x, index, weight, gate_up, down) - got).max() > 0.1
+
+
 @given(
     salt=st.integers(0, 2**32 - 1), bits=st.sampled_from([2, 3, 4]), shared=st.booleans(), bias=st.booleans(),
-    ranks=st.tuples(st.integers(0, 3), st.integers(0, 3)), experts=st.integers(1, 4), hidden=st.integers(1, 14),
-    intermediate=st.integers(1, 10), tokens=st.integers(1, 4), data=st.data(),
+    ranks=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    means=st.tuples(st.sampled_from([0, 2, 3, 4]), st.sampled_from([0, 2, 3, 4])), experts=st.integers(1, 4),
+    hidden=st.integers(1, 14), intermediate=st.integers(1, 10), tokens=st.integers(1, 4), data=st.data(),
 )  # fmt: skip
 def test_layer_of_any_shape(
-    salt: int, bits: int, shared: bool, bias: bool, ranks: tuple[int, int], experts: int, hidden: int,
-    intermediate: int, tokens: int, data: st.DataObject,
+    salt: int, bits: int, shared: bool, bias: bool, ranks: tuple[int, int], means: tuple[int, int],
+    experts: int, hidden: int, intermediate: int, tokens: int, data: st.DataObject,
 ) -> None:  # fmt: skip
     top_k = data.draw(st.integers(1, experts))
     common: dict[str, Any] = dict(experts=experts, bits=bits, shared=shared, bias=bias)
-    gate_up = slow.draw(salt, rows=2 * intermediate, columns=hidden, rank=ranks[0], **common)
-    down = slow.draw(salt + 50, rows=hidden, columns=intermediate, rank=ranks[1], input_side=False, **common)
+    gate_up = slow.draw(salt, rows=2 * intermediate, columns=hidden, rank=ranks[0], mean=means[0], **common)
+    down = slow.draw(
+        salt + 50, rows=hidden, columns=intermediate, rank=ranks[1], mean=means[1], input_side=False, **common
+    )
     x, index, weight = slow.draw_routing(salt, tokens=tokens, top_k=top_k, experts=experts, hidden=hidden)
     got = run_op(x, index, weight, gate_up, down)
     np.testing.assert_allclose(got, slow.layer(x, index, weight, gate_up, down, slow.silu_glu), rtol=1e-9, atol=1e-12)
 
 
-def test_a_norm_on_each_expert_comes_after_the_basis() -> None:
-    gate_up, down = slow.draw_layer(5, rank=2)
+@pytest.mark.parametrize(("rank", "mean"), [(2, 0), (0, 3), (2, 4)])
+def test_a_norm_on_each_expert_comes_after_what_is_shared(rank: int, mean: int) -> None:
+    gate_up, down = slow.draw_layer(5, rank=rank, mean=mean)
     x, index, weight = slow.draw_routing(12, tokens=4, top_k=2, experts=3, hidden=12)
     gain = slow.uniform(13, 12, low=0.5, high=1.5)
 
@@ -179,10 +236,10 @@ def test_a_norm_on_each_expert_comes_after_the_basis() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_float16_and_bfloat16_scales_mean_the_same(bits: int) -> None:
-    gate_up, down = slow.draw_layer(bits, bits=bits)
+    gate_up, down = slow.draw_layer(bits, bits=bits, mean=2)
     x, index, weight = slow.draw_routing(11, tokens=2, top_k=2, experts=3, hidden=12)
     for p in (gate_up, down):  # values that both types hold
-        for name in ("scale", "bias", "basis", "coef_scale"):
+        for name in ("scale", "bias", "basis", "coef_scale", "mean_scale"):
             p[name] = torch.from_numpy(p[name]).bfloat16().float().numpy()
     halves = [None if t is None or not t.is_floating_point() else t.bfloat16() for t in operands(gate_up, down)]
     mixed = [h if h is not None else t for h, t in zip(halves, operands(gate_up, down), strict=True)]

@@ -1,0 +1,98 @@
+"""`budget`: the plan against all plans there are, and what a pipeline makes of it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from conftest import tiny_program
+
+from moecc import pipeline, vq4
+from moecc.base import Context, MoeccError
+from moecc.ir import Program
+from moecc.passes.budget import Planned, spend
+
+BATCHES = [torch.randint(0, 16, (2, 6), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+
+
+def drawn(seed: int) -> dict[str, list[Planned]]:
+    """Offers of four projections: each bit more makes an error less, and a mean takes bits for less error."""
+    draw = random.Random(seed)
+    offers = {}
+    for name in "abcd":
+        size, cost, left = draw.choice((100, 200)), 10 ** draw.uniform(-2, 1), draw.uniform(0.3, 1)
+        offers[name] = [
+            Planned(bits, mean, 0, cost * error * (left if mean else 1), size * bits + (size * mean) // 8)
+            for bits, error in ((2, 1.0), (3, 0.23), (4, 0.075)) for mean in (0, 2)
+        ]  # fmt: skip
+    return offers
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_plan_within_the_budget_is_better(seed: int) -> None:
+    offers = drawn(seed)
+    least, most = (sum(end(o.stored for o in found) for found in offers.values()) for end in (min, max))
+    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
+        budget = least + share * (most - least)
+        plan = spend(offers, budget)
+        assert plan is not None and sum(o.stored for o in plan.values()) <= budget
+        allowed = (p for p in itertools.product(*offers.values()) if sum(o.stored for o in p) <= budget)
+        best = min(sum(o.cost for o in p) for p in allowed)
+        assert sum(o.cost for o in plan.values()) == pytest.approx(best)
+
+
+def test_a_budget_below_the_least_has_no_plan() -> None:
+    offers = drawn(0)
+    assert spend(offers, sum(min(o.stored for o in found) for found in offers.values()) - 1) is None
+
+
+def compiled(text: str, kinds: str = "MM", batches: list[torch.Tensor] = BATCHES) -> tuple[Program, Context]:
+    program, ctx = tiny_program(kinds), Context()
+    passes, _ = pipeline.resolve(pipeline.parse(text)[0])
+    pipeline.run(program, passes, ctx, batches)
+    return program, ctx
+
+
+def test_bits_go_where_errors_cost_and_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        vq4, "coded_bits", lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits
+    )
+    program, ctx = compiled("budget{bits=2.5,mean=off,rank=0},vq{codebook=layer}")
+    weights = {p: (512 if p.endswith("gate_up") else 256) * 4 for p in ctx.plan}
+    spent = sum(w * ctx.plan[p].bits for p, w in weights.items()) / sum(weights.values())
+    assert 2.4 < spent <= 2.5
+    assert {v["became"] for v in ctx.audit.values()} == {"vq4 2 bit", "vq4 3 bit"}
+    for p, planned in ctx.plan.items():
+        assert ctx.audit[p]["became"] == f"vq4 {planned.bits} bit"
+    signed = {
+        n.name.rpartition("_")[0] for n in program.graph.nodes if n.op == "placeholder" and n.name.endswith("signs")
+    }
+    assert len(signed) == sum(planned.bits == 3 for planned in ctx.plan.values())
+
+
+def test_a_mean_is_planned_where_experts_are_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        vq4, "coded_bits", lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits
+    )
+    _, ctx = compiled("budget{bits=2.2,rank=0},klt,vq{codebook=layer}", "S")
+    assert all(planned.mean for planned in ctx.plan.values())
+    assert {v["mean"] for v in ctx.audit.values()} <= {"2 bit", "3 bit", "4 bit"}
+
+
+def test_too_small_a_budget_says_what_the_least_is() -> None:
+    with pytest.raises(MoeccError, match=r"bits=2\.5 is too few; with scales and codebooks the least is \d+\.\d{3}"):
+        compiled("budget{bits=2.5}")
+
+
+def test_a_fraction_of_bits_plans_them_and_brings_sensitivity_along() -> None:
+    passes, remarks = pipeline.resolve(pipeline.parse("kbvq", bits=2.5)[0])
+    assert ",".join(map(str, passes)) == "sensitivity,budget,moments,klt,vq,affine{offset=off},fold"
+    assert remarks == ["budget requires 'sensitivity'; inserted 'sensitivity' before it"]
+    assert [str(p) for p in pipeline.parse("kbvq{bits=3}")[0]] == ["kbvq{bits=3}"]
+
+
+def test_a_fraction_of_bits_needs_to_know_the_codebooks() -> None:
+    with pytest.raises(MoeccError, match="needs codebook=expert or layer"):
+        pipeline.resolve(pipeline.parse("kbvq{bits=2.5,codebook=auto}")[0])
