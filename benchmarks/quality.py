@@ -1,7 +1,7 @@
 """What is lost at which size: moecc's pipelines beside other tools, on one checkpoint, in one run.
 
     python benchmarks/quality.py                      the example model; tables to benchmarks/results/quality.md and .json,
-                                                      and KL against bits per weight of all methods to quality.svg
+                                                      and KL and flips of all methods against bits per weight to quality.svg
     python benchmarks/quality.py --only 2bit ablation --model CHECKPOINT --calib FILE --text FILE
     python benchmarks/quality.py --join A.json B.json     one page of groups that were measured in several runs
 
@@ -200,7 +200,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def plot(groups: dict[str, list[dict[str, Any]]], model: str, out: Path) -> None:
-    """KL against bits per weight, a point for every method of the tables with peers."""
+    """KL and flips against bits per weight, a point for every method of the tables with peers."""
     try:
         import matplotlib
     except ImportError:
@@ -210,33 +210,33 @@ def plot(groups: dict[str, list[dict[str, Any]]], model: str, out: Path) -> None
     matplotlib.rcParams["svg.hashsalt"] = "moecc"  # the same points, the same bytes
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    parts = [r for name, group in groups.items() if name.startswith("ablation") for r in group]
     tables = [
         r for name, group in groups.items() if not name.startswith("ablation") for r in group if "failed" not in r
     ]
     kinds = [
         ("peers", [r for r in tables if r["method"].startswith("peer:")], "s", "#b0492f"),
         ("moecc", [r for r in tables if not r["method"].startswith("peer:")], "o", "#2f6db0"),
-        (
-            "moecc, parts left out",
-            [r for n, g in groups.items() if n.startswith("ablation") for r in g],
-            ".",
-            "#9db8d6",
-        ),
+        ("moecc, parts left out", parts, ".", "#9db8d6"),
     ]
-    for label, rows, marker, color in reversed(kinds):
-        bits, kl = [r["bits_per_weight_experts"] for r in rows], [r["kl"] for r in rows]
-        axes.plot(bits, kl, marker, color=color, label=label)
-        for i, r in enumerate(rows if marker != "." else ()):
-            text = r["label"].removeprefix("moecc ")
-            place = (6, -8) if i % 2 else (6, 3)
-            axes.annotate(text, (bits[i], kl[i]), place, textcoords="offset points", fontsize=6)
-    axes.margins(x=0.2)
-    axes.set_yscale("log")
-    axes.set_xlabel("bits per weight of the routed experts, everything counted")
-    axes.set_ylabel("KL(reference || compressed), nats per token")
-    axes.set_title(f"{model}: what is lost at which size")
-    axes.legend()
+    figure, both = pyplot.subplots(1, 2, figsize=(13, 5))
+    for axes, title, value in (
+        (both[0], "KL(reference || compressed), nats per token", lambda r: r["kl"]),
+        (both[1], "experts chosen otherwise", lambda r: 1 - r["agreement"]),
+    ):
+        for label, rows, marker, color in reversed(kinds):
+            bits, heights = [r["bits_per_weight_experts"] for r in rows], [value(r) for r in rows]
+            axes.plot(bits, heights, marker, color=color, label=label)
+            for i, r in enumerate(rows if marker != "." else ()):
+                place = (6, -8) if i % 2 else (6, 3)
+                name = r["label"].removeprefix("moecc ")
+                axes.annotate(name, (bits[i], heights[i]), place, textcoords="offset points", fontsize=6)
+        axes.margins(x=0.2)
+        axes.set_yscale("log")
+        axes.set_xlabel("bits per weight of the routed experts, everything counted")
+        axes.set_ylabel(title)
+        axes.legend()
+    figure.suptitle(f"{model}: what is lost at which size")
     figure.tight_layout()
     figure.savefig(out, metadata={"Date": None})
 

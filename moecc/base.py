@@ -8,8 +8,8 @@ options. `str(pass)` prints the text that builds it again: `vq{bits=3,codebook=l
                                       calibrated behind the compressed earlier ones (`own_round`: alone)
   Composite   expand()                a name for several passes
 
-Facts in use: lora, sensitivity, budget, moments, basis, vq, affine, folded, routing, adapters, merged, dense. `requires` must hold
-before, `provides` holds after, `spoils` no longer does, `leads_to` must follow.
+Facts in use: lora, sensitivity, budget, moments, basis, vq, affine, folded, routing, adapters, merged, absorbed, dense. `requires`
+must hold before, `provides` holds after, `spoils` no longer does, `leads_to` must follow.
 """
 
 from __future__ import annotations

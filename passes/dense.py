@@ -26,7 +26,7 @@ from moecc.passes._store import compact
 @dataclass(frozen=True, kw_only=True)
 class QuantizeDense(LayerPass):
     name: ClassVar[str] = "dense"
-    after: ClassVar[frozenset[str]] = frozenset({"lora", "merged"})
+    after: ClassVar[frozenset[str]] = frozenset({"lora", "merged", "absorbed"})
     provides: ClassVar[frozenset[str]] = frozenset({"dense"})
     bits: int = option(8, help="bits per weight", choices=(4, 8))
     group: int = option(64, help="neighbouring weights that share a scale", choices=(16, 32, 64, 128))

@@ -13,9 +13,10 @@ from families import make
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moecc import pipeline
+from moecc import pipeline, vq4
 from moecc.base import Context, MoeccError
 from moecc.ir import Program
+from moecc.passes._peft import Adapter
 from moecc.stream import run_program
 from moecc.trace import trace
 
@@ -164,3 +165,61 @@ def test_a_folder_without_an_adapter_and_no_folder(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(MoeccError, match="not a safetensors file"):
         merge(model, tmp_path)
+
+
+# ---- an adapter that was trained on the compressed model
+
+
+def absorbed(
+    tmp_path: Path, options: str, *, before: str = "klt{rank=2,mean=2},vq,affine,fold"
+) -> tuple[Program, Program, Context]:
+    """A compressed qwen2_moe before and after it took in an adapter of routed experts, attention and a shared expert."""
+    model = make("qwen2_moe")
+    e, n, d = model.get_submodule("model.layers.0.mlp.experts").gate_up_proj.shape
+    path = "model.layers.0.mlp.experts"
+    shapes = {**linear(path, d, n // 2, 2 * e), **linear(f"{path}.base_layer", n, d, 2 * e)}
+    shapes |= linear("model.layers.1.self_attn.q_proj", 32, 32)
+    adapter(tmp_path / "a", shapes, target_parameters=EXPERTS)
+    plain, ctx = trace(model), Context()
+    program = plain.copy()
+    pipeline.run(plain, pipeline.resolve(pipeline.parse(before)[0])[0], Context(), IDS)
+    text = f"{before},absorb{{path={tmp_path / 'a'}{options}}}"
+    pipeline.run(program, pipeline.resolve(pipeline.parse(text)[0])[0], ctx, IDS)
+    return plain, program, ctx
+
+
+def decoded(program: Program, layer: int, projection: str) -> Tensor:
+    """The dense [E, N, K] that a compressed projection stands for."""
+    moe = program.moe_layers()[layer]
+    nodes = {t: moe.operand(f"{projection}_{t}") for t in vq4.TENSORS}
+    t = {k: None if v is None else program.read(program.weights[v.name].name) for k, v in nodes.items()}
+    columns = 32 if projection == "gate_up" else moe.node.args[0].meta["val"].shape[1] // 2  # type: ignore[union-attr]
+    codes, codebook, scale = t["codes"], t["codebook"], t["scale"]
+    assert codes is not None and codebook is not None and scale is not None
+    coded = vq4.decode(codes, t["signs"], codebook, columns, torch.float32) * scale.float().unsqueeze(-1)
+    shared = vq4.shared_part(t, columns, torch.float32, input_side=projection == "gate_up")
+    return coded if shared is None else coded + shared
+
+
+@pytest.mark.parametrize("before", ["klt{rank=2,mean=2},vq,affine,fold", "vq,affine,fold"])
+def test_a_basis_that_is_large_enough_takes_an_adapter_in_whole(tmp_path: Path, before: str) -> None:
+    plain, program, ctx = absorbed(tmp_path, ",rank=32", before=before)
+    updates = Adapter.read(str(tmp_path / "a")).updates(trace(make("qwen2_moe")))
+    for projection, name in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
+        update = updates[f"model.layers.0.mlp.experts.{name}"].delta()
+        moved = decoded(program, 0, projection) - decoded(plain, 0, projection)
+        assert float((moved - update).norm() / update.norm()) < 0.02
+        assert 0 < ctx.audit[f"model.layers.0.mlp.experts.{projection}"]["lora_lost"] < 1e-3
+        assert torch.equal(decoded(program, 1, projection), decoded(plain, 1, projection))
+        assert "lora_lost" not in ctx.audit[f"model.layers.1.mlp.experts.{projection}"]
+    name = "model.layers.1.self_attn.q_proj.weight"
+    torch.testing.assert_close(program.read(name), plain.read(name) + updates[name].delta())
+    assert ctx.audit[name]["lora"] == "rank 2, scaling 4"
+
+
+def test_a_small_basis_loses_some_of_an_adapter_and_says_so(tmp_path: Path) -> None:
+    _, small, ctx = absorbed(tmp_path, ",rank=2")
+    lost = [v["lora_lost"] for v in ctx.audit.values() if "lora_lost" in v]
+    assert len(lost) == 2 and all(0.05 < share < 1 for share in lost)
+    basis = small.moe_layers()[0].operand("down_basis")
+    assert basis is not None and basis.meta["val"].shape[0] == 4

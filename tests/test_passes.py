@@ -44,7 +44,8 @@ OPTIONS: dict[str, list[str]] = {
     "affine": ["affine{offset=on}", "affine{offset=off}"],
     "vsraq": ["vsraq{steps=4}", "vsraq{steps=1,lr=0.0001}"],
     "rilq": ["rilq{steps=4,rank=2}", "rilq{steps=1,lr=0.0001,experts=false,patience=1}"],
-    "lora": [],  # needs an adapter: tests/test_lora.py
+    "lora": [],
+    "absorb": [],  # need an adapter: tests/test_lora.py
     "merge": ["rilq{steps=12,rank=2,lr=10},merge"],
     "kbvq": ["kbvq", "kbvq{bits=4,rank=4,mean=2,offset=on}"],
     "dense": ["dense{group=16}", "dense{group=16,bits=4}", "dense{group=128}"],
