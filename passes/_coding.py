@@ -29,6 +29,7 @@ from torch import Tensor
 from moecc import vq4
 from moecc.passes._store import compact
 
+AT_ONCE = 1 << 26  # numbers of one kind in memory where experts are worked on in turn
 _SAMPLE = 1 << 14  # groups that k-means looks at
 _BLOCKS = (
     32  # of rows, coded one after the other under a metric that couples rows; in a block each as if the others stayed
@@ -211,8 +212,15 @@ def _feedback(metric: Tensor) -> Tensor:
     return upper
 
 
-def pivots(metric: Tensor) -> Tensor:
-    """What is left of an error's cost where all later ones make up for it, the costly first: [E, K, K] -> [E, K]."""
+def pivots(metric: Tensor, share: float = 0.01) -> Tensor:
+    """What is left of an error's cost where all later ones make up for it, the costly first: [E, K, K], damped -> [E, K]."""
+    if len(metric) > 1 and metric.stride(0) == 0:  # one for all
+        return pivots(metric[:1], share).expand(len(metric), -1)
+    few = max(1, AT_ONCE // metric[0].numel())
+    return torch.cat([_pivots(damped(part, share)) for part in metric.split(few)])
+
+
+def _pivots(metric: Tensor) -> Tensor:
     order = metric.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     rows = metric.gather(1, order.unsqueeze(-1).expand_as(metric))
     permuted = rows.gather(2, order.unsqueeze(1).expand_as(metric))

@@ -23,7 +23,7 @@ Shapes: E experts, N rows, K columns, D hidden, F intermediate.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,13 @@ class Shared:
         taken = vq4.shared_part(self.tensors, self.columns, torch.float32, input_side=self.input_side)
         return weight if taken is None else weight - taken
 
+    def first(self, rank: int) -> Shared:
+        """A basis cut to its first rows."""
+        basis, coef, scale = (self.tensors[n] for n in ("basis", "coef", "coef_scale"))
+        assert basis is not None and coef is not None and scale is not None
+        cut = (coef[..., :rank], scale) if self.input_side else (coef[:, :rank], scale[:, :rank])
+        return replace(self, tensors={"basis": basis[:rank], "coef": cut[0], "coef_scale": cut[1]})
+
     def __or__(self, other: Shared) -> Shared:
         return Shared({**self.tensors, **other.tensors}, self.columns, self.input_side)
 
@@ -88,8 +95,8 @@ class Case:
             mass = mass / (mass * weighted_error(weight, moment)).sum().clamp(min=1e-30)
             rows = torch.ones(1, 1)
         else:
-            rows = pivots(damped(output, OUTPUT_DAMPING))
-        size = (mass * pivots(damped(moment)).mean(-1)).unsqueeze(-1) * rows
+            rows = pivots(output, OUTPUT_DAMPING)
+        size = (mass * pivots(moment).mean(-1)).unsqueeze(-1) * rows
         return cls(projection, weight, moment, output, mass, size, ctx.seed_for(moe.path, projection))
 
     @property
@@ -123,8 +130,9 @@ class Case:
             left = self.weight - average if mean else self.weight
             own = DISTORTION[mean] * self.energy(average).sum() if mean else 0.0
             taken = vq4.coded_bits(1, rows, columns, mean) if mean else 0
+            basis = self.basis(left, max(ranks)) if max(ranks) else None
             for rank in ranks:
-                rest = self.basis(left, rank).left_of(left) if rank else left
+                rest = basis.first(rank).left_of(left) if basis is not None and rank else left
                 more = vq4.basis_bits(rank, experts, rows, columns, input_side=self.input_side)
                 yield Choice(mean, rank, unit * float(self.energy(rest).sum() + own), taken + more)
 

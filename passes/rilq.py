@@ -57,7 +57,9 @@ class ModelLossAdapters(Pass):
     kl: float = option(1.0, help="weight of the divergence from the float model's next token", low=0, high=1e4)
     lm: float = option(0.0, help="weight of the calibration text's own next token", low=0, high=1e4)
     routing: float = option(1.0, help="weight of all routers' alignment", low=0, high=1e4)
-    patience: int = option(5, help="checks without a better held-out loss before training ends", low=1, high=1000)
+    patience: int = option(
+        10, help="checks of 10 without a better held-out loss before training ends", low=1, high=1000
+    )
 
     def run(self, program: Program, ctx: Context) -> bool:
         if not (self.hidden or self.kl or self.lm):

@@ -22,13 +22,12 @@ from moecc import vq4
 from moecc.base import Context, Layer, LayerPass, option
 from moecc.ir import MoE
 from moecc.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
-from moecc.passes._coding import Coded, encode, pad_columns, weighted_error
+from moecc.passes._coding import AT_ONCE, Coded, encode, pad_columns, weighted_error
 from moecc.passes._moments import Moments
 from moecc.passes._rate import gain
 from moecc.passes._store import compact
 
 _SAMPLED_EXPERTS = 8
-_AT_ONCE = 1 << 26  # weights coded together where experts have codebooks of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,7 @@ class VectorQuantize(LayerPass):
         return gain(one, own, price) <= 0
 
     def encode(self, weight: Tensor, moment: Tensor, output: Tensor | None, shared: bool, seed: int) -> Coded:
-        step = len(weight) if shared else max(1, _AT_ONCE // weight[0].numel())
+        step = len(weight) if shared else max(1, AT_ONCE // weight[0].numel())
         parts = [
             encode(
                 weight[i : i + step],

@@ -36,7 +36,7 @@ class AlignRouting(LayerPass):
     provides: ClassVar[frozenset[str]] = frozenset({"routing"})
     needs_data: ClassVar[bool] = True
     own_round: ClassVar[bool] = True
-    steps: int = option(200, help="optimizer steps per layer", low=1, high=100_000)
+    steps: int = option(120, help="optimizer steps per layer", low=1, high=100_000)
     batches: int = option(1, help="calibration batches per step", low=1, high=4096)
     lr: float = option(1.0, help="factor on all learning rates", low=1e-4, high=100)
     reconstruction: float = option(1.0, help="weight of the block's output", low=0, high=1e4)
