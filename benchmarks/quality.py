@@ -76,12 +76,12 @@ METHODS: dict[str, list[Method]] = {
         ("moecc kbvq,vsraq, 3 bit", "kbvq,vsraq", 3),
     ],
     "rilq": [
+        ("moecc kbvq", "kbvq", 2),
+        ("moecc kbvq,rilq,merge, rank 4", "kbvq,rilq{rank=4},merge", 2),
+        ("moecc kbvq,rilq,merge, rank 16", "kbvq,rilq,merge", 2),
+        ("moecc kbvq,rilq,merge, rank 64", "kbvq,rilq{rank=64},merge", 2),
         ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
-        ("moecc kbvq,rilq,merge", "kbvq,rilq,merge", 2),
         ("moecc kbvq,vsraq,rilq,merge", "kbvq,vsraq,rilq,merge", 2),
-        ("moecc kbvq,vsraq,rilq,merge, routers not in the loss", "kbvq,vsraq,rilq{routing=0},merge", 2),
-        ("moecc kbvq,vsraq,rilq,merge, rank 4", "kbvq,vsraq,rilq{rank=4},merge", 2),
-        ("moecc kbvq,vsraq,rilq,merge, rank 64", "kbvq,vsraq,rilq{rank=64},merge", 2),
     ],
     "ablation": [
         ("k-means only", "moments,vq{feedback=false}", 2),
