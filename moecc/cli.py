@@ -27,6 +27,9 @@ from moecc.errors import MoeccError
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
+_BITS = "default of every pass option called bits; a fraction is a budget of kbvq's"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     debug = os.environ.get("MOECC_DEBUG", "0") not in ("", "0")
@@ -318,7 +321,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passes", required=True, metavar="P", help="e.g. kbvq or 'vsraq,kbvq{rank=32}'; see moecc passes"
     )
-    parser.add_argument("--bits", type=_bits, metavar="B", help="default of every pass option called bits")
+    parser.add_argument("--bits", type=_bits, metavar="B", help=_BITS)
     parser.add_argument("-o", "--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--calib", type=Path, metavar="FILE", help="calibration text (default: text of this Python)")
     _add_rows(parser)
@@ -332,7 +335,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder (a config.json is enough) or hub id")
     parser.add_argument("--passes", metavar="P", help="say what this pipeline would give")
-    parser.add_argument("--bits", type=_bits, metavar="B", help="default of every pass option called bits")
+    parser.add_argument("--bits", type=_bits, metavar="B", help=_BITS)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -369,7 +372,7 @@ def _bits(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no number of bits")
-    return int(value) if value == int(value) else value
+    return value
 
 
 def _temperature(text: str) -> float:

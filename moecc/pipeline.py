@@ -94,6 +94,8 @@ def parse(text: str, *, bits: float | None = None) -> tuple[list[Pass], list[str
     found: list[Pass] = []
     remarks: list[str] = []
     at = 0
+    if bits is not None and bits == int(bits):
+        bits = int(bits)
     if not text.strip():
         raise MoeccError("no passes given; try --passes kbvq, or `moecc passes` for what there is")
     while at < len(text):

@@ -201,7 +201,10 @@ def _estimate(
     if not any("vq" in p.provides for p in passes):
         low = high = 8.0 * routed
     elif budget := next((p for p in passes if "budget" in p.provides), None):
-        low, high = min(low, high, expert_weights * budget.bits), expert_weights * budget.bits  # type: ignore[attr-defined]
+        if low > (high := expert_weights * budget.bits):  # type: ignore[attr-defined]
+            raise MoeccError(
+                f"{budget}: too few bits; with scales and codebooks the least is {low / expert_weights:.3f}"
+            )
     rest = 8.0 * (sum(s["bytes"] for s in sizes.values()) - routed) - _dense_saving(program, model, passes)
     weights = sum(s["parameters"] for s in sizes.values())
     return {
@@ -209,9 +212,8 @@ def _estimate(
         "bytes": [round((low + rest) / 8), round((high + rest) / 8)],
         "bits_per_weight_experts": [low / expert_weights, high / expert_weights],
         "bits_per_weight": [(low + rest) / weights, (high + rest) / weights],
-        "automatic_basis": any(
-            "basis" in p.provides and "auto" in (getattr(p, "rank", ""), getattr(p, "mean", "")) for p in passes
-        ),
+        "automatic_basis": not any("budget" in p.provides for p in passes)
+        and any("basis" in p.provides and "auto" in (getattr(p, "rank", ""), getattr(p, "mean", "")) for p in passes),
     }
 
 

@@ -22,6 +22,9 @@ Kp is K rounded up to a multiple of 8; the padding is decoded and cut off, and c
 
   gate_up:  y_e = scale_e * (VQ_e x) + coef_e (basis x) + mean_scale * (VQ_mean x) + bias_e
   down:     y   = sum_e w_e (scale_e * (VQ_e h_e) + bias_e) + basis^T sum_e w_e (coef_e h_e) + mean_scale * (VQ_mean sum_e w_e h_e)
+
+What is shared can be computed once per token so; where a family normalises each expert's output before the sum, down's is
+applied per expert.
 """
 
 from __future__ import annotations

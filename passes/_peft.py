@@ -40,9 +40,10 @@ _UNKNOWN = (
 )  # fmt: skip
 
 
-def adapter_files(path: str) -> list[Path]:
-    """The files that say what an adapter is; none for no path."""
-    return [Path(path) / name for name in (_CONFIG, _TENSORS)] if path else []
+def adapter_files(owner: str, path: str) -> list[Path]:
+    """The files that say what an adapter is; MoeccError, before any work, where they can't be read."""
+    Adapter.read(owner, path)
+    return [Path(path) / name for name in (_CONFIG, _TENSORS)]
 
 
 def merge_into(program: Program, weight: str, update: Update) -> None:
@@ -107,9 +108,10 @@ class Adapter:
     pairs: dict[tuple[str, int], dict[str, Tensor]]
 
     @classmethod
-    def read(cls, path: str) -> Adapter:
+    def read(cls, owner: str, path: str) -> Adapter:
+        """The adapter that the pass `owner` was given."""
         if not path:
-            raise MoeccError("lora: no adapter given; write lora{path=FOLDER}")
+            raise MoeccError(f"{owner}: no adapter given; write {owner}{{path=FOLDER}}")
         folder = Path(path)
         for name in (_CONFIG, _TENSORS):
             if not (folder / name).is_file():

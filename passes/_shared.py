@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -80,8 +81,8 @@ class Case:
     weight: Tensor
     moment: Tensor
     output: Tensor | None
-    mass: Tensor  # [E]: how much an expert's error counts
-    size: Tensor  # [E, N] or [E, 1]: what energy left in a row costs
+    used: Tensor  # [E]: how much of the layer an expert is
+    unit: float  # what a relative error of the whole output costs; 1 where nothing is known of that
     seed: int
 
     @classmethod
@@ -89,15 +90,26 @@ class Case:
         weight, moment = layer.weight(moe, projection), moments.of(projection)
         assert weight is not None
         # costs of one projection alone could not be compared with the other's
-        output = moments.output_of(projection) if len(moments.output) == 2 else None
-        mass = moments.mass
-        if output is None:  # relative to the output
-            mass = mass / (mass * weighted_error(weight, moment)).sum().clamp(min=1e-30)
-            rows = torch.ones(1, 1)
-        else:
-            rows = pivots(output, OUTPUT_DAMPING)
-        size = (mass * pivots(moment).mean(-1)).unsqueeze(-1) * rows
-        return cls(projection, weight, moment, output, mass, size, ctx.seed_for(moe.path, projection))
+        output, unit = (moments.output_of(projection), 1.0) if len(moments.output) == 2 else (None, 1.0)
+        if output is None and (cost := moments.output_of("down")) is not None:
+            down = weight if projection == "down" else layer.weight(moe, "down")
+            assert down is not None
+            unit = float((moments.mass * weighted_error(down, moments.of("down"), cost)).sum())
+        return cls(projection, weight, moment, output, moments.mass, unit, ctx.seed_for(moe.path, projection))
+
+    @cached_property
+    def mass(self) -> Tensor:
+        """[E]: how much an expert's error counts."""
+        if self.output is not None:
+            return self.used
+        whole = (self.used * weighted_error(self.weight, self.moment)).sum().clamp(min=1e-30)
+        return self.used * self.unit / whole
+
+    @cached_property
+    def size(self) -> Tensor:
+        """[E, N], [E, 1] where all rows count alike: what energy left in a row costs."""
+        rows = torch.ones(1, 1) if self.output is None else pivots(self.output, OUTPUT_DAMPING)
+        return (self.mass * pivots(self.moment).mean(-1)).unsqueeze(-1) * rows
 
     @property
     def input_side(self) -> bool:
@@ -113,7 +125,11 @@ class Case:
 
     def cost(self, bits: int, mean: int = 0, rank: int = 0) -> float:
         """What the error costs once what mean and basis leave is coded at `bits`; measured on some experts."""
-        some = torch.linspace(0, len(self.weight) - 1, min(len(self.weight), _SAMPLED_EXPERTS)).long()
+        whole = self.energy(self.weight)
+        alive = (whole > 0).nonzero().squeeze(-1)  # an expert without tokens or weights says nothing
+        if not len(alive):
+            return 0.0
+        some = alive[torch.linspace(0, len(alive) - 1, min(len(alive), _SAMPLED_EXPERTS)).long()]
         remainder = self.take(mean, rank).left_of(self.weight)
         energy, output = self.energy(remainder), None if self.output is None else self.output[some]
         padded, moment = pad_columns(remainder[some], self.moment[some])
@@ -126,15 +142,19 @@ class Case:
         experts, rows, columns = self.weight.shape
         average = self.weight.mean(0, keepdim=True)
         unit = whole / float(self.energy(self.weight).sum().clamp(min=1e-30))
-        for mean in means:
-            left = self.weight - average if mean else self.weight
-            own = DISTORTION[mean] * self.energy(average).sum() if mean else 0.0
-            taken = vq4.coded_bits(1, rows, columns, mean) if mean else 0
+        for some in ([m for m in means if not m], [m for m in means if m]):
+            if not some:
+                continue
+            left = self.weight - average if some[0] else self.weight
             basis = self.basis(left, max(ranks)) if max(ranks) else None
             for rank in ranks:
                 rest = basis.first(rank).left_of(left) if basis is not None and rank else left
+                energy = float(self.energy(rest).sum())
                 more = vq4.basis_bits(rank, experts, rows, columns, input_side=self.input_side)
-                yield Choice(mean, rank, unit * float(self.energy(rest).sum() + own), taken + more)
+                for mean in some:
+                    own = DISTORTION[mean] * float(self.energy(average).sum()) if mean else 0.0
+                    taken = vq4.coded_bits(1, rows, columns, mean) if mean else 0
+                    yield Choice(mean, rank, unit * (energy + own), taken + more)
 
     def offers(self, mean: int | str, rank: int | str) -> tuple[Sequence[int], Sequence[int]]:
         """Bits of a mean and ranks that are worth looking at, the least first, where these options are auto."""
@@ -142,11 +162,11 @@ class Case:
             raise MoeccError(
                 f"rank={rank} is more than {self.projection}'s {self.hidden} dimensions; give a smaller rank"
             )
-        whole, left = (
-            float(self.energy(w).sum().clamp(min=1e-30)) for w in (self.weight, self.weight - self.weight.mean(0))
-        )
-        hopeful = left / whole < 4 ** (-2 / len(self.weight))  # else not even an exact one would be worth 2 bits
-        means = (0, *(DISTORTION if hopeful else ())) if mean == "auto" else (0 if mean == "off" else int(mean),)
+        means: tuple[int, ...] = (0 if mean in ("auto", "off") else int(mean),)
+        if mean == "auto":
+            whole, left = (float(self.energy(w).sum()) for w in (self.weight, self.weight - self.weight.mean(0)))
+            if left < whole * 4 ** (-2 / len(self.weight)):  # else not even an exact one would be worth 2 bits
+                means = (0, *DISTORTION)
         ranks = (0, *(r for r in _RANKS if r < self.hidden // 4)) if rank == "auto" else (int(rank),)
         return means, ranks
 

@@ -1,4 +1,7 @@
-"""Takes a PEFT LoRA adapter that was trained on the compressed model into it: `lora` is for one trained on the float model.
+"""Takes a LoRA adapter that was trained on the compressed model into it: `lora` is for one trained on the float model.
+
+PEFT trains one of dense matrices on the compressed model as transformers loads it; one of routed experts on a model that holds
+their decoded weights.
 
   1. Dense matrices get their update exactly, rounded to the type they are stored in (`_peft`).
   2. What the experts' updates have in common becomes `rank` more rows of the layer's shared basis: top singular vectors under the
@@ -6,12 +9,14 @@
   3. The audit has, per projection, which share of the update's effect is lost: |U - stored|^2 / |U|^2 under those moments, U
      [E, N, K] the update; the rounding of the basis that was there already is counted in.
 
-Cost in bits per weight of gate_up: 8 rank / D, and 16 rank / (E N) for the rows.
+Cost in bits per weight of gate_up: 8 rank / D, 16 rank / (E N) for the rows, and 16 / D where there was no basis.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +29,7 @@ from moecc.ir import MoE, Program
 from moecc.ops import VQ_EXPERTS
 from moecc.passes._coding import weighted_error
 from moecc.passes._moments import hidden_units, mean_outer, routed_tokens
-from moecc.passes._peft import Adapter, adapter_files, merge_into
+from moecc.passes._peft import Adapter, Update, adapter_files, merge_into
 from moecc.passes._shared import factorize
 from moecc.passes._store import compact
 from moecc.stream import Stream
@@ -43,16 +48,16 @@ class AbsorbLora(Pass):
     rank: int = option(16, help="rows that the basis of each adapted projection grows by", low=1, high=1024)
 
     def files(self) -> list[Path]:
-        return adapter_files(self.path)
+        return adapter_files(self.name, self.path)
 
     def run(self, program: Program, ctx: Context) -> bool:
         assert ctx.reference is not None
-        updates = Adapter.read(self.path).updates(program)
+        updates = Adapter.read(self.name, self.path).updates(ctx.reference)
         experts = {w for moe in ctx.reference.moe_layers() for w in _sources(ctx.reference, moe)}
         adapted = ctx.reference.copy()
         for weight, update in updates.items():
             if weight in experts:
-                adapted.tensors[weight] = adapted.read(weight).float() + update.delta()
+                adapted.tensors.spill(weight, partial(_sum, ctx.reference, weight, update))
             else:
                 merge_into(program, weight, update)
                 ctx.record(weight, lora=str(update))
@@ -86,29 +91,52 @@ class AbsorbLora(Pass):
         """Add the rows and store the projection's new shared part; the share that is lost."""
         input_side = projection == "gate_up"
         rank = min(self.rank, update.shape[2 if input_side else 1])
-        basis, coef, scale = (factorize(update, moment, rank, input_side=input_side).tensors[n] for n in _PARTS)
-        assert basis is not None and coef is not None and scale is not None
-        old = {n: layer.weight(moe, f"{projection}_{n}") for n in _PARTS}
-        before = update.new_zeros(())
-        if old["basis"] is not None and old["coef"] is not None and old["coef_scale"] is not None:
-            before = vq4.basis_part(old["coef"], old["coef_scale"], old["basis"], torch.float32, input_side=input_side)
-            basis = compact(torch.cat([old["basis"], basis.float()]))
-            if input_side:  # one scale for a row of all coefficients
-                wide = torch.cat(
-                    [old["coef"] * old["coef_scale"].unsqueeze(-1), coef * scale.float().unsqueeze(-1)], -1
-                )
-                scale = (wide.abs().amax(-1) / 127).clamp(min=6e-5).half()
-                coef = (wide / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-            else:
-                coef = torch.cat([old["coef"].to(torch.int8), coef], 1)
-                scale = compact(torch.cat([old["coef_scale"], scale.float()], 1))
+        size = update.square().mean().sqrt() / 0.02  # coefficients of weights of this size keep off float16's least
+        found = factorize(update / size, moment, rank, input_side=input_side).tensors
+        basis, coef, scale = (found[n].float() for n in _PARTS)  # type: ignore[union-attr]
+        basis = basis * size
+        old = [layer.weight(moe, f"{projection}_{n}") for n in _PARTS]
+        before, ways = update.new_zeros(()), [(basis, coef, scale)]
+        if old[0] is not None and old[1] is not None and old[2] is not None:
+            before = vq4.basis_part(old[1], old[2], old[0], torch.float32, input_side=input_side)
+            join = _rows_joined if input_side else _columns_joined
+            ways = list(join((old[0], old[1], old[2]), (basis, coef, scale)))
+        whole, best, lost = weighted_error(update, moment).sum().clamp(min=1e-30), ways[0], torch.inf
+        for way in ways:
+            stored = compact(way[0]), way[1].to(torch.int8), compact(way[2])
+            after = vq4.basis_part(stored[1], stored[2], stored[0], torch.float32, input_side=input_side)
+            error = float(weighted_error(update - (after - before), moment).sum() / whole)
+            best, lost = (stored, error) if error < lost else (best, lost)
         args, names = list(moe.node.args), [a.name for a in VQ_EXPERTS._schema.arguments]
-        for name, tensor in zip(_PARTS, (basis, coef, scale), strict=True):
+        for name, tensor in zip(_PARTS, best, strict=True):
             args[names.index(f"{projection}_{name}")] = layer.program.add(f"{moe.path}.{projection}.{name}", tensor)
         moe.node.args = tuple(args)
-        stored = vq4.basis_part(coef, scale, basis, torch.float32, input_side=input_side) - before
-        lost = weighted_error(update - stored, moment).sum() / weighted_error(update, moment).sum().clamp(min=1e-30)
-        return float(lost)
+        return lost
+
+
+Parts = tuple[Tensor, Tensor, Tensor]  # basis, coef, coef_scale, as floats
+
+
+def _columns_joined(old: Parts, new: Parts) -> Iterator[Parts]:
+    """down: every row of the basis has a scale of its own."""
+    yield torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]], 1), torch.cat([old[2], new[2]], 1)
+
+
+def _rows_joined(old: Parts, new: Parts) -> Iterator[Parts]:
+    """gate_up: an expert's row has one scale for all its coefficients. The new basis is stretched so that the new ones need no
+    larger a scale than the old, on none to all of the rows; the others are rounded anew."""
+    coarse, fine = old[1] * old[2].unsqueeze(-1), new[1] * new[2].unsqueeze(-1)
+    fits = 127 * old[2] / fine.abs().amax(-1).clamp(min=1e-30)
+    fits = fits[(fits > 0) & (fits < 1e20)]
+    for fit in torch.quantile(fits, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])) if len(fits) else [torch.ones(())]:
+        scale = compact(torch.maximum(old[2], (fine * fit).abs().amax(-1) / 127).clamp(min=1e-8)).float()
+        coef = torch.cat([coarse, fine * fit], -1) / scale.unsqueeze(-1)
+        yield torch.cat([old[0], new[0] / fit]), coef.round().clamp(-127, 127), scale
+
+
+def _sum(program: Program, weight: str, update: Update) -> Tensor:
+    """The adapted weight, unrounded."""
+    return program.read(weight).float() + update.delta()
 
 
 def _sources(program: Program, moe: MoE) -> tuple[str, ...]:
@@ -128,9 +156,10 @@ def _moments(layer: Layer, moe: MoE) -> dict[str, Tensor]:
     routed = routed_tokens(layer, moe)
     gate_up, bias = layer.original(moe, "gate_up"), layer.original(moe, "gate_up_bias")
     assert gate_up is not None
-    experts = range(len(gate_up))
-    hidden = [
+    hidden = torch.stack([
         mean_outer(hidden_units(moe, routed.x[routed.rows(e)], gate_up[e], None if bias is None else bias[e]))
-        for e in experts
-    ]
-    return {"gate_up": mean_outer(routed.x).expand(len(gate_up), -1, -1), "down": torch.stack(hidden)}
+        for e in range(len(gate_up))
+    ])  # fmt: skip
+    unused = hidden.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
+    hidden[unused] = hidden.sum(0) / max(1, int((~unused).sum()))  # else it would count as much as all others
+    return {"gate_up": mean_outer(routed.x).expand(len(gate_up), -1, -1), "down": hidden}

@@ -17,6 +17,7 @@ Shapes: E experts, N rows; slope and offset [E, N], operands of `moecc::vq_exper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -255,6 +256,11 @@ class CodedProjection:
     def bias(self) -> Tensor | None:
         return self.tensors["bias"]
 
+    @cached_property
+    def mean(self) -> Tensor | None:
+        """[1, N, K padded] that all experts share as it is."""
+        return vq4.mean_part(self.tensors, self.columns, torch.float32)
+
     @property
     def columns(self) -> int:
         codes, book = self.tensors["codes"], self.tensors["codebook"]
@@ -270,9 +276,12 @@ class CodedProjection:
         table = book[one] if len(book) > 1 else book
         weight = vq4.decode(codes[one], None if signs is None else signs[one], table, x.shape[-1], torch.float32)[0]
         v = (x @ weight.T) * scale[e].float()
-        one_of = {n: t[n][one] if n in ("coef", "coef_scale") and t[n] is not None else t[n] for n in vq4.SHARED}  # type: ignore[index]
-        low = vq4.shared_part(one_of, x.shape[-1], torch.float32, input_side=self.input_side)
-        return v, 0.0 if low is None else x @ low[0].T
+        low = None if self.mean is None else self.mean[0, :, : x.shape[-1]]
+        if t["basis"] is not None and t["coef"] is not None and t["coef_scale"] is not None:
+            coef = (t["coef"][one], t["coef_scale"][one], t["basis"])
+            basis = vq4.basis_part(*coef, torch.float32, input_side=self.input_side)[0]
+            low = basis if low is None else low + basis
+        return v, 0.0 if low is None else x @ low.T
 
     def apply(self, e: int, x: Tensor, slope: Tensor | None, offset: Tensor | None) -> Tensor:
         v, low = self.parts(e, x)

@@ -35,6 +35,7 @@ class Planned:
     """One projection's part of the plan: bits of its codes, its mean's bits (0: none), its basis's rank; cost and bits stored."""
 
     bits: int
+    codebook: str
     mean: int
     rank: int
     cost: float
@@ -47,6 +48,7 @@ class PlanBits(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
     after: ClassVar[frozenset[str]] = frozenset({"lora"})
     provides: ClassVar[frozenset[str]] = frozenset({"budget"})
+    leads_to: ClassVar[frozenset[str]] = frozenset({"basis", "vq"})  # which do as it says
     needs_data: ClassVar[bool] = True
     bits: int | float = option(
         2.5, help="bits per weight of the routed experts, all that is stored counted", low=2, high=6
@@ -60,12 +62,19 @@ class PlanBits(Pass):
         batches = list(ctx.batches)
         batches = batches[: max(1, self.tokens // batches[0].numel())]
         stream, offers = Stream(program, batches), {}
-        last = max((m.layer for m in program.moe_layers()), default=0)
+        found = program.moe_layers()
+        last = max((m.layer for m in found), default=0)
+        # costs of some layers in its unit and of others relative to their outputs could not be compared
+        known = all(m.path in ctx.sensitivity and m.operand("post_norm") is None for m in found)
+        if not known:
+            ctx.notes.append(
+                "budget: sensitivity does not reach all layers; errors relative to their outputs are planned with"
+            )
         for stage in ctx.progress(range(last + 1), "budget"):
             layer = Layer(stage, program, program, stream, stream)
             for moe in layer.moe:
                 if moe.node.target is EXPERTS:
-                    offers.update(self.offers(layer, moe, ctx))
+                    offers.update(self.offers(layer, moe, ctx, known=known))
             stream.advance()
         weights = sum(w for w, _ in offers.values())
         plan = spend({name: found for name, (_, found) in offers.items()}, self.bits * weights)
@@ -77,23 +86,23 @@ class PlanBits(Pass):
         ctx.plan = plan
         return False
 
-    def offers(self, layer: Layer, moe: MoE, ctx: Context) -> dict[str, tuple[int, list[Planned]]]:
+    def offers(self, layer: Layer, moe: MoE, ctx: Context, *, known: bool) -> dict[str, tuple[int, list[Planned]]]:
         """By path and projection: how many weights there are, and what may be done with them."""
-        moments = measure(layer, moe, routed_tokens(layer, moe), ctx.sensitivity.get(moe.path))
-        found = {}
+        moments = measure(layer, moe, routed_tokens(layer, moe), ctx.sensitivity[moe.path] if known else None)
+        planned = {}
         for projection in ("gate_up", "down"):
             case = Case.of(layer, moe, projection, moments, ctx)
             experts, rows, columns = case.weight.shape
             books = experts if self.codebook == "expert" else 1
             bias = 0 if moe.operand(f"{projection}_bias") is None else 16 * experts * rows
-            found[f"{moe.path}.{projection}"] = case.weight.numel(), [
+            planned[f"{moe.path}.{projection}"] = case.weight.numel(), [
                 Planned(
-                    bits, c.mean, c.rank, c.cost * error,
+                    bits, self.codebook, c.mean, c.rank, c.cost * error,
                     c.bits + bias + vq4.coded_bits(experts, rows, columns, bits, books=books),
                 )
                 for c in case.choices(*case.offers(self.mean, self.rank), case.cost(2)) for bits, error in _ERROR.items()
             ]  # fmt: skip
-        return found
+        return planned
 
 
 def spend(offers: dict[str, list[Planned]], budget: float) -> dict[str, Planned] | None:

@@ -28,16 +28,21 @@ class KBVQ(Composite):
         "auto", help="bits of a matrix that all experts share as it is; off: none", choices=("auto", "off", 2, 3, 4)
     )
     codebook: str = option("expert", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
-    offset: str = option("auto", help="affine offset: worth its bits, always, never", choices=("auto", "on", "off"))
+    offset: str = option(
+        "auto",
+        help="affine offset: worth its bits (off where bits is a fraction), always, never",
+        choices=("auto", "on", "off"),
+    )
 
     def expand(self) -> list[Pass]:
         budget: list[Pass] = []
         bits, offset = int(self.bits), self.offset
         if bits != self.bits:
-            if self.codebook == "auto":
-                raise MoeccError("kbvq: a fraction of bits needs codebook=expert or layer, not auto")
+            for name, unknown in (("codebook", "auto"), ("offset", "on")):
+                if getattr(self, name) == unknown:
+                    raise MoeccError(f"kbvq: {name}={unknown} can't be planned; leave it out, or give bits=2, 3 or 4")
             budget = [PlanBits(bits=self.bits, rank=self.rank, mean=self.mean, codebook=self.codebook)]
-            bits, offset = 2, "off" if offset == "auto" else offset
+            bits, offset = 2, "off"
         return [
             *budget, MeasureMoments(), SharedBasis(rank=self.rank, mean=self.mean, bits=bits),
             VectorQuantize(bits=bits, codebook=self.codebook), AffineCorrection(offset=offset), FoldAffine(),

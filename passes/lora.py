@@ -24,10 +24,10 @@ class MergeLora(Pass):
     path: str = option("", help="folder with adapter_config.json and adapter_model.safetensors")
 
     def files(self) -> list[Path]:
-        return adapter_files(self.path)
+        return adapter_files(self.name, self.path)
 
     def run(self, program: Program, ctx: Context) -> bool:
-        adapter = Adapter.read(self.path)
+        adapter = Adapter.read(self.name, self.path)
         updates = adapter.updates(program)
         for weight, update in updates.items():
             merge_into(program, weight, update)

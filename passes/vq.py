@@ -68,8 +68,9 @@ class VectorQuantize(LayerPass):
     def code(self, layer: Layer, moe: MoE, projection: str, moments: Moments, ctx: Context) -> dict[str, Tensor | None]:
         """The stored tensors of one projection."""
         planned = ctx.plan.get(f"{moe.path}.{projection}")
-        if planned is not None and planned.bits != self.bits:
-            return replace(self, bits=planned.bits).code(layer, moe, projection, moments, ctx)
+        if planned is not None and (planned.bits, planned.codebook) != (self.bits, self.codebook):
+            own = replace(self, bits=planned.bits, codebook=planned.codebook)
+            return own.code(layer, moe, projection, moments, ctx)
         weight = layer.weight(moe, projection)
         assert weight is not None
         moment, output = moments.of(projection), moments.output_of(projection)

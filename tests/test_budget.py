@@ -24,7 +24,7 @@ def drawn(seed: int) -> dict[str, list[Planned]]:
     for name in "abcd":
         size, cost, left = draw.choice((100, 200)), 10 ** draw.uniform(-2, 1), draw.uniform(0.3, 1)
         offers[name] = [
-            Planned(bits, mean, 0, cost * error * (left if mean else 1), size * bits + (size * mean) // 8)
+            Planned(bits, "expert", mean, 0, cost * error * (left if mean else 1), size * bits + (size * mean) // 8)
             for bits, error in ((2, 1.0), (3, 0.23), (4, 0.075)) for mean in (0, 2)
         ]  # fmt: skip
     return offers
@@ -59,7 +59,7 @@ def test_bits_go_where_errors_cost_and_stay_within_the_budget(monkeypatch: pytes
     monkeypatch.setattr(
         vq4, "coded_bits", lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits
     )
-    program, ctx = compiled("budget{bits=2.5,mean=off,rank=0},vq{codebook=layer}")
+    program, ctx = compiled("budget{bits=2.5,mean=off,rank=0},klt,vq")
     weights = {p: (512 if p.endswith("gate_up") else 256) * 4 for p in ctx.plan}
     spent = sum(w * ctx.plan[p].bits for p, w in weights.items()) / sum(weights.values())
     assert 2.4 < spent <= 2.5
@@ -76,7 +76,7 @@ def test_a_mean_is_planned_where_experts_are_siblings(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         vq4, "coded_bits", lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits
     )
-    _, ctx = compiled("budget{bits=2.2,rank=0},klt,vq{codebook=layer}", "S")
+    _, ctx = compiled("budget{bits=2.2,rank=0},klt,vq", "S")
     assert all(planned.mean for planned in ctx.plan.values())
     assert {v["mean"] for v in ctx.audit.values()} <= {"2 bit", "3 bit", "4 bit"}
 
@@ -93,6 +93,28 @@ def test_a_fraction_of_bits_plans_them_and_brings_sensitivity_along() -> None:
     assert [str(p) for p in pipeline.parse("kbvq{bits=3}")[0]] == ["kbvq{bits=3}"]
 
 
-def test_a_fraction_of_bits_needs_to_know_the_codebooks() -> None:
-    with pytest.raises(MoeccError, match="needs codebook=expert or layer"):
-        pipeline.resolve(pipeline.parse("kbvq{bits=2.5,codebook=auto}")[0])
+@pytest.mark.parametrize("option", ["codebook=auto", "offset=on"])
+def test_what_can_t_be_planned_is_refused_with_a_fraction(option: str) -> None:
+    with pytest.raises(MoeccError, match=f"kbvq: {option} can't be planned"):
+        pipeline.resolve(pipeline.parse(f"kbvq{{bits=2.5,{option}}}")[0])
+
+
+def test_bits_of_all_layers_follow_sensitivity_where_the_costs_of_gate_up_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Then errors are relative to the outputs, and what an output costs sets them against those of other layers."""
+    monkeypatch.setattr("moecc.passes._moments._PER_EXPERT_BYTES", 4000)
+    monkeypatch.setattr(
+        vq4, "coded_bits", lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits
+    )
+    _, ctx = compiled("budget{bits=2.7,mean=off,rank=0},klt,vq", "MMM")
+    bits = [sum(it.bits for name, it in ctx.plan.items() if str(i) in name) for i in range(3)]
+    costs = [float(s.trace()) for name, s in sorted(ctx.sensitivity.items()) if f"{name}.down" in ctx.plan]
+    assert costs == sorted(costs, reverse=True) and len(costs) == 3
+    assert bits == sorted(bits, reverse=True) and bits[0] > bits[-1]
+
+
+def test_experts_that_saw_no_token_do_not_make_a_layer_cheap() -> None:
+    ids = [torch.randint(0, 16, (1, 6), generator=torch.Generator().manual_seed(i)) for i in (900, 901)]
+    _, ctx = compiled("budget{bits=6,codebook=layer,mean=off,rank=0},klt,vq{codebook=layer}", "IM", ids)
+    assert all(planned.cost > 0 for planned in ctx.plan.values())

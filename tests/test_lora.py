@@ -171,7 +171,7 @@ def test_a_folder_without_an_adapter_and_no_folder(tmp_path: Path) -> None:
 
 
 def absorbed(
-    tmp_path: Path, options: str, *, before: str = "klt{rank=2,mean=2},vq,affine,fold"
+    tmp_path: Path, options: str, *, before: str = "klt{rank=2,mean=2},vq,affine,fold", size: float = 1.0
 ) -> tuple[Program, Program, Context]:
     """A compressed qwen2_moe before and after it took in an adapter of routed experts, attention and a shared expert."""
     model = make("qwen2_moe")
@@ -179,7 +179,7 @@ def absorbed(
     path = "model.layers.0.mlp.experts"
     shapes = {**linear(path, d, n // 2, 2 * e), **linear(f"{path}.base_layer", n, d, 2 * e)}
     shapes |= linear("model.layers.1.self_attn.q_proj", 32, 32)
-    adapter(tmp_path / "a", shapes, target_parameters=EXPERTS)
+    adapter(tmp_path / "a", shapes, target_parameters=EXPERTS, lora_alpha=8 * size)
     plain, ctx = trace(model), Context()
     program = plain.copy()
     pipeline.run(plain, pipeline.resolve(pipeline.parse(before)[0])[0], Context(), IDS)
@@ -193,7 +193,8 @@ def decoded(program: Program, layer: int, projection: str) -> Tensor:
     moe = program.moe_layers()[layer]
     nodes = {t: moe.operand(f"{projection}_{t}") for t in vq4.TENSORS}
     t = {k: None if v is None else program.read(program.weights[v.name].name) for k, v in nodes.items()}
-    columns = 32 if projection == "gate_up" else moe.node.args[0].meta["val"].shape[1] // 2  # type: ignore[union-attr]
+    hidden = moe.node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
+    columns = hidden if projection == "gate_up" else moe.operand("gate_up_scale").meta["val"].shape[1] // 2  # type: ignore[union-attr]
     codes, codebook, scale = t["codes"], t["codebook"], t["scale"]
     assert codes is not None and codebook is not None and scale is not None
     coded = vq4.decode(codes, t["signs"], codebook, columns, torch.float32) * scale.float().unsqueeze(-1)
@@ -204,7 +205,7 @@ def decoded(program: Program, layer: int, projection: str) -> Tensor:
 @pytest.mark.parametrize("before", ["klt{rank=2,mean=2},vq,affine,fold", "vq,affine,fold"])
 def test_a_basis_that_is_large_enough_takes_an_adapter_in_whole(tmp_path: Path, before: str) -> None:
     plain, program, ctx = absorbed(tmp_path, ",rank=32", before=before)
-    updates = Adapter.read(str(tmp_path / "a")).updates(trace(make("qwen2_moe")))
+    updates = Adapter.read("lora", str(tmp_path / "a")).updates(trace(make("qwen2_moe")))
     for projection, name in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
         update = updates[f"model.layers.0.mlp.experts.{name}"].delta()
         moved = decoded(program, 0, projection) - decoded(plain, 0, projection)
@@ -215,6 +216,27 @@ def test_a_basis_that_is_large_enough_takes_an_adapter_in_whole(tmp_path: Path, 
     name = "model.layers.1.self_attn.q_proj.weight"
     torch.testing.assert_close(program.read(name), plain.read(name) + updates[name].delta())
     assert ctx.audit[name]["lora"] == "rank 2, scaling 4"
+
+
+@pytest.mark.parametrize("before", ["klt{rank=4,mean=off},vq,affine,fold", "vq,affine,fold"])
+def test_a_small_adapter_is_not_lost_beside_large_weights(tmp_path: Path, before: str) -> None:
+    _, _, ctx = absorbed(tmp_path, ",rank=32", before=before, size=0.002)
+    assert all(v["lora_lost"] < 0.02 for v in ctx.audit.values() if "lora_lost" in v)
+
+
+def test_transposed_experts_take_an_adapter_in_as_they_are_stored(tmp_path: Path) -> None:
+    model = make("gpt_oss")
+    path = "model.layers.0.mlp.experts"
+    e, k, n = model.get_submodule(path).down_proj.shape
+    adapter(tmp_path / "a", linear(path, n, k, 2 * e), target_parameters=EXPERTS[1:])
+    plain, program = trace(model), trace(model)
+    text = "vq,affine,fold"
+    pipeline.run(plain, pipeline.resolve(pipeline.parse(text)[0])[0], Context(), IDS)
+    absorbing = f"{text},absorb{{path={tmp_path / 'a'},rank=32}}"
+    pipeline.run(program, pipeline.resolve(pipeline.parse(absorbing)[0])[0], Context(), IDS)
+    update = Adapter.read("lora", str(tmp_path / "a")).updates(trace(model))[f"{path}.down_proj"].delta().mT
+    moved = decoded(program, 0, "down") - decoded(plain, 0, "down")
+    assert float((moved - update).norm() / update.norm()) < 0.02
 
 
 def test_a_small_basis_loses_some_of_an_adapter_and_says_so(tmp_path: Path) -> None:
