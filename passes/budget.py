@@ -62,10 +62,10 @@ class PlanBits(Pass):
         batches = list(ctx.batches)
         batches = batches[: max(1, self.tokens // batches[0].numel())]
         stream, offers = Stream(program, batches), {}
-        found = program.moe_layers()
-        last = max((m.layer for m in found), default=0)
+        layers = program.moe_layers()
+        last = max((m.layer for m in layers), default=0)
         # costs of some layers in its unit and of others relative to their outputs could not be compared
-        known = all(m.path in ctx.sensitivity and m.operand("post_norm") is None for m in found)
+        known = all(m.path in ctx.sensitivity and m.operand("post_norm") is None for m in layers)
         if not known:
             ctx.notes.append(
                 "budget: sensitivity does not reach all layers; errors relative to their outputs are planned with"

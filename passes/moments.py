@@ -11,6 +11,8 @@
      is S itself; for gate_up, J^T W_down^T S W_down J averaged over the expert's tokens, J the gate's derivative (a Gauss-Newton
      step; where one matrix per expert would not fit, all rows count alike, and the audit says so).
 
+Not done: moments of the float model's own activations (parallel calibration). At 2 bit the divergence was the same within 1 %.
+
 Shapes: E experts, D hidden, F intermediate, N rows of gate_up; C_e [D, D], down's [F, F]. float32, one layer at a time.
 """
 
