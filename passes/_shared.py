@@ -17,7 +17,8 @@ The basis is on the residual-stream side of both projections, so that it is appl
               `sensitivity`). The factor is found by coding a few experts. Within 5 % of the error after coding on three models,
               on most projections
 
-Not done: a mean of least squares under the moments. It follows them into directions that few tokens use, and doubled the divergence.
+Not done: a mean of least squares under the moments. It runs off in directions that few tokens use, and doubled the
+divergence.
 
 Shapes: E experts, N rows, K columns, D hidden, F intermediate.
 """
