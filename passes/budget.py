@@ -1,12 +1,13 @@
 """How the bits of a budget are spent: more where an error costs more.
 
   1. On a sample of the calibration text, for the float model: every projection's moments (`_moments`), and from them what its error
-     will cost at 2, 3 and 4 bits, each with and without a mean and a basis taken out (`_shared`, step 8). With `sensitivity` costs
-     are in one unit, the model's output and its routers, so that layers and projections can be compared
+     will cost at 2, 3 and 4 bits, with codebooks for experts or for the layer, with and without a mean and a basis taken out
+     (`_shared`, step 8). With `sensitivity` costs are in one unit, the model's output and its routers, so that layers and
+     projections can be compared
   2. Of all plans within the budget the one whose errors cost least in sum, by dynamic programming over what may be spent (the
      multiple-choice knapsack problem)
 
-The plan holds bits, mean and rank per layer and projection; `klt` and `vq` do as it says.
+The plan holds bits, codebook, mean and rank per layer and projection; `klt` and `vq` do as it says.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from moecc.passes._moments import measure, routed_tokens
 from moecc.passes._shared import Case
 from moecc.stream import Stream
 
+_BOOKS = {"expert": 1.0, "layer": 1.06}  # of an output, by whose the codebooks are: measured likewise, behind a mean
 _STEPS = 1 << 14  # in which what is to be spent beyond the least is counted
 _ERROR = {2: 1.0, 3: 0.23, 4: 0.075}  # of an output after coding, relative to 2 bits: measured with `vq`
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One projection's part of the plan: bits of its codes, its mean's bits (0: none), its basis's rank; cost and bits stored."""
+    """One projection's part of the plan: bits of its codes, whose the codebooks are (expert or layer), its mean's bits (0: none),
+    its basis's rank; cost and bits stored."""
 
     bits: int
     codebook: str
@@ -55,7 +58,7 @@ class PlanBits(Pass):
     )
     rank: int | str = option("auto", help="rows of each shared basis", choices=("auto",), low=0, high=1024)
     mean: int | str = option("auto", help="bits of each shared mean; off: none", choices=("auto", "off", 2, 3, 4))
-    codebook: str = option("expert", help="what `vq` will be told", choices=("expert", "layer"))
+    codebook: str = option("auto", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
     tokens: int = option(8192, help="calibration tokens to measure on, at most", low=1, high=1 << 30)
 
     def run(self, program: Program, ctx: Context) -> bool:
@@ -93,14 +96,13 @@ class PlanBits(Pass):
         for projection in ("gate_up", "down"):
             case = Case.of(layer, moe, projection, moments, ctx)
             experts, rows, columns = case.weight.shape
-            books = experts if self.codebook == "expert" else 1
             bias = 0 if moe.operand(f"{projection}_bias") is None else 16 * experts * rows
+            books = {k: v for k, v in _BOOKS.items() if self.codebook in ("auto", k)}
             planned[f"{moe.path}.{projection}"] = case.weight.numel(), [
-                Planned(
-                    bits, self.codebook, c.mean, c.rank, c.cost * error,
-                    c.bits + bias + vq4.coded_bits(experts, rows, columns, bits, books=books),
-                )
-                for c in case.choices(*case.offers(self.mean, self.rank), case.cost(2)) for bits, error in _ERROR.items()
+                Planned(bits, book, c.mean, c.rank, c.cost * error * factor, c.bits + bias + vq4.coded_bits(
+                    experts, rows, columns, bits, books=experts if book == "expert" else 1))
+                for c in case.choices(*case.offers(self.mean, self.rank), case.cost(2))
+                for bits, error in _ERROR.items() for book, factor in books.items()
             ]  # fmt: skip
         return planned
 

@@ -27,7 +27,10 @@ class KBVQ(Composite):
     mean: int | str = option(
         "auto", help="bits of a matrix that all experts share as it is; off: none", choices=("auto", "off", 2, 3, 4)
     )
-    codebook: str = option("expert", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
+    codebook: str = option(
+        "auto", help="one codebook per expert or per layer; auto: per expert, where bits is a fraction what `budget` finds",
+        choices=("auto", "expert", "layer"),
+    )  # fmt: skip
     offset: str = option(
         "auto",
         help="affine offset: worth its bits (off where bits is a fraction), always, never",
@@ -37,13 +40,13 @@ class KBVQ(Composite):
     def expand(self) -> list[Pass]:
         budget: list[Pass] = []
         bits, offset = int(self.bits), self.offset
+        codebook = "expert" if self.codebook == "auto" else self.codebook
         if bits != self.bits:
-            for name, unknown in (("codebook", "auto"), ("offset", "on")):
-                if getattr(self, name) == unknown:
-                    raise MoeccError(f"kbvq: {name}={unknown} can't be planned; leave it out, or give bits=2, 3 or 4")
+            if self.offset == "on":
+                raise MoeccError("kbvq: offset=on can't be planned; leave it out, or give bits=2, 3 or 4")
             budget = [PlanBits(bits=self.bits, rank=self.rank, mean=self.mean, codebook=self.codebook)]
             bits, offset = 2, "off"
         return [
             *budget, MeasureMoments(), SharedBasis(rank=self.rank, mean=self.mean, bits=bits),
-            VectorQuantize(bits=bits, codebook=self.codebook), AffineCorrection(offset=offset), FoldAffine(),
+            VectorQuantize(bits=bits, codebook=codebook), AffineCorrection(offset=offset), FoldAffine(),
         ]  # fmt: skip

@@ -93,10 +93,19 @@ def test_a_fraction_of_bits_plans_them_and_brings_sensitivity_along() -> None:
     assert [str(p) for p in pipeline.parse("kbvq{bits=3}")[0]] == ["kbvq{bits=3}"]
 
 
-@pytest.mark.parametrize("option", ["codebook=auto", "offset=on"])
-def test_what_can_t_be_planned_is_refused_with_a_fraction(option: str) -> None:
-    with pytest.raises(MoeccError, match=f"kbvq: {option} can't be planned"):
-        pipeline.resolve(pipeline.parse(f"kbvq{{bits=2.5,{option}}}")[0])
+def test_what_can_t_be_planned_is_refused_with_a_fraction() -> None:
+    with pytest.raises(MoeccError, match="kbvq: offset=on can't be planned"):
+        pipeline.resolve(pipeline.parse("kbvq{bits=2.5,offset=on}")[0])
+
+
+def test_a_small_budget_shares_codebooks_and_a_large_one_does_not() -> None:
+    for bits, book in ((10.7, "layer"), (64.0, "expert")):
+        offers = {
+            "a": [Planned(2, "expert", 0, 0, 1.0, 40), Planned(2, "layer", 0, 0, 1.06, 10)],
+            "b": [Planned(2, "layer", 0, 0, 9.0, 10)],
+        }
+        plan = spend(offers, bits * 2)
+        assert plan is not None and plan["a"].codebook == book
 
 
 def test_bits_of_all_layers_follow_sensitivity_where_the_costs_of_gate_up_do_not_fit(

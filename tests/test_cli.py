@@ -227,7 +227,7 @@ def test_eval_says_when_the_rows_are_those_of_calibration(moecc: Any, tmp_path: 
 
 
 def test_inspect_counts_every_byte(moecc: Any) -> None:
-    got = moecc("inspect", TINYMOE, "--passes", "kbvq{codebook=auto}", "--bits", "3", "--json")
+    got = moecc("inspect", TINYMOE, "--passes", "moments,klt,vq{codebook=auto},affine,fold", "--bits", "3", "--json")
     found, entries = got.json, TensorFile(Path(TINYMOE, "model.safetensors")).entries
     assert got.code == 0 and found["bytes"] == sum(e.nbytes for e in entries.values())
     layer = found["moe_layers"][0]
