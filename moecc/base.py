@@ -136,7 +136,7 @@ class Context:
     batches: Sequence[Tensor] = ()  # the calibration token ids, for passes over the whole model; set when a run starts
     # [D, D] by path of an MoE layer and by name of a value between layers: what an error there costs (pass `sensitivity`)
     sensitivity: Mapping[str, Tensor] = field(default_factory=dict)
-    plan: Mapping[str, Any] = field(default_factory=dict)  # by path and projection: bits, mean and rank (pass `budget`)
+    plan: Mapping[str, Any] = field(default_factory=dict)  # by path and projection: a `budget.Planned`
 
     def seed_for(self, *key: object) -> int:
         """A seed that depends on the run's seed and `key` only, not on what ran before."""

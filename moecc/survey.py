@@ -232,7 +232,8 @@ def _projection_bits(
 ) -> tuple[float, float]:
     bits = _option(passes, "vq", "bits", 2)
     low, high = (vq4.coded_bits(experts, rows, columns, bits, books=n) for n in (1, experts))
-    chosen = _option(passes, "vq", "codebook", "auto")
+    planned = any("budget" in p.provides for p in passes)
+    chosen = _option(passes, "budget" if planned else "vq", "codebook", "auto")
     low, high = (high if chosen == "expert" else low), (low if chosen == "layer" else high)
     offset = _option(passes, "affine", "offset", "auto") if any("affine" in p.provides for p in passes) else "off"
     low, high = low + 16 * experts * rows * (offset == "on"), high + 16 * experts * rows * (offset != "off")

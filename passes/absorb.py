@@ -15,7 +15,7 @@ Cost in bits per weight of gate_up: 8 rank / D, 16 rank / (E N) for the rows, an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -72,9 +72,11 @@ class AbsorbLora(Pass):
 
     def absorb(self, layer: Layer, moe: MoE, adapted: Program, ctx: Context) -> None:
         """Step 2 for the projections of a layer's experts that have an update."""
-        found = next(m for m in adapted.moe_layers() if m.path == moe.path)
-        before = next(m for m in layer.reference.moe_layers() if m.path == moe.path)
-        updates = {p: _read(adapted, found, p) - _read(layer.reference, before, p) for p in ("gate_up", "down")}
+        after = replace(layer, reference=adapted)
+        updates: dict[str, Tensor] = {
+            p: after.original(moe, p) - layer.original(moe, p)  # type: ignore[operator]
+            for p in ("gate_up", "down")
+        }
         if not any(bool(u.any()) for u in updates.values()):
             return
         if moe.node.target is not VQ_EXPERTS:
@@ -143,12 +145,6 @@ def _sources(program: Program, moe: MoE) -> tuple[str, ...]:
     """The model's parameters behind an experts node's two matrices."""
     nodes = [moe.operand(p) for p in ("gate_up", "down")]
     return tuple(s for n in nodes if n is not None for s in program.origins(program.weights[n.name].name))
-
-
-def _read(program: Program, moe: MoE, projection: str) -> Tensor:
-    node = moe.operand(projection)
-    assert node is not None
-    return program.read(program.weights[node.name].name).float()
 
 
 def _moments(layer: Layer, moe: MoE) -> dict[str, Tensor]:

@@ -226,6 +226,14 @@ def test_eval_says_when_the_rows_are_those_of_calibration(moecc: Any, tmp_path: 
     assert "calibrated on these very rows" in moecc(*args).err
 
 
+def test_inspect_knows_the_least_that_a_budget_can_be(moecc: Any) -> None:
+    """With a codebook per layer: 2 bits, scales and 8192 bits for each layer and projection."""
+    enough = moecc("inspect", TINYMOE, "--passes", "kbvq", "--bits", "2.2", "--json")
+    assert enough.code == 0 and enough.json["estimate"]["bits_per_weight_experts"][1] == pytest.approx(2.2)
+    few = moecc("inspect", TINYMOE, "--passes", "kbvq", "--bits", "2.05")
+    assert few.code == 2 and "the least is 2.094" in few.err
+
+
 def test_inspect_counts_every_byte(moecc: Any) -> None:
     got = moecc("inspect", TINYMOE, "--passes", "moments,klt,vq{codebook=auto},affine,fold", "--bits", "3", "--json")
     found, entries = got.json, TensorFile(Path(TINYMOE, "model.safetensors")).entries
