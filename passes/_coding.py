@@ -149,6 +149,11 @@ def _better(best: Coded | None, best_error: Tensor, state: Coded, error: Tensor,
     return merged, torch.minimum(error, best_error)
 
 
+def argmin(x: Tensor) -> Tensor:
+    """Index of the smallest along the last dimension. numpy's is vectorised: on one core 5 to 8 times as fast as PyTorch's."""
+    return torch.from_numpy(x.numpy().argmin(-1)) if x.device.type == "cpu" else x.argmin(-1)
+
+
 # ---- codebooks
 
 
@@ -189,9 +194,9 @@ def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Gener
     chance = (cost * points.square()).sum(-1) + 1e-9
     start = torch.multinomial(chance, size, replacement=len(points) < size, generator=generator)
     centroids = points[start].clone()
+    parts = torch.cat([cost, -2 * cost * points], 1)
     for _ in range(turns):
-        distance = cost @ centroids.square().T - 2 * (cost * points) @ centroids.T
-        nearest = distance.argmin(-1)
+        nearest = argmin(parts @ torch.cat([centroids.square(), centroids], 1).T)
         total = torch.zeros_like(centroids).index_add_(0, nearest, cost * points)
         mass = torch.zeros_like(centroids).index_add_(0, nearest, cost)
         centroids = torch.where(mass > 0, total / mass.clamp(min=1e-20), centroids)
@@ -456,7 +461,7 @@ class Nearest:
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Codes [E, n], at 3 bit which components are negative [E, n, v], and the chosen vectors [E, n, v]."""
         if not self.signed:
-            code = torch.baddbmm(self.norms, t @ self.metric, self.image, alpha=-2).argmin(-1)
+            code = argmin(torch.baddbmm(self.norms, t @ self.metric, self.image, alpha=-2))
             return code, None, self._entries(code)
         t = t + 0.5
         negative = t < 0
@@ -464,7 +469,7 @@ class Nearest:
         linear = t @ self.gram
         linear = torch.where(negative, -linear, linear)
         own = torch.gather(self.norms, 1, pattern.unsqueeze(-1).expand(-1, -1, self.table.shape[1]))
-        code = torch.baddbmm(own, linear, self.table.mT, alpha=-2).argmin(-1)
+        code = argmin(torch.baddbmm(own, linear, self.table.mT, alpha=-2))
         q = self._entries(code)
         return code, negative, torch.where(negative, -q, q) - 0.5
 
