@@ -75,6 +75,11 @@ METHODS: dict[str, list[Method]] = {
         *PEERS_3BIT,
         ("moecc kbvq,vsraq, 3 bit", "kbvq,vsraq", 3),
     ],
+    "speed": [  # with --fresh, so that the peer's seconds are of the same run
+        AUTOROUND_2BIT,
+        ("moecc kbvq", "kbvq", 2),
+        ("moecc kbvq,vsraq", "kbvq,vsraq", 2),
+    ],
     "rilq": [
         ("moecc kbvq", "kbvq", 2),
         ("moecc kbvq,rilq,merge, rank 4", "kbvq,rilq{rank=4},merge", 2),
@@ -130,7 +135,8 @@ def measure(label: str, method: str, bits: float, args: argparse.Namespace, work
     if method.startswith("peer:"):
         import peers
 
-        report = peers.quantize(args.model, np.load(ids), method.removeprefix("peer:"))
+        places = {"cache_dir": work / "peers"} if args.fresh else {}
+        report = peers.quantize(args.model, np.load(ids), method.removeprefix("peer:"), **places)
         folder = Path(report["checkpoint"])
         row.update(
             {k: report[k] for k in ("bits_per_weight", "seconds", "peak_memory_bytes", "experts_quantized", "versions")}
@@ -250,7 +256,8 @@ def document(groups: dict[str, list[dict[str, Any]]], args: argparse.Namespace) 
         f"Model `{args.model.name}`, calibration {args.rows} x {args.length} tokens, evaluation {args.eval_rows} x {args.length} "
         f"tokens of another text; reference perplexity {reference:.4f}. Routed experts only; KL in nats per token. "
         f"moecc {moecc.__version__}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores. "
-        "Made by `python benchmarks/quality.py`; seconds of peers are those of the run that their kept results come from."
+        "Made by `python benchmarks/quality.py`; seconds of peers are those "
+        f"of {'this run' if args.fresh else 'the run that their kept results come from'}."
         + (f" {args.remark}" if args.remark else ""),
     ]  # fmt: skip
     for name, rows in groups.items():
@@ -266,10 +273,13 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--eval-rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--only", nargs="*", choices=list(METHODS), default=[g for g in METHODS if g != "models"])
+    parser.add_argument(
+        "--only", nargs="*", choices=list(METHODS), default=[g for g in METHODS if g not in ("models", "speed")]
+    )
     parser.add_argument(
         "--join", nargs="+", type=Path, metavar="JSON", help="measure nothing, join the groups of these results"
     )
+    parser.add_argument("--fresh", action="store_true", help="run peers anew though their results are kept")
     parser.add_argument("--remark", default="", help="a sentence for the head of the page")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality")
     args = parser.parse_args()
