@@ -14,6 +14,10 @@ from moecc import hf
 from moecc.ir import Program
 
 
+def require() -> None:
+    """What a backend needs besides moecc, or a MoeccError: this one needs nothing."""
+
+
 def emit(folder: Path, program: Program) -> dict[str, Any]:
     """What this backend adds to an artifact: nothing; a summary for the compile report."""
     return {"name": "reference", "files": []}

@@ -298,7 +298,7 @@ def write(
         )
     rows = [*found.rows, _header_row(folder, names, found.nbytes)]
     _check_total(folder, names, rows)
-    _copy_small_files(source, folder)
+    copy_small_files(source, folder)
     _json(folder / "config.json", _config(program, source, found))
     _json(
         folder / "moecc.json",
@@ -352,7 +352,7 @@ def _check_total(folder: Path, names: list[str], rows: Iterable[Row]) -> None:
         )
 
 
-def _copy_small_files(source: Path | None, folder: Path) -> None:
+def copy_small_files(source: Path | None, folder: Path) -> None:
     if source is None:
         return
     for pattern in (*_COPIED, *(["*.py"] if text.has_code(source) else [])):

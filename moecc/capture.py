@@ -141,22 +141,28 @@ def _one_line() -> Iterator[None]:
         log.disabled = before
 
 
-def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
+@contextmanager
+def traceable(found: Skeleton) -> Iterator[None]:
+    """The model with everything in place that a trace needs; whatever its code raises is a MoeccError that names it."""
     model = found.model
-    with found.mode or nullcontext():
-        ids = torch.zeros(batch, sequence, dtype=torch.long)
-    shapes = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
     try:
         # Under no_grad: otherwise parts of the graph hide in set_grad_enabled sub-graphs. It stays differentiable.
         with (
-            torch.no_grad(), _no_cache(model), _moecc_experts(model), adapted(model), opaque_scans(model),
-            _broadcast_masks(), _only_input_ids(model), _one_line(),
+            torch.no_grad(), _moecc_experts(model), adapted(model), opaque_scans(model), _broadcast_masks(), _one_line(),
         ):  # fmt: skip
-            return torch.export.export(model, (), {"input_ids": ids}, dynamic_shapes=shapes, strict=False)
+            yield
     except MoeccError:
         raise
     except Exception as error:
         raise MoeccError(f"{found.name}: the model can't be traced: {reason(error)}{found.advice}") from error
+
+
+def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
+    with found.mode or nullcontext():
+        ids = torch.zeros(batch, sequence, dtype=torch.long)
+    shapes = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    with traceable(found), _no_cache(found.model), _only_input_ids(found.model):
+        return torch.export.export(found.model, (), {"input_ids": ids}, dynamic_shapes=shapes, strict=False)
 
 
 # ---------------------------------------------------------------- 2. shapes

@@ -222,6 +222,25 @@ def _generate(options: argparse.Namespace) -> Outcome:
     return 0, found, found["prompt"] + found["text"]
 
 
+def _export(options: argparse.Namespace) -> Outcome:
+    from moecc.backends import onnx
+    from moecc.weights import resolve
+
+    onnx.require()
+    from moecc.backends.onnx.export import export, summary
+
+    folder = resolve(options.model)
+    found = export(
+        folder,
+        options.out or folder / "onnx",
+        profile=options.profile,
+        opset=options.opset,
+        dtype=options.dtype,
+        say=_say,
+    )
+    return 0, found, summary(found)
+
+
 def _diff(options: argparse.Namespace) -> Outcome:
     from moecc.diff import diff, table
 
@@ -292,6 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(_command(commands, "inspect", _inspect, "MoE structure and sizes, without reading weights"))
     _add_eval(_command(commands, "eval", _eval, "perplexity, KL, experts chosen and output error", tokenizer=True))
     _add_generate(_command(commands, "generate", _generate, "continue a prompt", tokenizer=True))
+    _add_export(_command(commands, "export", _export, "an artifact as a folder for another runtime"))
     passes = _command(commands, "passes", _passes, "what passes there are; NAME shows one's options")
     passes.add_argument("name", nargs="?", metavar="NAME", help="a pass, or the path of a file that defines one")
     diff = _command(commands, "diff", _diff, "compare two artifacts or checkpoints; exit code 1 if they differ")
@@ -352,6 +372,22 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="at most (default: 64)")
     parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 is greedy (the default)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="for a temperature above 0 (default: 0)")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="OUT", help="artifact or checkpoint: folder or hub id")
+    parser.add_argument("--to", required=True, choices=["onnx"], help="the runtime's format")
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder to write (default: OUT/onnx)")
+    parser.add_argument(
+        "--profile", default="portable", choices=["portable", "native"],
+        help="portable: standard operators only (the default); native: moecc's op library beside the model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--opset", type=int, default=23, choices=[21, 23], help="21 for ONNX Runtime before 1.23 (default: 23)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "float16"], help="of activations (default: float32)"
+    )
 
 
 def _add_rows(parser: argparse.ArgumentParser) -> None:

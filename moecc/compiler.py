@@ -177,7 +177,7 @@ def _run(
 
 
 def require_backend(name: str) -> None:
-    """MoeccError where there is no such backend."""
+    """MoeccError where there is no such backend, or what it needs isn't installed."""
     import pkgutil
 
     import moecc.backends
@@ -185,6 +185,7 @@ def require_backend(name: str) -> None:
     there = sorted(m.name for m in pkgutil.iter_modules(moecc.backends.__path__) if not m.name.startswith("_"))
     if name not in there:
         raise MoeccError(f"no backend {name!r}; there is {', '.join(there)}")
+    importlib.import_module(f"moecc.backends.{name}").require()
 
 
 def _pipeline(passes: str, bits: float | None, say: Callable[[str], None]) -> list[Pass]:

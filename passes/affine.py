@@ -33,7 +33,7 @@ from moecc.passes._moments import Moments, Routed, hidden_units, routed_tokens
 from moecc.passes._rate import gain
 
 _PRIOR = 32.0
-_MOST_TOKENS = 4096  # of one expert
+_MOST_TOKENS = 2048  # of one expert, spread over the calibration text
 
 
 @dataclass
@@ -189,7 +189,8 @@ class AffineCorrection(LayerPass):
         inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         found: dict[str, Fit] = {}
         for e in range(len(gate_up)):
-            rows = routed.rows(e)[:_MOST_TOKENS]
+            rows = routed.rows(e)
+            rows = rows[:: max(1, -(-len(rows) // _MOST_TOKENS))]
             x, weight = routed.x[rows], routed.weight_of(e, rows).square()
             inputs[e] = (x, gate_up[e], x, weight)
         found["gate_up"] = first = self.regress(coded["gate_up"], inputs, costs["gate_up"])

@@ -414,7 +414,7 @@ def test_a_disk_that_fills_up_while_writing(
     assert "No space left on device" in line and "free some space or write elsewhere" in line
 
 
-@pytest.mark.parametrize("name", ["_json", "_copy_small_files"])
+@pytest.mark.parametrize("name", ["_json", "copy_small_files"])
 def test_a_disk_that_fills_up_at_the_small_files(
     name: str, refused: Any, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,103 @@
+"""`moecc export OUT --to onnx`: a folder that any ONNX Runtime, and onnxruntime-genai, runs.
+
+  model.onnx, model.onnx.data    the graph with its functions, and the weights, which a runtime maps into memory
+  genai_config.json              for onnxruntime-genai; tokenizer files beside it
+  moecc_onnx.json                what was exported, from what, how far its logits are from the artifact's
+
+Written under a temporary name, loaded by ONNX Runtime, compared with the artifact (prefill, then token by token), renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from moecc import __version__
+from moecc.artifact import copy_small_files
+from moecc.backends.onnx import genai, run
+from moecc.backends.onnx.cached import capture_cached
+from moecc.backends.onnx.translate import OPSETS, translate
+from moecc.backends.onnx.weights import Weights
+from moecc.errors import MoeccError
+from moecc.skeleton import skeleton, text_config
+from moecc.stream import run_program
+from moecc.trace import trace
+from moecc.weights import CheckpointStore, free_space, size
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+MODEL, DATA, RECORD = "model.onnx", "model.onnx.data", "moecc_onnx.json"
+_TOKENS = (2, 12)  # of the comparison: rows, and tokens of each; the last third one by one
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2}  # of the largest logit
+
+
+def export(
+    folder: Path, out: Path, *, profile: str = "portable", opset: int = 23, dtype: str = "float32",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Export the artifact (or checkpoint) `folder` to the new folder `out`; what was written and how it compares.
+
+    profile: portable (standard operators only) or native (moecc's op library beside the model).
+    """
+    if opset not in OPSETS:
+        raise MoeccError(f"opset {opset} isn't one of {', '.join(map(str, OPSETS))}")
+    if out.exists():
+        raise MoeccError(f"{out} exists; give another folder or remove it")
+    found = skeleton(folder, DTYPES[dtype])
+    store = CheckpointStore(folder, found.model)
+    store.check()
+    free_space(out.parent, store.nbytes)
+    say(f"tracing {folder}")
+    cached = capture_cached(found)
+    model = translate(cached, opset, store)
+    Weights(model, store).fill()
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        say("writing")
+        ir.save(model, partial / MODEL, external_data=DATA, alignment=4096)
+        onnx.checker.check_model(str(partial / MODEL))
+        copy_small_files(folder, partial)
+        library = None
+        if profile == "native":
+            from moecc.backends.onnx import build
+
+            library = shutil.copyfile(build.library(), partial / "libmoecc_ops.so")
+        (partial / genai.FILE).write_text(json.dumps(genai.config(found, cached, folder, library), indent=1) + "\n")
+        record = _compare(folder, partial, text_config(found.config).vocab_size, dtype, library)
+        record |= {
+            "moecc": __version__, "source": store.digest(), "opset": opset, "profile": profile, "dtype": dtype,
+            "bytes": sum((partial / f).stat().st_size for f in (MODEL, DATA)),
+        }  # fmt: skip
+        (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return {"out": str(out), **record}
+
+
+def summary(record: dict[str, Any]) -> str:
+    return f"{record['out']}: {size(record['bytes'])}, logits differ by {record['difference']:.1e} of the largest"
+
+
+def _compare(folder: Path, partial: Path, vocabulary: int, dtype: str, library: Path | None) -> dict[str, Any]:
+    """How far the file's logits are from the artifact's. MoeccError where that is more than rounding."""
+    rows, tokens = _TOKENS
+    ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    want = run_program(trace(folder, dtype=torch.float32), [ids])[0].float()
+    session = run.Session(partial / MODEL, library=library)
+    got = session.logits(ids, [tokens - tokens // 3, *[1] * (tokens // 3)])
+    difference = float((got - want).abs().max() / want.abs().max().clamp(min=1e-12))
+    if not difference <= TOLERANCE[dtype]:
+        raise MoeccError(
+            f"{folder.name}: logits of the ONNX file differ by {difference:.2g} of the largest; nothing was kept"
+        )
+    return {"difference": difference, "runtime": run.version()}

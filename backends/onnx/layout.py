@@ -1,0 +1,43 @@
+"""The order in which codes lie in an ONNX file: the one the kernels read, so that the file stays memory-mapped.
+
+64 columns of 64 rows are one block. Kp and Np are columns K and rows N rounded up to 64, v the weights per code, S = 64/v:
+
+  codes  u8 [E, N, K'/v]  -> u8 [E, Kp/64, Np/64, S, 64]    one byte a row, then the next group of v columns
+  signs  u8 [E, N, K'/8]  -> u8 [E, Kp/64, Np/64, 64, 8]    one bit a row (row i is bit i % 8 of byte i / 8), then the next column
+
+Stored (`moecc.vq4`) on the left, K' = K rounded up to 8. Padding is zero; columns beyond K meet inputs of zero, rows beyond N are
+cut off.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moecc import vq4
+
+BLOCK = 64
+
+
+def blocks(n: int) -> int:
+    return -(-n // BLOCK)
+
+
+def blocked_codes(codes: Tensor, v: int) -> Tensor:
+    """u8 [E, N, G] -> [E, Kp/64, Np/64, 64/v, 64]."""
+    return _blocked(codes, BLOCK // v)
+
+
+def blocked_signs(signs: Tensor) -> Tensor:
+    """u8 [E, N, K'/8] -> [E, Kp/64, Np/64, 64, 8]."""
+    bits = _blocked(vq4.unpack_signs(signs).to(torch.uint8), BLOCK)
+    return vq4.pack_signs(bits.bool())
+
+
+def _blocked(x: Tensor, columns: int) -> Tensor:
+    """[E, N, G] -> [E, G/columns, N/64, columns, 64], zero-padded to whole blocks."""
+    experts, rows, groups = x.shape
+    across = -(-groups // columns)
+    padded = x.new_zeros(experts, blocks(rows) * BLOCK, across * columns)
+    padded[:, :rows, :groups] = x
+    return padded.view(experts, blocks(rows), BLOCK, across, columns).permute(0, 3, 1, 4, 2).contiguous()
