@@ -7,8 +7,8 @@ A runtime without moecc's op library runs these. There are two forms, chosen by 
   many routes   a loop over the experts that were chosen: decode one, multiply it with its tokens. At 3 bit a code does not tell its
                 signs, so this form serves all sizes there
 
-One function serves all layers of a model. What some layers have and others lack is stored empty there and asked for at run time;
-runtimes fold that away when they load. The decoding depends on what is routed, so that no runtime folds it into dense weights.
+One function serves all layers of a model. What some layers have and others lack is stored empty there: no rows, which zeros stand in
+for. The decoding depends on what is routed, so that no runtime folds it into dense weights.
 
 Shapes as in `moecc.ops`; codes and signs in the order of `layout`; scales, biases and bases float32.
 """
@@ -24,6 +24,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from moecc import vq4
+from moecc.backends.onnx.layout import BLOCK
 
 DOMAIN, VERSION = "moecc", 1
 FEW_ROUTES = 64  # lookup tables are faster up to here: they take 8 K N / v bytes a route
@@ -92,7 +93,7 @@ class Ops:
         if all(isinstance(s, int) for s in sizes):
             return self.Reshape(x, self.ints(*sizes))  # type: ignore[arg-type]
         parts = [self.ints(s) if isinstance(s, int) else s for s in sizes]
-        return self.Reshape(x, self.Concat(*parts, axis=0))
+        return self.Reshape(x, self.Concat(*parts, axis=0), allowzero=1)
 
     def transposed(self, x: ir.Value) -> ir.Value:
         return self.Transpose(x, perm=[1, 0])
@@ -172,7 +173,7 @@ class _Layer:
         token = op.Div(op.Range(op.number(0), op.Size(self.index), op.number(1)), k)  # [P]
         rows = self._looked_up(op, "gate_up", op.Gather(self.x, token), routes)
         rows = self._plus_shared(op, "gate_up", rows, self.x, routes, token)
-        hidden = _gate(op, rows, self.structure.attributes)
+        hidden = gate(op, rows, self.structure.attributes)
         y = self._looked_up(op, "down", hidden, routes)
         weight = op.shaped(self.weight, -1, 1)
         if self.structure.has("post_norm"):
@@ -214,19 +215,19 @@ class _Layer:
     ) -> ir.Value:
         """y [P, N] plus what the experts share applied to each route: x [T, K], by `token`, or [P, K]."""
 
-        def spread(op: Ops, rows: ir.Value) -> ir.Value:
+        def spread(rows: ir.Value) -> ir.Value:
             return rows if token is None else op.Gather(rows, token)
 
         basis, coef, coef_scale = (self.get(f"{part}_{n}") for n in ("basis", "coef", "coef_scale"))
         if basis is not None and coef is not None and coef_scale is not None:
             own, own_scale = op.Cast(op.Gather(coef, routes), to=_FLOAT), op.Gather(coef_scale, routes)
             if part == "gate_up":  # coef [P, N, r]
-                low = op.Unsqueeze(spread(op, op.MatMul(x, op.transposed(basis))), op.ints(2))
+                low = op.Unsqueeze(spread(op.MatMul(x, op.transposed(basis))), op.ints(2))
                 y = op.Add(y, op.Mul(op.Squeeze(op.MatMul(own, low), op.ints(2)), own_scale))
             else:  # coef [P, r, F]
                 low = op.Mul(op.Squeeze(op.MatMul(own, op.Unsqueeze(x, op.ints(2))), op.ints(2)), own_scale)
                 y = op.Add(y, op.MatMul(low, basis))
-        return self._plus_mean(op, part, y, lambda op: spread(op, self._mean_few(op, part, x)))
+        return self._plus_mean(op, part, y, lambda: spread(self._mean_few(op, part, x)))
 
     def _plus_shared_down(self, op: Ops, y: ir.Value, hidden: ir.Value, routes: ir.Value) -> ir.Value:
         """y [T, D] plus what the experts share applied once a token; hidden [P, F] is weighted by the routes."""
@@ -236,16 +237,21 @@ class _Layer:
             low = op.Squeeze(op.MatMul(own, op.Unsqueeze(hidden, op.ints(2))), op.ints(2))
             low = self._per_token(op, op.Mul(low, op.Gather(coef_scale, routes)))
             y = op.Add(y, op.MatMul(low, basis))
-        return self._plus_mean(op, "down", y, lambda op: self._mean_few(op, "down", self._per_token(op, hidden)))
+        return self._plus_mean(op, "down", y, lambda: self._mean_few(op, "down", self._per_token(op, hidden)))
 
-    def _plus_mean(self, op: Ops, part: str, y: ir.Value, mean: Callable[[Ops], ir.Value]) -> ir.Value:
-        name = f"{part}_{vq4.MEAN}codes"
-        if not self.structure.has(name):
-            return y
+    def _plus_mean(self, op: Ops, part: str, y: ir.Value, mean: Callable[[], ir.Value]) -> ir.Value:
+        return op.Add(y, self._whole(op, f"{part}_{vq4.MEAN}codes", mean(), y)) if self._has_mean(part) else y
+
+    def _has_mean(self, part: str) -> bool:
+        return self.structure.has(f"{part}_{vq4.MEAN}codes")
+
+    def _whole(self, op: Ops, name: str, x: ir.Value, like: ir.Value, axis: int = 1) -> ir.Value:
+        """x [n, N], which is empty along an axis where a layer has no operand `name`: then zeros, as many as `like` has."""
         if self.structure.present[name].all:
-            return op.Add(y, mean(op))
-        there = op.Greater(op.Size(self.inputs[name]), op.number(0))
-        return op.choose(there, lambda op: op.Add(y, mean(op)), lambda op: op.Identity(y))
+            return x
+        extra = op.Sub(op.size(like, axis), op.size(x, axis))
+        rest = op.ints(0)
+        return op.Pad(x, op.Concat(op.ints(0, 0), *((rest, extra) if axis else (extra, rest)), axis=0))
 
     def _mean_few(self, op: Ops, part: str, x: ir.Value) -> ir.Value:
         if self.structure.has(f"{part}_{vq4.MEAN}signs"):
@@ -274,7 +280,7 @@ class _Layer:
             basis = self.inputs["down_basis"]
             y = op.Add(y, op.MatMul(sums["low"], basis))
         if "hidden" in sums:
-            y = self._plus_mean(op, "down", y, lambda op: self._mean_many(op, "down", sums["hidden"]))
+            y = self._plus_mean(op, "down", y, lambda: self._mean_many(op, "down", sums["hidden"]))
         return y
 
     def _sum_names(self) -> list[str]:
@@ -300,10 +306,8 @@ class _Layer:
         """Of gate_up's shared part what is the same for all experts: basis x [T, r]."""
         basis = self.get("gate_up_basis")
         found = {} if basis is None else {"low": op.MatMul(self.x, op.transposed(basis))}
-        if self.structure.has(f"gate_up_{vq4.MEAN}codes"):
-            rows = op.size(self.inputs["gate_up_scale"], 1)
-            nothing = op.Expand(op.number(0.0), op.Concat(op.size(self.x, 0), rows, axis=0))
-            found["mean"] = self._plus_mean(op, "gate_up", nothing, lambda op: self._mean_many(op, "gate_up", self.x))
+        if self._has_mean("gate_up"):
+            found["mean"] = self._mean_many(op, "gate_up", self.x)
         return found
 
     def _one(
@@ -319,15 +323,15 @@ class _Layer:
             coef = op.Cast(op.Gather(self.inputs["gate_up_coef"], expert), to=_FLOAT)
             low = op.MatMul(op.Gather(shared_in["low"], tokens), op.transposed(coef))
             rows = op.Add(rows, op.Mul(low, op.Gather(self.inputs["gate_up_coef_scale"], expert)))
-        if "mean" in shared_in:
-            rows = op.Add(rows, op.Gather(shared_in["mean"], tokens))
-        hidden = _gate(op, rows, self.structure.attributes)
+        if self._has_mean("gate_up"):
+            rows = self._plus_mean(op, "gate_up", rows, lambda: op.Gather(shared_in["mean"], tokens))
+        hidden = gate(op, rows, self.structure.attributes)
         y = self._projected(op, "down", hidden, expert)
         low_out = self._low_out(op, hidden, expert)
         if self.structure.has("post_norm"):
             if low_out is not None:
                 y = op.Add(y, op.MatMul(low_out, self.inputs["down_basis"]))
-            y = self._plus_mean(op, "down", y, lambda op: self._mean_many(op, "down", hidden))
+            y = self._plus_mean(op, "down", y, lambda: self._mean_many(op, "down", hidden))
             y = self._post_norm(op, y)
         parts = {"low": low_out, "hidden": hidden}
         added = [y, *(parts[n] for n in self._sum_names())]
@@ -360,19 +364,13 @@ class _Layer:
         v = op.size(codebook, 2)
         groups = op.Mul(op.size(codes, 1), op.size(codes, 3))
         rows_first = op.Transpose(op.Gather(codes, expert), perm=[1, 3, 0, 2])  # [Np / 64, 64, Kp / 64, S]
-        picked = op.Cast(op.shaped(rows_first, -1, groups), to=_INT32)
+        rows = op.Mul(op.size(codes, 2), op.size(codes, 4))  # Np; not -1, for a mean may be empty
+        picked = op.Cast(op.shaped(rows_first, rows, groups), to=_INT32)
         entries = op.Cast(self._codebook_of(op, codebook, expert), to=_FLOAT)  # [256, v]
-        weight = op.shaped(op.Gather(entries, picked), -1, op.Mul(groups, v))  # [Np, Kp]
+        weight = op.shaped(op.Gather(entries, picked), rows, op.Mul(groups, v))  # [Np, Kp]
         name = f"{part}_signs"
         if self.structure.has(name):
-            if self.structure.present[name].all:
-                weight = self._signed(op, weight, name, expert)
-            else:
-                there = op.Greater(op.Size(self.inputs[name]), op.number(0))
-                unsigned = weight
-                weight = op.choose(
-                    there, lambda op: self._signed(op, unsigned, name, expert), lambda op: op.Identity(unsigned)
-                )
+            weight = self._signed(op, weight, name, expert)
         weight = _cut(op, weight, op.size(self.inputs[f"{part}_scale"], 1), axis=0)
         return _cut(op, weight, self._columns(op, part), axis=1)
 
@@ -385,8 +383,9 @@ class _Layer:
         eight = op.Cast(op.ints(*range(8)), to=2)
         bits = op.BitwiseAnd(op.BitShift(own, eight, direction="RIGHT"), op.Cast(op.ints(1), to=2))
         rows_first = op.Transpose(bits, perm=[1, 3, 4, 0, 2])  # [Np / 64, 8, 8, Kp / 64, 64]
-        negative = op.Cast(op.Reshape(rows_first, op.Shape(weight)), to=9)
-        return op.Where(negative, op.Sub(op.number(-1.0), weight), weight)
+        rows = op.Mul(op.size(own, 1), op.ints(BLOCK))
+        bits = self._whole(op, name, op.shaped(rows_first, rows, op.size(weight, 1)), weight, axis=0)
+        return op.Where(op.Cast(bits, to=9), op.Sub(op.number(-1.0), weight), weight)
 
     def _mean_many(self, op: Ops, part: str, x: ir.Value) -> ir.Value:
         """x [n, K] through the mean, decoded: [n, N]. Its number, 0, comes from run time: a constant would be folded."""
@@ -415,7 +414,7 @@ def _cut(op: Ops, x: ir.Value, count: ir.Value, *, axis: int) -> ir.Value:
 # ---- gates
 
 
-def _gate(op: Ops, rows: ir.Value, attributes: dict[str, Any]) -> ir.Value:
+def gate(op: Ops, rows: ir.Value, attributes: dict[str, Any]) -> ir.Value:
     """`moecc.gates.apply_gate` in float32."""
     act, gate = ACTIVATIONS[attributes["act"]], attributes["gate"]
     if gate == "none":

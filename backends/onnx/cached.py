@@ -113,7 +113,27 @@ def capture_cached(found: Skeleton) -> Cached:
             dynamic_shapes=(row, row, row, [(grown, grown)] * len(cache)), strict=False,
         )  # fmt: skip
     simplify(program)
+    _unsqueeze_as_pairs(program)
     return Cached(program, cache)
+
+
+def _unsqueeze_as_pairs(program: ExportedProgram) -> None:
+    """Unsqueeze complex values (rotary embeddings of llama4, deepseek_v2) as pairs: PyTorch's exporter has no other way."""
+    aten, graph = torch.ops.aten, program.graph
+    for node in graph.find_nodes(op="call_function", target=aten.unsqueeze.default):
+        value, dim = node.args
+        if not value.meta["val"].is_complex():
+            continue
+        with graph.inserting_before(node):
+            pairs = graph.call_function(aten.view_as_real.default, (value,))
+            longer = graph.call_function(aten.unsqueeze.default, (pairs, dim if dim >= 0 else dim - 1))
+            again = graph.call_function(aten.view_as_complex.default, (longer,))
+        pairs.meta["val"] = aten.view_as_real.default(value.meta["val"])
+        longer.meta["val"] = aten.unsqueeze.default(pairs.meta["val"], longer.args[1])
+        again.meta = dict(node.meta)
+        node.replace_all_uses_with(again)
+        graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def _require_plain_cache(found: Skeleton) -> None:

@@ -111,24 +111,22 @@ class Weights:
                     node.replace_input_with(index, self._empty(node, name, with_it.inputs[index]))  # type: ignore[arg-type]
 
     def _empty(self, node: ir.Node, name: str, like: ir.Value) -> ir.Value:
-        """Nothing, in the rank and dtype of `like`; scales and biases of it are zeros, for they are added or multiplied."""
+        """An operand that adds nothing, in the rank and dtype of `like`: no rows of a basis, a mean or signs; biases of zero."""
         given = dict(zip(bodies.coded_inputs(), node.inputs, strict=False))
         part = "down" if name.startswith("down") else "gate_up"
         scale, shape = given[f"{part}_scale"], list(_numbers(like))
         assert scale is not None
-        experts, rows = _numbers(scale)
-        kind = name.removeprefix(f"{part}_")
-        if kind == "bias" or (name == "gate_up_coef_scale"):
-            shape = [experts, rows]
-        elif kind.endswith(("codes", "signs")):
-            shape[1] = shape[2] = 0
+        kind, experts_rows = name.removeprefix(f"{part}_"), list(_numbers(scale))
+        if kind.endswith(("codes", "signs")):
+            shape[2] = 0
+        elif kind == f"{vq4.MEAN}scale" or (part, kind) == ("down", "coef_scale"):
+            shape[1] = 0
         elif kind == "basis":
             shape[0] = 0
         elif kind == "coef":
-            shape[: 2 if part == "gate_up" else 1] = [experts, rows] if part == "gate_up" else [experts]
             shape[2 if part == "gate_up" else 1] = 0
-        elif kind == "coef_scale":
-            shape = [experts, 0]
+        else:
+            assert shape == experts_rows or kind == f"{vq4.MEAN}codebook"
         value = ir.Value(name=f"{scale.name}.no_{kind}", shape=ir.Shape(shape), type=ir.TensorType(like.dtype))  # type: ignore[arg-type]
         value.const_value = ir.tensor(torch.zeros(shape, dtype=self._torch_dtype(like)).numpy(), name=value.name)
         self.model.graph.register_initializer(value)

@@ -1,0 +1,402 @@
+"""`moecc export --to onnx`: function bodies against the ops' reference, whole models against transformers, errors.
+
+The op library has tests of its own (test_native.py). A sample of the families by default, all with MOECC_ALL_FAMILIES=1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from families import FAMILIES
+from onnx import TensorProto, helper, numpy_helper
+from test_compile import PROMPT, Run, checkpoint, generated, load
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from moecc import compiler, gates, ops, vq4
+from moecc.backends.onnx import bodies, export, layout, run, translate, weights
+from moecc.errors import MoeccError
+
+torch.set_num_threads(1)
+ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"
+ATTRIBUTES = {"act": "silu", "gate": "glu", "alpha": 1.7, "limit": 2.0, "eps": 1e-5}
+E, D, F, K = 6, 80, 40, 2  # no multiples of 64
+
+
+# ---------------------------------------------------------------- stored tensors of a layer
+
+
+def coded(experts: int, rows: int, columns: int, bits: int, *, shared: bool) -> dict[str, Tensor]:
+    v, padded = vq4.group_size(bits), vq4.padded(columns)
+    made = {
+        "codes": torch.randint(0, 256, (experts, rows, padded // v), dtype=torch.uint8),
+        "codebook": torch.randint(0 if bits == 3 else -127, 128, (1 if shared else experts, 256, v), dtype=torch.int8),
+        "scale": (torch.rand(experts, rows) + 0.5) / columns**0.5 / 60,
+    }
+    if bits == 3:
+        made["signs"] = torch.randint(0, 256, (experts, rows, padded // 8), dtype=torch.uint8)
+    return made
+
+
+def projection(
+    part: str, bits: int, *, gate: str = "glu", shared: bool = False, bias: bool = False, rank: int = 0, mean: int = 0
+) -> dict[str, Tensor]:
+    """The stored tensors of gate_up or down with random numbers."""
+    up = part == "gate_up"
+    rows, columns = (F * gates.rows_per_unit(gate), D) if up else (D, F)
+    made = coded(E, rows, columns, bits, shared=shared)
+    if bias:
+        made["bias"] = torch.randn(E, rows)
+    if rank:
+        made["basis"] = torch.randn(rank, D) / D**0.5
+        made["coef"] = torch.randint(-127, 128, (E, rows, rank) if up else (E, rank, columns), dtype=torch.int8)
+        made["coef_scale"] = torch.rand(E, rows if up else rank) / 100
+    if mean:
+        made |= {vq4.MEAN + k: t for k, t in coded(1, rows, columns, mean, shared=True).items()}
+    return made
+
+
+def blocked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In the order of an ONNX file."""
+    made = dict(tensors)
+    for prefix in ("", vq4.MEAN):
+        if f"{prefix}codes" in made:
+            made[f"{prefix}codes"] = layout.blocked_codes(made[f"{prefix}codes"], made[f"{prefix}codebook"].shape[2])
+        if f"{prefix}signs" in made:
+            made[f"{prefix}signs"] = layout.blocked_signs(made[f"{prefix}signs"])
+    return made
+
+
+Operands = dict[str, Tensor]  # by `bodies.coded_inputs()`
+
+
+def operands(gate_up: dict[str, Tensor], down: dict[str, Tensor], post_norm: Tensor | None = None) -> Operands:
+    made = {f"{p}_{k}": t for p, part in (("gate_up", gate_up), ("down", down)) for k, t in part.items()}
+    return made if post_norm is None else made | {"post_norm": post_norm}
+
+
+def structure(layers: list[Operands], attributes: dict[str, Any]) -> bodies.Structure:
+    names = {n for layer in layers for n in layer}
+    return bodies.Structure(attributes, {n: bodies.Presence(True, all(n in x for x in layers)) for n in names})
+
+
+def session(stored: Operands, function: ir.Function, attributes: dict[str, Any], opset: int) -> Any:
+    """ONNX Runtime on one VQExperts node, whose function is in the file."""
+    inputs = [n if n in bodies.ROUTED or n in stored else "" for n in bodies.coded_inputs()]
+    given = [
+        ("x", TensorProto.FLOAT, ["T", D]),
+        ("topk_index", TensorProto.INT64, ["T", K]),
+        ("topk_weight", TensorProto.FLOAT, ["T", K]),
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("VQExperts", inputs, ["y"], domain="moecc", **attributes)], "one",
+        [helper.make_tensor_value_info(*g) for g in given], [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["T", D])],
+        [numpy_helper.from_array(t.numpy(), n) for n, t in stored.items()],
+    )  # fmt: skip
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("moecc", 1)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=translate.OPSETS[opset])
+    model.functions.append(ir.serde.serialize_function(function))
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+
+
+def reference(x: Tensor, index: Tensor, weight: Tensor, stored: Operands, attributes: dict[str, Any]) -> Tensor:
+    parts = [
+        [*(stored.get(f"{p}_{t}") for t in vq4.TENSORS), None, None] for p in ("gate_up", "down")
+    ]  # slope and offset are folded
+    return ops.vq_experts_reference(x, index, weight, *parts[0], *parts[1], stored.get("post_norm"), **attributes)
+
+
+def assert_same(ort: Any, stored: Operands, attributes: dict[str, Any], tokens: int) -> None:
+    x, weight = torch.randn(tokens, D), torch.randn(tokens, K)
+    index = torch.randint(0, E - 1, (tokens, K))  # the last expert is chosen by nobody
+    want = reference(x, index, weight, stored, attributes)
+    got = ort.run(None, {"x": x.numpy(), "topk_index": index.numpy(), "topk_weight": weight.numpy()})[0]
+    assert got.shape == tuple(want.shape)
+    assert float(np.linalg.norm(got - want.numpy())) <= 1e-5 * float(want.norm()) + 1e-12
+
+
+# ---------------------------------------------------------------- bodies
+
+CASES = {
+    "2 bit": (dict(bits=2), dict(bits=2), False, {}),
+    "2 and 4 bit, biases, basis and mean": (
+        dict(bits=2, bias=True, rank=3, mean=2), dict(bits=4, shared=True, bias=True, rank=5, mean=4), False, {"gate": "oai"},
+    ),
+    "norm behind each expert": (
+        dict(bits=2, mean=3), dict(bits=2, rank=4, mean=2, bias=True), True, {"gate": "clamp", "act": "gelu"},
+    ),
+    "3 bit": (dict(bits=3, shared=True), dict(bits=3), False, {}),
+    "3 bit, basis and mean": (dict(bits=3, rank=2, mean=4), dict(bits=3, rank=2, mean=3, bias=True), True, {"gate": "softcap"}),
+    "3 bit below": (dict(bits=4), dict(bits=3, mean=4), False, {"gate": "clamp_after", "act": "gelu_tanh"}),
+    "no gate": (dict(bits=2, gate="none", rank=2), dict(bits=2, mean=2), False, {"gate": "none", "act": "relu2"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", sorted(translate.OPSETS))
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_body_equals_the_reference(case: str, opset: int) -> None:
+    gate_up, down, normed, more = CASES[case]
+    stored = operands(
+        projection("gate_up", **gate_up), projection("down", **down), torch.rand(D) + 0.5 if normed else None
+    )  # type: ignore[arg-type]
+    attributes = ATTRIBUTES | more
+    function = bodies.vq_experts_function(structure([stored], attributes), opset)
+    ort = session(blocked_operands(stored), function, attributes, opset)
+    for tokens in (1, 2, bodies.FEW_ROUTES // K, bodies.FEW_ROUTES // K + 1, 0):
+        assert_same(ort, stored, attributes, tokens)
+
+
+def blocked_operands(stored: Operands) -> Operands:
+    made = {}
+    for part in ("gate_up", "down"):
+        own = {n.removeprefix(f"{part}_"): t for n, t in stored.items() if n.startswith(f"{part}_")}
+        made |= {f"{part}_{n}": t for n, t in blocked(own).items()}
+    return made | {n: t for n, t in stored.items() if n == "post_norm"}
+
+
+@pytest.mark.parametrize("act", sorted(gates.ACTIVATIONS))
+@pytest.mark.parametrize("gate", ["none", *sorted(gates.GATES)])
+def test_every_gate_is_what_it_is_in_torch(gate: str, act: str) -> None:
+    """By the operators of the body alone: x -> gate."""
+    attributes = ATTRIBUTES | {"act": act, "gate": gate}
+    op, rows = bodies.Ops(), ir.Value(name="rows", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([5, 8]))
+    y = bodies.gate(op, rows, attributes)
+    y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([5, 8 // gates.rows_per_unit(gate)])
+    graph = ir.Graph([rows], [y], nodes=op.tape.nodes, opset_imports={"": 21}, name="gate")
+    model = ir.serde.serialize_model(ir.Model(graph, ir_version=10))
+    x = torch.randn(5, 8) * 2
+    got = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"rows": x.numpy()})[0]
+    want = gates.apply_gate(x, act, gate, attributes["alpha"], attributes["limit"])
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-5, atol=1e-6)
+
+
+def test_codes_lie_in_blocks_of_rows() -> None:
+    codes = torch.randint(0, 256, (2, 70, 20), dtype=torch.uint8)  # 80 columns: two blocks
+    made = layout.blocked_codes(codes, 4)
+    assert made.shape == (2, 2, 2, 16, 64)
+    for e, n, g in ((0, 0, 0), (1, 69, 19), (0, 64, 16), (1, 63, 15)):
+        assert made[e, g // 16, n // 64, g % 16, n % 64] == codes[e, n, g]
+    assert int(made.int().sum()) == int(codes.int().sum())
+    signs = torch.randint(0, 256, (2, 70, 10), dtype=torch.uint8)
+    bits, packed = vq4.unpack_signs(signs), layout.blocked_signs(signs)
+    assert packed.shape == (2, 2, 2, 64, 8)
+    for e, n, k in ((0, 0, 0), (1, 69, 79), (0, 64, 64), (1, 63, 63)):
+        assert bool(packed[e, k // 64, n // 64, k % 64, n % 64 // 8] >> (n % 8) & 1) == bool(bits[e, n, k])
+
+
+# ---------------------------------------------------------------- whole models
+
+# softmax with a shared expert; sigmoid, bias and groups; biases, transposed, interleaved; sigmoid on scaled inputs and complex
+# rotations; all experts' rows in one matrix; a norm behind each expert; experts in attention
+SAMPLE = ("qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "muse_spark_text", "jetmoe")
+NUMBERS = count()
+
+
+def compiled(folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bits: float = 2) -> Path:
+    """A small artifact of a family."""
+    source = checkpoint(folder / "model", family)
+    compiler.compile_model(
+        str(source), passes, folder / "art", bits=bits, calib=None, rows=8, length=32, backend="reference"
+    )
+    return folder / "art"
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("family", [f for f in sorted(FAMILIES if ALL else SAMPLE) if f in FAMILIES])
+def test_a_family_is_exported(family: str, tmp_path: Path) -> None:
+    art = compiled(tmp_path, family)
+    made = export.export(art, tmp_path / "onnx", opset=23 if next(NUMBERS) % 2 else 21)
+    assert made["difference"] <= 1e-4
+    if type(AutoConfig.from_pretrained(art)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    ort = run.Session(tmp_path / "onnx" / "model.onnx")
+    ids, cache = PROMPT.numpy(), ort.start(1)
+    want = generated(load(art), PROMPT, 6).tolist()
+    tokens = ids
+    for _ in range(6):
+        logits, cache = ort.step(tokens, cache)
+        tokens = logits[:, -1:].argmax(-1)
+        ids = np.concatenate([ids, tokens], 1)
+    assert ids.tolist() == want
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("qwen"), "qwen2_moe")
+
+
+def changed(art: Path, out: Path, change: Any) -> Path:
+    """A copy of an artifact whose tensors `change(path of experts, tensors by name)` has altered, and its config with them."""
+    from safetensors.torch import load_file, save_file
+
+    out.mkdir()
+    for file in art.iterdir():
+        if file.is_file():
+            (out / file.name).write_bytes(file.read_bytes())
+    tensors, config = load_file(art / "model.safetensors"), json.loads((art / "config.json").read_text())
+    for path, entry in config["quantization_config"]["experts"].items():
+        change(path, tensors)
+        for part in ("gate_up", "down"):
+            entry[part] = {
+                n: [list(tensors[f"{path}.{part}.{n}"].shape), str(tensors[f"{path}.{part}.{n}"].dtype).removeprefix("torch.")]
+                for n in vq4.TENSORS if f"{path}.{part}.{n}" in tensors
+            }  # fmt: skip
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_what_some_layers_lack_is_stored_empty(qwen: Path, tmp_path: Path) -> None:
+    """Layer 0 keeps basis, mean and biases; layer 1 has none of them, and 4 bits where the other has 2."""
+
+    def strip(path: str, tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if n.startswith(path) and ".1." in path]:
+            kind = name.rpartition(".")[2]
+            if kind in (*vq4.SHARED, "bias"):
+                del tensors[name]
+            elif kind == "codes":
+                tensors[name] = tensors[name].repeat_interleave(2, -1)
+            elif kind == "codebook":
+                tensors[name] = tensors[name][..., :2].contiguous()
+
+    art = changed(qwen, tmp_path / "art", strip)
+    assert export.export(art, tmp_path / "onnx")["difference"] <= 1e-4
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    node = [n for n in model.graph.node if n.op_type == "VQExperts"][1]
+    sizes = {i.name: list(i.dims) for i in model.graph.initializer}
+    names = dict(zip(bodies.coded_inputs(), node.input, strict=False))
+    assert sizes[names["gate_up_basis"]][0] == 0 and sizes[names["down_mean_codes"]][2] == 0
+    assert len([f for f in model.functions if f.domain == "moecc"]) == 1
+
+
+def test_three_bits_below_some_layers(tmp_path: Path) -> None:
+    """A budget may give layers different bits: then the function asks whether there are signs."""
+    source = checkpoint(tmp_path / "model", "mixtral")
+    compiler.compile_model(str(source), "vq", tmp_path / "two", bits=2, calib=None, rows=8, length=32)
+    compiler.compile_model(str(source), "vq", tmp_path / "three", bits=3, calib=None, rows=8, length=32)
+    from safetensors.torch import load_file
+
+    three = load_file(tmp_path / "three" / "model.safetensors")
+
+    def mix(path: str, tensors: dict[str, Tensor]) -> None:
+        if ".1." in path:
+            tensors.update({n: t for n, t in three.items() if n.startswith(f"{path}.gate_up.")})
+
+    art = changed(tmp_path / "two", tmp_path / "art", mix)
+    assert export.export(art, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
+
+
+def test_float16(qwen: Path, tmp_path: Path) -> None:
+    made = export.export(qwen, tmp_path / "onnx", dtype="float16")
+    assert 1e-6 < made["difference"] <= export.TOLERANCE["float16"]
+
+
+def test_experts_that_are_left_dense(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "model", "gpt_oss")
+    assert export.export(source, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_linears_become_matmulnbits(bits: int, tmp_path: Path) -> None:
+    art = compiled(tmp_path, "qwen2_moe", f"vq{{bits=2}},dense{{bits={bits},group=16}}")
+    made = export.export(art, tmp_path / "onnx")
+    assert made["difference"] <= export.TOLERANCE["int8 activations"]
+    exact = exact_copy(tmp_path / "onnx" / "model.onnx")
+    ids = torch.randint(0, 60, (2, 9))
+    with torch.no_grad():
+        want = load(art)(input_ids=ids).logits
+    got = run.Session(exact).logits(ids, [9])
+    assert float((got - want).abs().max() / want.abs().max()) <= 1e-4
+
+
+def exact_copy(path: Path) -> Path:
+    """The same model with float32 activations in MatMulNBits."""
+    model = onnx.load(path, load_external_data=False)
+    nodes = [n for n in model.graph.node if n.op_type == "MatMulNBits"]
+    assert nodes
+    for node in nodes:
+        next(a for a in node.attribute if a.name == "accuracy_level").i = 0
+    onnx.save(model, path.with_name("exact.onnx"))
+    return path.with_name("exact.onnx")
+
+
+def test_the_file_says_nothing_of_where_it_was_made(qwen: Path, tmp_path: Path) -> None:
+    export.export(qwen, tmp_path / "onnx")
+    content = (tmp_path / "onnx" / "model.onnx").read_bytes()
+    assert b"site-packages" not in content and str(tmp_path).encode() not in content
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    named = {d.dim_param for v in (*model.graph.input, *model.graph.output) for d in v.type.tensor_type.shape.dim}
+    assert named == {"", "batch", "sequence", "past", "total"}
+
+
+def test_codes_are_stored_once(qwen: Path, tmp_path: Path) -> None:
+    export.export(qwen, tmp_path / "onnx")
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    held = sum(int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type == TensorProto.UINT8)
+    codes = sum(
+        int(np.prod(spec[0])) for entry in json.loads((qwen / "config.json").read_text())["quantization_config"]["experts"].values()
+        for part in ("gate_up", "down") for name, spec in entry[part].items() if name.endswith(("codes", "signs"))
+    )  # fmt: skip
+    assert codes <= held <= 16 * codes  # small matrices are padded to blocks of 64 x 64
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def test_the_command_writes_a_folder_and_says_how_it_compares(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made", "--opset", "21", "--json")
+    assert got.code == 0, got.err
+    names = {f.name for f in (tmp_path / "made").iterdir()}
+    assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", export.RECORD} <= names
+    assert got.json["opset"] == 21 and got.json["difference"] <= 1e-4
+    settings = json.loads((tmp_path / "made" / "genai_config.json").read_text())["model"]
+    assert settings["decoder"]["num_hidden_layers"] == 2 and settings["vocab_size"] == 64
+    again = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made")
+    assert again.code == 2 and "exists" in again.err and again.err.count("\n") == 1
+
+
+def test_compile_can_export_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = checkpoint(tmp_path / "model", "mixtral")
+    got = Run(
+        capsys, "compile", model, "--passes", "vq", "--backend", "onnx", "-o", tmp_path / "out", "--rows", "8",
+        "--length", "32", "--json",
+    )  # fmt: skip
+    assert got.code == 0, got.err
+    assert got.json["backend"]["difference"] <= 1e-4 and (tmp_path / "out" / "onnx" / "model.onnx").exists()
+
+
+def test_a_file_that_is_wrong_is_not_kept(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "blocked_codes", lambda codes, v: layout.blocked_codes(codes ^ 1, v))
+    with pytest.raises(MoeccError, match=r"differ by .* of the largest; nothing was kept"):
+        export.export(qwen, tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_with_a_state_of_their_own_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = checkpoint(tmp_path / "model", "nemotron_h")
+    got = Run(capsys, "export", model, "--to", "onnx", "-o", tmp_path / "onnx")
+    assert got.code == 2 and "keep a state of their own" in got.err and not (tmp_path / "onnx").exists()
+
+
+def test_a_missing_package_is_named(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    got = Run(capsys, "export", qwen, "--to", "onnx")
+    assert got.code == 2 and "pip install 'moecc[onnx]'" in got.err
