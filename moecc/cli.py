@@ -241,6 +241,29 @@ def _export(options: argparse.Namespace) -> Outcome:
     return 0, found, summary(found)
 
 
+def _bench(options: argparse.Namespace) -> Outcome:
+    from moecc.backends import onnx
+
+    onnx.require()
+    from moecc.backends.onnx.bench import bench, table
+
+    rows = bench(
+        Path(options.model),
+        threads=options.threads,
+        prompt=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        say=_say,
+    )
+    return 0, {"model": options.model, "rows": rows}, table(rows)
+
+
+def _build_ops(options: argparse.Namespace) -> Outcome:
+    from moecc.backends.onnx.build import library
+
+    path = library()
+    return 0, {"library": str(path)}, str(path)
+
+
 def _diff(options: argparse.Namespace) -> Outcome:
     from moecc.diff import diff, table
 
@@ -312,6 +335,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(_command(commands, "eval", _eval, "perplexity, KL, experts chosen and output error", tokenizer=True))
     _add_generate(_command(commands, "generate", _generate, "continue a prompt", tokenizer=True))
     _add_export(_command(commands, "export", _export, "an artifact as a folder for another runtime"))
+    _add_bench(_command(commands, "bench", _bench, "tokens per second and memory of an exported model"))
+    _command(commands, "build-ops", _build_ops, "compile the op library for ONNX Runtime ahead of its first use")
     passes = _command(commands, "passes", _passes, "what passes there are; NAME shows one's options")
     passes.add_argument("name", nargs="?", metavar="NAME", help="a pass, or the path of a file that defines one")
     diff = _command(commands, "diff", _diff, "compare two artifacts or checkpoints; exit code 1 if they differ")
@@ -387,6 +412,15 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "float16"], help="of activations (default: float32)"
+    )
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="OUT", help="exported folder, or an artifact with one in it")
+    parser.add_argument("--threads", type=_positive, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)")
+    parser.add_argument("--prompt-tokens", type=_positive, default=128, metavar="N", help="of a prefill (default: 128)")
+    parser.add_argument(
+        "--new-tokens", type=_positive, default=64, metavar="N", help="decoded one by one (default: 64)"
     )
 
 

@@ -1,13 +1,13 @@
 """What `moecc::VQExperts` and `moecc::Experts` mean in standard operators: the functions that the model file carries.
 
-A runtime without moecc's op library runs these. There are two forms, chosen by the number of routes P = T k at run time:
+A runtime without moecc's op library runs these: a loop over the experts that were chosen. What an expert does to its n tokens
+has two forms, chosen by n at run time:
 
-  few routes    lookup tables: every group of v inputs is multiplied with all 256 centroids, and codes pick from the products.
-                Nothing is decoded; only the chosen experts' codes are read
-  many routes   a loop over the experts that were chosen: decode one, multiply it with its tokens. At 3 bit a code does not tell its
-                signs, so this form serves all sizes there
+  few tokens    lookup tables: every group of v inputs is multiplied with all 256 centroids, and codes pick from the products.
+                Nothing is decoded. At 3 bit a code does not tell its signs, so there the other form serves all
+  many tokens   the expert is decoded and multiplied with its tokens
 
-One function serves all layers of a model. What some layers have and others lack is stored empty there: no rows, which zeros stand in
+One function serves all layers of a model. What some layers have and others lack is stored empty there: no rows, zeros stand in
 for. The decoding depends on what is routed, so that no runtime folds it into dense weights.
 
 Shapes as in `moecc.ops`; codes and signs in the order of `layout`; scales, biases and bases float32.
@@ -27,7 +27,7 @@ from moecc import vq4
 from moecc.backends.onnx.layout import BLOCK
 
 DOMAIN, VERSION = "moecc", 1
-FEW_ROUTES = 64  # lookup tables are faster up to here: they take 8 K N / v bytes a route
+FEW_TOKENS = 8  # of one expert: decoding costs as much as so many lookups
 ROUTED = ("x", "topk_index", "topk_weight")
 DENSE = ("gate_up", "down", "gate_up_bias", "down_bias", "post_norm")
 _FLOAT, _INT32, _INT64 = 1, 6, 7  # as Cast names them
@@ -51,6 +51,9 @@ class Structure:
 
     attributes: dict[str, Any]  # act, gate, alpha, limit, eps
     present: dict[str, Presence]  # operand -> which layers have it
+    ragged: bool = (
+        True  # whether some layer has rows or columns that are no multiple of 64: then they are padded and cut
+    )
 
     def has(self, name: str) -> bool:
         return name in self.present and self.present[name].some
@@ -106,6 +109,12 @@ class Ops:
         outputs = build(inner)
         return ir.Graph(inputs, outputs, nodes=inner.tape.nodes, name=name)
 
+    def each(self, count: ir.Value, build: Callable[[Ops, ir.Value], ir.Value]) -> ir.Value:
+        """What `build(op, i)` makes for i below `count`, one after the other along a new first dimension."""
+        i, going = self.value(ir.DataType.INT64, ir.Shape([])), self.value(ir.DataType.BOOL, ir.Shape([]))
+        body = self.graph(lambda op: [op.Identity(going), build(op, i)], [i, going], "each")
+        return self.Loop(count, None, body=body)
+
     def choose(self, condition: ir.Value, yes: Callable[[Ops], ir.Value], no: Callable[[Ops], ir.Value]) -> ir.Value:
         return self.If(
             condition, then_branch=self.graph(lambda op: [yes(op)]), else_branch=self.graph(lambda op: [no(op)])
@@ -116,11 +125,7 @@ def vq_experts_function(structure: Structure, opset: int) -> ir.Function:
     """The body of moecc::VQExperts for a model of this structure."""
 
     def body(op: Ops, inputs: dict[str, ir.Value]) -> ir.Value:
-        layer = _Layer(structure, inputs)
-        if structure.has("gate_up_signs") or structure.has("down_signs"):
-            return layer.many(op)
-        few = op.LessOrEqual(op.Size(inputs["topk_index"]), op.number(FEW_ROUTES))
-        return op.choose(few, layer.few, layer.many)
+        return _Layer(structure, inputs).run(op)
 
     return _function("VQExperts", coded_inputs(), structure, opset, body)
 
@@ -128,7 +133,7 @@ def vq_experts_function(structure: Structure, opset: int) -> ir.Function:
 def experts_function(structure: Structure, opset: int) -> ir.Function:
     """The body of moecc::Experts, the experts of a layer that was left dense."""
     return _function(
-        "Experts", [*ROUTED, *DENSE], structure, opset, lambda op, inputs: _Layer(structure, inputs).many(op)
+        "Experts", [*ROUTED, *DENSE], structure, opset, lambda op, inputs: _Layer(structure, inputs).run(op)
     )
 
 
@@ -164,104 +169,19 @@ class _Layer:
     def get(self, name: str) -> ir.Value | None:
         return self.inputs[name] if self.structure.has(name) else None
 
-    # ---- few routes
-
-    def few(self, op: Ops) -> ir.Value:
-        """[T, D] by lookup tables, all routes at once: rows [P, ...], route p of token p / k."""
-        routes = op.shaped(self.index, -1)  # [P]
-        k = op.size(self.index, 1)
-        token = op.Div(op.Range(op.number(0), op.Size(self.index), op.number(1)), k)  # [P]
-        rows = self._looked_up(op, "gate_up", op.Gather(self.x, token), routes)
-        rows = self._plus_shared(op, "gate_up", rows, self.x, routes, token)
-        hidden = gate(op, rows, self.structure.attributes)
-        y = self._looked_up(op, "down", hidden, routes)
-        weight = op.shaped(self.weight, -1, 1)
-        if self.structure.has("post_norm"):
-            y = self._plus_shared(op, "down", y, hidden, routes, None)
-            y = self._post_norm(op, y)
-            return self._per_token(op, op.Mul(y, weight))
-        y = self._per_token(op, op.Mul(y, weight))
-        return self._plus_shared_down(op, y, op.Mul(hidden, weight), routes)
-
-    def _per_token(self, op: Ops, rows: ir.Value) -> ir.Value:
-        """[P, n] -> [T, n], summed over a token's routes."""
-        sizes = [op.size(self.index, 0), op.size(self.index, 1), op.size(rows, 1)]  # -1 would not do for no tokens
-        return op.ReduceSum(op.shaped(rows, *sizes), op.ints(1), keepdims=0)
-
-    def _looked_up(self, op: Ops, part: str, x: ir.Value, which: ir.Value) -> ir.Value:
-        """x [P, K] through matrix which[p] of a coded stack, with bias: [P, N]."""
-        codes, codebook, scale = (self.inputs[f"{part}_{n}"] for n in ("codes", "codebook", "scale"))
-        v = op.size(codebook, 2)
-        groups = op.Mul(op.size(codes, 1), op.size(codes, 3))  # Kp / v
-        inputs = op.shaped(_padded(op, x, op.Mul(groups, v)), op.size(x, 0), groups, v)
-        entries = op.Cast(self._codebook_of(op, codebook, which), to=_FLOAT)  # [P or 1, 256, v]
-        table = op.MatMul(inputs, op.Transpose(entries, perm=[0, 2, 1]))  # [P, Kp / v, 256]
-        picked = op.Transpose(op.Gather(codes, which), perm=[0, 1, 3, 2, 4])  # [P, Kp / 64, S, Np / 64, 64]
-        rows = op.Mul(op.size(codes, 2), op.size(codes, 4))  # Np
-        picked = op.Cast(op.shaped(picked, op.size(which, 0), groups, rows), to=_INT32)
-        y = op.ReduceSum(op.GatherElements(table, picked, axis=2), op.ints(1), keepdims=0)  # [P, Np]
-        y = _cut(op, y, op.size(scale, 1), axis=1)
-        y = op.Mul(y, op.Gather(scale, which))
-        bias = self.get(f"{part}_bias")
-        return y if bias is None else op.Add(y, op.Gather(bias, which))
-
-    def _codebook_of(self, op: Ops, codebook: ir.Value, which: ir.Value) -> ir.Value:
-        """The codebooks of some experts, or the one that they share."""
-        own = op.Min(which, op.Sub(op.Squeeze(op.size(codebook, 0)), op.number(1)))
-        return op.Gather(codebook, own)
-
-    def _plus_shared(
-        self, op: Ops, part: str, y: ir.Value, x: ir.Value, routes: ir.Value, token: ir.Value | None
-    ) -> ir.Value:
-        """y [P, N] plus what the experts share applied to each route: x [T, K], by `token`, or [P, K]."""
-
-        def spread(rows: ir.Value) -> ir.Value:
-            return rows if token is None else op.Gather(rows, token)
-
-        basis, coef, coef_scale = (self.get(f"{part}_{n}") for n in ("basis", "coef", "coef_scale"))
-        if basis is not None and coef is not None and coef_scale is not None:
-            own, own_scale = op.Cast(op.Gather(coef, routes), to=_FLOAT), op.Gather(coef_scale, routes)
-            if part == "gate_up":  # coef [P, N, r]
-                low = op.Unsqueeze(spread(op.MatMul(x, op.transposed(basis))), op.ints(2))
-                y = op.Add(y, op.Mul(op.Squeeze(op.MatMul(own, low), op.ints(2)), own_scale))
-            else:  # coef [P, r, F]
-                low = op.Mul(op.Squeeze(op.MatMul(own, op.Unsqueeze(x, op.ints(2))), op.ints(2)), own_scale)
-                y = op.Add(y, op.MatMul(low, basis))
-        return self._plus_mean(op, part, y, lambda: spread(self._mean_few(op, part, x)))
-
-    def _plus_shared_down(self, op: Ops, y: ir.Value, hidden: ir.Value, routes: ir.Value) -> ir.Value:
-        """y [T, D] plus what the experts share applied once a token; hidden [P, F] is weighted by the routes."""
-        basis, coef, coef_scale = (self.get(f"down_{n}") for n in ("basis", "coef", "coef_scale"))
-        if basis is not None and coef is not None and coef_scale is not None:
-            own = op.Cast(op.Gather(coef, routes), to=_FLOAT)
-            low = op.Squeeze(op.MatMul(own, op.Unsqueeze(hidden, op.ints(2))), op.ints(2))
-            low = self._per_token(op, op.Mul(low, op.Gather(coef_scale, routes)))
-            y = op.Add(y, op.MatMul(low, basis))
-        return self._plus_mean(op, "down", y, lambda: self._mean_few(op, "down", self._per_token(op, hidden)))
-
     def _plus_mean(self, op: Ops, part: str, y: ir.Value, mean: Callable[[], ir.Value]) -> ir.Value:
         return op.Add(y, self._whole(op, f"{part}_{vq4.MEAN}codes", mean(), y)) if self._has_mean(part) else y
 
     def _has_mean(self, part: str) -> bool:
         return self.structure.has(f"{part}_{vq4.MEAN}codes")
 
-    def _whole(self, op: Ops, name: str, x: ir.Value, like: ir.Value, axis: int = 1) -> ir.Value:
-        """x [n, N], which is empty along an axis where a layer has no operand `name`: then zeros, as many as `like` has."""
+    def _whole(self, op: Ops, name: str, x: ir.Value, like: ir.Value) -> ir.Value:
+        """x [n, N], which has no columns where a layer lacks the operand `name`: then zeros, as many as `like` has."""
         if self.structure.present[name].all:
             return x
-        extra = op.Sub(op.size(like, axis), op.size(x, axis))
-        rest = op.ints(0)
-        return op.Pad(x, op.Concat(op.ints(0, 0), *((rest, extra) if axis else (extra, rest)), axis=0))
+        return op.Pad(x, op.Concat(op.ints(0, 0, 0), op.Sub(op.size(like, 1), op.size(x, 1)), axis=0))
 
-    def _mean_few(self, op: Ops, part: str, x: ir.Value) -> ir.Value:
-        if self.structure.has(f"{part}_{vq4.MEAN}signs"):
-            return self._mean_many(op, part, x)
-        zeros = op.Sub(op.Shape(x, start=0, end=1), op.Shape(x, start=0, end=1))
-        return self._looked_up(op, f"{part}_{vq4.MEAN.rstrip('_')}", x, op.Expand(zeros, op.size(x, 0)))
-
-    # ---- many routes
-
-    def many(self, op: Ops) -> ir.Value:
+    def run(self, op: Ops) -> ir.Value:
         """[T, D] expert by expert; those that no token chose are left out."""
         chosen = op.Unique(op.shaped(self.index, -1))
         shared_in = self._shared_in(op)
@@ -280,7 +200,7 @@ class _Layer:
             basis = self.inputs["down_basis"]
             y = op.Add(y, op.MatMul(sums["low"], basis))
         if "hidden" in sums:
-            y = self._plus_mean(op, "down", y, lambda: self._mean_many(op, "down", sums["hidden"]))
+            y = self._plus_mean(op, "down", y, lambda: self._mean(op, "down", sums["hidden"]))
         return y
 
     def _sum_names(self) -> list[str]:
@@ -307,7 +227,7 @@ class _Layer:
         basis = self.get("gate_up_basis")
         found = {} if basis is None else {"low": op.MatMul(self.x, op.transposed(basis))}
         if self._has_mean("gate_up"):
-            found["mean"] = self._mean_many(op, "gate_up", self.x)
+            found["mean"] = self._mean(op, "gate_up", self.x)
         return found
 
     def _one(
@@ -331,7 +251,7 @@ class _Layer:
         if self.structure.has("post_norm"):
             if low_out is not None:
                 y = op.Add(y, op.MatMul(low_out, self.inputs["down_basis"]))
-            y = self._plus_mean(op, "down", y, lambda: self._mean_many(op, "down", hidden))
+            y = self._plus_mean(op, "down", y, lambda: self._mean(op, "down", hidden))
             y = self._post_norm(op, y)
         parts = {"low": low_out, "hidden": hidden}
         added = [y, *(parts[n] for n in self._sum_names())]
@@ -353,62 +273,85 @@ class _Layer:
         if part in self.inputs:  # dense
             y = op.MatMul(x, op.transposed(op.Gather(self.inputs[part], expert)))
         else:
-            y = op.MatMul(x, op.transposed(self._decoded(op, part, expert)))
-            y = op.Mul(y, op.Gather(self.inputs[f"{part}_scale"], expert))
+            y = op.Mul(self._times(op, part, x, expert), op.Gather(self.inputs[f"{part}_scale"], expert))
         bias = self.get(f"{part}_bias")
         return y if bias is None else op.Add(y, op.Gather(bias, expert))
 
-    def _decoded(self, op: Ops, part: str, expert: ir.Value) -> ir.Value:
-        """Unscaled weights [N, K] of one matrix of a coded stack."""
+    def _times(self, op: Ops, part: str, x: ir.Value, which: ir.Value) -> ir.Value:
+        """x [n, K] through one matrix of a coded stack, not scaled: [n, N]. J = Kp / v groups.
+
+        Decoded, component c of all groups is a matrix of its own, [J, Np]; x is taken apart alike."""
         codes, codebook = self.inputs[f"{part}_codes"], self.inputs[f"{part}_codebook"]
-        v = op.size(codebook, 2)
-        groups = op.Mul(op.size(codes, 1), op.size(codes, 3))
-        rows_first = op.Transpose(op.Gather(codes, expert), perm=[1, 3, 0, 2])  # [Np / 64, 64, Kp / 64, S]
-        rows = op.Mul(op.size(codes, 2), op.size(codes, 4))  # Np; not -1, for a mean may be empty
-        picked = op.Cast(op.shaped(rows_first, rows, groups), to=_INT32)
-        entries = op.Cast(self._codebook_of(op, codebook, expert), to=_FLOAT)  # [256, v]
-        weight = op.shaped(op.Gather(entries, picked), rows, op.Mul(groups, v))  # [Np, Kp]
-        name = f"{part}_signs"
-        if self.structure.has(name):
-            weight = self._signed(op, weight, name, expert)
-        weight = _cut(op, weight, op.size(self.inputs[f"{part}_scale"], 1), axis=0)
-        return _cut(op, weight, self._columns(op, part), axis=1)
+        v, groups = op.size(codebook, 2), op.Mul(op.size(codes, 1), op.size(codes, 3))
+        rows = op.Mul(op.size(codes, 2), op.size(codes, 4))  # not -1, for a mean may be empty
+        by_group = op.Transpose(op.Gather(codes, which), perm=[0, 2, 1, 3])  # [Kp / 64, S, Np / 64, 64]
+        picked = op.Cast(op.shaped(by_group, groups, rows), to=_INT32)
+        entries = op.transposed(op.Cast(self._codebook_of(op, codebook, which), to=_FLOAT))  # [v, 256]
+        tokens = op.size(x, 0)
+        parts = op.shaped(self._padded(op, x, op.Mul(groups, v)), tokens, groups, v)
 
-    def _columns(self, op: Ops, part: str) -> ir.Value:
-        return op.size(self.x, 1) if part.startswith("gate_up") else self._intermediate(op)
+        def look_up(op: Ops) -> ir.Value:
+            table = op.MatMul(parts, entries)  # [n, J, 256]
+            ones = op.Expand(
+                op.number(1.0), op.Concat(op.ints(1), groups, axis=0)
+            )  # ReduceSum takes 15 times as long here
 
-    def _signed(self, op: Ops, weight: ir.Value, name: str, expert: ir.Value) -> ir.Value:
-        """-1 - p where the sign bit is set; signs [Kp/64, Np/64, 64 columns, 8] hold a bit a row."""
-        own = op.Unsqueeze(op.Gather(self.inputs[name], expert), op.ints(4))
+            def token(op: Ops, t: ir.Value) -> ir.Value:  # one by one: an index for all would be copied n times
+                return op.Squeeze(op.MatMul(ones, op.GatherElements(op.Gather(table, t), picked, axis=1)), op.ints(0))
+
+            return op.each(op.Squeeze(tokens), token)
+
+        def decode(op: Ops) -> ir.Value:
+            index = op.Expand(op.shaped(picked, 1, op.Mul(groups, rows)), op.Concat(v, op.ints(1), axis=0))
+            weight = op.shaped(op.GatherElements(entries, index, axis=1), v, groups, rows)
+            if signs:
+                weight = self._signed(op, weight, f"{part}_signs", which)
+            return op.ReduceSum(op.MatMul(op.Transpose(parts, perm=[2, 0, 1]), weight), op.ints(0), keepdims=0)
+
+        signs = self.structure.has(f"{part}_signs")
+        few = op.LessOrEqual(op.Squeeze(tokens), op.number(FEW_TOKENS))
+        y = decode(op) if signs else op.choose(few, look_up, decode)
+        return self._cut(op, y, op.size(self.inputs[f"{part}_scale"], 1))
+
+    def _codebook_of(self, op: Ops, codebook: ir.Value, which: ir.Value) -> ir.Value:
+        """The codebook of an expert, or the one that they share."""
+        return op.Gather(codebook, op.Min(which, op.Sub(op.Squeeze(op.size(codebook, 0)), op.number(1))))
+
+    def _signed(self, op: Ops, weight: ir.Value, name: str, which: ir.Value) -> ir.Value:
+        """weight [v, J, Np] with -1 - p where the sign bit is set; signs [Kp/64, Np/64, 64 columns, 8] hold a bit a row."""
+        own = op.Gather(self.inputs[name], which)
+        across, rows = op.size(own, 0), op.Mul(op.size(own, 1), op.ints(BLOCK))
+        own = op.shaped(own, across, op.size(own, 1), BLOCK // 4, 4, 8, 1)  # v is 4 where there are signs
         eight = op.Cast(op.ints(*range(8)), to=2)
         bits = op.BitwiseAnd(op.BitShift(own, eight, direction="RIGHT"), op.Cast(op.ints(1), to=2))
-        rows_first = op.Transpose(bits, perm=[1, 3, 4, 0, 2])  # [Np / 64, 8, 8, Kp / 64, 64]
-        rows = op.Mul(op.size(own, 1), op.ints(BLOCK))
-        bits = self._whole(op, name, op.shaped(rows_first, rows, op.size(weight, 1)), weight, axis=0)
+        by_component = op.Transpose(bits, perm=[3, 0, 2, 1, 4, 5])  # [4, Kp / 64, 16, Np / 64, 8, 8]
+        bits = op.shaped(by_component, 4, op.Mul(across, op.ints(BLOCK // 4)), rows)
+        if not self.structure.present[name].all:  # a layer without signs has none for any row, and maybe groups of two
+            groups, columns = op.Sub(op.size(weight, 1), op.size(bits, 1)), op.Sub(op.size(weight, 2), rows)
+            parts = op.Sub(op.size(weight, 0), op.ints(4))
+            bits = op.Pad(bits, op.Concat(op.ints(0, 0, 0), parts, groups, columns, axis=0))
         return op.Where(op.Cast(bits, to=9), op.Sub(op.number(-1.0), weight), weight)
 
-    def _mean_many(self, op: Ops, part: str, x: ir.Value) -> ir.Value:
+    def _padded(self, op: Ops, x: ir.Value, columns: ir.Value) -> ir.Value:
+        """x [n, K] with zero columns up to `columns` [1]."""
+        if not self.structure.ragged:
+            return x
+        return op.Pad(x, op.Concat(op.ints(0, 0, 0), op.Sub(columns, op.size(x, 1)), axis=0))
+
+    def _cut(self, op: Ops, y: ir.Value, rows: ir.Value) -> ir.Value:
+        """The first `rows` [1] columns of y [n, Np]."""
+        return op.Slice(y, op.ints(0), rows, op.ints(1)) if self.structure.ragged else y
+
+    def _mean(self, op: Ops, part: str, x: ir.Value) -> ir.Value:
         """x [n, K] through the mean, decoded: [n, N]. Its number, 0, comes from run time: a constant would be folded."""
         size = op.Size(self.index)
         stack = f"{part}_{vq4.MEAN.rstrip('_')}"
-        y = op.MatMul(x, op.transposed(self._decoded(op, stack, op.Sub(size, size))))
-        return op.Mul(y, self.inputs[f"{stack}_scale"])
+        return op.Mul(self._times(op, stack, x, op.Sub(size, size)), self.inputs[f"{stack}_scale"])
 
     def _post_norm(self, op: Ops, y: ir.Value) -> ir.Value:
         scaled = op.Mul(y, self.inputs["post_norm"])
         mean = op.ReduceMean(op.Mul(scaled, scaled), op.ints(-1), keepdims=1)
         return op.Div(scaled, op.Sqrt(op.Add(mean, op.number(self.structure.attributes["eps"]))))
-
-
-def _padded(op: Ops, x: ir.Value, columns: ir.Value) -> ir.Value:
-    """x [n, K] with zero columns up to `columns` [1]."""
-    extra = op.Sub(columns, op.size(x, 1))
-    return op.Pad(x, op.Concat(op.ints(0, 0, 0), extra, axis=0))
-
-
-def _cut(op: Ops, x: ir.Value, count: ir.Value, *, axis: int) -> ir.Value:
-    """The first `count` [1] along an axis."""
-    return op.Slice(x, op.ints(0), count, op.ints(axis))
 
 
 # ---- gates

@@ -24,8 +24,10 @@ from moecc.backends.onnx import bodies
 from moecc.backends.onnx.layout import BLOCK, blocked_codes, blocked_signs, blocks
 from moecc.backends.onnx.translate import weight_name
 from moecc.errors import MoeccError
+from moecc.gates import rows_per_unit
 from moecc.weights import CheckpointStore
 
+_ROWS = ("gate_up_scale", "down_scale")  # [E, N]
 Make = Callable[[Tensor], Tensor]
 
 
@@ -195,7 +197,16 @@ def structure_of(nodes: Iterable[ir.Node], names: list[str]) -> bodies.Structure
     for index, name in enumerate(names):
         having = [index < len(n.inputs) and n.inputs[index] is not None for n in nodes]
         present[name] = bodies.Presence(any(having), all(having))
-    return bodies.Structure(found[0], present)
+    rows = {
+        name: {_numbers(v)[1] for n in nodes if (v := n.inputs[i]) is not None}
+        for i, name in enumerate(names)
+        if name in _ROWS
+    }
+    unit = BLOCK * rows_per_unit(found[0]["gate"])  # of gate_up's rows: its hidden units are down's columns
+    ragged = any(
+        n % (unit if name == "gate_up_scale" else BLOCK) for name, found_rows in rows.items() for n in found_rows
+    )
+    return bodies.Structure(found[0], present, ragged)
 
 
 def pack_nibbles(x: Tensor) -> Tensor:

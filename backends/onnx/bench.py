@@ -1,0 +1,102 @@
+"""`moecc bench OUT`: how fast an exported model is on this machine, and what memory it takes.
+
+One process a row, so that each loads and runs alone: load seconds; prefill and decode tokens per second (batch 1, medians, random
+token ids); private memory, which no other process shares and the system cannot drop, when all is done.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from moecc.errors import MoeccError
+
+_REPEATS = 5  # prefills
+
+
+def bench(
+    folder: Path, *, threads: Iterable[int] = (1, 2), prompt: int = 128, new_tokens: int = 64,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each number of threads, without and (where it can be built) with the op library."""
+    from moecc.backends.onnx import build
+
+    model = next((p for p in (folder / "model.onnx", folder / "onnx" / "model.onnx") if p.exists()), None)
+    if model is None:
+        raise MoeccError(f"{folder}: no model.onnx in it or its onnx folder; run `moecc export {folder} --to onnx`")
+    libraries: list[Path | None] = [None]
+    try:
+        libraries.append(build.library())
+    except MoeccError as error:
+        say(f"without the op library: {error}")
+    return [_apart(model, library, n, prompt, new_tokens) for n in threads for library in libraries]
+
+
+def _apart(model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int) -> dict[str, Any]:
+    arguments = [str(model), str(library or ""), str(threads), str(prompt), str(new_tokens)]
+    done = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise MoeccError(f"{model}: can't be run: {lines[-1]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measure(model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int) -> dict[str, Any]:
+    """One row, in this process."""
+    import numpy as np
+
+    from moecc.backends.onnx.run import Session
+
+    before = private_bytes()
+    start = time.perf_counter()
+    session = Session(model, library=library, threads=threads)
+    load = time.perf_counter() - start
+    rng = np.random.default_rng(0)
+    vocabulary = session.session.get_outputs()[0].shape[2]
+    ids = rng.integers(0, vocabulary, (1, prompt))
+    prefill, decode = [], []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        _, cache = session.step(ids, session.start(1))
+        prefill.append(time.perf_counter() - start)
+    for token in rng.integers(0, vocabulary, (new_tokens, 1, 1)):
+        start = time.perf_counter()
+        _, cache = session.step(token, cache)
+        decode.append(time.perf_counter() - start)
+    return {
+        "ops": "portable" if library is None else "native", "threads": threads, "load_seconds": load,
+        "prefill_tokens_per_second": prompt / statistics.median(prefill),
+        "decode_tokens_per_second": 1 / statistics.median(decode), "private_bytes": private_bytes() - before,
+        "prompt": prompt, "new_tokens": new_tokens,
+    }  # fmt: skip
+
+
+def private_bytes() -> int:
+    """Memory of this process that is its own: anonymous pages, not files that are mapped. 0 where the system doesn't say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["ops       threads  load s  prefill tok/s  decode tok/s  private MB"]
+    for r in rows:
+        lines.append(
+            f"{r['ops']:<8}  {r['threads']:>7}  {r['load_seconds']:>6.2f}  {r['prefill_tokens_per_second']:>13.1f}  "
+            f"{r['decode_tokens_per_second']:>12.1f}  {r['private_bytes'] / 1e6:>10.0f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    path, library, *numbers = sys.argv[1:]
+    print(json.dumps(measure(Path(path), Path(library) if library else None, *map(int, numbers))))
