@@ -231,13 +231,9 @@ def _export(options: argparse.Namespace) -> Outcome:
 
     folder = resolve(options.model)
     found = export(
-        folder,
-        options.out or folder / "onnx",
-        profile=options.profile,
-        opset=options.opset,
-        dtype=options.dtype,
-        say=_say,
-    )
+        folder, options.out or folder / "onnx", profile=options.profile, opset=options.opset, dtype=options.dtype,
+        bits=options.bits, say=_say,
+    )  # fmt: skip
     return 0, found, summary(found)
 
 
@@ -404,9 +400,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=["onnx"], help="the runtime's format")
     parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder to write (default: OUT/onnx)")
     parser.add_argument(
-        "--profile", default="portable", choices=["portable", "native"],
-        help="portable: standard operators only (the default); native: moecc's op library beside the model",
+        "--profile", default="portable", choices=["portable", "native", "qmoe"],
+        help="portable: standard operators only (the default); native: moecc's op library beside the model; "
+        "qmoe: experts as int4 or int8 in ONNX Runtime's own operator",
     )  # fmt: skip
+    parser.add_argument(
+        "--bits", type=int, default=4, choices=[4, 8], help="of experts in the profile qmoe (default: 4)"
+    )
     parser.add_argument(
         "--opset", type=int, default=23, choices=[21, 23], help="21 for ONNX Runtime before 1.23 (default: 23)"
     )

@@ -323,6 +323,30 @@ def test_quantized_linears_become_matmulnbits(bits: int, tmp_path: Path) -> None
     assert float((got - want).abs().max() / want.abs().max()) <= 1e-4
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek_v3"])
+def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(family: str, tmp_path: Path) -> None:
+    art = compiled(tmp_path, family)
+    eight, four = (
+        export.export(art, tmp_path / f"onnx{bits}", profile="qmoe", bits=bits)["difference"] for bits in (8, 4)
+    )
+    assert eight <= 0.05 and eight < four <= 0.4
+    ops_used = {n.op_type for n in onnx.load(tmp_path / "onnx4" / "model.onnx", load_external_data=False).graph.node}
+    assert "QMoE" in ops_used and not {"VQExperts", "Experts"} & ops_used
+
+
+def test_qmoe_refuses_gates_that_it_does_not_know(tmp_path: Path) -> None:
+    art = compiled(tmp_path, "muse_spark_text", "vq")
+    with pytest.raises(MoeccError, match="export with --profile portable"):
+        export.export(art, tmp_path / "onnx", profile="qmoe")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_qmoe_wants_a_new_runtime(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.30.1")
+    with pytest.raises(MoeccError, match=r"needs onnxruntime 1\.31 or newer, this is 1\.30\.1"):
+        export.export(qwen, tmp_path / "onnx", profile="qmoe")
+
+
 def exact_copy(path: Path) -> Path:
     """The same model with float32 activations in MatMulNBits."""
     model = onnx.load(path, load_external_data=False)
@@ -392,6 +416,31 @@ def test_layers_with_a_state_of_their_own_are_refused(tmp_path: Path, capsys: py
     model = checkpoint(tmp_path / "model", "nemotron_h")
     got = Run(capsys, "export", model, "--to", "onnx", "-o", tmp_path / "onnx")
     assert got.code == 2 and "keep a state of their own" in got.err and not (tmp_path / "onnx").exists()
+
+
+def test_genai_generates_what_transformers_does(qwen: Path, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    export.export(qwen, tmp_path / "onnx")
+    model = genai.Model(str(tmp_path / "onnx"))
+    settings = genai.GeneratorParams(model)
+    settings.set_search_options(max_length=PROMPT.shape[1] + 8, do_sample=False)
+    generator = genai.Generator(model, settings)
+    generator.append_tokens(PROMPT[0].tolist())
+    while not generator.is_done():
+        generator.generate_next_token()
+    made = [int(t) for t in generator.get_sequence(0)]
+    assert made == generated(load(qwen), PROMPT, 8)[0, : len(made)].tolist() and len(made) > PROMPT.shape[1]
+
+
+def test_bench_says_how_fast_an_export_is(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export.export(qwen, tmp_path / "onnx")
+    options = ("--threads", "1", "--prompt-tokens", "8", "--new-tokens", "3")
+    got = Run(capsys, "bench", tmp_path / "onnx", *options, "--json")
+    assert got.code == 0, got.err
+    assert {r["ops"] for r in got.json["rows"]} <= {"portable", "native"}
+    assert all(r["decode_tokens_per_second"] > 0 and r["private_bytes"] > 0 for r in got.json["rows"])
+    got = Run(capsys, "bench", qwen)
+    assert got.code == 2 and "moecc export" in got.err
 
 
 def test_a_missing_package_is_named(

@@ -21,7 +21,7 @@ import torch
 
 from moecc import __version__
 from moecc.artifact import copy_small_files
-from moecc.backends.onnx import genai, run
+from moecc.backends.onnx import genai, qmoe, run
 from moecc.backends.onnx.cached import capture_cached
 from moecc.backends.onnx.translate import OPSETS, translate
 from moecc.backends.onnx.weights import Weights
@@ -34,22 +34,25 @@ from moecc.weights import CheckpointStore, free_space, size
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 MODEL, DATA, RECORD = "model.onnx", "model.onnx.data", "moecc_onnx.json"
 _TOKENS = (2, 12)  # of the comparison: rows, and tokens of each; the last third one by one
-# of the largest logit: sums in another order; float16; dense matrices whose inputs are rounded to int8
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8 activations": 5e-2}
+# of the largest logit: sums in another order; float16; dense matrices whose inputs are rounded to int8; experts rounded anew
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8 activations": 5e-2, "other weights": 0.5}
 
 
 def export(
-    folder: Path, out: Path, *, profile: str = "portable", opset: int = 23, dtype: str = "float32",
+    folder: Path, out: Path, *, profile: str = "portable", opset: int = 23, dtype: str = "float32", bits: int = 4,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Export the artifact (or checkpoint) `folder` to the new folder `out`; what was written and how it compares.
 
-    profile: portable (standard operators only) or native (moecc's op library beside the model).
+    profile: portable (standard operators only), native (moecc's op library beside the model), or qmoe (experts as
+    integers of `bits` bits in ONNX Runtime's own operator).
     """
     if opset not in OPSETS:
         raise MoeccError(f"opset {opset} isn't one of {', '.join(map(str, OPSETS))}")
     if out.exists():
         raise MoeccError(f"{out} exists; give another folder or remove it")
+    if profile == "qmoe":
+        qmoe.require()
     found = skeleton(folder, DTYPES[dtype])
     store = CheckpointStore(folder, found.model)
     store.check()
@@ -57,6 +60,8 @@ def export(
     say(f"tracing {folder}")
     cached = capture_cached(found)
     model = translate(cached, opset, store)
+    if profile == "qmoe":
+        qmoe.lower(model, store, bits)
     Weights(model, store).fill()
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -72,8 +77,8 @@ def export(
 
             library = shutil.copyfile(build.library(), partial / "libmoecc_ops.so")
         (partial / genai.FILE).write_text(json.dumps(genai.config(found, cached, folder, library), indent=1) + "\n")
-        rounded = any(node.op_type == "MatMulNBits" for node in model.graph)
-        tolerance = TOLERANCE["int8 activations" if rounded else dtype]
+        rounded = any(node.op_type in ("MatMulNBits", "QMoE") for node in model.graph)
+        tolerance = TOLERANCE["other weights" if profile == "qmoe" else "int8 activations" if rounded else dtype]
         record = _compare(folder, partial, text_config(found.config).vocab_size, tolerance, library)
         record |= {
             "moecc": __version__, "source": store.digest(), "opset": opset, "profile": profile, "dtype": dtype,

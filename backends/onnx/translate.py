@@ -207,8 +207,8 @@ def _strip(model: ir.Model) -> None:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            if id(value) not in ends and any(isinstance(s, ir.SymbolicDim) for s in value.shape or ()):
-                value.shape = None
+            if id(value) not in ends and value.shape is not None:
+                value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "moecc", None, None
