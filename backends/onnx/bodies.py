@@ -1,11 +1,11 @@
 """What `moecc::VQExperts` and `moecc::Experts` mean in standard operators: the functions that the model file carries.
 
-A runtime without moecc's op library runs these: a loop over the experts that were chosen. What an expert does to its n tokens
-has two forms, chosen by n at run time:
+A runtime without moecc's op library runs these. There are two forms, chosen by the number of routes P = T k at run time:
 
-  few tokens    lookup tables: every group of v inputs is multiplied with all 256 centroids, and codes pick from the products.
-                Nothing is decoded. At 3 bit a code does not tell its signs, so there the other form serves all
-  many tokens   the expert is decoded and multiplied with its tokens
+  few routes    all at once, by lookup tables: every group of v inputs is multiplied with all 256 centroids, and codes pick from
+                the products. Nothing is decoded
+  many routes   a loop over the experts that were chosen: by tables where an expert has few tokens, else it is decoded and
+                multiplied with them. At 3 bit a code does not tell its signs, so there every expert is decoded
 
 One function serves all layers of a model. What some layers have and others lack is stored empty there: no rows, zeros stand in
 for. The decoding depends on what is routed, so that no runtime folds it into dense weights.
@@ -27,6 +27,7 @@ from moecc import vq4
 from moecc.backends.onnx.layout import BLOCK
 
 DOMAIN, VERSION = "moecc", 1
+FEW_ROUTES = 16  # above, an expert that several tokens chose is worth reading once
 FEW_TOKENS = 8  # of one expert: decoding costs as much as so many lookups
 ROUTED = ("x", "topk_index", "topk_weight")
 DENSE = ("gate_up", "down", "gate_up_bias", "down_bias", "post_norm")
@@ -125,7 +126,11 @@ def vq_experts_function(structure: Structure, opset: int) -> ir.Function:
     """The body of moecc::VQExperts for a model of this structure."""
 
     def body(op: Ops, inputs: dict[str, ir.Value]) -> ir.Value:
-        return _Layer(structure, inputs).run(op)
+        layer = _Layer(structure, inputs)
+        if structure.has("gate_up_signs") or structure.has("down_signs"):
+            return layer.many(op)
+        few = op.LessOrEqual(op.Size(inputs["topk_index"]), op.number(FEW_ROUTES))
+        return op.choose(few, layer.few, layer.many)
 
     return _function("VQExperts", coded_inputs(), structure, opset, body)
 
@@ -133,7 +138,7 @@ def vq_experts_function(structure: Structure, opset: int) -> ir.Function:
 def experts_function(structure: Structure, opset: int) -> ir.Function:
     """The body of moecc::Experts, the experts of a layer that was left dense."""
     return _function(
-        "Experts", [*ROUTED, *DENSE], structure, opset, lambda op, inputs: _Layer(structure, inputs).run(op)
+        "Experts", [*ROUTED, *DENSE], structure, opset, lambda op, inputs: _Layer(structure, inputs).many(op)
     )
 
 
@@ -169,6 +174,88 @@ class _Layer:
     def get(self, name: str) -> ir.Value | None:
         return self.inputs[name] if self.structure.has(name) else None
 
+    # ---- few routes
+
+    def few(self, op: Ops) -> ir.Value:
+        """[T, D] by lookup tables, all routes at once: rows [P, ...], route p of token p / k."""
+        routes = op.shaped(self.index, -1)  # [P]
+        k = op.size(self.index, 1)
+        token = op.Div(op.Range(op.number(0), op.Size(self.index), op.number(1)), k)  # [P]
+        rows = self._looked_up(op, "gate_up", op.Gather(self.x, token), routes)
+        rows = self._plus_shared(op, "gate_up", rows, self.x, routes, token)
+        hidden = gate(op, rows, self.structure.attributes)
+        y = self._looked_up(op, "down", hidden, routes)
+        weight = op.shaped(self.weight, -1, 1)
+        if self.structure.has("post_norm"):
+            y = self._plus_shared(op, "down", y, hidden, routes, None)
+            y = self._post_norm(op, y)
+            return self._per_token(op, op.Mul(y, weight))
+        y = self._per_token(op, op.Mul(y, weight))
+        return self._plus_shared_down(op, y, op.Mul(hidden, weight), routes)
+
+    def _per_token(self, op: Ops, rows: ir.Value) -> ir.Value:
+        """[P, n] -> [T, n], summed over a token's routes."""
+        sizes = [op.size(self.index, 0), op.size(self.index, 1), op.size(rows, 1)]  # -1 would not do for no tokens
+        return op.ReduceSum(op.shaped(rows, *sizes), op.ints(1), keepdims=0)
+
+    def _looked_up(self, op: Ops, part: str, x: ir.Value, which: ir.Value) -> ir.Value:
+        """x [P, K] through matrix which[p] of a coded stack, with bias: [P, N]."""
+        codes, codebook, scale = (self.inputs[f"{part}_{n}"] for n in ("codes", "codebook", "scale"))
+        v, groups = op.size(codebook, 2), op.Mul(op.size(codes, 1), op.size(codes, 3))
+        inputs = op.shaped(self._padded(op, x, op.Mul(groups, v)), op.size(x, 0), groups, v)
+        entries = op.Cast(self._codebook_of(op, codebook, which), to=_FLOAT)  # [P, 256, v]
+        table = op.MatMul(inputs, op.Transpose(entries, perm=[0, 2, 1]))  # [P, J, 256]
+
+        def route(op: Ops, p: ir.Value) -> ir.Value:
+            return self._pick(op, op.Gather(table, p), self._picked(op, part, op.Gather(which, p)))
+
+        y = self._cut(op, op.each(op.Squeeze(op.size(x, 0)), route), op.size(scale, 1))
+        y = op.Mul(y, op.Gather(scale, which))
+        bias = self.get(f"{part}_bias")
+        return y if bias is None else op.Add(y, op.Gather(bias, which))
+
+    def _picked(self, op: Ops, part: str, which: ir.Value) -> ir.Value:
+        """The codes of one matrix as indices: i32 [J, Np]."""
+        codes = self.inputs[f"{part}_codes"]
+        groups = op.Mul(op.size(codes, 1), op.size(codes, 3))
+        rows = op.Mul(op.size(codes, 2), op.size(codes, 4))  # not -1, for a mean may be empty
+        by_group = op.Transpose(op.Gather(codes, which), perm=[0, 2, 1, 3])  # [Kp / 64, S, Np / 64, 64]
+        return op.Cast(op.shaped(by_group, groups, rows), to=_INT32)
+
+    def _pick(self, op: Ops, table: ir.Value, picked: ir.Value) -> ir.Value:
+        """sum_j table[j, picked[j, n]]: [J, 256], [J, Np] -> [Np]. By a product with ones: ReduceSum takes 15 times as long."""
+        ones = op.Expand(op.number(1.0), op.Concat(op.ints(1), op.size(picked, 0), axis=0))
+        return op.Squeeze(op.MatMul(ones, op.GatherElements(table, picked, axis=1)), op.ints(0))
+
+    def _plus_shared(
+        self, op: Ops, part: str, y: ir.Value, x: ir.Value, routes: ir.Value, token: ir.Value | None
+    ) -> ir.Value:
+        """y [P, N] plus what the experts share applied to each route: x [T, K], by `token`, or [P, K]."""
+
+        def spread(rows: ir.Value) -> ir.Value:
+            return rows if token is None else op.Gather(rows, token)
+
+        basis, coef, coef_scale = (self.get(f"{part}_{n}") for n in ("basis", "coef", "coef_scale"))
+        if basis is not None and coef is not None and coef_scale is not None:
+            own, own_scale = op.Cast(op.Gather(coef, routes), to=_FLOAT), op.Gather(coef_scale, routes)
+            if part == "gate_up":  # coef [P, N, r]
+                low = op.Unsqueeze(spread(op.MatMul(x, op.transposed(basis))), op.ints(2))
+                y = op.Add(y, op.Mul(op.Squeeze(op.MatMul(own, low), op.ints(2)), own_scale))
+            else:  # coef [P, r, F]
+                low = op.Mul(op.Squeeze(op.MatMul(own, op.Unsqueeze(x, op.ints(2))), op.ints(2)), own_scale)
+                y = op.Add(y, op.MatMul(low, basis))
+        return self._plus_mean(op, part, y, lambda: spread(self._mean(op, part, x)))
+
+    def _plus_shared_down(self, op: Ops, y: ir.Value, hidden: ir.Value, routes: ir.Value) -> ir.Value:
+        """y [T, D] plus what the experts share applied once a token; hidden [P, F] is weighted by the routes."""
+        basis, coef, coef_scale = (self.get(f"down_{n}") for n in ("basis", "coef", "coef_scale"))
+        if basis is not None and coef is not None and coef_scale is not None:
+            own = op.Cast(op.Gather(coef, routes), to=_FLOAT)
+            low = op.Squeeze(op.MatMul(own, op.Unsqueeze(hidden, op.ints(2))), op.ints(2))
+            low = self._per_token(op, op.Mul(low, op.Gather(coef_scale, routes)))
+            y = op.Add(y, op.MatMul(low, basis))
+        return self._plus_mean(op, "down", y, lambda: self._mean(op, "down", self._per_token(op, hidden)))
+
     def _plus_mean(self, op: Ops, part: str, y: ir.Value, mean: Callable[[], ir.Value]) -> ir.Value:
         return op.Add(y, self._whole(op, f"{part}_{vq4.MEAN}codes", mean(), y)) if self._has_mean(part) else y
 
@@ -181,7 +268,9 @@ class _Layer:
             return x
         return op.Pad(x, op.Concat(op.ints(0, 0, 0), op.Sub(op.size(like, 1), op.size(x, 1)), axis=0))
 
-    def run(self, op: Ops) -> ir.Value:
+    # ---- many routes
+
+    def many(self, op: Ops) -> ir.Value:
         """[T, D] expert by expert; those that no token chose are left out."""
         chosen = op.Unique(op.shaped(self.index, -1))
         shared_in = self._shared_in(op)
@@ -281,25 +370,14 @@ class _Layer:
         """x [n, K] through one matrix of a coded stack, not scaled: [n, N]. J = Kp / v groups.
 
         Decoded, component c of all groups is a matrix of its own, [J, Np]; x is taken apart alike."""
-        codes, codebook = self.inputs[f"{part}_codes"], self.inputs[f"{part}_codebook"]
-        v, groups = op.size(codebook, 2), op.Mul(op.size(codes, 1), op.size(codes, 3))
-        rows = op.Mul(op.size(codes, 2), op.size(codes, 4))  # not -1, for a mean may be empty
-        by_group = op.Transpose(op.Gather(codes, which), perm=[0, 2, 1, 3])  # [Kp / 64, S, Np / 64, 64]
-        picked = op.Cast(op.shaped(by_group, groups, rows), to=_INT32)
+        codebook, picked = self.inputs[f"{part}_codebook"], self._picked(op, part, which)
+        v, groups, rows, tokens = op.size(codebook, 2), op.size(picked, 0), op.size(picked, 1), op.size(x, 0)
         entries = op.transposed(op.Cast(self._codebook_of(op, codebook, which), to=_FLOAT))  # [v, 256]
-        tokens = op.size(x, 0)
         parts = op.shaped(self._padded(op, x, op.Mul(groups, v)), tokens, groups, v)
 
         def look_up(op: Ops) -> ir.Value:
             table = op.MatMul(parts, entries)  # [n, J, 256]
-            ones = op.Expand(
-                op.number(1.0), op.Concat(op.ints(1), groups, axis=0)
-            )  # ReduceSum takes 15 times as long here
-
-            def token(op: Ops, t: ir.Value) -> ir.Value:  # one by one: an index for all would be copied n times
-                return op.Squeeze(op.MatMul(ones, op.GatherElements(op.Gather(table, t), picked, axis=1)), op.ints(0))
-
-            return op.each(op.Squeeze(tokens), token)
+            return op.each(op.Squeeze(tokens), lambda op, t: self._pick(op, op.Gather(table, t), picked))
 
         def decode(op: Ops) -> ir.Value:
             index = op.Expand(op.shaped(picked, 1, op.Mul(groups, rows)), op.Concat(v, op.ints(1), axis=0))

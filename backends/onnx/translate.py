@@ -24,7 +24,9 @@ import onnx_ir as ir
 import onnxscript
 import onnxscript.optimizer
 import torch
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnxscript import values
+from onnxscript.rewriter import onnx_fusions
 
 from moecc import ops
 from moecc.backends.onnx import bodies
@@ -57,6 +59,8 @@ def translate(cached: Cached, opset: int, stored: Container[str]) -> ir.Model:
                 if _own_name(value) in stored:
                     value.const_value = None
             onnxscript.optimizer.optimize_ir(model)
+            onnx_fusions.fuse(model)  # what opset 23 has one operator for
+            CommonSubexpressionEliminationPass()(model)
     except MoeccError:
         raise
     except Exception as error:

@@ -1,0 +1,157 @@
+"""llama.cpp on a checkpoint: written as GGUF, quantized by llama.cpp, timed and evaluated. Runs in an environment of its own.
+
+    python _llama.py CHECKPOINT --ftype Q2_K --ids IDS.npy --threads 1 --out FOLDER
+
+CHECKPOINT is a float32 qwen2_moe or qwen3_moe model. Prints one JSON object: file bytes, load seconds, prefill and decode tokens per
+second; leaves log-probabilities [rows, length, vocabulary] of the ids as float16 in FOLDER/logprobs.npy. There is no vocabulary in
+the file: token ids go in, logits come out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+from safetensors.numpy import load_file
+
+_ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}  # fmt: skip
+_EXPERTS = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+
+
+def tensors(checkpoint: Path, layers: int, experts: int) -> dict[str, np.ndarray]:
+    """The checkpoint's tensors by llama.cpp's names; experts are stacked."""
+    held: dict[str, np.ndarray] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        held |= {n: t.astype(np.float32) for n, t in load_file(file).items()}
+    made = {"token_embd.weight": held["model.embed_tokens.weight"], "output_norm.weight": held["model.norm.weight"]}
+    made["output.weight"] = held.get("lm_head.weight", held["model.embed_tokens.weight"])
+    for i in range(layers):
+        old, new = f"model.layers.{i}", f"blk.{i}"
+        for a, b in (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"), ("mlp.gate", "ffn_gate_inp"), ("mlp.shared_expert_gate", "ffn_gate_inp_shexp")):  # fmt: skip
+            if f"{old}.{a}.weight" in held:
+                made[f"{new}.{b}.weight"] = held[f"{old}.{a}.weight"]
+        for a, b in _ATTENTION.items():
+            for kind in ("weight", "bias"):
+                if f"{old}.self_attn.{a}.{kind}" in held:
+                    made[f"{new}.{b}.{kind}"] = held[f"{old}.self_attn.{a}.{kind}"]
+        for a, b in _EXPERTS.items():
+            own = [f"{old}.mlp.experts.{e}.{a}.weight" for e in range(experts)]
+            made[f"{new}.{b}_exps.weight"] = np.stack([held[n] for n in own])
+            if f"{old}.mlp.shared_expert.{a}.weight" in held:
+                made[f"{new}.{b}_shexp.weight"] = held[f"{old}.mlp.shared_expert.{a}.weight"]
+    return {n: t.reshape(-1) if n.endswith("ffn_gate_inp_shexp.weight") else t for n, t in made.items()}
+
+
+def write(checkpoint: Path, path: Path) -> None:
+    """The model as a float32 GGUF file."""
+    c: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
+    arch = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}[c["model_type"]]
+    w = gguf.GGUFWriter(str(path), arch)
+    w.add_context_length(c["max_position_embeddings"])
+    w.add_embedding_length(c["hidden_size"])
+    w.add_block_count(c["num_hidden_layers"])
+    w.add_feed_forward_length(c["intermediate_size"])
+    w.add_head_count(c["num_attention_heads"])
+    w.add_head_count_kv(c["num_key_value_heads"])
+    head = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    w.add_key_length(head)
+    w.add_value_length(head)
+    w.add_rope_freq_base((c.get("rope_parameters") or c)["rope_theta"])
+    w.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    w.add_expert_count(c["num_experts"])
+    w.add_expert_used_count(c["num_experts_per_tok"])
+    w.add_expert_feed_forward_length(c["moe_intermediate_size"])
+    if c.get("shared_expert_intermediate_size"):
+        w.add_expert_shared_feed_forward_length(c["shared_expert_intermediate_size"])
+    w.add_vocab_size(c["vocab_size"])
+    w.add_tokenizer_model("none")
+    for name, tensor in tensors(checkpoint, c["num_hidden_layers"], c["num_experts"]).items():
+        w.add_tensor(name, tensor)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def quantize(source: Path, target: Path, ftype: str) -> None:
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}")
+    settings.nthread = 1
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)):
+        raise SystemExit(f"llama.cpp can't quantize to {ftype}")
+
+
+def expert_bits(path: Path) -> float:
+    """Bits per weight of the routed experts in a file."""
+    found = [t for t in gguf.GGUFReader(str(path)).tensors if "_exps" in t.name]
+    return 8 * sum(t.n_bytes for t in found) / sum(int(t.n_elements) for t in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--ftype", default="Q2_K", help="of llama.cpp's; F32 leaves the model as it is")
+    parser.add_argument("--ids", type=Path, help="evaluate these rows of token ids")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"{args.ftype}.gguf"
+    if not file.exists():
+        whole = args.out / "F32.gguf"
+        if not whole.exists():
+            write(args.checkpoint, whole)
+        if args.ftype != "F32":
+            quantize(whole, file, args.ftype)
+    start = time.perf_counter()
+    ids = np.load(args.ids) if args.ids else np.zeros((0, 0), np.int64)
+    context = max(args.prompt + args.new_tokens, ids.shape[1] if ids.size else 0)
+    model = llama_cpp.Llama(
+        str(file), n_ctx=context, n_batch=context, n_ubatch=context, n_threads=args.threads, n_threads_batch=args.threads,
+        logits_all=True, verbose=True, seed=0,
+    )  # fmt: skip
+    load, rng, vocabulary = time.perf_counter() - start, np.random.default_rng(0), model.n_vocab()
+    prompt = rng.integers(0, vocabulary, args.prompt).tolist()
+    prefill, decode = [], []
+    for _ in range(5):
+        model.reset()
+        start = time.perf_counter()
+        model.eval(prompt)
+        prefill.append(time.perf_counter() - start)
+    for token in rng.integers(0, vocabulary, args.new_tokens).tolist():
+        start = time.perf_counter()
+        model.eval([token])
+        decode.append(time.perf_counter() - start)
+    if ids.size:
+        rows = []
+        for row in ids.tolist():
+            model.reset()
+            model.eval(row)
+            logits = model.scores[: len(row)].astype(np.float64)
+            logits -= logits.max(-1, keepdims=True)
+            rows.append((logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32))
+        np.save(args.out / f"{args.ftype}.logprobs.npy", np.stack(rows))
+    print(
+        json.dumps(
+            {
+                "ftype": args.ftype, "bytes": file.stat().st_size, "bits_per_weight_experts": expert_bits(file),
+                "load_seconds": load, "prefill_tokens_per_second": args.prompt / statistics.median(prefill),
+                "decode_tokens_per_second": 1 / statistics.median(decode), "threads": args.threads,
+                "versions": {"llama-cpp-python": llama_cpp.__version__, "gguf": gguf.__version__ if hasattr(gguf, "__version__") else ""},
+            }
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
