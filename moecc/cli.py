@@ -232,7 +232,7 @@ def _export(options: argparse.Namespace) -> Outcome:
     folder = resolve(options.model)
     found = export(
         folder, options.out or folder / "onnx", profile=options.profile, opset=options.opset, dtype=options.dtype,
-        bits=options.bits, say=_say,
+        bits=options.bits, small_embeddings=options.embeddings == "int8", say=_say,
     )  # fmt: skip
     return 0, found, summary(found)
 
@@ -406,6 +406,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--bits", type=int, default=4, choices=[4, 8], help="of experts in the profile qmoe (default: 4)"
+    )
+    parser.add_argument(
+        "--embeddings", choices=["int8"], help="embedding and output head as 8-bit integers (default: as the rest)"
     )
     parser.add_argument(
         "--opset", type=int, default=23, choices=[21, 23], help="21 for ONNX Runtime before 1.23 (default: 23)"

@@ -334,6 +334,20 @@ def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(family: str, tmp_path: Pat
     assert "QMoE" in ops_used and not {"VQExperts", "Experts"} & ops_used
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_embeddings_in_int8(family: str, tmp_path: Path) -> None:
+    """The first ties head and embedding or doesn't; either way both are small integers and the logits near."""
+    art = compiled(tmp_path, family, "vq")
+    made = export.export(art, tmp_path / "onnx", small_embeddings=True)
+    assert made["difference"] <= export.TOLERANCE["int8 activations"]
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    used = [n.op_type for n in model.graph.node]
+    assert used.count("GatherBlockQuantized") == used.count("MatMulNBits") == 1
+    tied = AutoConfig.from_pretrained(art).tie_word_embeddings
+    assert len([i for i in model.graph.initializer if i.name.endswith(".packed")]) == (1 if tied else 2)
+    assert not [i for i in model.graph.initializer if "embed_tokens.weight" == i.name.removeprefix("model.")]
+
+
 def test_qmoe_refuses_gates_that_it_does_not_know(tmp_path: Path) -> None:
     art = compiled(tmp_path, "muse_spark_text", "vq")
     with pytest.raises(MoeccError, match="export with --profile portable"):

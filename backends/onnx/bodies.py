@@ -122,6 +122,19 @@ class Ops:
         )
 
 
+def put_instead(model: ir.Model, node: ir.Node, op: Ops, y: ir.Value) -> None:
+    """Put the nodes of `op` where `node` was in a model's graph; `y` is what it made."""
+    old, name = node.outputs[0], node.outputs[0].name
+    for made in op.tape.nodes:
+        for value in made.outputs:
+            value.name = f"{node.name}.{value.name}"
+        model.graph.insert_before(node, made)
+    y.shape, y.type = old.shape, old.type
+    old.replace_all_uses_with(y, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+    y.name = name
+
+
 def vq_experts_function(structure: Structure, opset: int) -> ir.Function:
     """The body of moecc::VQExperts for a model of this structure."""
 

@@ -21,7 +21,7 @@ import torch
 
 from moecc import __version__
 from moecc.artifact import copy_small_files
-from moecc.backends.onnx import genai, qmoe, run
+from moecc.backends.onnx import embeddings, genai, qmoe, run
 from moecc.backends.onnx.cached import capture_cached
 from moecc.backends.onnx.translate import OPSETS, translate
 from moecc.backends.onnx.weights import Weights
@@ -40,12 +40,13 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8 activations": 5e-2, "other 
 
 def export(
     folder: Path, out: Path, *, profile: str = "portable", opset: int = 23, dtype: str = "float32", bits: int = 4,
+    small_embeddings: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Export the artifact (or checkpoint) `folder` to the new folder `out`; what was written and how it compares.
 
     profile: portable (standard operators only), native (moecc's op library beside the model), or qmoe (experts as
-    integers of `bits` bits in ONNX Runtime's own operator).
+    integers of `bits` bits in ONNX Runtime's own operator). small_embeddings: embedding and output head as 8-bit integers.
     """
     if opset not in OPSETS:
         raise MoeccError(f"opset {opset} isn't one of {', '.join(map(str, OPSETS))}")
@@ -62,6 +63,8 @@ def export(
     model = translate(cached, opset, store)
     if profile == "qmoe":
         qmoe.lower(model, store, bits)
+    if small_embeddings:
+        embeddings.lower(model, store)
     Weights(model, store).fill()
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -77,7 +80,7 @@ def export(
 
             library = shutil.copyfile(build.library(), partial / "libmoecc_ops.so")
         (partial / genai.FILE).write_text(json.dumps(genai.config(found, cached, folder, library), indent=1) + "\n")
-        rounded = any(node.op_type in ("MatMulNBits", "QMoE") for node in model.graph)
+        rounded = any(node.op_type in ("MatMulNBits", "QMoE", "GatherBlockQuantized") for node in model.graph)
         tolerance = TOLERANCE["other weights" if profile == "qmoe" else "int8 activations" if rounded else dtype]
         record = _compare(folder, partial, text_config(found.config).vocab_size, tolerance, library)
         record |= {

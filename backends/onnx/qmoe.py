@@ -140,16 +140,10 @@ class _Experts:
         return weight if shared is None else weight + shared
 
     def _replace(self, op: bodies.Ops, y: ir.Value) -> None:
-        graph = self.model.graph
-        for made in op.tape.nodes:
-            for value in made.outputs:
-                value.name = f"{self.node.name}.{value.name}"
-            graph.insert_before(self.node, made)
-        self.node.outputs[0].replace_all_uses_with(y)
-        graph.remove(self.node, safe=True)
+        bodies.put_instead(self.model, self.node, op, y)
         for value in self.given.values():
             if weight_name(value) is not None and not value.uses():
-                del graph.initializers[value.name]  # type: ignore[arg-type]
+                del self.model.graph.initializers[value.name]  # type: ignore[arg-type]
 
 
 def _activation(attributes: dict[str, Any]) -> dict[str, Any]:

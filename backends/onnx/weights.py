@@ -54,7 +54,8 @@ class Weights:
         if coded:
             self._fill_absent(coded)
         for node in self._nodes("com.microsoft", "MatMulNBits"):
-            self._fill_linear(node)
+            if id(node.inputs[1]) in self.origins:  # not the head of `embeddings`
+                self._fill_linear(node)
         self._fill_transposed()
         for value in list(self.model.graph.initializers.values()):
             if value.const_value is None:

@@ -1,0 +1,128 @@
+"""`--embeddings int8`: the embedding and the output head in blocks of 8-bit integers, one tensor for both where they are tied.
+
+Once experts are small, the head is most of what a token reads on a small model. com.microsoft::GatherBlockQuantized looks
+tokens up, com.microsoft::MatMulNBits multiplies, its activations rounded to int8.
+
+Shapes: V vocabulary, D hidden; packed u8 [V, D / block, block], 128 is zero; scales [V, D / block, 1], for the head [V, D / block].
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir import tensor_adapters
+from torch import Tensor
+
+from moecc.backends.onnx import bodies
+from moecc.backends.onnx.qmoe import quantize
+from moecc.backends.onnx.translate import weight_name
+from moecc.errors import MoeccError
+from moecc.weights import CheckpointStore
+
+DOMAIN = "com.microsoft"
+_BLOCKS = (64, 32, 16)
+
+
+def lower(model: ir.Model, store: CheckpointStore) -> None:
+    """Replace the lookup in the embedding and the product with the head. MoeccError where the graph has no such nodes."""
+    ids = next(v for v in model.graph.inputs if v.name == "input_ids")
+    lookup = next((n for n, _ in ids.uses() if n.op_type == "Gather" and weight_name(n.inputs[0])), None)  # type: ignore[arg-type]
+    if lookup is None:
+        raise MoeccError("the graph doesn't look its input up in an embedding; export without --embeddings int8")
+    tables = _Tables(model, store)
+    op = bodies.Ops()
+    packed, scales = tables.of(lookup.inputs[0])  # type: ignore[arg-type]
+    rows = op.tape.op(
+        "GatherBlockQuantized", [packed, ids, scales],
+        {"bits": 8, "block_size": int(packed.shape[2]), "gather_axis": 0, "quantize_axis": 2},  # type: ignore[index, arg-type]
+        domain=DOMAIN, output=op.value(),
+    )  # fmt: skip
+    bodies.put_instead(model, lookup, op, op.Reshape(rows, op.ints(0, 0, -1)))
+    if (product := _head(model)) is not None:
+        node, weight = product
+        packed, scales = tables.of(weight)
+        flat = tables.flat(weight)
+        vocabulary, blocks, block = (int(n) for n in packed.shape)  # type: ignore[arg-type, union-attr]
+        op = bodies.Ops()
+        sizes = {"N": vocabulary, "K": blocks * block, "bits": 8, "block_size": block, "accuracy_level": 4}
+        y = op.tape.op("MatMulNBits", [node.inputs[0], packed, flat], sizes, domain=DOMAIN, output=op.value())
+        bodies.put_instead(model, node, op, op.Identity(y))
+    tables.drop_unused()
+
+
+def _head(model: ir.Model) -> tuple[ir.Node, ir.Value] | None:
+    """The product with a whole stored matrix that makes the logits, and the matrix [V, D]."""
+    node: ir.Node | None = model.graph.outputs[0].producer()
+    while node is not None and node.op_type in ("Cast", "Mul", "Div", "Tanh", "Identity", "Reshape"):
+        node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), None)
+    if node is None or node.op_type != "MatMul":
+        return None
+    turned = node.inputs[1].producer()  # type: ignore[union-attr]
+    if turned is None or turned.op_type != "Transpose" or not weight_name(turned.inputs[0]):  # type: ignore[arg-type]
+        return None
+    return node, turned.inputs[0]  # type: ignore[return-value]
+
+
+class _Tables:
+    """Packed tensors by the parameter that they stand for; tied names share one."""
+
+    def __init__(self, model: ir.Model, store: CheckpointStore):
+        self.model, self.store = model, store
+        self.made: dict[str, tuple[ir.Value, ir.Value]] = {}
+        self.replaced: list[ir.Value] = []
+
+    def of(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+        name = self._name(weight)
+        if weight not in self.replaced:
+            self.replaced.append(weight)
+        if name not in self.made:
+            rows, columns = (int(n) for n in weight.shape)  # type: ignore[arg-type, union-attr]
+            block = next((b for b in _BLOCKS if columns % b == 0), None)
+            if block is None:
+                raise MoeccError(f"{name}: blocks of 16 don't divide {columns}; export without --embeddings int8")
+            shape = (rows, columns // block)
+            self.made[name] = (
+                self._value(f"{name}.packed", (*shape, block), ir.DataType.UINT8, partial(self._packed, name, block)),
+                self._value(
+                    f"{name}.scales", (*shape, 1), ir.DataType.FLOAT, partial(self._scales, name, block, (*shape, 1))
+                ),
+            )
+        return self.made[name]
+
+    def flat(self, weight: ir.Value) -> ir.Value:
+        """The scales once more, [V, D / block]."""
+        name = self._name(weight)
+        packed, _ = self.of(weight)
+        rows, blocks, block = (int(n) for n in packed.shape)  # type: ignore[arg-type, union-attr]
+        make = partial(self._scales, name, block, (rows, blocks))
+        return self._value(f"{name}.head_scales", (rows, blocks), ir.DataType.FLOAT, make)
+
+    def _name(self, weight: ir.Value) -> str:
+        name = weight_name(weight)
+        assert name is not None
+        return self.store.tied.get(name, name)
+
+    def _packed(self, name: str, block: int) -> Tensor:
+        packed: Tensor = quantize(self.store.read(name).float(), 8, block)[0].unflatten(-1, (-1, block))
+        return packed
+
+    def _scales(self, name: str, block: int, shape: tuple[int, ...]) -> Tensor:
+        return quantize(self.store.read(name).float(), 8, block)[1].view(shape)
+
+    def _value(self, name: str, shape: tuple[int, ...], dtype: ir.DataType, make: Any) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        value.const_value = ir.LazyTensor(
+            lambda: tensor_adapters.TorchTensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name
+        )
+        self.model.graph.register_initializer(value)
+        return value
+
+    def drop_unused(self) -> None:
+        graph = self.model.graph
+        for weight in self.replaced:
+            for node in [n for n, _ in weight.uses() if n.op_type == "Transpose" and not n.outputs[0].uses()]:
+                graph.remove(node, safe=True)
+            if not weight.uses():
+                del graph.initializers[weight.name]  # type: ignore[arg-type]
