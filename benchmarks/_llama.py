@@ -2,9 +2,9 @@
 
     python _llama.py CHECKPOINT --ftype Q2_K --ids IDS.npy --threads 1 --out FOLDER
 
-CHECKPOINT is a float32 qwen2_moe or qwen3_moe model. Prints one JSON object: file bytes, load seconds, prefill and decode tokens per
-second; leaves log-probabilities [rows, length, vocabulary] of the ids as float16 in FOLDER/logprobs.npy. There is no vocabulary in
-the file: token ids go in, logits come out.
+CHECKPOINT is a float32 qwen2_moe or qwen3_moe model. Prints one JSON object: file bytes, load seconds, prefill and decode tokens
+per second; leaves log-probabilities [rows, length, vocabulary] of the ids in FOLDER/FTYPE.logprobs.npy. There is no vocabulary
+in the file: token ids go in, logits come out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ import llama_cpp
 import numpy as np
 from safetensors.numpy import load_file
 
-_ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}  # fmt: skip
+_ATTENTION = {
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+}  # fmt: skip
+_OTHERS = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}  # fmt: skip
 _EXPERTS = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 
@@ -35,7 +42,7 @@ def tensors(checkpoint: Path, layers: int, experts: int) -> dict[str, np.ndarray
     made["output.weight"] = held.get("lm_head.weight", held["model.embed_tokens.weight"])
     for i in range(layers):
         old, new = f"model.layers.{i}", f"blk.{i}"
-        for a, b in (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"), ("mlp.gate", "ffn_gate_inp"), ("mlp.shared_expert_gate", "ffn_gate_inp_shexp")):  # fmt: skip
+        for a, b in _OTHERS.items():
             if f"{old}.{a}.weight" in held:
                 made[f"{new}.{b}.weight"] = held[f"{old}.{a}.weight"]
         for a, b in _ATTENTION.items():
@@ -50,8 +57,55 @@ def tensors(checkpoint: Path, layers: int, experts: int) -> dict[str, np.ndarray
     return {n: t.reshape(-1) if n.endswith("ffn_gate_inp_shexp.weight") else t for n, t in made.items()}
 
 
-def write(checkpoint: Path, path: Path) -> None:
-    """The model as a float32 GGUF file."""
+def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Bytes of a quantized tensor: anything where the integers are, small numbers where the scales are."""
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = int(np.prod(shape)) // elements
+    made = rng.integers(0, 256, (blocks, size), np.uint8)
+    scale = np.frombuffer(
+        np.float16(shape[-1] ** -0.5 / (16 if kind == gguf.GGMLQuantizationType.Q2_K else 5)).tobytes(), np.uint8
+    )
+    at = {
+        gguf.GGMLQuantizationType.Q2_K: (80, 82),
+        gguf.GGMLQuantizationType.Q4_0: (0,),
+        gguf.GGMLQuantizationType.Q8_0: (0,),
+    }
+    for start in at[kind]:
+        made[:, start : start + 2] = scale
+    return made.reshape(*shape[:-1], -1)
+
+
+def random_tensors(c: dict[str, Any], ftype: str) -> dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]:
+    """A qwen3_moe of the configuration with random weights: experts of `ftype`, attention Q4_0, embedding and head Q8_0."""
+    kinds = gguf.GGMLQuantizationType
+    rng, d, f, e = np.random.default_rng(0), c["hidden_size"], c["moe_intermediate_size"], c["num_experts"]
+    q, kv = (c[n] * c["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
+    made: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]] = {}
+
+    def coded(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> None:
+        made[f"{name}.weight"] = random_blocks(rng, shape, kind), kind
+
+    coded("token_embd", (c["vocab_size"], d), kinds.Q8_0)
+    coded("output", (c["vocab_size"], d), kinds.Q8_0)
+    made["output_norm.weight"] = np.ones(d, np.float32), None
+    for i in range(c["num_hidden_layers"]):
+        for name, width in (
+            ("attn_norm", d),
+            ("ffn_norm", d),
+            ("attn_q_norm", c["head_dim"]),
+            ("attn_k_norm", c["head_dim"]),
+        ):
+            made[f"blk.{i}.{name}.weight"] = np.ones(width, np.float32), None
+        made[f"blk.{i}.ffn_gate_inp.weight"] = rng.standard_normal((e, d), np.float32) * d**-0.5, None
+        for name, rows, columns in (("attn_q", q, d), ("attn_k", kv, d), ("attn_v", kv, d), ("attn_output", d, q)):
+            coded(f"blk.{i}.{name}", (rows, columns), kinds.Q4_0)
+        for name, rows, columns in (("ffn_gate_exps", f, d), ("ffn_up_exps", f, d), ("ffn_down_exps", d, f)):
+            coded(f"blk.{i}.{name}", (e, rows, columns), kinds[ftype])
+    return made
+
+
+def write(checkpoint: Path, path: Path, random_as: str = "") -> None:
+    """The model as a float32 GGUF file; random_as: with random weights of that kind instead of the checkpoint's."""
     c: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
     arch = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}[c["model_type"]]
     w = gguf.GGUFWriter(str(path), arch)
@@ -73,8 +127,12 @@ def write(checkpoint: Path, path: Path) -> None:
         w.add_expert_shared_feed_forward_length(c["shared_expert_intermediate_size"])
     w.add_vocab_size(c["vocab_size"])
     w.add_tokenizer_model("none")
-    for name, tensor in tensors(checkpoint, c["num_hidden_layers"], c["num_experts"]).items():
-        w.add_tensor(name, tensor)
+    if random_as:
+        for name, (tensor, kind) in random_tensors(c, random_as).items():
+            w.add_tensor(name, tensor, raw_dtype=kind)
+    else:
+        for name, tensor in tensors(checkpoint, c["num_hidden_layers"], c["num_experts"]).items():
+            w.add_tensor(name, tensor)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -99,6 +157,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--ftype", default="Q2_K", help="of llama.cpp's; F32 leaves the model as it is")
+    parser.add_argument(
+        "--random", action="store_true", help="random weights; of the checkpoint only config.json is read"
+    )
     parser.add_argument("--ids", type=Path, help="evaluate these rows of token ids")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=128)
@@ -107,6 +168,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{args.ftype}.gguf"
+    if args.random and not file.exists():
+        write(args.checkpoint, file, args.ftype)
     if not file.exists():
         whole = args.out / "F32.gguf"
         if not whole.exists():
@@ -118,7 +181,7 @@ def main() -> None:
     context = max(args.prompt + args.new_tokens, ids.shape[1] if ids.size else 0)
     model = llama_cpp.Llama(
         str(file), n_ctx=context, n_batch=context, n_ubatch=context, n_threads=args.threads, n_threads_batch=args.threads,
-        logits_all=True, verbose=True, seed=0,
+        logits_all=True, verbose=False, seed=0,
     )  # fmt: skip
     load, rng, vocabulary = time.perf_counter() - start, np.random.default_rng(0), model.n_vocab()
     prompt = rng.integers(0, vocabulary, args.prompt).tolist()
@@ -147,7 +210,7 @@ def main() -> None:
                 "ftype": args.ftype, "bytes": file.stat().st_size, "bits_per_weight_experts": expert_bits(file),
                 "load_seconds": load, "prefill_tokens_per_second": args.prompt / statistics.median(prefill),
                 "decode_tokens_per_second": 1 / statistics.median(decode), "threads": args.threads,
-                "versions": {"llama-cpp-python": llama_cpp.__version__, "gguf": gguf.__version__ if hasattr(gguf, "__version__") else ""},
+                "versions": {"llama-cpp-python": llama_cpp.__version__},
             }
         )
     )  # fmt: skip

@@ -42,6 +42,7 @@ REQUIREMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torch==2.13.0",),
         ("gptqmodel==7.6.0", "torch==2.13.0", "transformers==5.24.0", "safetensors", "numpy"),
     ),
+    "llama-cpp": (("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", "numpy"),),  # used by llamacpp.py
 }
 
 # Each tool's options; everything that isn't named here is at the peer's own default.
@@ -71,7 +72,7 @@ def environment(folder: Path, tool: str) -> Path:
     wanted = json.dumps(REQUIREMENTS[tool])
     if stamp.exists() and stamp.read_text() == wanted:
         return python
-    print(f"installing {REQUIREMENTS[tool][1][0]} into {folder}", file=sys.stderr)
+    print(f"installing {REQUIREMENTS[tool][-1][0]} into {folder}", file=sys.stderr)
     steps = [[sys.executable, "-m", "venv", str(folder)]]
     steps += [[str(python), "-m", "pip", "install", "--quiet", *line] for line in REQUIREMENTS[tool]]
     for step in steps:

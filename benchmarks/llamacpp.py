@@ -1,0 +1,254 @@
+"""Whole models in ONNX Runtime beside llama.cpp, on one machine, in one run.
+
+    python benchmarks/llamacpp.py           the example model, speed and quality; then a model of 1 GB with random weights, speed
+    python benchmarks/llamacpp.py --only random --threads 1
+
+The example is compiled, exported with `--embeddings int8` and measured by `moecc bench`; llama.cpp quantizes the same checkpoint
+itself. Quality is KL(reference || model) and perplexity over rows of held-out text, from logits that each runtime computed.
+Tables go to benchmarks/results/llamacpp.md and .json. llama.cpp is compiled from its Python package's source into an environment of
+its own, which takes a quarter of an hour the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from safetensors.torch import load_file, save_file
+
+import moecc
+from moecc import text, vq4
+from moecc.errors import MoeccError
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+EXAMPLE = ROOT / "examples" / "tinymoe"
+WORKER = Path(__file__).with_name("_llama.py")
+ROWS, LENGTH = 16, 256  # of evaluation text
+
+# hidden, intermediate, experts, top-k, layers, heads, key-value heads, head width, vocabulary: 3.6 G weights of experts
+RANDOM = dict(
+    vocab_size=32768, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=12,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=64, num_experts_per_tok=8, norm_topk_prob=True,
+    max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def command(*arguments: str | Path) -> Any:
+    """`moecc ... --json`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "moecc.cli", *map(str, arguments), "--json"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise MoeccError(f"moecc {arguments[0]} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
+def llama(python: Path, *arguments: str | Path | int) -> Any:
+    done = subprocess.run([str(python), str(WORKER), *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MoeccError(f"llama.cpp failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def speed_rows(label: str, exported: Path, threads: list[int]) -> list[dict[str, Any]]:
+    rows = command("bench", exported, "--threads", *map(str, threads))["rows"]
+    size = sum((exported / f).stat().st_size for f in ("model.onnx", "model.onnx.data"))
+    return [{"label": f"{label}, {r['ops']}", "bytes": size, **r} for r in rows]
+
+
+# ---------------------------------------------------------------- the example
+
+
+def example(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]]:
+    from moecc.backends.onnx.run import Session
+
+    ids = text.rows(text.tokenizer_of(EXAMPLE), EXAMPLE / "valid.txt", count=ROWS, length=LENGTH)
+    np.save(work / "ids.npy", ids.numpy())
+    reference = _reference(ids)
+    rows: list[dict[str, Any]] = []
+    for label, passes in (
+        ("moecc 2 bit", "vsraq,kbvq"), ("moecc 2 bit, dense 8 bit", "vsraq,kbvq,dense{bits=8}"),
+        ("moecc 2.7 bit, dense 8 bit", "vsraq,kbvq,dense{bits=8}"),
+    ):  # fmt: skip
+        bits = "2.7" if "2.7" in label else "2"
+        art = work / label.replace(" ", "-")
+        compiled = command(
+            "compile", EXAMPLE, "--passes", passes, "--bits", bits, "--calib", EXAMPLE / "calib.txt", "-o", art
+        )
+        command("export", art, "--to", "onnx", "--embeddings", "int8")
+        session = Session(art / "onnx" / "model.onnx")
+        quality = _quality(
+            reference, torch.cat([session.logits(row[None], [LENGTH]) for row in ids]).log_softmax(-1), ids
+        )
+        own = {"bits_per_weight_experts": compiled["bits_per_weight_experts"], **quality}
+        rows += [{**r, **own} for r in speed_rows(label, art / "onnx", threads)]
+    whole = work / "float32"
+    whole.mkdir()
+    save_file({n: t.float() for n, t in load_file(EXAMPLE / "model.safetensors").items()}, whole / "model.safetensors")
+    (whole / "config.json").write_text((EXAMPLE / "config.json").read_text())
+    for ftype in ("F32", "Q2_K", "Q3_K_S", "Q4_0"):
+        for n in threads:
+            found = llama(
+                python, whole, "--ftype", ftype, "--ids", work / "ids.npy", "--threads", n, "--out", work / "llama"
+            )
+            logs = torch.from_numpy(np.load(work / "llama" / f"{ftype}.logprobs.npy"))
+            rows.append({"label": f"llama.cpp {ftype}", **found, **_quality(reference, logs, ids)})
+    return rows
+
+
+@torch.no_grad()
+def _reference(ids: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32).eval()
+    return torch.cat([model(input_ids=row[None]).logits for row in ids]).log_softmax(-1)
+
+
+def _quality(reference: torch.Tensor, found: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
+    kl = (reference.exp() * (reference - found)).sum(-1).mean()
+    likelihood = found[:, :-1].gather(-1, ids[:, 1:, None].long()).mean()
+    return {"kl": float(kl), "perplexity": float((-likelihood).exp())}
+
+
+# ---------------------------------------------------------------- a model of 1 GB
+
+
+def random_artifact(folder: Path) -> Path:
+    """An artifact whose codes are random: experts at 2 bit, dense matrices at 4."""
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(**RANDOM, architectures=["Qwen3MoeForCausalLM"])
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    experts: dict[str, Any] = {}
+    linears: dict[str, Any] = {}
+    d, f, e, group = config.hidden_size, config.moe_intermediate_size, config.num_experts, 64
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
+
+    def bytes_of(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    def spec(own: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in own.items()}
+
+    tensors["model.embed_tokens.weight"] = normal(config.vocab_size, d)
+    tensors["lm_head.weight"] = normal(config.vocab_size, d)
+    tensors["model.norm.weight"] = torch.ones(d, dtype=torch.bfloat16)
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        norms = {"input_layernorm": d, "post_attention_layernorm": d}
+        norms |= {f"self_attn.{n}_norm": config.head_dim for n in ("q", "k")}
+        for norm, width in norms.items():
+            tensors[f"{layer}.{norm}.weight"] = torch.ones(width, dtype=torch.bfloat16)
+        tensors[f"{layer}.mlp.gate.weight"] = normal(e, d)
+        for name, n, k in (("q_proj", q, d), ("k_proj", kv, d), ("v_proj", kv, d), ("o_proj", d, q)):
+            own = {
+                "weight": bytes_of(n, k // 2), "scale": torch.full((n, k // group), 1 / (5 * k**0.5), dtype=torch.float16),
+                "zero": torch.full((n, k // group), 8, dtype=torch.uint8),
+            }  # fmt: skip
+            tensors |= {f"{layer}.self_attn.{name}.{t}": v for t, v in own.items()}
+            linears[f"{layer}.self_attn.{name}"] = {"bits": 4, "tensors": spec(own)}
+        entry: dict[str, Any] = {
+            "attributes": {"act": "silu", "alpha": 1.0, "eps": 0.0, "gate": "glu", "limit": 0.0},
+            "remove": ["gate_up_proj", "down_proj"],
+        }  # fmt: skip
+        for part, n, k in (("gate_up", 2 * f, d), ("down", d, f)):
+            own = {
+                "codes": bytes_of(e, n, k // vq4.group_size(2)),
+                "codebook": torch.randint(-127, 128, (e, 256, 4), generator=generator, dtype=torch.int8),
+                "scale": torch.full((e, n), 1 / (73 * k**0.5), dtype=torch.float16),
+            }
+            tensors |= {f"{layer}.mlp.experts.{part}.{t}": v for t, v in own.items()}
+            entry[part] = spec(own)
+        experts[f"{layer}.mlp.experts"] = entry
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    written = config.to_dict() | {
+        "num_experts": e,
+        "dtype": "bfloat16",
+        "quantization_config": {
+            "quant_method": "moecc",
+            "version": vq4.VERSION,
+            "experts": experts,
+            "linears": linears,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def random(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]]:
+    art = random_artifact(work / "random")
+    command("export", art, "--to", "onnx", "--embeddings", "int8")
+    rows = speed_rows("moecc 2 bit, dense 4 bit", art / "onnx", threads)
+    for ftype in ("Q2_K",):
+        for n in threads:
+            found = llama(python, art, "--ftype", ftype, "--random", "--threads", n, "--out", work / "llama-random")
+            rows.append({"label": f"llama.cpp {ftype}, attention Q4_0", **found})
+    return rows
+
+
+# ---------------------------------------------------------------- the page
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | threads | file MB | bits/weight of experts | prefill tok/s | decode tok/s | load s | KL | perplexity |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        known = [f"{r[k]:{form}}" if k in r else "" for k, form in (("kl", ".4f"), ("perplexity", ".3f"))]
+        bits = f"{r['bits_per_weight_experts']:.3f}" if "bits_per_weight_experts" in r else ""
+        figures = [str(r["threads"]), f"{r['bytes'] / 1e6:.1f}", bits, f"{r['prefill_tokens_per_second']:.0f}"]
+        figures += [f"{r['decode_tokens_per_second']:.1f}", f"{r['load_seconds']:.2f}", *known]
+        lines.append(f"| {r['label']} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    import peers
+
+    groups = {"example": example, "random": random}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", choices=list(groups), default=list(groups))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "llamacpp")
+    args = parser.parse_args()
+    python = peers.environment(peers.HOME / "llama-cpp", "llama-cpp")
+    head = (
+        "# Whole models beside llama.cpp\n\n"
+        f"moecc {moecc.__version__}, onnxruntime {onnxruntime.__version__}, {platform.processor() or platform.machine()}, "
+        f"{os.cpu_count()} cores; batch 1, prefill of 128 tokens, 64 decoded one by one, medians. KL and perplexity over "
+        f"{ROWS} x {LENGTH} tokens of held-out text. Made by `python benchmarks/llamacpp.py`.\n"
+    )
+    found: dict[str, Any] = {}
+    for name in args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = groups[name](Path(folder), python, args.threads)
+        pages = [f"\n## {n}\n\n{table(rows)}\n" for n, rows in found.items()]
+        args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(head + "".join(pages))
+    print(args.out.with_suffix(".md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except MoeccError as error:
+        print(f"llamacpp: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
