@@ -205,7 +205,7 @@ def feeds(session: Any, s: Shape, tokens: int, rng: np.random.Generator) -> dict
 
 def time_layer(path: Path, library: str, s: Shape, threads: int, tokens: int, seconds: float) -> dict[str, Any]:
     """Cold and warm milliseconds of one method at one size, in this process."""
-    from moecc.backends.onnx.bench import private_bytes
+    from moecc.backends.onnx.speed import private_bytes
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3

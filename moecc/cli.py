@@ -223,41 +223,36 @@ def _generate(options: argparse.Namespace) -> Outcome:
 
 
 def _export(options: argparse.Namespace) -> Outcome:
-    from moecc.backends import onnx
+    from moecc.compiler import require_backend
     from moecc.weights import resolve
 
-    onnx.require()
-    from moecc.backends.onnx.export import export, summary
-
-    folder = resolve(options.model)
-    found = export(
-        folder, options.out or folder / "onnx", profile=options.profile, opset=options.opset, dtype=options.dtype,
+    backend, folder = require_backend(options.to), resolve(options.model)
+    found = backend.export(
+        folder, options.out or folder / options.to, profile=options.profile, opset=options.opset, dtype=options.dtype,
         bits=options.bits, small_embeddings=options.embeddings == "int8", say=_say,
     )  # fmt: skip
-    return 0, found, summary(found)
+    return 0, found, backend.summary(found)
 
 
 def _bench(options: argparse.Namespace) -> Outcome:
-    from moecc.backends import onnx
+    from moecc.compiler import require_backend
 
-    onnx.require()
-    from moecc.backends.onnx.bench import bench, table
-
-    rows = bench(
+    backend = require_backend("onnx")
+    rows = backend.bench(
         Path(options.model),
         threads=options.threads,
         prompt=options.prompt_tokens,
         new_tokens=options.new_tokens,
         say=_say,
     )
-    return 0, {"model": options.model, "rows": rows}, table(rows)
+    return 0, {"model": options.model, "rows": rows}, backend.table(rows)
 
 
 def _build_ops(options: argparse.Namespace) -> Outcome:
-    from moecc.backends.onnx.build import library
+    from moecc.compiler import require_backend
 
-    path = library()
-    return 0, {"library": str(path)}, str(path)
+    path = str(require_backend("onnx").library())
+    return 0, {"library": path}, path
 
 
 def _diff(options: argparse.Namespace) -> Outcome:

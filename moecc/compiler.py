@@ -166,7 +166,7 @@ def _run(
     rows = artifact.write(target, artifact.plan(program, original, ctx), program, folder, facts, progress)
     check = verify.reload_and_compare(target, program, _check_ids(program, batches))
     say(check.line())
-    lowered = importlib.import_module(f"moecc.backends.{job.backend}").emit(target, program)
+    lowered = require_backend(job.backend).emit(target, program)
     from moecc.report import write_report
 
     write_report(target, facts, rows)
@@ -176,8 +176,8 @@ def _run(
     }  # fmt: skip
 
 
-def require_backend(name: str) -> None:
-    """MoeccError where there is no such backend, or what it needs isn't installed."""
+def require_backend(name: str) -> Any:
+    """The backend's module. MoeccError where there is none of that name, or what it needs isn't installed."""
     import pkgutil
 
     import moecc.backends
@@ -185,7 +185,9 @@ def require_backend(name: str) -> None:
     there = sorted(m.name for m in pkgutil.iter_modules(moecc.backends.__path__) if not m.name.startswith("_"))
     if name not in there:
         raise MoeccError(f"no backend {name!r}; there is {', '.join(there)}")
-    importlib.import_module(f"moecc.backends.{name}").require()
+    found = importlib.import_module(f"moecc.backends.{name}")
+    found.require()
+    return found
 
 
 def _pipeline(passes: str, bits: float | None, say: Callable[[str], None]) -> list[Pass]:

@@ -25,7 +25,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moecc import compiler, gates, ops, vq4
-from moecc.backends.onnx import bodies, export, layout, run, translate, weights
+from moecc.backends.onnx import bodies, exporter, layout, run, translate, weights
 from moecc.errors import MoeccError
 
 torch.set_num_threads(1)
@@ -219,7 +219,7 @@ def compiled(folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bit
 @pytest.mark.parametrize("family", [f for f in sorted(FAMILIES if ALL else SAMPLE) if f in FAMILIES])
 def test_a_family_is_exported(family: str, tmp_path: Path) -> None:
     art = compiled(tmp_path, family)
-    made = export.export(art, tmp_path / "onnx", opset=23 if next(NUMBERS) % 2 else 21)
+    made = exporter.export(art, tmp_path / "onnx", opset=23 if next(NUMBERS) % 2 else 21)
     assert made["difference"] <= 1e-4
     if type(AutoConfig.from_pretrained(art)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
@@ -274,7 +274,7 @@ def test_what_some_layers_lack_is_stored_empty(qwen: Path, tmp_path: Path) -> No
                 tensors[name] = tensors[name][..., :2].contiguous()
 
     art = changed(qwen, tmp_path / "art", strip)
-    assert export.export(art, tmp_path / "onnx")["difference"] <= 1e-4
+    assert exporter.export(art, tmp_path / "onnx")["difference"] <= 1e-4
     model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
     node = [n for n in model.graph.node if n.op_type == "VQExperts"][1]
     sizes = {i.name: list(i.dims) for i in model.graph.initializer}
@@ -297,24 +297,24 @@ def test_three_bits_below_some_layers(tmp_path: Path) -> None:
             tensors.update({n: t for n, t in three.items() if n.startswith(f"{path}.gate_up.")})
 
     art = changed(tmp_path / "two", tmp_path / "art", mix)
-    assert export.export(art, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
+    assert exporter.export(art, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
 
 
 def test_float16(qwen: Path, tmp_path: Path) -> None:
-    made = export.export(qwen, tmp_path / "onnx", dtype="float16")
-    assert 1e-6 < made["difference"] <= export.TOLERANCE["float16"]
+    made = exporter.export(qwen, tmp_path / "onnx", dtype="float16")
+    assert 1e-6 < made["difference"] <= exporter.TOLERANCE["float16"]
 
 
 def test_experts_that_are_left_dense(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "model", "gpt_oss")
-    assert export.export(source, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
+    assert exporter.export(source, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_linears_become_matmulnbits(bits: int, tmp_path: Path) -> None:
     art = compiled(tmp_path, "qwen2_moe", f"vq{{bits=2}},dense{{bits={bits},group=16}}")
-    made = export.export(art, tmp_path / "onnx")
-    assert made["difference"] <= export.TOLERANCE["int8 activations"]
+    made = exporter.export(art, tmp_path / "onnx")
+    assert made["difference"] <= exporter.TOLERANCE["int8 activations"]
     exact = exact_copy(tmp_path / "onnx" / "model.onnx")
     ids = torch.randint(0, 60, (2, 9))
     with torch.no_grad():
@@ -327,7 +327,7 @@ def test_quantized_linears_become_matmulnbits(bits: int, tmp_path: Path) -> None
 def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(family: str, tmp_path: Path) -> None:
     art = compiled(tmp_path, family)
     eight, four = (
-        export.export(art, tmp_path / f"onnx{bits}", profile="qmoe", bits=bits)["difference"] for bits in (8, 4)
+        exporter.export(art, tmp_path / f"onnx{bits}", profile="qmoe", bits=bits)["difference"] for bits in (8, 4)
     )
     assert eight <= 0.05 and eight < four <= 0.4
     ops_used = {n.op_type for n in onnx.load(tmp_path / "onnx4" / "model.onnx", load_external_data=False).graph.node}
@@ -338,8 +338,8 @@ def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(family: str, tmp_path: Pat
 def test_embeddings_in_int8(family: str, tmp_path: Path) -> None:
     """The first ties head and embedding or doesn't; either way both are small integers and the logits near."""
     art = compiled(tmp_path, family, "vq")
-    made = export.export(art, tmp_path / "onnx", small_embeddings=True)
-    assert made["difference"] <= export.TOLERANCE["int8 activations"]
+    made = exporter.export(art, tmp_path / "onnx", small_embeddings=True)
+    assert made["difference"] <= exporter.TOLERANCE["int8 activations"]
     model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
     used = [n.op_type for n in model.graph.node]
     assert used.count("GatherBlockQuantized") == used.count("MatMulNBits") == 1
@@ -351,14 +351,14 @@ def test_embeddings_in_int8(family: str, tmp_path: Path) -> None:
 def test_qmoe_refuses_gates_that_it_does_not_know(tmp_path: Path) -> None:
     art = compiled(tmp_path, "muse_spark_text", "vq")
     with pytest.raises(MoeccError, match="export with --profile portable"):
-        export.export(art, tmp_path / "onnx", profile="qmoe")
+        exporter.export(art, tmp_path / "onnx", profile="qmoe")
     assert not (tmp_path / "onnx").exists()
 
 
 def test_qmoe_wants_a_new_runtime(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", "1.30.1")
     with pytest.raises(MoeccError, match=r"needs onnxruntime 1\.31 or newer, this is 1\.30\.1"):
-        export.export(qwen, tmp_path / "onnx", profile="qmoe")
+        exporter.export(qwen, tmp_path / "onnx", profile="qmoe")
 
 
 def exact_copy(path: Path) -> Path:
@@ -373,7 +373,7 @@ def exact_copy(path: Path) -> Path:
 
 
 def test_the_file_says_nothing_of_where_it_was_made(qwen: Path, tmp_path: Path) -> None:
-    export.export(qwen, tmp_path / "onnx")
+    exporter.export(qwen, tmp_path / "onnx")
     content = (tmp_path / "onnx" / "model.onnx").read_bytes()
     assert b"site-packages" not in content and str(tmp_path).encode() not in content
     model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
@@ -382,7 +382,7 @@ def test_the_file_says_nothing_of_where_it_was_made(qwen: Path, tmp_path: Path) 
 
 
 def test_codes_are_stored_once(qwen: Path, tmp_path: Path) -> None:
-    export.export(qwen, tmp_path / "onnx")
+    exporter.export(qwen, tmp_path / "onnx")
     model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
     held = sum(int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type == TensorProto.UINT8)
     codes = sum(
@@ -401,7 +401,7 @@ def test_the_command_writes_a_folder_and_says_how_it_compares(
     got = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made", "--opset", "21", "--json")
     assert got.code == 0, got.err
     names = {f.name for f in (tmp_path / "made").iterdir()}
-    assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", export.RECORD} <= names
+    assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", exporter.RECORD} <= names
     assert got.json["opset"] == 21 and got.json["difference"] <= 1e-4
     settings = json.loads((tmp_path / "made" / "genai_config.json").read_text())["model"]
     assert settings["decoder"]["num_hidden_layers"] == 2 and settings["vocab_size"] == 64
@@ -422,7 +422,7 @@ def test_compile_can_export_at_once(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_file_that_is_wrong_is_not_kept(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "blocked_codes", lambda codes, v: layout.blocked_codes(codes ^ 1, v))
     with pytest.raises(MoeccError, match=r"differ by .* of the largest; nothing was kept"):
-        export.export(qwen, tmp_path / "onnx")
+        exporter.export(qwen, tmp_path / "onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -434,7 +434,7 @@ def test_layers_with_a_state_of_their_own_are_refused(tmp_path: Path, capsys: py
 
 def test_genai_generates_what_transformers_does(qwen: Path, tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    export.export(qwen, tmp_path / "onnx")
+    exporter.export(qwen, tmp_path / "onnx")
     model = genai.Model(str(tmp_path / "onnx"))
     settings = genai.GeneratorParams(model)
     settings.set_search_options(max_length=PROMPT.shape[1] + 8, do_sample=False)
@@ -447,7 +447,7 @@ def test_genai_generates_what_transformers_does(qwen: Path, tmp_path: Path) -> N
 
 
 def test_bench_says_how_fast_an_export_is(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export.export(qwen, tmp_path / "onnx")
+    exporter.export(qwen, tmp_path / "onnx")
     options = ("--threads", "1", "--prompt-tokens", "8", "--new-tokens", "3")
     got = Run(capsys, "bench", tmp_path / "onnx", *options, "--json")
     assert got.code == 0, got.err

@@ -1,7 +1,7 @@
 """The ONNX backend: one file that any ONNX Runtime runs, fast where moecc's op library is loaded.
 
 cached      the artifact traced with its cache                      weights   reads them when they are written, in file order
-translate   the trace as an ONNX graph                              export    all of it, and the comparison with the artifact
+translate   the trace as an ONNX graph                              exporter  all of it, and the comparison with the artifact
 bodies      what moecc's operators mean in standard ones            run       a model in ONNX Runtime
 layout      the order of codes in the file                          native/   the op library's sources; `build` compiles them
 """
@@ -15,6 +15,7 @@ from typing import Any
 from moecc.errors import MoeccError
 from moecc.ir import Program
 
+_OFFERED = {"export": "exporter", "summary": "exporter", "bench": "speed", "table": "speed", "library": "build"}
 _NEEDS = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -31,7 +32,7 @@ def require() -> None:
 
 def emit(folder: Path, program: Program) -> dict[str, Any]:
     """Export the artifact in `folder` to its subfolder `onnx`."""
-    from moecc.backends.onnx.export import export
+    from moecc.backends.onnx.exporter import export
 
     record = export(folder, folder / "onnx")
     return {
@@ -40,3 +41,10 @@ def emit(folder: Path, program: Program) -> dict[str, Any]:
         **record,
         "out": "onnx",
     }
+
+
+def __getattr__(name: str) -> Any:
+    """What the command line calls, imported when it does: their packages take seconds."""
+    if name not in _OFFERED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_OFFERED[name]}"), name)

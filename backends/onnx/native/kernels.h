@@ -1,0 +1,75 @@
+// What differs between instruction sets: one table of functions for each, chosen when a node is created.
+//
+// A kernel file is compiled with flags of its own and must not hold any function that another file could be linked against: it
+// includes no C++ library header with inline code, and everything in it but its table is in an unnamed namespace.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace moecc {
+
+constexpr int64_t BLOCK = 64;  // rows and columns of a block of codes (layout.py)
+
+constexpr int64_t blocks(int64_t n) { return n / BLOCK + (n % BLOCK != 0); }
+
+// One coded matrix of `row_blocks` x `column_blocks` blocks, unscaled.
+struct Coded {
+  const uint8_t* codes;    // [column_blocks, row_blocks, 64/v, 64]
+  const uint8_t* signs;    // [column_blocks, row_blocks, 64, 8], or null
+  const int8_t* codebook;  // [256, v]
+  int64_t v;               // weights per code, 4 or 2
+  int64_t row_blocks, column_blocks;
+
+  const uint8_t* block(int64_t column, int64_t row) const {
+    return codes + (column * row_blocks + row) * (BLOCK / v * BLOCK);
+  }
+  const uint8_t* sign_block(int64_t column, int64_t row) const {
+    return signs + (column * row_blocks + row) * (BLOCK * BLOCK / 8);
+  }
+};
+
+enum class Act { SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, TANH, IDENTITY };
+enum class Gate { NONE, GLU, CLAMP, CLAMP_AFTER, OAI, SOFTCAP };
+
+struct Gating {  // moecc/gates.py
+  Act act;
+  Gate gate;
+  float alpha, limit;
+};
+
+struct Kernels {
+  const char* name;
+
+  // Up to so many inputs `lookup` is faster than `multiply`, for codes of four weights and of two. It is not asked for more, nor
+  // for what has signs.
+  int64_t few_of_four, few_of_two;
+  // y[i] [64 row_blocks] = the product with the columns of blocks first..last-1 alone, of inputs x[i] [64 column_blocks].
+  void (*lookup)(const Coded&, const float* const* x, float* const* y, int64_t inputs, int64_t first, int64_t last);
+
+  // What `multiply` reads of an input: bytes, and how it is made; null where it reads the input itself.
+  int64_t (*prepared_bytes)(int64_t column_blocks);
+  void (*prepare)(const float* x, int64_t column_blocks, void* prepared);
+  // Rows of blocks first..last-1 of the product, of all columns.
+  void (*multiply)(const Coded&, const void* const* x, float* const* y, int64_t inputs, int64_t first, int64_t last);
+
+  // h [f] from rows [2 f] (gate rows first), or [f] without a gate.
+  void (*gate)(const Gating&, const float* rows, float* h, int64_t f);
+  // y[i] += scale[i] * sum_j a[i, j] x[j]; a i8 [rows, columns]
+  void (*add_coefficients)(float* y, const int8_t* a, const float* scale, const float* x, int64_t rows, int64_t columns);
+  // sum_j a[j] b[j]
+  float (*dot)(const float* a, const float* b, int64_t n);
+  // y += s x;  y += s x z
+  void (*add)(float* y, float s, const float* x, int64_t n);
+  void (*add_product)(float* y, float s, const float* x, const float* z, int64_t n);
+  void (*from_half)(const uint16_t* x, float* y, int64_t n);
+  void (*to_half)(const float* x, uint16_t* y, int64_t n);
+};
+
+extern const Kernels SCALAR_KERNELS;
+#if defined(__x86_64__)
+extern const Kernels AVX2_KERNELS, AVX512_KERNELS;
+#elif defined(__aarch64__)
+extern const Kernels NEON_KERNELS;
+#endif
+
+}  // namespace moecc

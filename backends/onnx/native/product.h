@@ -1,0 +1,72 @@
+// Many coded products at once: each of several matrices with inputs of its own, cut into parts for the threads.
+#pragma once
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "layer.h"
+
+namespace moecc {
+
+// Uninitialised memory on a cache line's border; std::bad_alloc where there is none.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(allocate(count)) {}
+  T* at(int64_t i) const { return data_.get() + i; }
+
+ private:
+  static constexpr std::align_val_t LINE{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete[](p, LINE); }
+  };
+  static T* allocate(int64_t count) {
+    if (count < 0 || static_cast<uint64_t>(count) > UINT64_MAX / 2 / sizeof(T)) throw std::bad_alloc();
+    return static_cast<T*>(::operator new[](static_cast<size_t>(count) * sizeof(T), LINE));
+  }
+  std::unique_ptr<T[], Free> data_;
+};
+
+class Product {
+ public:
+  // Inputs are rows of `rows` [row_count, stride], padded with zeros to whole blocks.
+  Product(const Kernels& kernels, const float* rows, int64_t row_count, int64_t stride)
+      : kernels_(kernels), rows_(rows), row_count_(row_count), stride_(stride) {}
+
+  // The product of `matrix` with rows which[0..count-1]: the next entries, in this order.
+  void add(const Coded& matrix, const int64_t* which, int64_t count);
+  void run(const Parallel& parallel);
+  // Result of an entry [64 row_blocks]. To be called once per entry; the caller may write over it.
+  float* result(int64_t entry) const;
+
+ private:
+  struct Job {
+    Coded matrix;
+    int64_t first, count;         // entries
+    int64_t parts, first_result;  // an entry's result is the sum of its parts'; results are [parts, count]
+  };
+  struct Item {  // what one thread does: blocks first..last-1 of a job, of columns for lookup, else of rows
+    int64_t job, part, first, last;
+  };
+  bool by_lookup(const Job& job) const {
+    return !job.matrix.signs && job.count <= (job.matrix.v == 4 ? kernels_.few_of_four : kernels_.few_of_two);
+  }
+  void cut();
+  void place_results();
+  void prepare(const Parallel& parallel);
+  void run(const Item& item) const;
+
+  const Kernels& kernels_;
+  const float* rows_;
+  int64_t row_count_, stride_;
+  std::vector<Job> jobs_;
+  std::vector<Item> items_;
+  std::vector<int64_t> which_, job_of_;  // of an entry
+  std::vector<const float*> x_;          // of an entry
+  std::vector<const void*> prepared_;    // of an entry
+  std::vector<float*> results_;
+  std::unique_ptr<Buffer<float>> memory_;
+  std::unique_ptr<Buffer<uint8_t>> prepared_memory_;
+};
+
+}  // namespace moecc

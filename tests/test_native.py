@@ -1,0 +1,736 @@
+"""The native op library against the eager reference, in ONNX Runtime, for every instruction set that this CPU has.
+
+Sessions run in processes of their own, which import nothing but numpy and ONNX Runtime: MOECC_ISA is read there, a library with
+sanitizers needs its runtime loaded first, and another ONNX Runtime has another Python. What a process is to run lies in a
+folder: `name.onnx`, and `name.npz` with the inputs of several runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moecc import gates, vq4
+from moecc.backends.onnx import build, layout
+from moecc.errors import MoeccError
+from moecc.ops import VQ_EXPERTS
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+if not any(map(shutil.which, build.COMPILERS)) and not os.environ.get("CXX"):
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+TOLERANCE = 2e-5  # norm-wise, of y
+HALF_TOLERANCE = 3e-4  # few of the values are rounded the other way, by one unit of 2^-11
+TOKENS = (0, 1, 2, 3, 5, 33, 130)
+Tensors = dict[str, Any]  # Tensor or None, by NAMES
+Projection = dict[str, Tensor | None]  # by vq4.TENSORS, as stored
+
+# argv: library, folder, intra-op threads. Prints {"name": [errors]} and writes name.out.npz with the output of every run.
+RUN = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import onnxruntime as ort
+library, folder, threads = sys.argv[1:4]
+errors = {}
+for path in sorted(Path(folder).glob("*.onnx")):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = int(threads)
+    options.log_severity_level = 4
+    out, errors[path.stem] = {}, []
+    runs = np.load(path.with_suffix(".npz"))
+    try:
+        options.register_custom_ops_library(library)
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        for run in sorted({name.split("/")[0] for name in runs.files}):
+            feed = {name.split("/")[1]: runs[name] for name in runs.files if name.split("/")[0] == run}
+            out[run] = session.run(None, feed)[0]
+    except Exception as error:
+        errors[path.stem].append(str(error))
+    np.savez(path.with_suffix(".out"), **out)
+print(json.dumps(errors))
+"""
+
+
+# ---- layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One node: the sizes of a layer, and what it has. bits and means: of gate_up and of down."""
+
+    hidden: int = 72
+    intermediate: int = 40
+    experts: int = 5
+    top_k: int = 2
+    bits: tuple[int, int] = (2, 2)
+    shared: bool = False  # one codebook for all experts
+    bias: bool = False
+    rank: int = 0
+    means: tuple[int, int] = (0, 0)  # 0: none
+    post_norm: bool = False
+    act: str = "silu"
+    gate: str = "glu"
+    alpha: float = 1.7
+    limit: float = 0.8
+    half: bool = False
+    loud: float = 1.0  # factor of x
+    fed: bool = False  # weights are graph inputs, not initializers
+    empty: bool = False  # what is absent is given with no elements
+    tokens: Sequence[int] = TOKENS
+    route: Callable[[int, int, int], Tensor] | None = None  # tokens, k, experts -> index
+
+    def projection(self, rows: int, columns: int, bits: int, mean: int, *, input_side: bool) -> Projection:
+        p: Projection = dict.fromkeys(vq4.TENSORS)
+        p |= coded(self.experts, rows, columns, bits, 1 if self.shared else self.experts)
+        if mean:
+            p |= {f"mean_{name}": t for name, t in coded(1, rows, columns, mean, 1).items()}
+        if self.bias:
+            p["bias"] = torch.randn(self.experts, rows) * 0.3
+        if self.rank:
+            shape = (self.experts, rows, self.rank) if input_side else (self.experts, self.rank, columns)
+            p["basis"] = torch.randn(self.rank, columns if input_side else rows) * 0.2
+            p["coef"] = torch.randint(-127, 128, shape, dtype=torch.int8)
+            p["coef_scale"] = torch.rand(shape[:2]) * 0.004
+        return p
+
+    def layer(self) -> tuple[Projection, Projection, Tensor | None]:
+        n = gates.rows_per_unit(self.gate) * self.intermediate
+        up = self.projection(n, self.hidden, self.bits[0], self.means[0], input_side=True)
+        down = self.projection(self.hidden, self.intermediate, self.bits[1], self.means[1], input_side=False)
+        return up, down, torch.rand(self.hidden) + 0.5 if self.post_norm else None
+
+    def routed(self, tokens: int) -> list[Tensor]:
+        x = torch.randn(tokens, self.hidden) * self.loud
+        index = torch.randint(0, self.experts, (tokens, self.top_k))  # an expert may come twice in a token
+        if self.route is not None:
+            index = self.route(tokens, self.top_k, self.experts)
+        weight = torch.randn(tokens, self.top_k)
+        weight[tokens // 2 :, 0] = 0
+        return [x.half() if self.half else x, index, weight]
+
+    def attributes(self) -> dict[str, Any]:
+        return {"act": self.act, "gate": self.gate, "alpha": self.alpha, "limit": self.limit, "eps": 1e-6}
+
+
+def coded(matrices: int, rows: int, columns: int, bits: int, books: int) -> Projection:
+    v, wide = vq4.group_size(bits), vq4.padded(columns)
+    least = 0 if bits == 3 else -127
+    signs = torch.randint(0, 256, (matrices, rows, wide // 8), dtype=torch.uint8)
+    return {
+        "codes": torch.randint(0, 256, (matrices, rows, wide // v), dtype=torch.uint8),
+        "signs": signs if bits == 3 else None,
+        "codebook": torch.randint(least, 128, (books, 256, v), dtype=torch.int8),
+        "scale": (torch.rand(matrices, rows) + 0.5) * 0.2 / columns**0.5 / 73,
+    }
+
+
+def operands(up: Projection, down: Projection, post_norm: Tensor | None) -> list[Tensor | None]:
+    """The node's inputs from 3 on, in the order of the file."""
+    found: list[Tensor | None] = []
+    for p in (up, down):
+        for name in vq4.TENSORS:
+            t = p[name]
+            if t is not None and name.endswith("codes"):
+                book = p[name.replace("codes", "codebook")]
+                assert book is not None
+                t = layout.blocked_codes(t, book.shape[2])
+            elif t is not None and name.endswith("signs"):
+                t = layout.blocked_signs(t)
+            found.append(t)
+    return [*found, post_norm]
+
+
+NAMES = ["x", "topk_index", "topk_weight", *(f"{p}_{t}" for p in ("gate_up", "down") for t in vq4.TENSORS), "post_norm"]
+TYPES = {torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int64: 7, torch.float16: 10}
+
+
+def node_model(
+    inputs: dict[str, Tensor | None], attributes: dict[str, Any], *, fed: bool = False, half: bool = False
+) -> Any:
+    """A model of one node; `inputs` by NAMES from 3 on are initializers, or inputs of the graph. Shapes are left open."""
+    h = onnx.helper
+    x = TYPES[torch.float16 if half else torch.float32]
+    graph_inputs = [h.make_tensor_value_info("x", x, [None, None])]
+    graph_inputs += [h.make_tensor_value_info("topk_index", 7, [None, None])]
+    graph_inputs += [h.make_tensor_value_info("topk_weight", 1, [None, None])]
+    given = {name: t for name, t in inputs.items() if t is not None}
+    if fed:
+        graph_inputs += [h.make_tensor_value_info(name, TYPES[t.dtype], [None] * t.dim()) for name, t in given.items()]
+    initializers = [onnx.numpy_helper.from_array(t.numpy(), name) for name, t in given.items() if not fed]
+    names = [name if name in given or i < 3 else "" for i, name in enumerate(NAMES)]
+    while not names[-1]:
+        names.pop()
+    node = h.make_node("VQExperts", names, ["y"], domain="moecc", **attributes)
+    graph = h.make_graph([node], "g", graph_inputs, [h.make_tensor_value_info("y", x, [None, None])], initializers)
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 21), h.make_opsetid("moecc", 1)])
+    model.ir_version = 10
+    return model
+
+
+def write(folder: Path, name: str, case: Case, change: Callable[[Tensors], None] | None = None) -> dict[str, Tensor]:
+    """Puts a case into a folder; what the reference gives, by run. change: of all that the node is given, to what is wrong."""
+    torch.manual_seed(sum(name.removesuffix("_empty").encode()))
+    up, down, norm = case.layer()
+    tensors = dict(zip(NAMES[3:], operands(up, down, norm), strict=True))
+    runs, expected = {}, {}
+    stored = [*up.values(), None, None, *down.values(), None, None, norm]
+    for tokens in case.tokens:
+        feed = dict(zip(NAMES, case.routed(tokens), strict=False))
+        if change is None:
+            expected[str(tokens)] = VQ_EXPERTS(*feed.values(), *stored, **case.attributes())
+        else:
+            both = feed | tensors
+            change(both)
+            feed, tensors = ({n: both[n] for n in part} for part in (feed, tensors))
+        if case.empty:
+            tensors |= {n: torch.zeros(0, dtype=NODE_DTYPES[n]) for n, t in tensors.items() if t is None}
+        fed = tensors if case.fed else {}
+        runs |= {f"{tokens}/{n}": t.numpy() for n, t in (feed | fed).items() if t is not None}
+    onnx.save(node_model(tensors, case.attributes(), fed=case.fed, half=case.half), folder / f"{name}.onnx")
+    np.savez(folder / f"{name}.npz", **runs)
+    return expected
+
+
+_OF_TENSOR = {"codes": torch.uint8, "signs": torch.uint8, "codebook": torch.int8, "coef": torch.int8}
+NODE_DTYPES = {name: _OF_TENSOR.get(name.split("_")[-1], torch.float32) for name in NAMES[3:]}
+
+
+def crowd(tokens: int, k: int, experts: int) -> Tensor:
+    """One expert takes all, k times per token."""
+    return torch.full((tokens, k), experts - 2)
+
+
+def spread(tokens: int, k: int, experts: int) -> Tensor:
+    """Every other expert gets nothing."""
+    return torch.randint(0, (experts + 1) // 2, (tokens, k)) * 2
+
+
+CASES: dict[str, Case] = {
+    **{f"bits{a}{b}": Case(bits=(a, b)) for a in (2, 3, 4) for b in (2, 3, 4)},
+    "whole_blocks": Case(hidden=128, intermediate=64, experts=3),
+    "wide": Case(hidden=600, intermediate=330, experts=3, bits=(2, 4), tokens=(1, 4, 9)),
+    "wide_signs": Case(hidden=600, intermediate=330, experts=3, bits=(3, 3), tokens=(1, 4, 9)),
+    "small": Case(hidden=3, intermediate=1, experts=1, top_k=1),
+    "shared": Case(shared=True, bits=(2, 4)),
+    "bias": Case(bias=True, bits=(3, 2)),
+    "basis": Case(rank=3, bits=(2, 3)),
+    "basis_bias_norm": Case(rank=21, bias=True, post_norm=True),
+    "means": Case(means=(3, 4)),
+    "mean_up": Case(means=(4, 0), bits=(3, 4)),
+    "mean_down": Case(means=(0, 2)),
+    "everything": Case(means=(4, 3), rank=18, bias=True, shared=True, bits=(4, 3)),
+    "everything_norm": Case(means=(2, 3), rank=18, bias=True, post_norm=True, bits=(3, 4)),
+    "half": Case(half=True, means=(2, 2), rank=2),
+    "half_norm": Case(half=True, bits=(4, 3), post_norm=True),
+    "fed": Case(fed=True, bias=True, means=(3, 2)),
+    "empty": Case(empty=True, bits=(4, 2)),
+    "crowd": Case(route=crowd, bits=(2, 3)),
+    "spread": Case(route=spread, experts=9, top_k=3),
+    "many_experts": Case(experts=40, top_k=6, bits=(2, 4), tokens=(1, 7)),
+    "chunks": Case(hidden=24, intermediate=9, top_k=40, rank=2, means=(2, 3), tokens=(130, 205)),
+    **{f"act_{act}": Case(act=act, tokens=(1, 5)) for act in gates.ACTIVATIONS},
+    **{f"plain_{act}": Case(act=act, gate="none", tokens=(1, 5)) for act in gates.ACTIVATIONS},
+    **{f"gate_{gate}": Case(gate=gate, tokens=(1, 5)) for gate in gates.GATES},
+    **{f"loud_{act}": Case(act=act, gate="none", loud=1e3, tokens=(1, 5)) for act in gates.ACTIVATIONS},
+    **{f"loud_{gate}": Case(gate=gate, loud=5, tokens=(1, 5)) for gate in gates.GATES},
+}  # fmt: skip
+
+
+# ---- runs
+
+
+@dataclass
+class Batch:
+    """The cases in a folder, and what the reference says of them."""
+
+    folder: Path
+    expected: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def run(
+        self, library: Path, *, threads: int = 1, python: str = sys.executable, before: str = "", **environment: str
+    ) -> Outcome:
+        """Runs all cases in a process of its own. before: Python that it runs once ONNX Runtime is imported."""
+        command = [
+            python,
+            "-c",
+            RUN.replace("errors = {}", before + "errors = {}"),
+            str(library),
+            str(self.folder),
+            str(threads),
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        errors = json.loads(done.stdout.splitlines()[-1])
+        outputs = {n: dict(np.load(self.folder / f"{n}.out.npz")) for n in errors}
+        return Outcome(errors, outputs)
+
+
+@dataclass
+class Outcome:
+    errors: dict[str, list[str]]
+    outputs: dict[str, dict[str, Any]]
+
+    def check(self, name: str, expected: dict[str, Tensor], what: str) -> None:
+        assert self.errors[name] == [], what
+        assert self.outputs[name].keys() == expected.keys()
+        for run, y in expected.items():
+            ours = torch.from_numpy(self.outputs[name][run])
+            assert ours.shape == y.shape and ours.dtype == y.dtype
+            allowed = HALF_TOLERANCE if y.dtype == torch.float16 else TOLERANCE
+            error = (ours.double() - y.double()).norm() / y.double().norm().clamp(min=1e-30)
+            assert error <= allowed, f"{what}, {name}, {run} tokens: {error:.2e}"
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    made = Batch(tmp_path_factory.mktemp("cases"))
+    made.expected = {name: write(made.folder, name, case) for name, case in CASES.items()}
+    return made
+
+
+@pytest.fixture(scope="module")
+def isas(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names that MOECC_ISA may have here, as the error about a wrong one lists them."""
+    one = Batch(tmp_path_factory.mktemp("one"))
+    write(one.folder, "one", Case(tokens=(1,)))
+    said = one.run(build.library(), MOECC_ISA="abacus").errors["one"][0]
+    assert "moecc::VQExperts: MOECC_ISA is 'abacus', this CPU has scalar" in said
+    return said.split("this CPU has ")[1].strip().split(", ")
+
+
+@pytest.fixture(scope="module")
+def outcomes(batch: Batch, isas: list[str]) -> dict[str, Outcome]:
+    return {
+        f"{isa}, {threads} threads": batch.run(build.library(), threads=threads, MOECC_ISA=isa)
+        for isa, threads in [(isa, 1) for isa in isas] + [(isas[-1], 2)]
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_library_gives_what_the_reference_gives(name: str, batch: Batch, outcomes: dict[str, Outcome]) -> None:
+    for what, outcome in outcomes.items():
+        outcome.check(name, batch.expected[name], what)
+
+
+def test_values_that_are_no_numbers_stay_in_their_token(tmp_path: Path, isas: list[str]) -> None:
+    cases = {"few": Case(tokens=(3,)), "many": Case(tokens=(33,)), "signs": Case(tokens=(3,), bits=(3, 3))}
+
+    def spoil(tensors: Tensors) -> None:
+        tensors["x"][0, 5], tensors["x"][1, 70] = math.nan, math.inf
+
+    batch = Batch(tmp_path)
+    clean = Batch(tmp_path / "clean")
+    clean.folder.mkdir()
+    for name, case in cases.items():
+        write(batch.folder, name, case, spoil)
+        clean.expected[name] = write(clean.folder, name, case)
+    for isa in isas:
+        outcome = batch.run(build.library(), MOECC_ISA=isa)
+        for name, expected in clean.expected.items():
+            (y,) = outcome.outputs[name].values()
+            (right,) = expected.values()
+            assert not np.isfinite(y[:2]).any()
+            np.testing.assert_allclose(y[2:], right[2:].numpy(), atol=1e-4 * float(right.norm(dim=1).max()))
+
+
+def test_numbers_may_be_tiny_or_huge(tmp_path: Path, isas: list[str]) -> None:
+    cases = {
+        f"{kind}{exponent}": (Case(tokens=(2, 9), act="identity", gate="none", bits=bits), exponent)
+        for kind, bits in (("lookup", (2, 4)), ("signs", (3, 3)))
+        for exponent in (-20, 20)
+    }
+    batch = Batch(tmp_path)
+    for name, (case, exponent) in cases.items():
+
+        def scaled(tensors: Tensors, factor: float = 10.0**exponent) -> None:
+            tensors["x"] *= factor
+
+        expected = write(batch.folder, name, case)
+        write(batch.folder, name, case, scaled)
+        batch.expected[name] = {run: y * 10.0**exponent for run, y in expected.items()}
+    for isa in isas:
+        outcome = batch.run(build.library(), MOECC_ISA=isa)
+        for name, expected in batch.expected.items():
+            outcome.check(name, expected, isa)
+
+
+# ---- what is wrong is said
+
+
+def put(name: str, value: Any) -> Callable[[Tensors], None]:
+    """A change that replaces one tensor, or makes it anew from what it is."""
+
+    def change(tensors: Tensors) -> None:
+        tensors[name] = value(tensors[name]) if callable(value) else value
+
+    return change
+
+
+FULL = Case(tokens=(2,), bits=(3, 2), means=(3, 2), rank=3, bias=True, post_norm=True)
+WRONG: dict[str, tuple[Callable[[Tensors], None], str]] = {
+    "index_high": (put("topk_index", lambda t: t * 0 + 5), "topk_index 5 is outside 0..4"),
+    "index_low": (put("topk_index", lambda t: t * 0 - 1), "topk_index -1 is outside 0..4"),
+    "index_tokens": (put("topk_index", lambda t: t[:1]), "topk_index has shape [1, 2], expected [2, k]"),
+    "index_none": (put("topk_index", lambda t: t[:, :0]), "topk_index has shape [2, 0], expected [2, k]"),
+    "weight": (put("topk_weight", lambda t: t[:, :1]), "topk_weight has shape [2, 1], expected [2, 2]"),
+    "x": (put("x", lambda t: t[:, :64]), "gate_up_codes has shape [5, 2, 2, 16, 64], expected [5, 1, 2, 16, 64]"),
+    "codes_rank": (put("gate_up_codes", lambda t: t[0]), "gate_up_codes has shape [2, 2, 16, 64], expected five dimensions"),
+    "codes_rows": (
+        put("gate_up_codes", lambda t: t[:, :, :1]), "gate_up_codes has shape [5, 2, 1, 16, 64], expected [5, 2, 2, 16, 64]",
+    ),
+    "down_codes": (put("down_codes", lambda t: t[:4]), "down_codes has shape [4, 1, 2, 16, 64], expected [5, 1, 2, 16, 64]"),
+    "no_codes": (put("down_codes", lambda t: t[:0]), "down_codes is missing"),
+    "codebook": (put("down_codebook", lambda t: t[:2]), "down_codebook has shape [2, 256, 4], expected [1 or 5, 256, 2 or 4]"),
+    "codebook_v": (put("down_codebook", lambda t: t[..., :3]), "down_codebook has shape [5, 256, 3], expected [1 or 5, 256,"),
+    "codebook_pairs": (put("gate_up_codebook", lambda t: t[..., :2]), "[5, 2, 2, 16, 64], expected [5, 2, 2, 32"),
+    "signs": (put("gate_up_signs", lambda t: t[..., :4]), "gate_up_signs has shape [5, 2, 2, 64, 4], expected [5, 2, 2, 64, 8]"),
+    "scale_rank": (put("gate_up_scale", lambda t: t[0]), "gate_up_scale has shape [80], expected [E, N]"),
+    "scale_rows": (put("down_scale", lambda t: t[:, :5]), "down_scale has shape [5, 5], expected [5, 72]"),
+    "bias": (put("gate_up_bias", lambda t: t[0]), "gate_up_bias has shape [80], expected [5, 80]"),
+    "no_coef": (put("down_coef", None), "down_basis, down_coef and down_coef_scale must be given together"),
+    "basis": (put("down_basis", lambda t: t[:, :8]), "down_basis has shape [3, 8], expected [3, 72]"),
+    "coef": (put("gate_up_coef", lambda t: t.mT.contiguous()), "gate_up_coef has shape [5, 3, 80], expected [5, 80, 3]"),
+    "coef_scale": (put("down_coef_scale", lambda t: t[:, :2]), "down_coef_scale has shape [5, 2], expected [5, 3]"),
+    "mean_scale": (put("down_mean_scale", None), "down_mean_scale is missing"),
+    "mean_rows": (put("gate_up_mean_scale", lambda t: t[:, :2]), "gate_up_mean_scale has shape [1, 2], expected [1, 80]"),
+    "post_norm": (put("post_norm", lambda t: t[:3]), "post_norm has shape [3], expected [72]"),
+}  # fmt: skip
+
+
+def test_without_codes_or_basis_what_belongs_to_them_is_nothing(tmp_path: Path) -> None:
+    """An exporter may leave the rest in the file."""
+    batch = Batch(tmp_path)
+    without = {"codes": "down_mean_codes", "basis": "gate_up_basis"}
+    for name, tensor in without.items():
+        write(tmp_path, name, FULL, put(tensor, None))
+        write(tmp_path, f"{name}_empty", replace(FULL, empty=True), put(tensor, None))
+    outcome = batch.run(build.library())
+    for name in without:
+        assert outcome.errors[name] == outcome.errors[f"{name}_empty"] == []
+        np.testing.assert_array_equal(outcome.outputs[name]["2"], outcome.outputs[f"{name}_empty"]["2"])
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    batch = Batch(tmp_path_factory.mktemp("wrong"))
+    for name, (change, _) in WRONG.items():
+        write(batch.folder, name, FULL, change)
+    write(batch.folder, "odd", Case(tokens=(1,)), put("gate_up_scale", lambda t: t[:, :79]))
+    pairs = Case(tokens=(1,), bits=(4, 4))
+    write(batch.folder, "pairs", pairs, put("down_signs", torch.zeros(5, 1, 2, 64, 8, dtype=torch.uint8)))
+    for name, attributes in ATTRIBUTES.items():
+        write(batch.folder, name, Case(tokens=(1,)))
+        model = onnx.load(batch.folder / f"{name}.onnx")
+        node = model.graph.node[0]
+        kept = [a for a in node.attribute if a.name not in attributes]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        node.attribute.extend(onnx.helper.make_attribute(n, v) for n, v in attributes.items() if v is not None)
+        onnx.save(model, batch.folder / f"{name}.onnx")
+    return batch.run(build.library(), threads=2)
+
+
+ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "act": {"act": "swish"}, "gate": {"gate": "geglu"}, "no_act": {"act": None}, "no_eps": {"eps": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_an_error_that_says_so(name: str, wrong: Outcome) -> None:
+    (said,) = wrong.errors[name]
+    assert "moecc::VQExperts: " in said and WRONG[name][1] in said
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("odd", "gate_up_scale has 79 rows, a gate needs an even number"),
+        ("pairs", "down_signs is given with a codebook of pairs; only groups of four have signs"),
+        ("act", "act 'swish' is unknown; known are " + ", ".join(gates.ACTIVATIONS)),
+        ("gate", "gate 'geglu' is unknown; known are none, " + ", ".join(gates.GATES)),
+        ("no_act", "attribute act is missing or no string"),
+        ("no_eps", "attribute eps is missing or no float"),
+    ],
+)
+def test_what_is_unknown_or_missing_is_an_error_that_says_so(name: str, text: str, wrong: Outcome) -> None:
+    (said,) = wrong.errors[name]
+    assert f"moecc::VQExperts: {text}" in said
+
+
+def test_too_little_memory_is_an_error(tmp_path: Path) -> None:
+    """A token with so many experts that their results need 16 GB, in a process that may have 6."""
+    batch = Batch(tmp_path)
+    write(batch.folder, "memory", Case(tokens=(1,), top_k=1))
+    runs = dict(np.load(batch.folder / "memory.npz"))
+    many = 1 << 25
+    runs |= {"1/topk_index": np.zeros((1, many), np.int64), "1/topk_weight": np.zeros((1, many), np.float32)}
+    np.savez(batch.folder / "memory.npz", **runs)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+    (said,) = batch.run(build.library(), before=limit).errors["memory"]
+    assert "moecc::VQExperts: out of memory" in said
+
+
+# ---- the library itself
+
+
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path: Path, isas: list[str]) -> None:
+    """Weights are inputs here, so that each tensor has memory of its own that ends where the tensor does."""
+    runtime = [
+        subprocess.run(
+            [*build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(map(os.path.isabs, runtime)):
+        pytest.skip("the compiler has no sanitizers that can be loaded first")
+    batch = Batch(tmp_path)
+    for name, case in CASES.items():
+        if not name.startswith(("act_", "plain_", "loud_", "chunks")) or case.act == "gelu":
+            batch.expected[name] = write(tmp_path, name, replace(case, fed=True, tokens=(2, 33)))
+    for name, (change, _) in WRONG.items():
+        write(tmp_path, f"wrong_{name}", replace(FULL, fed=True), change)
+    library = build.library(sanitize=True)
+    environment = {"LD_PRELOAD": " ".join(map(str.strip, runtime)), "ASAN_OPTIONS": "detect_leaks=0"}
+    for isa in isas:
+        outcome = batch.run(library, threads=2, MOECC_ISA=isa, **environment)
+        for name, expected in batch.expected.items():
+            outcome.check(name, expected, f"sanitized {isa}")
+        assert all(outcome.errors[f"wrong_{name}"] for name in WRONG)
+
+
+@pytest.mark.skipif(
+    "MOECC_OTHER_ORT" not in os.environ, reason="MOECC_OTHER_ORT names no Python with another ONNX Runtime"
+)
+def test_another_onnx_runtime_loads_the_same_library(batch: Batch) -> None:
+    outcome = batch.run(build.library(), threads=2, python=os.environ["MOECC_OTHER_ORT"])
+    for name, expected in batch.expected.items():
+        outcome.check(name, expected, "another ONNX Runtime")
+
+
+def test_sessions_and_threads_share_nothing(tmp_path: Path) -> None:
+    import onnxruntime
+
+    case = Case(means=(2, 3), rank=4, bits=(2, 4), tokens=(5, 33))
+    expected = write(tmp_path, "one", case)
+    runs = np.load(tmp_path / "one.npz")
+    sessions = []
+    for _ in range(2):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 2
+        options.register_custom_ops_library(str(build.library()))
+        sessions.append(onnxruntime.InferenceSession(str(tmp_path / "one.onnx"), options))
+
+    def run(i: int) -> float:
+        tokens = (5, 33)[i % 2]
+        feed = {n: runs[f"{tokens}/{n}"] for n in NAMES[:3]}
+        y = sessions[i // 2 % 2].run(None, feed)[0]
+        right = expected[str(tokens)].numpy()
+        return float(np.linalg.norm(y - right) / np.linalg.norm(right))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(run, range(64))) < TOLERANCE
+
+
+def test_the_library_is_built_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
+    calls: list[list[str]] = []
+
+    def fake(command: list[str]) -> str:
+        if command[-2] == "-o":
+            calls.append(command)
+            Path(command[-1]).write_bytes(b"")
+        return "a version"
+
+    monkeypatch.setattr(build, "run", fake)
+    first = build.library()
+    assert first.parent == tmp_path / "ops" and len(calls) > 3
+    count = len(calls)
+    assert build.library() == first and len(calls) == count
+    assert build.library(sanitize=True) != first
+    assert sorted(p.name for p in first.parent.iterdir()) == sorted({first.name, build.library(sanitize=True).name})
+
+
+def test_a_kernel_file_gets_the_flags_of_its_instruction_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
+    calls: list[list[str]] = []
+
+    def fake(command: list[str]) -> str:
+        if command[-2] == "-o":
+            calls.append(command)
+            Path(command[-1]).write_bytes(b"")
+        return "a version"
+
+    monkeypatch.setattr(build, "run", fake)
+    for machine, own, other in (("AMD64", "avx2", "neon"), ("arm64", "neon", "avx2"), ("riscv64", "scalar", "neon")):
+        calls.clear()
+        build.compiled(("c++",), machine)
+        lines = [" ".join(c) for c in calls]
+        assert any(f"kernel_{own}.cc" in line for line in lines) and any("kernel_scalar.cc" in line for line in lines)
+        assert not any(f"kernel_{other}.cc" in line for line in lines)
+        assert all(("-mavx" in line) == ("kernel_avx" in line) for line in lines[:-1])  # the last one links
+
+
+def test_without_a_compiler_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MoeccError, match=r"needs a C\+\+17 compiler: install g\+\+ or clang\+\+, or set CXX"):
+        build.library()
+    monkeypatch.setenv("CXX", "nosuchcompiler -O2")
+    with pytest.raises(MoeccError, match="CXX is 'nosuchcompiler', which is not installed"):
+        build.library()
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "cache"))
+    script = tmp_path / "cxx"
+    script.write_text("#!/bin/sh\n[ \"$1\" = --version ] || { echo 'x.cc:1: error: no such thing' >&2; exit 1; }\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(MoeccError, match=r"can't compile the op library: x.cc:1: error: no such thing; set CXX"):
+        build.library()
+    assert list((tmp_path / "cache" / "ops").iterdir()) == []
+
+
+def test_a_cache_that_can_t_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "file"))
+    with pytest.raises(MoeccError, match=r"can't write the op library to .*; set MOECC_CACHE"):
+        build.library()
+
+
+# Kernels against plain loops, without ONNX Runtime: what can run in an emulator. Prints the largest relative error.
+CHECK = r"""
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#include "kernels.h"
+using namespace moecc;
+
+static double worst = 0;
+
+static void check(const Kernels& k, int64_t v, bool signs, int64_t inputs) {
+  const int64_t rows = 3, columns = 2, width = columns * BLOCK, height = rows * BLOCK;
+  std::vector<uint8_t> codes(width * height / v), bits(width * height / 8);
+  std::vector<int8_t> book(256 * v);
+  for (auto& c : codes) c = rand();
+  for (auto& b : bits) b = rand();
+  for (auto& b : book) b = signs ? rand() % 128 : rand() % 255 - 127;
+  const Coded m{codes.data(), signs ? bits.data() : nullptr, book.data(), v, rows, columns};
+  std::vector<float> x(inputs * width), y(inputs * height);
+  for (auto& f : x) f = rand() / float(RAND_MAX) - 0.5f;
+  std::vector<const float*> in;
+  std::vector<const void*> ready;
+  std::vector<float*> out;
+  std::vector<std::vector<uint8_t>> prepared(inputs);
+  for (int64_t i = 0; i < inputs; i++) {
+    in.push_back(&x[i * width]);
+    out.push_back(&y[i * height]);
+    ready.push_back(in[i]);
+    if (!k.prepare) continue;
+    prepared[i].resize(k.prepared_bytes(columns));
+    k.prepare(in[i], columns, prepared[i].data());
+    ready[i] = prepared[i].data();
+  }
+  for (int lookup = 0; lookup < (signs ? 1 : 2); lookup++) {
+    if (lookup) k.lookup(m, in.data(), out.data(), inputs, 0, columns);
+    else k.multiply(m, ready.data(), out.data(), inputs, 0, rows);
+    double error = 0, norm = 0;
+    for (int64_t i = 0; i < inputs; i++)
+      for (int64_t n = 0; n < height; n++) {
+        double sum = 0;
+        for (int64_t c = 0; c < width; c++) {
+          const int64_t row = n % BLOCK, column = c % BLOCK;
+          double w = book[m.block(c / BLOCK, n / BLOCK)[column / v * BLOCK + row] * v + c % v];
+          if (signs && m.sign_block(c / BLOCK, n / BLOCK)[column * 8 + row / 8] >> row % 8 & 1) w = -1 - w;
+          sum += w * in[i][c];
+        }
+        error += (out[i][n] - sum) * (out[i][n] - sum);
+        norm += sum * sum;
+      }
+    worst = std::fmax(worst, std::sqrt(error / norm));
+  }
+}
+
+static bool halves(const Kernels& k) {
+  std::vector<uint16_t> h(65536), back(65536), plain(65536);
+  std::vector<float> f(65536), g(65536);
+  for (int i = 0; i < 65536; i++) h[i] = i;
+  k.from_half(h.data(), f.data(), 65536);
+  SCALAR_KERNELS.from_half(h.data(), g.data(), 65536);
+  for (int i = 0; i < 65536; i++)
+    if (std::isnan(f[i]) ? !std::isnan(g[i]) : f[i] != g[i]) return false;
+  for (int shift : {0, 1, 0x7ff, 0x800, 0x801, 0xfff, 0x1000, 0x1001, 0x1fff}) {
+    for (int i = 0; i < 65536; i++) {
+      uint32_t bits;
+      memcpy(&bits, &g[i], 4);
+      bits += shift;
+      memcpy(&f[i], &bits, 4);
+    }
+    k.to_half(f.data(), back.data(), 65536);
+    SCALAR_KERNELS.to_half(f.data(), plain.data(), 65536);
+    for (int i = 0; i < 65536; i++) {
+      if (shift == 0 && !std::isnan(f[i]) && plain[i] != h[i]) return false;
+      if (!std::isnan(f[i]) && back[i] != plain[i]) return false;
+    }
+  }
+  return true;
+}
+
+int main() {
+  for (const Kernels* k : {&SCALAR_KERNELS, &OTHER}) {
+    for (int64_t inputs : {1, 2, 3, 5, 8}) check(*k, 4, false, inputs), check(*k, 2, false, inputs), check(*k, 4, true, inputs);
+    if (!halves(*k)) return puts("halves differ"), 1;
+  }
+  printf("%g\n", worst);
+}
+"""
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_kernels_are_what_plain_loops_are(machine: str, tmp_path: Path, isas: list[str]) -> None:
+    """On the other architecture in an emulator, where it and a compiler for it are installed."""
+    here = platform.machine() == machine
+    compiler = " ".join(build.compiler()) if here else shutil.which(f"{machine}-linux-gnu-g++")
+    emulator = [] if here else [shutil.which(f"qemu-{machine}") or ""]
+    names = {"x86_64": "AVX2", "aarch64": "NEON"}
+    if not compiler or emulator == [""] or (here and names[machine].lower() not in isas):
+        pytest.skip(f"no compiler for {machine}, or nothing that it could run on")
+    (tmp_path / "check.cc").write_text(CHECK)
+    flags = build.KERNELS[machine]
+    objects = []
+    for source in (*(build.NATIVE / name for name in ("kernel_scalar.cc", *flags)), tmp_path / "check.cc"):
+        objects.append(str(tmp_path / f"{source.stem}.o"))
+        extra = flags.get(source.name, ())
+        define = (f"-DOTHER={names[machine]}_KERNELS", f"-I{build.NATIVE}")
+        command = [*compiler.split(), *build.FLAGS, "-Werror", *extra, *define, "-c", str(source), "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    subprocess.run([*compiler.split(), "-static", *objects, "-o", str(tmp_path / "check")], check=True)
+    done = subprocess.run([*emulator, str(tmp_path / "check")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and float(done.stdout) < 1e-6, done.stdout + done.stderr
+
+
+def test_the_sources_compile_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
+    build.compiled(build.compiler(), platform.machine(), ("-Werror", "-O1"))  # optimised kernels are the test above's
