@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moecc import compiler, gates, ops, vq4
-from moecc.backends.onnx import bodies, exporter, layout, run, translate, weights
+from moecc.backends.onnx import bodies, build, exporter, layout, run, translate, weights
 from moecc.errors import MoeccError
 
 torch.set_num_threads(1)
@@ -221,17 +222,31 @@ def test_a_family_is_exported(family: str, tmp_path: Path) -> None:
     art = compiled(tmp_path, family)
     made = exporter.export(art, tmp_path / "onnx", opset=23 if next(NUMBERS) % 2 else 21)
     assert made["difference"] <= 1e-4
+    path = tmp_path / "onnx" / "model.onnx"
+    portable, native = run.Session(path), run.Session(path, library=library())
+    ids = torch.randint(0, 60, (2, 11))
+    want, got = (s.logits(ids, [4, 1, 6]) for s in (portable, native))
+    assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
     if type(AutoConfig.from_pretrained(art)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
-    ort = run.Session(tmp_path / "onnx" / "model.onnx")
-    ids, cache = PROMPT.numpy(), ort.start(1)
-    want = generated(load(art), PROMPT, 6).tolist()
-    tokens = ids
-    for _ in range(6):
-        logits, cache = ort.step(tokens, cache)
+    tokens = generated(load(art), PROMPT, 6).tolist()
+    assert greedy(portable, 6) == tokens and greedy(native, 6) == tokens
+
+
+def library() -> Path | None:
+    """The op library, None (the function runs again) where there is no compiler."""
+    return build.library() if os.environ.get("CXX") or any(map(shutil.which, build.COMPILERS)) else None
+
+
+def greedy(session: run.Session, steps: int) -> list[list[int]]:
+    """PROMPT and what follows, decoded token by token with the cache."""
+    ids, tokens, cache = PROMPT.numpy(), PROMPT.numpy(), session.start(1)
+    for _ in range(steps):
+        logits, cache = session.step(tokens, cache)
         tokens = logits[:, -1:].argmax(-1)
         ids = np.concatenate([ids, tokens], 1)
-    assert ids.tolist() == want
+    found: list[list[int]] = ids.tolist()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -407,6 +422,29 @@ def test_the_command_writes_a_folder_and_says_how_it_compares(
     assert settings["decoder"]["num_hidden_layers"] == 2 and settings["vocab_size"] == 64
     again = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made")
     assert again.code == 2 and "exists" in again.err and again.err.count("\n") == 1
+
+
+def test_the_native_profile_has_the_library_beside_the_model(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if library() is None:
+        pytest.skip("no C++ compiler")
+    got = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made", "--profile", "native", "--json")
+    assert got.code == 0 and got.json["difference"] <= 1e-4, got.err
+    decoder = json.loads((tmp_path / "made" / "genai_config.json").read_text())["model"]["decoder"]
+    name = decoder["session_options"]["custom_ops_library"]
+    assert (tmp_path / "made" / name).is_file()
+    assert Run(capsys, "build-ops").out.strip() == str(library())
+
+
+def test_without_a_compiler_the_export_is_portable_and_says_so(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    got = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made", "--profile", "native", "--json")
+    assert got.code == 0 and "no op library: CXX is '/no/such/compiler'" in got.err
+    assert got.json["profile"] == "portable" and not (tmp_path / "made" / exporter.LIBRARY).exists()
+    assert Run(capsys, "build-ops").code == 2
 
 
 def test_compile_can_export_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

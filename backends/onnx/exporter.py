@@ -21,7 +21,7 @@ import torch
 
 from moecc import __version__
 from moecc.artifact import copy_small_files
-from moecc.backends.onnx import embeddings, genai, qmoe, run
+from moecc.backends.onnx import build, embeddings, genai, qmoe, run
 from moecc.backends.onnx.cached import capture_cached
 from moecc.backends.onnx.translate import OPSETS, translate
 from moecc.backends.onnx.weights import Weights
@@ -32,7 +32,7 @@ from moecc.trace import trace
 from moecc.weights import CheckpointStore, free_space, size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-MODEL, DATA, RECORD = "model.onnx", "model.onnx.data", "moecc_onnx.json"
+MODEL, DATA, RECORD, LIBRARY = "model.onnx", "model.onnx.data", "moecc_onnx.json", "libmoecc_ops.so"
 _TOKENS = (2, 12)  # of the comparison: rows, and tokens of each; the last third one by one
 # of the largest logit: sums in another order; float16; dense matrices whose inputs are rounded to int8; experts rounded anew
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8 activations": 5e-2, "other weights": 0.5}
@@ -57,7 +57,7 @@ def export(
     found = skeleton(folder, DTYPES[dtype])
     store = CheckpointStore(folder, found.model)
     store.check()
-    free_space(out.parent, store.nbytes)
+    free_space(out, 2 * store.nbytes)  # what is bfloat16 in the artifact is float32 here
     say(f"tracing {folder}")
     cached = capture_cached(found)
     model = translate(cached, opset, store)
@@ -74,17 +74,14 @@ def export(
         ir.save(model, partial / MODEL, external_data=DATA, alignment=4096)
         onnx.checker.check_model(str(partial / MODEL))
         copy_small_files(folder, partial)
-        library = None
-        if profile == "native":
-            from moecc.backends.onnx import build
-
-            library = shutil.copyfile(build.library(), partial / "libmoecc_ops.so")
+        library = _library(partial, say) if profile == "native" else None
         (partial / genai.FILE).write_text(json.dumps(genai.config(found, cached, folder, library), indent=1) + "\n")
         rounded = any(node.op_type in ("MatMulNBits", "QMoE", "GatherBlockQuantized") for node in model.graph)
         tolerance = TOLERANCE["other weights" if profile == "qmoe" else "int8 activations" if rounded else dtype]
         record = _compare(folder, partial, text_config(found.config).vocab_size, tolerance, library)
         record |= {
-            "moecc": __version__, "source": store.digest(), "opset": opset, "profile": profile, "dtype": dtype,
+            "moecc": __version__, "source": store.digest(), "opset": opset,
+            "profile": "portable" if profile == "native" and library is None else profile, "dtype": dtype,
             "bytes": sum((partial / f).stat().st_size for f in (MODEL, DATA)),
         }  # fmt: skip
         (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
@@ -97,6 +94,15 @@ def export(
 
 def summary(record: dict[str, Any]) -> str:
     return f"{record['out']}: {size(record['bytes'])}, logits differ by {record['difference']:.1e} of the largest"
+
+
+def _library(partial: Path, say: Callable[[str], None]) -> Path | None:
+    """The op library, copied beside the model; None where it can't be built: then the file's functions run everywhere."""
+    try:
+        return shutil.copyfile(build.library(), partial / LIBRARY)
+    except MoeccError as error:
+        say(f"no op library: {error}. The model runs by its portable functions")
+        return None
 
 
 def _compare(folder: Path, partial: Path, vocabulary: int, tolerance: float, library: Path | None) -> dict[str, Any]:
