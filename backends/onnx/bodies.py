@@ -52,9 +52,7 @@ class Structure:
 
     attributes: dict[str, Any]  # act, gate, alpha, limit, eps
     present: dict[str, Presence]  # operand -> which layers have it
-    ragged: bool = (
-        True  # whether some layer has rows or columns that are no multiple of 64: then they are padded and cut
-    )
+    ragged: bool = True  # whether some sizes are no multiples of 64: then inputs are padded and outputs cut
 
     def has(self, name: str) -> bool:
         return name in self.present and self.present[name].some
@@ -161,14 +159,7 @@ def _function(
     values = {n: ir.Value(name=n) for n in names}
     op = Ops()
     used = dict(values)
-    for n in (
-        "x",
-        "gate_up",
-        "down",
-        "gate_up_bias",
-        "down_bias",
-        "post_norm",
-    ):  # float16 or float32: computed in float32
+    for n in ("x", *DENSE):  # float16 or float32: computed in float32
         if n in used and (n == "x" or structure.has(n)):
             used[n] = op.Cast(values[n], to=_FLOAT)
     y = op.CastLike(body(op, used), values["x"])
@@ -313,11 +304,8 @@ class _Layer:
         return [n for n, operand in names.items() if self.structure.has(operand)]
 
     def _sums(self, op: Ops) -> list[ir.Value]:
-        tokens = op.size(self.x, 0)
-        widths = {
-            "low": lambda: op.size(self.inputs["down_basis"], 0), "hidden": lambda: self._intermediate(op)
-        }  # fmt: skip
-        zero = op.number(0.0)
+        zero, tokens = op.number(0.0), op.size(self.x, 0)
+        widths = {"low": lambda: op.size(self.inputs["down_basis"], 0), "hidden": lambda: self._intermediate(op)}
         return [op.Expand(zero, op.Concat(tokens, widths[n](), axis=0)) for n in self._sum_names()]
 
     def _intermediate(self, op: Ops) -> ir.Value:

@@ -27,7 +27,6 @@ from moecc.errors import MoeccError
 from moecc.gates import rows_per_unit
 from moecc.weights import CheckpointStore
 
-_ROWS = ("gate_up_scale", "down_scale")  # [E, N]
 Make = Callable[[Tensor], Tensor]
 
 
@@ -198,15 +197,10 @@ def structure_of(nodes: Iterable[ir.Node], names: list[str]) -> bodies.Structure
     for index, name in enumerate(names):
         having = [index < len(n.inputs) and n.inputs[index] is not None for n in nodes]
         present[name] = bodies.Presence(any(having), all(having))
-    rows = {
-        name: {_numbers(v)[1] for n in nodes if (v := n.inputs[i]) is not None}
-        for i, name in enumerate(names)
-        if name in _ROWS
-    }
-    unit = BLOCK * rows_per_unit(found[0]["gate"])  # of gate_up's rows: its hidden units are down's columns
-    ragged = any(
-        n % (unit if name == "gate_up_scale" else BLOCK) for name, found_rows in rows.items() for n in found_rows
-    )
+    # gate_up's rows come in gates and units, and its units are down's columns
+    units = {"gate_up_scale": BLOCK * rows_per_unit(found[0]["gate"]), "down_scale": BLOCK}
+    scales = [(unit, n.inputs[names.index(name)]) for name, unit in units.items() if name in names for n in nodes]
+    ragged = any(_numbers(scale)[1] % unit for unit, scale in scales if scale is not None)
     return bodies.Structure(found[0], present, ragged)
 
 
