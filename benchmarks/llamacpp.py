@@ -77,12 +77,9 @@ def example(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]
     np.save(work / "ids.npy", ids.numpy())
     reference = _reference(ids)
     rows: list[dict[str, Any]] = []
-    for label, passes in (
-        ("moecc 2 bit", "vsraq,kbvq"), ("moecc 2 bit, dense 8 bit", "vsraq,kbvq,dense{bits=8}"),
-        ("moecc 2.7 bit, dense 8 bit", "vsraq,kbvq,dense{bits=8}"),
-    ):  # fmt: skip
-        bits = "2.7" if "2.7" in label else "2"
-        art = work / label.replace(" ", "-")
+    for bits in ("2", "2.7"):
+        label, art = f"moecc {bits} bit, dense 8 bit", work / f"bits{bits}"
+        passes = "vsraq,kbvq,dense{bits=8}"
         compiled = command(
             "compile", EXAMPLE, "--passes", passes, "--bits", bits, "--calib", EXAMPLE / "calib.txt", "-o", art
         )
