@@ -43,7 +43,7 @@ def _apart(model: Path, library: Path | None, threads: int, prompt: int, new_tok
     done = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise MoeccError(f"{model}: can't be run: {lines[-1]}")
+        raise MoeccError(lines[-1].partition("MoeccError: ")[2] or f"{model}: can't be run: {lines[-1]}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
