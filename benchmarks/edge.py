@@ -1,6 +1,6 @@
 """One MoE layer in ONNX Runtime: moecc's two forms beside what else there is, in one run.
 
-    python benchmarks/edge.py                       Qwen3-30B-A3B's layer; table to benchmarks/results/onnx.md and .json
+    python benchmarks/edge.py                       Qwen3-30B-A3B's layer; table to benchmarks/results/edge.md and .json
     python benchmarks/edge.py --shape 1024 768 32 4 --tokens 1 8 --threads 1
 
   moecc native      moecc::VQExperts with the op library, 2 bit, a codebook per expert
@@ -35,7 +35,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOAT, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 SILU = {"act": "silu", "gate": "glu", "alpha": 1.0, "limit": 0.0, "eps": 0.0}
 
 
@@ -292,7 +292,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seconds", type=float, default=1.5, help="of each figure (default: 1.5)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "onnx")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "edge")
     parser.add_argument("--apart", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.apart:

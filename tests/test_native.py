@@ -550,17 +550,23 @@ def test_sessions_and_threads_share_nothing(tmp_path: Path) -> None:
         assert max(pool.map(run, range(64))) < TOLERANCE
 
 
-def test_the_library_is_built_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands of a compiler that writes empty files, with a cache of the test's own."""
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
-    calls: list[list[str]] = []
+    made: list[list[str]] = []
 
     def fake(command: list[str]) -> str:
         if command[-2] == "-o":
-            calls.append(command)
+            made.append(command)
             Path(command[-1]).write_bytes(b"")
         return "a version"
 
     monkeypatch.setattr(build, "run", fake)
+    return made
+
+
+def test_the_library_is_built_once_and_found_again(tmp_path: Path, calls: list[list[str]]) -> None:
     first = build.library()
     assert first.parent == tmp_path / "ops" and len(calls) > 3
     count = len(calls)
@@ -569,17 +575,7 @@ def test_the_library_is_built_once_and_found_again(tmp_path: Path, monkeypatch: 
     assert sorted(p.name for p in first.parent.iterdir()) == sorted({first.name, build.library(sanitize=True).name})
 
 
-def test_a_kernel_file_gets_the_flags_of_its_instruction_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
-    calls: list[list[str]] = []
-
-    def fake(command: list[str]) -> str:
-        if command[-2] == "-o":
-            calls.append(command)
-            Path(command[-1]).write_bytes(b"")
-        return "a version"
-
-    monkeypatch.setattr(build, "run", fake)
+def test_a_kernel_file_gets_the_flags_of_its_instruction_set(calls: list[list[str]]) -> None:
     for machine, own, other in (("AMD64", "avx2", "neon"), ("arm64", "neon", "avx2"), ("riscv64", "scalar", "neon")):
         calls.clear()
         build.compiled(("c++",), machine)

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
+from onnx_ir import tensor_adapters
 from onnx_ir.tape import Tape
+from torch import Tensor
 
 from moecc import vq4
 from moecc.backends.onnx.layout import BLOCK
@@ -131,6 +133,23 @@ def put_instead(model: ir.Model, node: ir.Node, op: Ops, y: ir.Value) -> None:
     old.replace_all_uses_with(y, replace_graph_outputs=True)
     model.graph.remove(node, safe=True)
     y.name = name
+
+
+def lazy(model: ir.Model, name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], Tensor]) -> ir.Value:
+    """A new initializer of a model's graph; `make()` is called when it is written."""
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    give(value, make)
+    model.graph.register_initializer(value)
+    return value
+
+
+def give(value: ir.Value, make: Callable[[], Tensor]) -> None:
+    """Let an initializer, whose shape and dtype are known, be what `make()` returns when it is written."""
+    shape, dtype = value.shape, value.dtype
+    assert shape is not None and dtype is not None
+    value.const_value = ir.LazyTensor(
+        lambda: tensor_adapters.TorchTensor(make(), name=value.name), dtype=dtype, shape=shape, name=value.name
+    )
 
 
 def vq_experts_function(structure: Structure, opset: int) -> ir.Function:

@@ -9,10 +9,8 @@ Shapes: V vocabulary, D hidden; packed u8 [V, D / block, block], 128 is zero; sc
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import onnx_ir as ir
-from onnx_ir import tensor_adapters
 from torch import Tensor
 
 from moecc.backends.onnx import bodies
@@ -48,7 +46,7 @@ def lower(model: ir.Model, store: CheckpointStore) -> None:
         op = bodies.Ops()
         sizes = {"N": vocabulary, "K": blocks * block, "bits": 8, "block_size": block, "accuracy_level": 4}
         y = op.tape.op("MatMulNBits", [node.inputs[0], packed, flat], sizes, domain=DOMAIN, output=op.value())
-        bodies.put_instead(model, node, op, op.Identity(y))
+        bodies.put_instead(model, node, op, y)
     tables.drop_unused()
 
 
@@ -84,9 +82,15 @@ class _Tables:
                 raise MoeccError(f"{name}: blocks of 16 don't divide {columns}; export without --embeddings int8")
             shape = (rows, columns // block)
             self.made[name] = (
-                self._value(f"{name}.packed", (*shape, block), ir.DataType.UINT8, partial(self._packed, name, block)),
-                self._value(
-                    f"{name}.scales", (*shape, 1), ir.DataType.FLOAT, partial(self._scales, name, block, (*shape, 1))
+                bodies.lazy(
+                    self.model, f"{name}.packed", (*shape, block), ir.DataType.UINT8, partial(self._packed, name, block)
+                ),
+                bodies.lazy(
+                    self.model,
+                    f"{name}.scales",
+                    (*shape, 1),
+                    ir.DataType.FLOAT,
+                    partial(self._scales, name, block, (*shape, 1)),
                 ),
             )
         return self.made[name]
@@ -97,7 +101,7 @@ class _Tables:
         packed, _ = self.of(weight)
         rows, blocks, block = (int(n) for n in packed.shape)  # type: ignore[arg-type, union-attr]
         make = partial(self._scales, name, block, (rows, blocks))
-        return self._value(f"{name}.head_scales", (rows, blocks), ir.DataType.FLOAT, make)
+        return bodies.lazy(self.model, f"{name}.head_scales", (rows, blocks), ir.DataType.FLOAT, make)
 
     def _name(self, weight: ir.Value) -> str:
         name = weight_name(weight)
@@ -110,14 +114,6 @@ class _Tables:
 
     def _scales(self, name: str, block: int, shape: tuple[int, ...]) -> Tensor:
         return quantize(self.store.read(name).float(), 8, block)[1].view(shape)
-
-    def _value(self, name: str, shape: tuple[int, ...], dtype: ir.DataType, make: Any) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        value.const_value = ir.LazyTensor(
-            lambda: tensor_adapters.TorchTensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name
-        )
-        self.model.graph.register_initializer(value)
-        return value
 
     def drop_unused(self) -> None:
         graph = self.model.graph

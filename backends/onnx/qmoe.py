@@ -12,13 +12,13 @@ to int8. Weights are copied to private memory when the model loads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
 import torch
-from onnx_ir import tensor_adapters
 from torch import Tensor
 
 from moecc import vq4
@@ -97,23 +97,17 @@ class _Experts:
         rows, columns = (2 * self.units, self.hidden) if part == "gate_up" else (self.hidden, self.units)
         shapes = {"packed": (self.experts, rows, columns * bits // 8), "scales": (self.experts, rows, columns // block)}
         made = [
-            self._value(f"{part}_{kind}", shape, torch.uint8 if kind == "packed" else torch.float32,
+            self._value(f"{part}_{kind}", shape, ir.DataType.UINT8 if kind == "packed" else ir.DataType.FLOAT,
                         partial(self._quantized, part, bits, block, i))
             for i, (kind, shape) in enumerate(shapes.items())
         ]  # fmt: skip
         if f"{part}_bias" not in self.given:
             return [*made, None]
         bias = partial(self._ordered, part, self._read(f"{part}_bias"))
-        return [*made, self._value(f"{part}_bias", (self.experts, rows), torch.float32, bias)]
+        return [*made, self._value(f"{part}_bias", (self.experts, rows), ir.DataType.FLOAT, bias)]
 
-    def _value(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype, make: Any) -> ir.Value:
-        name, type_ = f"{self.node.name}.{kind}", tensor_adapters.from_torch_dtype(dtype)
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(type_))
-        value.const_value = ir.LazyTensor(
-            lambda: tensor_adapters.TorchTensor(make(), name=name), dtype=type_, shape=ir.Shape(shape), name=name
-        )
-        self.model.graph.register_initializer(value)
-        return value
+    def _value(self, kind: str, shape: tuple[int, ...], dtype: ir.DataType, make: Callable[[], Tensor]) -> ir.Value:
+        return bodies.lazy(self.model, f"{self.node.name}.{kind}", shape, dtype, make)
 
     def _read(self, name: str) -> Tensor:
         return self.store.read(self.origins[name])  # type: ignore[arg-type]

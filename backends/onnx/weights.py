@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -168,20 +167,20 @@ class Weights:
     # ---- values
 
     def _give(self, value: ir.Value, shape: Sequence[int], make: Make, dtype: ir.DataType | None = None) -> None:
-        """Read and make the tensor when it is asked for, and never twice."""
+        """Read and make the tensor when it is written."""
         name, dtype = self.origins[id(value)], dtype or value.dtype
         assert dtype is not None
         value.shape, value.type = ir.Shape(shape), ir.TensorType(dtype)
 
-        def read() -> Any:
+        def read() -> Tensor:
             tensor = make(self.store.read(name)).contiguous()
             if tuple(tensor.shape) != tuple(shape):
                 raise MoeccError(
                     f"{name}: {list(tensor.shape)} where the graph has {list(shape)}; compile the model again"
                 )
-            return tensor_adapters.TorchTensor(tensor, name=value.name)
+            return tensor
 
-        value.const_value = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=value.name)
+        bodies.give(value, read)
 
     def _torch_dtype(self, value: ir.Value) -> torch.dtype:
         return tensor_adapters.to_torch_dtype(value.dtype)  # type: ignore[arg-type]
