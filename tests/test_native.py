@@ -56,7 +56,8 @@ for path in sorted(Path(folder).glob("*.onnx")):
     out, errors[path.stem] = {}, []
     runs = np.load(path.with_suffix(".npz"))
     try:
-        options.register_custom_ops_library(library)
+        if library:
+            options.register_custom_ops_library(library)
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         for run in sorted({name.split("/")[0] for name in runs.files}):
             feed = {name.split("/")[1]: runs[name] for name in runs.files if name.split("/")[0] == run}
@@ -264,14 +265,20 @@ class Batch:
     expected: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def run(
-        self, library: Path, *, threads: int = 1, python: str = sys.executable, before: str = "", **environment: str
+        self,
+        library: Path | None,
+        *,
+        threads: int = 1,
+        python: str = sys.executable,
+        before: str = "",
+        **environment: str,
     ) -> Outcome:
         """Runs all cases in a process of its own. before: Python that it runs once ONNX Runtime is imported."""
         command = [
             python,
             "-c",
             RUN.replace("errors = {}", before + "errors = {}"),
-            str(library),
+            str(library or ""),
             str(self.folder),
             str(threads),
         ]
@@ -402,7 +409,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "codebook": (put("down_codebook", lambda t: t[:2]), "down_codebook has shape [2, 256, 4], expected [1 or 5, 256, 2 or 4]"),
     "codebook_v": (put("down_codebook", lambda t: t[..., :3]), "down_codebook has shape [5, 256, 3], expected [1 or 5, 256,"),
     "codebook_pairs": (put("gate_up_codebook", lambda t: t[..., :2]), "[5, 2, 2, 16, 64], expected [5, 2, 2, 32"),
-    "signs": (put("gate_up_signs", lambda t: t[..., :4]), "gate_up_signs has shape [5, 2, 2, 64, 4], expected [5, 2, 2, 64, 8]"),
+    "signs": (put("gate_up_signs", lambda t: t[..., :4]), "gate_up_signs has shape [5, 2, 2, 16, 4], expected [5, 2, 2, 16, 32]"),
     "scale_rank": (put("gate_up_scale", lambda t: t[0]), "gate_up_scale has shape [80], expected [E, N]"),
     "scale_rows": (put("down_scale", lambda t: t[:, :5]), "down_scale has shape [5, 5], expected [5, 72]"),
     "bias": (put("gate_up_bias", lambda t: t[0]), "gate_up_bias has shape [80], expected [5, 80]"),
@@ -436,7 +443,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         write(batch.folder, name, FULL, change)
     write(batch.folder, "odd", Case(tokens=(1,)), put("gate_up_scale", lambda t: t[:, :79]))
     pairs = Case(tokens=(1,), bits=(4, 4))
-    write(batch.folder, "pairs", pairs, put("down_signs", torch.zeros(5, 1, 2, 64, 8, dtype=torch.uint8)))
+    write(batch.folder, "pairs", pairs, put("down_signs", torch.zeros(5, 1, 2, 16, 32, dtype=torch.uint8)))
     for name, attributes in ATTRIBUTES.items():
         write(batch.folder, name, Case(tokens=(1,)))
         model = onnx.load(batch.folder / f"{name}.onnx")
@@ -659,7 +666,7 @@ static void check(const Kernels& k, int64_t v, bool signs, int64_t inputs) {
         for (int64_t c = 0; c < width; c++) {
           const int64_t row = n % BLOCK, column = c % BLOCK;
           double w = book[m.block(c / BLOCK, n / BLOCK)[column / v * BLOCK + row] * v + c % v];
-          if (signs && m.sign_block(c / BLOCK, n / BLOCK)[column * 8 + row / 8] >> row % 8 & 1) w = -1 - w;
+          if (signs && m.sign_block(c / BLOCK, n / BLOCK)[column / 4 * 32 + row % 32] >> (row / 32 * 4 + column % 4) & 1) w = -1 - w;
           sum += w * in[i][c];
         }
         error += (out[i][n] - sum) * (out[i][n] - sum);
@@ -694,9 +701,37 @@ static bool halves(const Kernels& k) {
   return true;
 }
 
+static void attention(const Kernels& k, int64_t queries, int64_t keys, int64_t width) {
+  std::vector<float> q(queries * width), key(keys * width), s(queries * keys), y(queries * width, 1.0f);
+  std::vector<uint8_t> mask(keys);
+  for (auto& f : q) f = rand() / float(RAND_MAX) - 0.5f;
+  for (auto& f : key) f = rand() / float(RAND_MAX) - 0.5f;
+  for (auto& m : mask) m = rand() % 3 > 0;
+  k.scores(q.data(), queries, key.data(), keys, width, s.data(), keys);
+  for (int64_t i = 0; i < queries; i++) k.softmax(&s[i * keys], mask.data(), keys);
+  k.mix(s.data(), keys, queries, key.data(), keys, width, y.data());
+  double error = 0, norm = 0;
+  for (int64_t i = 0; i < queries; i++) {
+    std::vector<double> e(keys);
+    double total = 1e-300;
+    for (int64_t t = 0; t < keys; t++) {
+      for (int64_t j = 0; j < width; j++) e[t] += double(q[i * width + j]) * key[t * width + j];
+      total += e[t] = mask[t] ? std::exp(e[t]) : 0;
+    }
+    for (int64_t j = 0; j < width; j++) {
+      double sum = 1;
+      for (int64_t t = 0; t < keys; t++) sum += e[t] / total * key[t * width + j];
+      error += (y[i * width + j] - sum) * (y[i * width + j] - sum);
+      norm += sum * sum;
+    }
+  }
+  worst = std::fmax(worst, std::sqrt(error / norm));
+}
+
 int main() {
   for (const Kernels* k : {&SCALAR_KERNELS, &OTHER}) {
     for (int64_t inputs : {1, 2, 3, 5, 8}) check(*k, 4, false, inputs), check(*k, 2, false, inputs), check(*k, 4, true, inputs);
+    for (int64_t width : {1, 5, 16, 64, 100}) attention(*k, 1, 3, width), attention(*k, 7, 66, width);
     if (!halves(*k)) return puts("halves differ"), 1;
   }
   printf("%g\n", worst);

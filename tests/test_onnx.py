@@ -194,9 +194,10 @@ def test_codes_lie_in_blocks_of_rows() -> None:
     assert int(made.int().sum()) == int(codes.int().sum())
     signs = torch.randint(0, 256, (2, 70, 10), dtype=torch.uint8)
     bits, packed = vq4.unpack_signs(signs), layout.blocked_signs(signs)
-    assert packed.shape == (2, 2, 2, 64, 8)
-    for e, n, k in ((0, 0, 0), (1, 69, 79), (0, 64, 64), (1, 63, 63)):
-        assert bool(packed[e, k // 64, n // 64, k % 64, n % 64 // 8] >> (n % 8) & 1) == bool(bits[e, n, k])
+    assert packed.shape == (2, 2, 2, 16, 32)
+    for e, n, k in ((0, 0, 0), (1, 69, 79), (0, 64, 64), (1, 63, 63), (1, 31, 5), (0, 37, 6)):
+        byte = packed[e, k // 64, n // 64, k % 64 // 4, n % 32]
+        assert bool(byte >> (n % 64 // 32 * 4 + k % 4) & 1) == bool(bits[e, n, k])
 
 
 # ---------------------------------------------------------------- whole models
@@ -242,7 +243,7 @@ def greedy(session: run.Session, steps: int) -> list[list[int]]:
     """PROMPT and what follows, decoded token by token with the cache."""
     ids, tokens, cache = PROMPT.numpy(), PROMPT.numpy(), session.start(1)
     for _ in range(steps):
-        logits, cache = session.step(tokens, cache)
+        logits = session.step(tokens, cache)
         tokens = logits[:, -1:].argmax(-1)
         ids = np.concatenate([ids, tokens], 1)
     found: list[list[int]] = ids.tolist()
@@ -295,7 +296,7 @@ def test_what_some_layers_lack_is_stored_empty(qwen: Path, tmp_path: Path) -> No
     sizes = {i.name: list(i.dims) for i in model.graph.initializer}
     names = dict(zip(bodies.coded_inputs(), node.input, strict=False))
     assert sizes[names["gate_up_basis"]][0] == 0 and sizes[names["down_mean_codes"]][2] == 0
-    assert len([f for f in model.functions if f.domain == "moecc"]) == 1
+    assert len([f for f in model.functions if f.name == "VQExperts"]) == 1
 
 
 def test_three_bits_below_some_layers(tmp_path: Path) -> None:
@@ -313,6 +314,34 @@ def test_three_bits_below_some_layers(tmp_path: Path) -> None:
 
     art = changed(tmp_path / "two", tmp_path / "art", mix)
     assert exporter.export(art, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
+
+
+ATTENTION = {
+    "qwen2_moe": "CachedAttentionRope",
+    "qwen3_moe": "CachedAttentionNormRope",
+    "mixtral": "CachedAttentionRope",
+}
+
+
+@pytest.mark.parametrize("family", ATTENTION)
+def test_attention_is_one_node_whose_cache_may_have_room(family: str, tmp_path: Path) -> None:
+    """By the library and by the function alike: rows that begin later, pieces, and more tokens than there was room for."""
+    art = compiled(tmp_path, family, "vq")
+    exporter.export(art, tmp_path / "onnx")
+    path = tmp_path / "onnx" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    names = [n.op_type for n in model.graph.node if n.op_type.startswith("CachedAttention")]
+    assert names == [ATTENTION[family]] * AutoConfig.from_pretrained(art).num_hidden_layers
+    assert not {"Attention", "Expand", "GatherND"} & {n.op_type for n in model.graph.node}
+    ids = torch.randint(1, 60, (1, 300)).numpy()
+    padded = np.concatenate([np.zeros((1, 7), np.int64), ids[:, :-7]], 1)
+    for session in (run.Session(path), run.Session(path, library=library())):
+        whole = session.step(ids, session.start(1))
+        cache = session.start(2, [0, 7])
+        both = np.concatenate([ids, padded])
+        found = np.concatenate([session.step(part, cache) for part in np.split(both, [250, 251, 290], axis=1)], 1)
+        np.testing.assert_allclose(found[0], whole[0], atol=2e-5 * np.abs(whole).max())
+        np.testing.assert_allclose(found[1, 7:], whole[0, :-7], atol=2e-5 * np.abs(whole).max())
 
 
 def test_float16(qwen: Path, tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 A runtime without moecc's op library runs these. There are two forms, chosen by the number of routes P = T k at run time:
 
-  few routes    all at once, by lookup tables: every group of v inputs is multiplied with all 256 centroids, and codes pick from
-                the products. Nothing is decoded
+  few routes    one by one, by lookup tables: every group of v inputs is multiplied with all 256 centroids, and codes pick from
+                the products. Nothing is decoded. At 3 bit a table has every centroid with each of 16 patterns of signs
   many routes   a loop over the experts that were chosen: by tables where an expert has few tokens, else it is decoded and
-                multiplied with them. At 3 bit a code does not tell its signs, so there every expert is decoded
+                multiplied with them
 
 One function serves all layers of a model. What some layers have and others lack is stored empty there: no rows, zeros stand in
 for. The decoding depends on what is routed, so that no runtime folds it into dense weights.
@@ -26,14 +26,13 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 
 from moecc import vq4
-from moecc.backends.onnx.layout import BLOCK
 
 DOMAIN, VERSION = "moecc", 1
 FEW_ROUTES = 16  # above, an expert that several tokens chose is worth reading once
-FEW_TOKENS = 8  # of one expert: decoding costs as much as so many lookups
+FEW_TOKENS, FEW_WITH_SIGNS = 8, 4  # of one expert: decoding costs as much as so many lookups
 ROUTED = ("x", "topk_index", "topk_weight")
 DENSE = ("gate_up", "down", "gate_up_bias", "down_bias", "post_norm")
-_FLOAT, _INT32, _INT64 = 1, 6, 7  # as Cast names them
+_FLOAT, _UINT8, _INT32, _INT64 = 1, 2, 6, 7  # as Cast names them
 
 
 def coded_inputs() -> list[str]:
@@ -157,8 +156,6 @@ def vq_experts_function(structure: Structure, opset: int) -> ir.Function:
 
     def body(op: Ops, inputs: dict[str, ir.Value]) -> ir.Value:
         layer = _Layer(structure, inputs)
-        if structure.has("gate_up_signs") or structure.has("down_signs"):
-            return layer.many(op)
         few = op.LessOrEqual(op.Size(inputs["topk_index"]), op.number(FEW_ROUTES))
         return op.choose(few, layer.few, layer.many)
 
@@ -223,32 +220,74 @@ class _Layer:
 
     def _looked_up(self, op: Ops, part: str, x: ir.Value, which: ir.Value) -> ir.Value:
         """x [P, K] through matrix which[p] of a coded stack, with bias: [P, N]."""
-        codes, codebook, scale = (self.inputs[f"{part}_{n}"] for n in ("codes", "codebook", "scale"))
-        v, groups = op.size(codebook, 2), op.Mul(op.size(codes, 1), op.size(codes, 3))
-        inputs = op.shaped(self._padded(op, x, op.Mul(groups, v)), op.size(x, 0), groups, v)
-        entries = op.Cast(self._codebook_of(op, codebook, which), to=_FLOAT)  # [P, 256, v]
-        table = op.MatMul(inputs, op.Transpose(entries, perm=[0, 2, 1]))  # [P, J, 256]
+        parts = self._parts(op, part, x)
 
         def route(op: Ops, p: ir.Value) -> ir.Value:
-            return self._pick(op, op.Gather(table, p), self._picked(op, part, op.Gather(which, p)))
+            expert = op.Gather(which, p)
+            return self._pick(op, op.Gather(parts, p), self._entries(op, part, expert), self._picked(op, part, expert))
 
+        scale = self.inputs[f"{part}_scale"]
         y = self._cut(op, op.each(op.Squeeze(op.size(x, 0)), route), op.size(scale, 1))
         y = op.Mul(y, op.Gather(scale, which))
         bias = self.get(f"{part}_bias")
         return y if bias is None else op.Add(y, op.Gather(bias, which))
 
-    def _picked(self, op: Ops, part: str, which: ir.Value) -> ir.Value:
-        """The codes of one matrix as indices: i32 [J, Np]."""
-        codes = self.inputs[f"{part}_codes"]
-        groups = op.Mul(op.size(codes, 1), op.size(codes, 3))
-        rows = op.Mul(op.size(codes, 2), op.size(codes, 4))  # not -1, for a mean may be empty
-        by_group = op.Transpose(op.Gather(codes, which), perm=[0, 2, 1, 3])  # [Kp / 64, S, Np / 64, 64]
-        return op.Cast(op.shaped(by_group, groups, rows), to=_INT32)
+    # What picks the v weights of a group is a code, below M = 256; at 3 bit a code and its four signs, below M = 4096.
 
-    def _pick(self, op: Ops, table: ir.Value, picked: ir.Value) -> ir.Value:
-        """sum_j table[j, picked[j, n]]: [J, 256], [J, Np] -> [Np]. By a product with ones: ReduceSum takes 15 times as long."""
+    def _parts(self, op: Ops, part: str, x: ir.Value) -> ir.Value:
+        """x [P, K] by groups: [P, J, v]."""
+        codes, v = self.inputs[f"{part}_codes"], op.size(self.inputs[f"{part}_codebook"], 2)
+        groups = op.Mul(op.size(codes, 1), op.size(codes, 3))
+        return op.shaped(self._padded(op, x, op.Mul(groups, v)), op.size(x, 0), groups, v)
+
+    def _entries(self, op: Ops, part: str, which: ir.Value) -> ir.Value:
+        """The weights that may be picked in one matrix: [v, M]."""
+        codebook = self.inputs[f"{part}_codebook"]
+        last = op.Sub(op.Squeeze(op.size(codebook, 0)), op.number(1))  # an expert has its own, or there is one for all
+        entries = op.transposed(op.Cast(op.Gather(codebook, op.Min(which, last)), to=_FLOAT))
+        if not self.structure.has(f"{part}_signs"):
+            return entries
+        v = op.size(codebook, 2)
+        every = [float(pattern >> i & 1) for i in range(4) for pattern in range(16)]
+        bits = op.Slice(op.shaped(op.Constant(value_floats=every), 4, 16, 1), op.ints(0), v, op.ints(0))
+        plain = op.Sub(op.number(1.0), op.Add(bits, bits))
+        signed = op.Sub(op.Mul(op.Unsqueeze(entries, op.ints(1)), plain), bits)  # p, or -1 - p
+        return op.shaped(signed, v, 4096)
+
+    def _picked(self, op: Ops, part: str, which: ir.Value) -> ir.Value:
+        """Which of them a matrix has: i32 [J, Np], below M."""
+        codes = op.Gather(self.inputs[f"{part}_codes"], which)  # [Kp / 64, Np / 64, S, 64]
+        picked = op.Cast(self._by_group(op, codes), to=_INT32)
+        if not self.structure.has(f"{part}_signs"):
+            return picked
+        signs = op.Cast(self._by_group(op, self._signs(op, f"{part}_signs", which, codes)), to=_INT32)
+        return op.Add(picked, op.Mul(signs, op.Cast(op.number(256), to=_INT32)))
+
+    def _by_group(self, op: Ops, blocks: ir.Value) -> ir.Value:
+        """[Kp / 64, Np / 64, S, 64] -> [J, Np]."""
+        groups, rows = op.Mul(op.size(blocks, 0), op.size(blocks, 2)), op.Mul(op.size(blocks, 1), op.size(blocks, 3))
+        return op.shaped(op.Transpose(blocks, perm=[0, 2, 1, 3]), groups, rows)  # not -1, for a mean may be empty
+
+    def _signs(self, op: Ops, name: str, which: ir.Value, codes: ir.Value) -> ir.Value:
+        """Four signs a code: u8 [Kp / 64, Np / 64, S, 64], below 16."""
+        own = op.Gather(self.inputs[name], which)  # [Kp / 64, Np / 64, 16, 32]
+        low = op.BitwiseAnd(own, op.Cast(op.number(15), to=_UINT8))
+        high = op.BitShift(own, op.Cast(op.number(4), to=_UINT8), direction="RIGHT")
+        signs = op.Concat(low, high, axis=-1)  # rows 0..31, then 32..63
+        if self.structure.present[name].all:
+            return signs
+        # a layer without signs has none for any row, and maybe groups of two
+        rows = op.Sub(op.size(codes, 1), op.size(signs, 1))
+        groups = op.Sub(op.size(codes, 2), op.size(signs, 2))
+        return op.Pad(signs, op.Concat(op.ints(0, 0, 0, 0, 0), rows, groups, op.ints(0), axis=0))
+
+    def _pick(self, op: Ops, parts: ir.Value, entries: ir.Value, picked: ir.Value) -> ir.Value:
+        """One input [J, v] through a matrix: [Np]. All that may be picked is multiplied with it first.
+
+        The sum over groups is a product with ones: ReduceSum takes 15 times as long."""
         ones = op.Expand(op.number(1.0), op.Concat(op.ints(1), op.size(picked, 0), axis=0))
-        return op.Squeeze(op.MatMul(ones, op.GatherElements(table, picked, axis=1)), op.ints(0))
+        products = op.GatherElements(op.MatMul(parts, entries), picked, axis=1)
+        return op.Squeeze(op.MatMul(ones, products), op.ints(0))
 
     def _plus_shared(
         self, op: Ops, part: str, y: ir.Value, x: ir.Value, routes: ir.Value, token: ir.Value | None
@@ -390,45 +429,20 @@ class _Layer:
         """x [n, K] through one matrix of a coded stack, not scaled: [n, N]. J = Kp / v groups.
 
         Decoded, component c of all groups is a matrix of its own, [J, Np]; x is taken apart alike."""
-        codebook, picked = self.inputs[f"{part}_codebook"], self._picked(op, part, which)
-        v, groups, rows, tokens = op.size(codebook, 2), op.size(picked, 0), op.size(picked, 1), op.size(x, 0)
-        entries = op.transposed(op.Cast(self._codebook_of(op, codebook, which), to=_FLOAT))  # [v, 256]
-        parts = op.shaped(self._padded(op, x, op.Mul(groups, v)), tokens, groups, v)
+        picked, entries, parts = self._picked(op, part, which), self._entries(op, part, which), self._parts(op, part, x)
+        tokens, v, groups, rows = op.size(x, 0), op.size(entries, 0), op.size(picked, 0), op.size(picked, 1)
 
         def look_up(op: Ops) -> ir.Value:
-            table = op.MatMul(parts, entries)  # [n, J, 256]
-            return op.each(op.Squeeze(tokens), lambda op, t: self._pick(op, op.Gather(table, t), picked))
+            return op.each(op.Squeeze(tokens), lambda op, t: self._pick(op, op.Gather(parts, t), entries, picked))
 
         def decode(op: Ops) -> ir.Value:
             index = op.Expand(op.shaped(picked, 1, op.Mul(groups, rows)), op.Concat(v, op.ints(1), axis=0))
             weight = op.shaped(op.GatherElements(entries, index, axis=1), v, groups, rows)
-            if signs:
-                weight = self._signed(op, weight, f"{part}_signs", which)
             return op.ReduceSum(op.MatMul(op.Transpose(parts, perm=[2, 0, 1]), weight), op.ints(0), keepdims=0)
 
-        signs = self.structure.has(f"{part}_signs")
-        few = op.LessOrEqual(op.Squeeze(tokens), op.number(FEW_TOKENS))
-        y = decode(op) if signs else op.choose(few, look_up, decode)
+        few = op.number(FEW_WITH_SIGNS if self.structure.has(f"{part}_signs") else FEW_TOKENS)
+        y = op.choose(op.LessOrEqual(op.Squeeze(tokens), few), look_up, decode)
         return self._cut(op, y, op.size(self.inputs[f"{part}_scale"], 1))
-
-    def _codebook_of(self, op: Ops, codebook: ir.Value, which: ir.Value) -> ir.Value:
-        """The codebook of an expert, or the one that they share."""
-        return op.Gather(codebook, op.Min(which, op.Sub(op.Squeeze(op.size(codebook, 0)), op.number(1))))
-
-    def _signed(self, op: Ops, weight: ir.Value, name: str, which: ir.Value) -> ir.Value:
-        """weight [v, J, Np] with -1 - p where the sign bit is set; signs [Kp/64, Np/64, 64 columns, 8] hold a bit a row."""
-        own = op.Gather(self.inputs[name], which)
-        across, rows = op.size(own, 0), op.Mul(op.size(own, 1), op.ints(BLOCK))
-        own = op.shaped(own, across, op.size(own, 1), BLOCK // 4, 4, 8, 1)  # v is 4 where there are signs
-        eight = op.Cast(op.ints(*range(8)), to=2)
-        bits = op.BitwiseAnd(op.BitShift(own, eight, direction="RIGHT"), op.Cast(op.ints(1), to=2))
-        by_component = op.Transpose(bits, perm=[3, 0, 2, 1, 4, 5])  # [4, Kp / 64, 16, Np / 64, 8, 8]
-        bits = op.shaped(by_component, 4, op.Mul(across, op.ints(BLOCK // 4)), rows)
-        if not self.structure.present[name].all:  # a layer without signs has none for any row, and maybe groups of two
-            groups, columns = op.Sub(op.size(weight, 1), op.size(bits, 1)), op.Sub(op.size(weight, 2), rows)
-            parts = op.Sub(op.size(weight, 0), op.ints(4))
-            bits = op.Pad(bits, op.Concat(op.ints(0, 0, 0), parts, groups, columns, axis=0))
-        return op.Where(op.Cast(bits, to=9), op.Sub(op.number(-1.0), weight), weight)
 
     def _padded(self, op: Ops, x: ir.Value, columns: ir.Value) -> ir.Value:
         """x [n, K] with zero columns up to `columns` [1]."""

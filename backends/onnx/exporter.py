@@ -21,7 +21,7 @@ import torch
 
 from moecc import __version__
 from moecc.artifact import copy_small_files
-from moecc.backends.onnx import build, embeddings, genai, qmoe, run
+from moecc.backends.onnx import build, embeddings, genai, joined, qmoe, run
 from moecc.backends.onnx.cached import capture_cached
 from moecc.backends.onnx.translate import OPSETS, translate
 from moecc.backends.onnx.weights import Weights
@@ -66,6 +66,7 @@ def export(
     if small_embeddings:
         embeddings.lower(model, store)
     Weights(model, store).fill()
+    joined.join(model)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

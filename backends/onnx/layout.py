@@ -3,7 +3,8 @@
 64 columns of 64 rows are one block. Kp and Np are columns K and rows N rounded up to 64, v the weights per code, S = 64/v:
 
   codes  u8 [E, N, K'/v]  -> u8 [E, Kp/64, Np/64, S, 64]    one byte a row, then the next group of v columns
-  signs  u8 [E, N, K'/8]  -> u8 [E, Kp/64, Np/64, 64, 8]    one bit a row (row i is bit i % 8 of byte i / 8), then the next column
+  signs  u8 [E, N, K'/8]  -> u8 [E, Kp/64, Np/64, 16, 32]   four bits a row, one of each column of a group (byte i: row i in its
+                                                          low bits, row i + 32 in its high ones), then the next four columns
 
 Stored (`moecc.vq4`) on the left, K' = K rounded up to 8. Padding is zero; columns beyond K meet inputs of zero, rows beyond N are
 cut off.
@@ -13,8 +14,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from moecc import vq4
 
 BLOCK = 64
 
@@ -29,9 +28,11 @@ def blocked_codes(codes: Tensor, v: int) -> Tensor:
 
 
 def blocked_signs(signs: Tensor) -> Tensor:
-    """u8 [E, N, K'/8] -> [E, Kp/64, Np/64, 64, 8]."""
-    bits = _blocked(vq4.unpack_signs(signs).to(torch.uint8), BLOCK)
-    return vq4.pack_signs(bits.bool())
+    """u8 [E, N, K'/8] -> [E, Kp/64, Np/64, 16, 32]."""
+    fours = torch.stack((signs & 15, signs >> 4), -1).flatten(-2)  # [E, N, K'/4]
+    blocked = _blocked(fours, BLOCK // 4)
+    low, high = blocked.chunk(2, dim=-1)
+    return low | (high << 4)
 
 
 def _blocked(x: Tensor, columns: int) -> Tensor:

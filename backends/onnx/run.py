@@ -1,19 +1,40 @@
-"""An exported model in ONNX Runtime: prefill and decode with its cache."""
+"""An exported model in ONNX Runtime: prefill and decode with its cache.
+
+A cache is never copied to Python. Where the op library runs all of a model's attention, its memory has room for more tokens,
+which are written into it; otherwise every step makes a new one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor
 
+from moecc.backends.onnx.attention import ROOM
 from moecc.errors import MoeccError, reason
+
+_LEAST_ROOM = 256  # tokens
+_KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def version() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
+
+
+@dataclass
+class Cache:
+    """Keys and values of the first `length` tokens, [B, heads, length or more, width] by name of the graph's input."""
+
+    values: dict[str, Any]
+    padding: np.ndarray  # [B, 1]: so many of the first tokens of a row are none
+    length: int = 0
+    binding: Any = field(default=None, repr=False)
 
 
 class Session:
@@ -25,39 +46,76 @@ class Session:
         options.log_severity_level = 3  # errors; it warns about what an inlined function leaves over
         if library is not None:
             options.register_custom_ops_library(str(library))
+            options.enable_mem_pattern = False  # made anew for every number of tokens, which comes once
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has no base class of its errors
             raise MoeccError(f"{path}: {version()} can't load it: {reason(error)}") from error
         self.inputs = {i.name: i for i in self.session.get_inputs()}
-        self.outputs = [o.name for o in self.session.get_outputs()]
         self.past = [n for n in self.inputs if n.startswith("past_key_values.")]
+        logits = self.session.get_outputs()[0]
+        self.vocabulary, self.logits_type = logits.shape[2], logits.type
+        self.room = library is not None and ROOM in self.session.get_modelmeta().custom_metadata_map
 
-    def start(self, batch: int) -> dict[str, np.ndarray]:
-        """A cache that holds nothing."""
-        found = {}
-        for name in self.past:
-            _, heads, _, width = self.inputs[name].shape
-            kind = np.float16 if "float16" in self.inputs[name].type else np.float32
-            found[name] = np.zeros((batch, heads, 0, width), kind)
-        return found
+    def start(self, batch: int, padding: Sequence[int] = ()) -> Cache:
+        """A cache that holds nothing. padding: how many tokens in front of each row stand for none."""
+        memory = {name: _shared(self._memory(name, batch, _LEAST_ROOM if self.room else 0)) for name in self.past}
+        return Cache(memory, np.array(padding or [0] * batch).reshape(batch, 1))
 
-    def step(self, ids: np.ndarray, cache: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Logits [B, S, vocabulary] of new tokens i64 [B, S], and the cache behind them."""
-        past = next(iter(cache.values())).shape[2]
+    def step(self, ids: np.ndarray, cache: Cache) -> np.ndarray:
+        """Logits [B, S, vocabulary] of new tokens i64 [B, S], which join the cache."""
         batch, tokens = ids.shape
+        past, total = cache.length, cache.length + tokens
+        if cache.binding is None:
+            cache.binding = self.session.io_binding()
+            self._bind(cache)
+        if self.room and total > next(iter(cache.values.values())).shape()[2]:
+            self._enlarge(cache, batch, total)
+        places = np.arange(total) - cache.padding  # [B, total]
         given = {
-            "input_ids": ids, "attention_mask": np.ones((batch, past + tokens), np.int64),
-            "position_ids": np.tile(np.arange(past, past + tokens, dtype=np.int64), (batch, 1)), **cache,
+            "input_ids": ids, "attention_mask": (places >= 0).astype(np.int64),
+            "position_ids": np.ascontiguousarray(np.maximum(places[:, past:], 0)),
         }  # fmt: skip
-        logits, *grown = self.session.run(self.outputs, {n: v for n, v in given.items() if n in self.inputs})
-        names = [n.replace("present", "past_key_values", 1) for n in self.outputs[1:]]
-        return logits, dict(zip(names, grown, strict=True))
+        for name in given.keys() & self.inputs.keys():
+            cache.binding.bind_cpu_input(name, given[name])
+        logits = np.empty((batch, tokens, self.vocabulary), _KINDS[self.logits_type])
+        cache.binding.bind_ortvalue_output("logits", _shared(logits))
+        self.session.run_with_iobinding(cache.binding)
+        cache.length = total
+        if not self.room:  # outputs come in the order in which they were bound first
+            cache.values = dict(zip(self.past, cache.binding.get_outputs(), strict=False))
+            self._bind(cache)
+        return logits
 
     def logits(self, ids: Tensor, pieces: list[int]) -> Tensor:
         """float32 [B, S, vocabulary] of token ids [B, S], fed in pieces of so many tokens."""
-        cache, found = self.start(len(ids)), []
-        for part in ids.split(pieces, dim=1):
-            made, cache = self.step(part.numpy(), cache)
-            found.append(torch.from_numpy(made).float())
-        return torch.cat(found, 1)
+        cache = self.start(len(ids))
+        return torch.cat([torch.from_numpy(self.step(p.numpy(), cache)).float() for p in ids.split(pieces, dim=1)], 1)
+
+    def _memory(self, name: str, batch: int, tokens: int) -> np.ndarray:
+        _, heads, _, width = self.inputs[name].shape
+        return np.zeros((batch, heads, tokens, width), _KINDS[self.inputs[name].type])
+
+    def _enlarge(self, cache: Cache, batch: int, tokens: int) -> None:
+        for name, before in cache.values.items():
+            memory = self._memory(name, batch, max(tokens, 2 * before.shape()[2]))
+            memory[:, :, : cache.length] = before.numpy()[:, :, : cache.length]
+            cache.values[name] = _shared(memory)
+        self._bind(cache)
+
+    def _bind(self, cache: Cache) -> None:
+        for name, value in cache.values.items():
+            cache.binding.bind_ortvalue_input(name, value)
+            if self.room:
+                cache.binding.bind_ortvalue_output(_present(name), value)
+            else:
+                cache.binding.bind_output(_present(name))
+
+
+def _shared(memory: np.ndarray) -> Any:
+    """An array as ONNX Runtime takes it, without a copy."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(memory)
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present", 1)

@@ -59,16 +59,16 @@ def measure(model: Path, library: Path | None, threads: int, prompt: int, new_to
     session = Session(model, library=library, threads=threads)
     load = time.perf_counter() - start
     rng = np.random.default_rng(0)
-    vocabulary = session.session.get_outputs()[0].shape[2]
-    ids = rng.integers(0, vocabulary, (1, prompt))
+    ids = rng.integers(0, session.vocabulary, (1, prompt))
     prefill, decode = [], []
     for _ in range(_REPEATS):
+        cache = session.start(1)
         start = time.perf_counter()
-        _, cache = session.step(ids, session.start(1))
+        session.step(ids, cache)
         prefill.append(time.perf_counter() - start)
-    for token in rng.integers(0, vocabulary, (new_tokens, 1, 1)):
+    for token in rng.integers(0, session.vocabulary, (new_tokens, 1, 1)):
         start = time.perf_counter()
-        _, cache = session.step(token, cache)
+        session.step(token, cache)
         decode.append(time.perf_counter() - start)
     return {
         "ops": "portable" if library is None else "native", "threads": threads, "load_seconds": load,

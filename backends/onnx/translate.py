@@ -29,7 +29,7 @@ from onnxscript import values
 from onnxscript.rewriter import onnx_fusions
 
 from moecc import ops
-from moecc.backends.onnx import bodies
+from moecc.backends.onnx import attention, bodies
 from moecc.backends.onnx.cached import Cached
 from moecc.errors import MoeccError, reason
 
@@ -61,6 +61,8 @@ def translate(cached: Cached, opset: int, stored: Container[str]) -> ir.Model:
             onnxscript.optimizer.optimize_ir(model)
             onnx_fusions.fuse(model)  # what opset 23 has one operator for
             CommonSubexpressionEliminationPass()(model)
+            _read_masks_whole(model)
+            may_have_room = attention.fuse(model)
     except MoeccError:
         raise
     except Exception as error:
@@ -69,6 +71,8 @@ def translate(cached: Cached, opset: int, stored: Container[str]) -> ir.Model:
     model.opset_imports.update({bodies.DOMAIN: bodies.VERSION, "com.microsoft": 1})
     _name_sizes(model)
     _strip(model)
+    if may_have_room:
+        model.metadata_props[attention.ROOM] = "yes"
     return model
 
 
@@ -138,7 +142,8 @@ _ATTRIBUTES = {"act": "STRING", "gate": "STRING", "alpha": "FLOAT", "limit": "FL
 _VQ_EXPERTS = _operator(bodies.DOMAIN, "VQExperts", _operand_types(bodies.coded_inputs()), 3, _ATTRIBUTES)
 _EXPERTS = _operator(bodies.DOMAIN, "Experts", _operand_types([*bodies.ROUTED, *bodies.DENSE]), 5, _ATTRIBUTES)
 _MATMUL_NBITS = _operator(
-    "com.microsoft", "MatMulNBits", [("A", "T"), ("B", "tensor(uint8)"), ("scales", "W2"), ("zero_points", "W3")], 3,
+    "com.microsoft", "MatMulNBits", 
+    [("A", "T"), ("B", "tensor(uint8)"), ("scales", "W2"), ("zero_points", "W3"), ("g_idx", "W4"), ("bias", "W5")], 3,
     {"K": "INT", "N": "INT", "bits": "INT", "block_size": "INT", "accuracy_level": "INT"},
 )  # fmt: skip
 
@@ -165,10 +170,8 @@ def _q_linear(x: Any, weight: Any, scale: Any, zero: Any, bias: Any = None, *, b
     """Stored as MatMulNBits takes it by `weights`. Activations become int8: with others its 8-bit kernel decodes every time."""
     (rows, packed), groups = weight.shape, scale.shape[1]
     columns = packed * 8 // bits
-    y = _MATMUL_NBITS(
-        x, weight, scale, zero, K=columns, N=rows, bits=bits, block_size=columns // groups, accuracy_level=4
-    )
-    return y if bias is None else onnxscript.opset18.Add(y, onnxscript.opset18.CastLike(bias, y))
+    inputs = [x, weight, scale, zero] if bias is None else [x, weight, scale, zero, None, bias]
+    return _MATMUL_NBITS(*inputs, K=columns, N=rows, bits=bits, block_size=columns // groups, accuracy_level=4)
 
 
 def _expert_linear(x: Any, topk_index: Any, weight: Any) -> Any:
@@ -189,6 +192,35 @@ _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 # ---------------------------------------------------------------- what is left of the exporter
+
+
+def _read_masks_whole(model: ir.Model) -> None:
+    """attention_mask [B, T] as [B, 1, 1, T] where the graph gathers it number by number, over ranges of all rows and tokens."""
+    for node in [n for n in model.graph if n.op_type == "GatherND"]:
+        data, indices = node.inputs
+        assert data is not None and indices is not None
+        pairs = indices.producer()
+        if not _is_mask(data) or pairs is None or pairs.op_type != "Concat" or len(pairs.inputs) != 2:
+            continue
+        if all(v is not None and _counts(v) for v in pairs.inputs) and len(node.outputs[0].shape or ()) == 4:
+            op = bodies.Ops()
+            bodies.put_instead(model, node, op, op.Unsqueeze(data, op.ints(1, 2)))
+
+
+def _is_mask(value: ir.Value) -> bool:
+    node = value.producer()
+    return value.name == "attention_mask" or (node is not None and node.op_type == "Cast" and _is_mask(node.inputs[0]))  # type: ignore[arg-type]
+
+
+def _counts(value: ir.Value) -> bool:
+    """Whether a value is 0, 1, 2... along one axis."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Unsqueeze", "Expand"):
+        node = node.inputs[0].producer()  # type: ignore[union-attr]
+    if node is None or node.op_type != "Range":
+        return False
+    first, step = (v.const_value for v in (node.inputs[0], node.inputs[2]) if v is not None)
+    return first is not None and step is not None and (int(first.numpy()), int(step.numpy())) == (0, 1)
 
 
 def _name_sizes(model: ir.Model) -> None:

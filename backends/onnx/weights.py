@@ -79,7 +79,7 @@ class Weights:
                 self._give_codes(value, int(book.shape[2]))  # type: ignore[arg-type]
             elif kind.endswith("signs"):
                 experts, rows, eighths = _numbers(value)
-                self._give(value, (experts, blocks(eighths * 8), blocks(rows), BLOCK, 8), blocked_signs)
+                self._give(value, (experts, blocks(eighths * 8), blocks(rows), BLOCK // 4, BLOCK // 2), blocked_signs)
             else:
                 self._give(value, _numbers(value), lambda t: t)
 
@@ -142,8 +142,10 @@ class Weights:
         assert weight is not None and scale is not None and zero is not None
         rows, groups = _numbers(scale)
         self._give(weight, (rows, groups, block * bits // 8), lambda t: t.view(rows, groups, -1))
-        dtype = node.inputs[0].dtype  # type: ignore[union-attr]
-        self._give(scale, (rows, groups), lambda t: t.to(self._torch_dtype(node.inputs[0])), dtype)  # type: ignore[arg-type]
+        like: ir.Value = node.inputs[0]  # type: ignore[assignment]
+        for value, shape in ((scale, (rows, groups)), *((v, (rows,)) for v in node.inputs[5:])):
+            if value is not None:
+                self._give(value, shape, lambda t: t.to(self._torch_dtype(like)), like.dtype)
         if bits == 4:
             self._give(zero, (rows, (groups + 1) // 2), pack_nibbles)
         else:

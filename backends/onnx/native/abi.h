@@ -58,7 +58,7 @@ namespace moecc::ort {
 
 constexpr uint32_t OLDEST = 18;  // ONNX Runtime 1.18
 
-enum Type { FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7, FLOAT16 = 10 };
+enum Type { FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7, BOOL = 9, FLOAT16 = 10 };
 enum Code { FAIL = 1, INVALID_ARGUMENT = 2 };
 enum Characteristic { REQUIRED = 0, OPTIONAL = 1 };
 
@@ -73,6 +73,7 @@ enum Slot {
   GetDimensions = 62,
   GetTensorTypeAndShape = 65,
   KernelInfoGetAttribute_float = 85,
+  KernelInfoGetAttribute_int64 = 86,
   KernelInfoGetAttribute_string = 87,
   KernelContext_GetInputCount = 88,
   KernelContext_GetInput = 90,

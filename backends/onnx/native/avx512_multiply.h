@@ -118,11 +118,10 @@ void decode(const Coded& m, const Blocks& block, const Blocks& ahead, const Byte
     }
     if (m.signs) {  // -1 - w; in w + 128 that is 255 - (w + 128)
       fetch(ahead.signs + quad * 32);
-      for (int i = 0; i < 4; i++) {
-        uint64_t negative;
-        memcpy(&negative, block.signs + (quad * 4 + i) * 8, sizeof negative);
-        p[i] = _mm512_mask_sub_epi8(p[i], negative, ones, p[i]);
-      }
+      const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.signs + quad * 32));  // rows i and i + 32
+      const __m512i rows = _mm512_inserti64x4(_mm512_castsi256_si512(two), _mm256_srli_epi16(two, 4), 1);
+      for (int i = 0; i < 4; i++)
+        p[i] = _mm512_mask_sub_epi8(p[i], _mm512_test_epi8_mask(rows, _mm512_set1_epi8(static_cast<char>(1 << i))), ones, p[i]);
     }
     store_quad(p, w + quad * 256);
   }

@@ -2,6 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if LANES > 4
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 

@@ -94,13 +94,15 @@ inline void decode_four(const Centroids<2>& book, uint32_t codes, float* w) {
 }
 
 void apply_signs(const uint8_t* signs, float* w) {
-  Mask bit;
-  for (int i = 0; i < LANES; i++) bit[i] = 1 << i;
-  for (int64_t k = 0; k < BLOCK; k++)
-    for (int64_t r = 0; r < BLOCK; r += LANES, w += LANES) {
-      const Mask negative = ((Mask{} + (signs[k * 8 + r / 8] >> (r % 8))) & bit) != 0;
-      const Vec v = load(w);
-      store(w, negative ? -1.0f - v : v);
+  for (int64_t g = 0; g < BLOCK / 4; g++, signs += BLOCK / 2)
+    for (int64_t r = 0; r < BLOCK; r += LANES) {
+      Mask bits;  // of four columns, in a row's number
+      for (int i = 0; i < LANES; i++) bits[i] = signs[r % (BLOCK / 2) + i] >> (r < BLOCK / 2 ? 0 : 4);
+      for (int64_t c = 0; c < 4; c++) {
+        float* column = w + (g * 4 + c) * BLOCK + r;
+        const Vec v = load(column);
+        store(column, (bits & (1 << c)) != 0 ? -1.0f - v : v);
+      }
     }
 }
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "inputs.h"
+#include "reader.h"
 
 namespace moecc {
 namespace {

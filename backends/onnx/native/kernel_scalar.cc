@@ -1,13 +1,14 @@
 // Any CPU: what the compiler makes of the float kernels without flags.
 #define LANES 4
 #define ROWS 2
+#include "attend.h"
 #include "floats.h"
 #include "gates.h"
 #include "half.h"
 
 namespace moecc {
 extern const Kernels SCALAR_KERNELS = {
-    "scalar", 3, 1, lookup, nullptr, nullptr, multiply, apply_gate, add_coefficients, dot, add, add_product,
+    "scalar", 3, 1, lookup, nullptr, nullptr, multiply, apply_gate, add_coefficients, dot, add, add_product, scores, mix, softmax,
     from_half_portable, to_half_portable,
 };
 }  // namespace moecc

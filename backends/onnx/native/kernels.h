@@ -15,7 +15,7 @@ constexpr int64_t blocks(int64_t n) { return n / BLOCK + (n % BLOCK != 0); }
 // One coded matrix of `row_blocks` x `column_blocks` blocks, unscaled.
 struct Coded {
   const uint8_t* codes;    // [column_blocks, row_blocks, 64/v, 64]
-  const uint8_t* signs;    // [column_blocks, row_blocks, 64, 8], or null
+  const uint8_t* signs;    // [column_blocks, row_blocks, 16, 32], or null
   const int8_t* codebook;  // [256, v]
   int64_t v;               // weights per code, 4 or 2
   int64_t row_blocks, column_blocks;
@@ -61,6 +61,12 @@ struct Kernels {
   // y += s x;  y += s x z
   void (*add)(float* y, float s, const float* x, int64_t n);
   void (*add_product)(float* y, float s, const float* x, const float* z, int64_t n);
+  // s[i, t] = sum_j q[i, j] k[t, j]; q [queries, width], k [keys, width], rows of s are `stride` apart
+  void (*scores)(const float* q, int64_t queries, const float* k, int64_t keys, int64_t width, float* s, int64_t stride);
+  // y[i] += sum_t s[i, t] v[t]; v [keys, width], y [queries, width]
+  void (*mix)(const float* s, int64_t stride, int64_t queries, const float* v, int64_t keys, int64_t width, float* y);
+  // s becomes its softmax over those t whose mask is not 0, and 0 elsewhere
+  void (*softmax)(float* s, const uint8_t* mask, int64_t n);
   void (*from_half)(const uint16_t* x, float* y, int64_t n);
   void (*to_half)(const float* x, uint16_t* y, int64_t n);
 };

@@ -41,6 +41,8 @@ struct Layer {
   const float* post_norm = nullptr;  // [hidden]
   Gating gating{};
   float eps = 0;
+
+  bool small() const { return tokens * top_k * hidden * (gate_up.coded.rows + intermediate) < 1 << 20; }  // multiplications
 };
 
 // Calls task(data, 0..count-1) on several threads and returns when all are done.
@@ -58,6 +60,13 @@ class Parallel {
 
  protected:
   ~Parallel() = default;
+};
+
+class Serial final : public Parallel {  // for work that takes less time than to wake another thread
+ public:
+  void run(size_t count, Task task, void* data) const override {
+    for (size_t i = 0; i < count; i++) task(data, i);
+  }
 };
 
 // y [tokens, hidden], float32 or float16 as layer.half says. std::bad_alloc where there is no memory.

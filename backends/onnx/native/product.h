@@ -1,37 +1,21 @@
 // Many coded products at once: each of several matrices with inputs of its own, cut into parts for the threads.
 #pragma once
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "buffer.h"
 #include "layer.h"
 
 namespace moecc {
-
-// Uninitialised memory on a cache line's border; std::bad_alloc where there is none.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : data_(allocate(count)) {}
-  T* at(int64_t i) const { return data_.get() + i; }
-
- private:
-  static constexpr std::align_val_t LINE{64};
-  struct Free {
-    void operator()(T* p) const { ::operator delete[](p, LINE); }
-  };
-  static T* allocate(int64_t count) {
-    if (count < 0 || static_cast<uint64_t>(count) > UINT64_MAX / 2 / sizeof(T)) throw std::bad_alloc();
-    return static_cast<T*>(::operator new[](static_cast<size_t>(count) * sizeof(T), LINE));
-  }
-  std::unique_ptr<T[], Free> data_;
-};
 
 class Product {
  public:
   // Inputs are rows of `rows` [row_count, stride], padded with zeros to whole blocks.
   Product(const Kernels& kernels, const float* rows, int64_t row_count, int64_t stride)
-      : kernels_(kernels), rows_(rows), row_count_(row_count), stride_(stride) {}
+      : kernels_(kernels), rows_(rows), row_count_(row_count), stride_(stride) {
+    which_.reserve(row_count);
+    job_of_.reserve(row_count);
+  }
 
   // The product of `matrix` with rows which[0..count-1]: the next entries, in this order.
   void add(const Coded& matrix, const int64_t* which, int64_t count);
@@ -40,6 +24,7 @@ class Product {
   float* result(int64_t entry) const;
 
  private:
+  static constexpr int64_t LEAST_ROWS = 0;  // blocks: for fewer rows the tables of lookup take as long as what they save
   struct Job {
     Coded matrix;
     int64_t first, count;         // entries
