@@ -3,8 +3,8 @@
     python benchmarks/edge.py                       Qwen3-30B-A3B's layer; table to benchmarks/results/edge.md and .json
     python benchmarks/edge.py --shape 1024 768 32 4 --tokens 1 8 --threads 1
 
-  moecc native      moecc::VQExperts with the op library, 2 bit, a codebook per expert
-  moecc portable    the same file without the library: standard operators
+  moecc native      moecc::VQExperts with the op library, 2 or 3 bit, a codebook per expert
+  moecc portable    the same files without the library: standard operators
   MoE float32       com.microsoft::MoE
   QMoE int4         com.microsoft::QMoE, 4 bit, blocks of 128, int8 activations: its fastest setting here
   all experts       standard operators that compute every expert and weight them, float32
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return np.resize(row, shape)
 
 
-def moecc_layer(path: Path, s: Shape) -> Path:
+def moecc_layer(path: Path, s: Shape, bits: int = 2) -> Path:
     import onnx_ir as ir
 
     from moecc.backends.onnx import bodies, layout
@@ -87,7 +88,9 @@ def moecc_layer(path: Path, s: Shape) -> Path:
     for part, rows, columns in (("gate_up", 2 * s.intermediate, s.hidden), ("down", s.hidden, s.intermediate)):
         shape = (s.experts, layout.blocks(columns), layout.blocks(rows), 16, 64)
         weights[f"{part}_codes"] = rng.integers(0, 256, shape, np.uint8)
-        weights[f"{part}_codebook"] = rng.integers(-127, 128, (s.experts, 256, 4), np.int8)
+        weights[f"{part}_codebook"] = rng.integers(-127 if bits == 2 else 0, 128, (s.experts, 256, 4), np.int8)
+        if bits == 3:
+            weights[f"{part}_signs"] = rng.integers(0, 256, (*shape[:3], 16, 32), np.uint8)
         weights[f"{part}_scale"] = np.full((s.experts, rows), 1 / (73 * columns**0.5), np.float32)
     presence = {n: bodies.Presence(True, True) for n in weights}
     function = bodies.vq_experts_function(bodies.Structure(SILU, presence, ragged=False), 21)
@@ -178,6 +181,8 @@ class Method(NamedTuple):
 METHODS = {
     "moecc native": Method(moecc_layer, "vq.onnx", native=True),
     "moecc portable": Method(moecc_layer, "vq.onnx"),
+    "moecc native, 3 bit": Method(partial(moecc_layer, bits=3), "vq3.onnx", native=True),
+    "moecc portable, 3 bit": Method(partial(moecc_layer, bits=3), "vq3.onnx"),
     "MoE float32": Method(moe_layer, "moe.onnx"),
     "QMoE int4": Method(qmoe_layer, "qmoe.onnx"),
     "all experts float32": Method(all_experts_layer, "all.onnx", most_tokens=64),
