@@ -1,7 +1,9 @@
 """Whole models in ONNX Runtime beside llama.cpp, on one machine, in one run.
 
-    python benchmarks/llamacpp.py           the example model, speed and quality; then a model of 1 GB with random weights, speed
-    python benchmarks/llamacpp.py --only random --threads 1
+    python benchmarks/llamacpp.py                           the three below
+    python benchmarks/llamacpp.py --only example            the example model, speed and quality
+    python benchmarks/llamacpp.py --only random             a model of 1 GB with random weights, speed
+    python benchmarks/llamacpp.py --only large              16 layers of Qwen3-30B-A3B, 2.8 GB, moecc alone: load time and memory
 
 The example is compiled, exported with `--embeddings int8` and measured by `moecc bench`; llama.cpp quantizes the same checkpoint
 itself. Quality is KL(reference || model) and perplexity over rows of held-out text, from logits that each runtime computed.
@@ -77,9 +79,9 @@ def example(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]
     np.save(work / "ids.npy", ids.numpy())
     reference = _reference(ids)
     rows: list[dict[str, Any]] = []
-    for bits in ("2", "2.7"):
-        label, art = f"moecc {bits} bit, dense 8 bit", work / f"bits{bits}"
-        passes = "vsraq,kbvq,dense{bits=8}"
+    for bits, dense in (("2", 8), ("2", 4), ("2.7", 8)):
+        label, art = f"moecc {bits} bit, dense {dense} bit", work / f"bits{bits}_{dense}"
+        passes = f"vsraq,kbvq,dense{{bits={dense}}}"
         compiled = command(
             "compile", EXAMPLE, "--passes", passes, "--bits", bits, "--calib", EXAMPLE / "calib.txt", "-o", art
         )
@@ -121,11 +123,11 @@ def _quality(reference: torch.Tensor, found: torch.Tensor, ids: torch.Tensor) ->
 # ---------------------------------------------------------------- a model of 1 GB
 
 
-def random_artifact(folder: Path) -> Path:
-    """An artifact whose codes are random: experts at 2 bit, dense matrices at 4."""
+def random_artifact(folder: Path, **changes: int) -> Path:
+    """An artifact whose codes are random: experts at 2 bit, dense matrices at 4. changes: to RANDOM."""
     from transformers import Qwen3MoeConfig
 
-    config = Qwen3MoeConfig(**RANDOM, architectures=["Qwen3MoeForCausalLM"])
+    config = Qwen3MoeConfig(**{**RANDOM, **changes}, architectures=["Qwen3MoeForCausalLM"])
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     experts: dict[str, Any] = {}
@@ -199,19 +201,27 @@ def random(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]]
     return rows
 
 
+def large(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]]:
+    art = random_artifact(work / "large", num_experts=128, num_hidden_layers=16)
+    command("export", art, "--to", "onnx", "--embeddings", "int8")
+    return speed_rows("moecc 2 bit, dense 4 bit", art / "onnx", threads)
+
+
 # ---------------------------------------------------------------- the page
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | threads | file MB | bits/weight of experts | prefill tok/s | decode tok/s | load s | KL | perplexity |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | threads | file MB | bits/weight of experts | prefill tok/s | decode tok/s | load s | private MB | KL "
+        "| perplexity |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         known = [f"{r[k]:{form}}" if k in r else "" for k, form in (("kl", ".4f"), ("perplexity", ".3f"))]
         bits = f"{r['bits_per_weight_experts']:.3f}" if "bits_per_weight_experts" in r else ""
         figures = [str(r["threads"]), f"{r['bytes'] / 1e6:.1f}", bits, f"{r['prefill_tokens_per_second']:.0f}"]
-        figures += [f"{r['decode_tokens_per_second']:.1f}", f"{r['load_seconds']:.2f}", *known]
+        private = f"{r['private_bytes'] / 1e6:.0f}" if "private_bytes" in r else ""
+        figures += [f"{r['decode_tokens_per_second']:.1f}", f"{r['load_seconds']:.2f}", private, *known]
         lines.append(f"| {r['label']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
@@ -219,7 +229,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     import peers
 
-    groups = {"example": example, "random": random}
+    groups = {"example": example, "random": random, "large": large}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", choices=list(groups), default=list(groups))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])

@@ -666,7 +666,8 @@ static void check(const Kernels& k, int64_t v, bool signs, int64_t inputs) {
         for (int64_t c = 0; c < width; c++) {
           const int64_t row = n % BLOCK, column = c % BLOCK;
           double w = book[m.block(c / BLOCK, n / BLOCK)[column / v * BLOCK + row] * v + c % v];
-          if (signs && m.sign_block(c / BLOCK, n / BLOCK)[column / 4 * 32 + row % 32] >> (row / 32 * 4 + column % 4) & 1) w = -1 - w;
+          const uint8_t* four = signs ? m.sign_block(c / BLOCK, n / BLOCK) + column / 4 * 32 : nullptr;
+          if (signs && four[row % 32] >> (row / 32 * 4 + column % 4) & 1) w = -1 - w;
           sum += w * in[i][c];
         }
         error += (out[i][n] - sum) * (out[i][n] - sum);

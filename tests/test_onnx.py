@@ -354,11 +354,12 @@ def test_experts_that_are_left_dense(tmp_path: Path) -> None:
     assert exporter.export(source, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_linears_become_matmulnbits(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "opset", "runs_from"), [(4, 21, "1.20"), (8, 21, "1.22"), (8, 23, "1.23")])
+def test_quantized_linears_become_matmulnbits(bits: int, opset: int, runs_from: str, tmp_path: Path) -> None:
     art = compiled(tmp_path, "qwen2_moe", f"vq{{bits=2}},dense{{bits={bits},group=16}}")
-    made = exporter.export(art, tmp_path / "onnx")
+    made = exporter.export(art, tmp_path / "onnx", opset=opset)
     assert made["difference"] <= exporter.TOLERANCE["int8 activations"]
+    assert made["runs_from"] == f"onnxruntime {runs_from}"
     exact = exact_copy(tmp_path / "onnx" / "model.onnx")
     ids = torch.randint(0, 60, (2, 9))
     with torch.no_grad():

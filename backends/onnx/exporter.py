@@ -83,6 +83,7 @@ def export(
         record |= {
             "moecc": __version__, "source": store.digest(), "opset": opset,
             "profile": "portable" if profile == "native" and library is None else profile, "dtype": dtype,
+            "runs_from": oldest_runtime(model),
             "bytes": sum((partial / f).stat().st_size for f in (MODEL, DATA)),
         }  # fmt: skip
         (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
@@ -94,7 +95,21 @@ def export(
 
 
 def summary(record: dict[str, Any]) -> str:
-    return f"{record['out']}: {size(record['bytes'])}, logits differ by {record['difference']:.1e} of the largest"
+    return (
+        f"{record['out']}: {size(record['bytes'])}, logits differ by {record['difference']:.1e} of the largest; "
+        f"runs in {record['runs_from']} and later"
+    )
+
+
+def oldest_runtime(model: ir.Model) -> str:
+    """The first ONNX Runtime that has all operators of a graph (1.20.1, 1.21.1, 1.22.1 and 1.23.2 were tried)."""
+    needs = [{21: 20, 23: 23}[model.opset_imports[""]]]
+    for node in model.graph:
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized") and node.attributes["bits"].as_int() == 8:
+            needs.append(22 if node.op_type == "MatMulNBits" else 23)
+        elif node.op_type == "QMoE":
+            needs.append(31)
+    return f"onnxruntime 1.{max(needs)}"
 
 
 def _library(partial: Path, say: Callable[[str], None]) -> Path | None:
