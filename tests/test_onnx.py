@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -415,6 +416,37 @@ def exact_copy(path: Path) -> Path:
         next(a for a in node.attribute if a.name == "accuracy_level").i = 0
     onnx.save(model, path.with_name("exact.onnx"))
     return path.with_name("exact.onnx")
+
+
+WEB = """
+import * as ort from 'onnxruntime-web';
+import fs from 'fs';
+const [folder, ids] = [process.argv[1], JSON.parse(process.argv[2])];
+const read = name => fs.readFileSync(`${folder}/${name}`);
+const session = await ort.InferenceSession.create(read('model.onnx'), {
+  executionProviders: ['wasm'], externalData: [{path: 'model.onnx.data', data: read('model.onnx.data')}],
+});
+const whole = values => new ort.Tensor('int64', BigInt64Array.from(values.map(BigInt)), [1, values.length]);
+const feeds = {input_ids: whole(ids), attention_mask: whole(ids.map(() => 1)), position_ids: whole(ids.map((_, i) => i))};
+for (const input of session.inputMetadata.filter(i => i.name.startsWith('past_key_values.')))
+  feeds[input.name] = new ort.Tensor('float32', new Float32Array(0), input.shape.map((n, i) => i == 0 ? 1 : i == 2 ? 0 : n));
+const {logits} = await session.run(feeds, ['logits']);
+console.log(JSON.stringify(Array.from(logits.data)));
+"""
+
+
+@pytest.mark.skipif("MOECC_ONNX_WEB" not in os.environ, reason="set MOECC_ONNX_WEB to where onnxruntime-web is installed")
+@pytest.mark.parametrize(("bits", "opset"), [(2, 21), (3, 23)])
+def test_a_browser_computes_the_same(bits: int, opset: int, tmp_path: Path) -> None:
+    """onnxruntime-web under node: MOECC_ONNX_WEB is the folder in which `npm install onnxruntime-web` was run."""
+    art = compiled(tmp_path, "qwen3_moe", "vq", bits)
+    exporter.export(art, tmp_path / "onnx", opset=opset)
+    ids = list(range(5, 16))
+    command = ["node", "--input-type=module", "-e", WEB, str(tmp_path / "onnx"), json.dumps(ids)]
+    done = subprocess.run(command, cwd=os.environ["MOECC_ONNX_WEB"], capture_output=True, text=True, check=True)
+    want = run.Session(tmp_path / "onnx" / "model.onnx").logits(torch.tensor([ids]), [len(ids)])
+    got = torch.tensor(json.loads(done.stdout)).view_as(want)
+    assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
 
 
 def test_the_file_says_nothing_of_where_it_was_made(qwen: Path, tmp_path: Path) -> None:
