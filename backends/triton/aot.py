@@ -213,3 +213,36 @@ def abstract_plan(
     return plan(
         x, index, weight, gate_up, down, post_norm, act=act, gate=gate, alpha=1.0, limit=1.0, eps=1e-6, card=Card(card)
     )
+
+
+# ---------------------------------------------------------------- a table
+
+
+class Row(NamedTuple):
+    """One kernel on one card."""
+
+    card: str
+    kernel: str
+    bits: int
+    tokens: int
+    report: Report
+
+
+def row(launch: Launch, target: Target) -> Row:
+    tokens = launch.arguments["slots"] // launch.arguments["TOP_K"] if "TOP_K" in launch.arguments else 0
+    return Row(target.name, launch.name, launch.arguments.get("BITS", 0), tokens, compile_launch(launch, target))
+
+
+def table(rows: list[Row]) -> str:
+    """Registers, shared memory and instructions per weight, a line for each kernel and card."""
+    lines = [
+        "| card | kernel | bits | registers | spilled | shared memory, bytes | matrix instructions | instructions per weight |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        per_weight = "" if r.report.per_weight is None else f"{r.report.per_weight:.2f}"
+        lines.append(
+            f"| {r.card} | {r.kernel} | {r.bits or ''} | {r.report.registers} | {r.report.stack} | {r.report.shared} | "
+            f"{r.report.matrix or ''} | {per_weight} |"
+        )
+    return "\n".join(lines)

@@ -18,7 +18,6 @@ Shapes: T tokens, k choices each, S = T k slots, E experts, D hidden, F intermed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,11 +27,9 @@ from torch import Tensor
 from moecc import vq4
 from moecc.backends.triton.around import combine_kernel, hidden_kernel, norm_kernel, prepare_kernel
 from moecc.backends.triton.grouped import grouped_kernel
-from moecc.backends.triton.pack import COLUMNS, ROWS, tiles
+from moecc.backends.triton.pack import COLUMNS, ROWS, Projection, tiles
 from moecc.backends.triton.tiles import Card, Tile, card_of, choose_tile, choose_unroll
 from moecc.gates import rows_per_unit
-
-Projection = Mapping[str, Tensor | None]  # by names of vq4.TENSORS; codes and signs packed
 
 
 class Launch(NamedTuple):
@@ -169,9 +166,11 @@ class _Builder:
     gate: dict[str, str]
 
     def add(
-        self, name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, stages: int = 2
-    ) -> None:
-        self.launches.append(Launch(name, kernel, grid, arguments, {"num_warps": warps, "num_stages": stages}))
+        self, name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, stages: int = 2,
+        registers: int = 0,
+    ) -> None:  # fmt: skip
+        options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
+        self.launches.append(Launch(name, kernel, grid, arguments, options))
 
     def prepare(
         self, x: Tensor, index: Tensor, basis: Tensor | None, column_tiles: int
@@ -229,7 +228,7 @@ class _Builder:
             rank=0 if coef is None else coef.shape[2], **self.limits, BITS=m.bits, GATED=gated, FUSED=fused, **self.gate,
             TOP_K=top_k, TOKENS=blocks.tile.tokens, HEIGHT=blocks.tile.height, UNROLL=x.unroll, TAIL=column_tiles % x.unroll != 0,
             RANK=32 if z is None else z.shape[2],
-        ), warps=blocks.tile.warps, stages=blocks.tile.stages)  # fmt: skip
+        ), warps=blocks.tile.warps, stages=blocks.tile.stages, registers=blocks.tile.registers)  # fmt: skip
         return out
 
     def mean(self, name: str, p: Projection, x: Fixed, rows: int, columns: int, *, gated: bool) -> Tensor | None:
@@ -292,7 +291,7 @@ class _Builder:
         )  # fmt: skip
         if post_norm is not None:
             norm = dict(norm_ptr=post_norm.contiguous(), eps=eps, BLOCK=_power(columns))
-            self.add("norm", norm_kernel, (tokens,), {**common, **norm}, warps=8)
+            self.add("norm", norm_kernel, (tokens,), {**common, **norm}, warps=min(max(_power(columns) // 512, 4), 16))
         else:
             shapes = dict(CHOICES=_power(self.choices), BLOCK=256, RANK=_power(rank, 16))
             self.add("combine", combine_kernel, (tokens, -(-columns // 256)), {**common, **shapes}, warps=4)

@@ -17,6 +17,8 @@ a gate row (r) has its up row too (r + 8) and can apply the gate. Scales, biases
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,32 @@ from moecc import vq4
 
 ROWS, COLUMNS = 64, 128  # of a tile
 _GROUPS = COLUMNS // 4
+
+
+Projection = Mapping[str, Tensor | None]  # tensors of one projection by names of vq4.TENSORS
+
+
+def pack_projection(p: Projection, *, gated: bool) -> dict[str, Tensor | None]:
+    """The same tensors with codes and signs, a mean's too, in the order of tiles."""
+    packed = dict(p)
+    for prefix in ("", vq4.MEAN):
+        codes, signs, codebook = (p.get(prefix + name) for name in ("codes", "signs", "codebook"))
+        if codes is not None and codebook is not None:
+            packed[prefix + "codes"] = pack_codes(codes, codebook.shape[2], gated=gated)
+            packed[prefix + "signs"] = None if signs is None else pack_signs(signs, gated=gated)
+    return packed
+
+
+def unpack_projection(p: Projection, columns: int, *, gated: bool) -> dict[str, Tensor | None]:
+    """The inverse of `pack_projection` for a projection of `columns` columns."""
+    stored, wide = dict(p), vq4.padded(columns)
+    for prefix in ("", vq4.MEAN):
+        codes, signs, codebook, scale = (p.get(prefix + name) for name in vq4.CODED)
+        if codes is not None and codebook is not None and scale is not None:
+            rows, group = scale.shape[1], codebook.shape[2]
+            stored[prefix + "codes"] = unpack_codes(codes, group, rows, wide // group, gated=gated)
+            stored[prefix + "signs"] = None if signs is None else unpack_signs(signs, rows, wide // 8, gated=gated)
+    return stored
 
 
 def packed_rows(rows: int, *, gated: bool, device: torch.device | None = None) -> Tensor:

@@ -20,6 +20,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     waves: int  # programs per multiprocessor below which columns are split among programs; 0: never
+    registers: int = 0  # of a thread at most; 0: as the compiler likes, which on sm_10x is to spill at 128
 
 
 # By tokens per expert, S / E: decode reads every code for a few tokens, prefill fills the matrix units. Chosen by count of
@@ -30,7 +31,7 @@ _LARGE = Tile(tokens=32, height=1, unroll=2, warps=4, stages=2, waves=0)
 TILES = {  # by the longest beginning of the card's name
     "sm_": ((8, _SMALL), (24, _MIDDLE._replace(unroll=2)), (None, _LARGE._replace(warps=8))),
     "sm_90": ((8, _SMALL), (24, _MIDDLE), (None, _LARGE._replace(height=2, warps=8))),
-    "sm_10": ((8, _SMALL._replace(stages=1)), (24, _MIDDLE), (None, _LARGE)),
+    "sm_10": ((8, _SMALL._replace(registers=168)), (24, _MIDDLE), (None, _LARGE._replace(stages=3))),
     "gfx": ((8, _SMALL), (24, _MIDDLE._replace(unroll=2)), (None, _LARGE._replace(unroll=1))),
     "gfx11": (
         (8, _SMALL._replace(unroll=2)),
