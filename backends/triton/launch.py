@@ -18,6 +18,7 @@ Shapes: T tokens, k choices each, S = T k slots, E experts, D hidden, F intermed
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -107,8 +108,9 @@ def vq_experts(
     made = plan(
         x, topk_index, topk_weight, gate_up, down, post_norm, act=act, gate=gate, alpha=alpha, limit=limit, eps=eps
     )
-    for launch in made.launches:
-        launch()
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # triton launches on the current one
+        for launch in made.launches:
+            launch()
     return made.out
 
 
