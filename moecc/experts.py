@@ -121,6 +121,11 @@ def run_experts(module: Any, x: Tensor, topk_index: Tensor, topk_weight: Tensor)
             tiles = (*module.gate_up.tensors(), *module.down.tensors())
             packed: Tensor = torch.ops.moecc.vq_experts_packed(*routed, *tiles, post_norm, **attributes)
             return packed
+        if module.gate_up.place not in (None, x.device.type) and placement.kernels_for(x.device.type):
+            raise MoeccError(
+                f"experts that were loaded on {module.gate_up.place} are lent to {x.device.type} for a moment, which the "
+                f"kernels there don't support; load them there (device_map), or set {placement.VARIABLE}=reference"
+            )
         stored = (*module.gate_up.operands(), *module.down.operands())
         compressed: Tensor = torch.ops.moecc.vq_experts(*routed, *stored, post_norm, **attributes)
         return compressed
@@ -169,6 +174,7 @@ class CompressedProjection(nn.Module):
         super().__init__()
         self.gated = gated
         self.packed: ModuleType | None = None  # the backend in whose order the codes are
+        self.place: str | None = None  # the type of device that this was last settled for
         self._columns = 0  # of the stored codes, while they are packed
         _register_buffers(self, vq4.TENSORS, specs)
 
@@ -182,8 +188,9 @@ class CompressedProjection(nn.Module):
 
     def settle(self) -> None:
         """Bring the codes into the order of what runs them on the device where they are now."""
-        wanted = placement.kernels_for(self.codes.device.type)
-        if wanted is not self.packed and self.codes.device.type != "meta":
+        self.place = self.codes.device.type
+        wanted = placement.kernels_for(self.place)
+        if wanted is not self.packed and self.place != "meta":
             self.unpack()
             if wanted is not None:
                 self.pack(wanted)

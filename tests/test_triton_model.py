@@ -124,6 +124,19 @@ def test_a_model_follows_the_device(artifact: Path, monkeypatch: pytest.MonkeyPa
     assert all(p.packed is backend for p in projections(load(artifact)))
 
 
+def test_experts_that_are_lent_to_a_device_are_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate's offloading does: tensors are on the device during a forward, and no one has packed them."""
+    model = load(artifact)
+    for p in projections(model):
+        p.place = "meta"
+    assert bool(logits(model).isfinite().all())  # no kernels for this device: nothing is slow behind one's back
+    monkeypatch.setattr(placement, "kernels_for", {"cpu": backend}.get)
+    with pytest.raises(
+        MoeccError, match=r"^experts that were loaded on meta are lent to cpu for a moment, .*MOECC_KERNELS=ref"
+    ):
+        logits(model)
+
+
 # ---------------------------------------------------------------- which code runs where
 
 

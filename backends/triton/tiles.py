@@ -31,7 +31,11 @@ _LARGE = Tile(tokens=32, height=1, unroll=2, warps=4, stages=2, waves=0)
 TILES = {  # by the longest beginning of the card's name
     "sm_": ((8, _SMALL), (24, _MIDDLE._replace(unroll=2)), (None, _LARGE._replace(warps=8))),
     "sm_90": ((8, _SMALL), (24, _MIDDLE), (None, _LARGE._replace(height=2, warps=8))),
-    "sm_10": ((8, _SMALL._replace(registers=168)), (24, _MIDDLE), (None, _LARGE._replace(stages=3))),
+    "sm_10": (
+        (8, _SMALL._replace(registers=255)),
+        (24, _MIDDLE._replace(registers=255)),
+        (None, _LARGE._replace(stages=3)),
+    ),
     "gfx": ((8, _SMALL), (24, _MIDDLE._replace(unroll=2)), (None, _LARGE._replace(unroll=1))),
     "gfx11": (
         (8, _SMALL._replace(unroll=2)),
