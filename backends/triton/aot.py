@@ -47,7 +47,7 @@ TARGETS = {
         Target("sm_86", "cuda", 86, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
         Target("sm_89", "cuda", 89, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
         Target("sm_90", "cuda", 90, 32, 227 << 10, r"\bIGMMA\.64x\d+x32\.S8\.S8"),
-        Target("sm_100", "cuda", 100, 32, 227 << 10, r"\bUTC\w*IMMA|\bUTCIMMA"),
+        Target("sm_100", "cuda", 100, 32, 227 << 10, r"\bUTCIMMA|\bIMMA\.16832\.S8\.S8"),  # triton 3.6 knows the second
         Target("sm_120", "cuda", 120, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
         Target("gfx90a", "hip", "gfx90a", 64, 64 << 10, r"\bv_mfma_i32_\w*i8"),
         Target("gfx942", "hip", "gfx942", 64, 64 << 10, r"\bv_mfma_i32_\w*i8"),

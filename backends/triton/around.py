@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from moecc.backends.triton.gates import activation, apply_gate
-from moecc.backends.triton.grouped import fixed_point
+from moecc.backends.triton.grouped import fixed_point, peak_of
 
 
 @triton.jit
@@ -53,20 +53,19 @@ def _route(
 @triton.jit
 def _store_fixed(values, out_ptr, out_scale_ptr, row, block, steps, STEP: tl.constexpr):
     """One block f32 [STEP] of a row -> i8 [rows, 2, steps * STEP], f32 [rows, steps]."""
-    hi, lo, scale = fixed_point(values[None, :], 1)
-    d = tl.arange(0, STEP)[None, :]
-    out = out_ptr + row * (2 * steps * STEP) + block * STEP + d
+    hi, lo, scale = fixed_point(values, peak_of(values, False))
+    out = out_ptr + row * (2 * steps * STEP) + block * STEP + tl.arange(0, STEP)
     tl.store(out, hi)
     tl.store(out + steps * STEP, lo)
-    tl.store(out_scale_ptr + row * steps + block + tl.zeros([1, 1], tl.int32), scale)
+    tl.store(out_scale_ptr + row * steps + block, scale)
 
 
 @triton.jit
 def _project(x_ptr, basis_ptr, z_ptr, group, block, tokens, columns, rank, STEP: tl.constexpr, RANK: tl.constexpr):
     """z [steps, tokens, RANK]: this block's share of basis x for 16 tokens, in float32. basis [rank, columns]."""
-    t, r, lane = group * 16 + tl.arange(0, 16), tl.arange(0, RANK), tl.arange(0, 64)
+    t, r, lane = group * 16 + tl.arange(0, 16), tl.arange(0, RANK), tl.arange(0, 32)
     z = tl.zeros([16, RANK], tl.float32)
-    for start in range(block * STEP, tl.minimum((block + 1) * STEP, columns), 64):
+    for start in range(block * STEP, tl.minimum((block + 1) * STEP, columns), 32):
         d = start + lane
         at = t.to(tl.int64)[:, None] * columns + d[None, :]
         x = tl.load(x_ptr + at, mask=(t < tokens)[:, None] & (d < columns)[None, :], other=0.0).to(tl.float32)

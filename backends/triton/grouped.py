@@ -24,15 +24,20 @@ from moecc.backends.triton.gates import activation, apply_gate
 
 
 @triton.jit
-def fixed_point(v, axis: tl.constexpr):
-    """f32 -> hi, lo int8 with v = (256 hi + lo) * scale within scale/2, and scale f32 along `axis`, kept.
+def fixed_point(v, peak):
+    """f32 -> hi, lo int8 with v = (256 hi + lo) * scale within scale/2, and scale f32, of the largest |v| that shares a scale.
 
-    15 bits: |256 hi + lo| <= 32512. A block that holds an infinity or no number gets no number as its scale."""
-    peak = tl.max(tl.abs(v), axis, keep_dims=True) + tl.sum(v * 0, axis, keep_dims=True)
+    15 bits: |256 hi + lo| <= 32512. Where the peak is no number, neither is the scale (`peak_of`)."""
     peak = tl.where(peak < 1e-30, 1e-30, peak)
     q = tl.floor(v * (32512.0 / peak) + 0.5).to(tl.int32)
     hi = (q + 128) >> 8
     return hi.to(tl.int8), (q - (hi << 8)).to(tl.int8), peak / 32512.0
+
+
+@triton.jit
+def peak_of(v, keep_dims: tl.constexpr):
+    """The largest |v| along the first axis; no number where there is an infinity or no number among them."""
+    return tl.max(tl.abs(v), 0, keep_dims=keep_dims) + tl.sum(v * 0, 0, keep_dims=keep_dims)
 
 
 @triton.jit
@@ -116,7 +121,7 @@ def _low_rank(
         z += tl.load(
             z_ptr + (part * z_tokens + pair_token)[None, :] * RANK + r[:, None], mask=pair_held[None, :], other=0.0
         )
-    hi, lo, z_scale = fixed_point(z, 0)
+    hi, lo, z_scale = fixed_point(z, peak_of(z, True))
     # every token twice, then chosen by column: a join of hi and lo would be reshaped in shared memory, which can't be for sm_90
     pair = tl.where((tl.arange(0, 2 * TOKENS) % 2 == 0)[None, :], hi, lo)
     z_scale, _ = tl.split(tl.reshape(z_scale, [1, TOKENS, 2]))
@@ -175,7 +180,7 @@ def grouped_kernel(
                 x = tl.load(
                     x_ptrs + (step * STEP + u * 128 + tl.arange(0, 128))[:, None], mask=pair_held[None, :], other=0
                 )
-                hi_lo = tl.dot(w, x, hi_lo)
+                hi_lo = tl.dot(w, x, hi_lo, out_dtype=tl.int32)  # triton 3.6 wants it said
         else:
             index, down, table = e * row_tiles + tile, row_tiles - tile, table_ptr + e * table_stride
             w = _weights(words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL)

@@ -293,7 +293,9 @@ class _Builder:
         )  # fmt: skip
         if post_norm is not None:
             norm = dict(norm_ptr=post_norm.contiguous(), eps=eps, BLOCK=_power(columns))
-            self.add("norm", norm_kernel, (tokens,), {**common, **norm}, warps=min(max(_power(columns) // 512, 4), 16))
+            limit = 128 if self.card.name.startswith("sm_") else 0
+            warps = min(max(_power(columns) // 512, 4), 16)
+            self.add("norm", norm_kernel, (tokens,), {**common, **norm}, warps, registers=limit)
         else:
             shapes = dict(CHOICES=_power(self.choices), BLOCK=256, RANK=_power(rank, 16))
             self.add("combine", combine_kernel, (tokens, -(-columns // 256)), {**common, **shapes}, warps=4)

@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     waves: int  # programs per multiprocessor below which columns are split among programs; 0: never
-    registers: int = 0  # of a thread at most; 0: as the compiler likes, which on sm_10x is to spill at 128
+    registers: int = 0  # of a thread at most; 0: as the compiler likes, which is to spill a few for a round number
 
 
 # By tokens per expert, S / E: decode reads every code for a few tokens, prefill fills the matrix units. Chosen by count of
@@ -38,9 +38,9 @@ TILES = {  # by the longest beginning of the card's name
     ),
     "gfx": ((8, _SMALL), (24, _MIDDLE._replace(unroll=2)), (None, _LARGE._replace(unroll=1))),
     "gfx11": (
-        (8, _SMALL._replace(unroll=2)),
+        (8, _SMALL._replace(unroll=1)),
         (24, _MIDDLE._replace(unroll=1)),
-        (None, _LARGE._replace(unroll=1, warps=8)),
+        (None, _MIDDLE._replace(unroll=1, warps=8, waves=0)),
     ),
 }
 
