@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import moecc
-from moecc import artifact, pipeline, text, verify, vq4
+from moecc import artifact, pipeline, placement, text, verify, vq4
 from moecc.base import Context, MoeccError, Pass
 from moecc.ir import Program
 from moecc.journal import Journal
@@ -178,11 +178,7 @@ def _run(
 
 def require_backend(name: str) -> Any:
     """The backend's module. MoeccError where there is none of that name, or what it needs isn't installed."""
-    import pkgutil
-
-    import moecc.backends
-
-    there = sorted(m.name for m in pkgutil.iter_modules(moecc.backends.__path__) if not m.name.startswith("_"))
+    there = placement.backends()
     if name not in there:
         raise MoeccError(f"no backend {name!r}; there is {', '.join(there)}")
     found = importlib.import_module(f"moecc.backends.{name}")

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from moecc import ops, vq4
+from moecc import ops, placement, vq4
 from moecc.errors import MoeccError
 from moecc.probe import Layout, probe_gate, probe_post_norm
 
@@ -111,10 +112,20 @@ def probe(module: nn.Module) -> None:
 
 
 def run_experts(module: Any, x: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
-    """moecc::experts of a dense module, moecc::vq_experts of a compressed one. x [T, D]; the others [T, k]."""
+    """moecc::experts of a dense module, moecc::vq_experts of a compressed one, on the codes as they lie. x [T, D]; the
+    others [T, k]."""
     routed = (x, topk_index.to(torch.int64), topk_weight)
     post_norm, eps = post_norm_of(module)
     if attributes := compressed_attributes(module):
+        if module.gate_up.packed:
+            tiles = (*module.gate_up.tensors(), *module.down.tensors())
+            packed: Tensor = torch.ops.moecc.vq_experts_packed(*routed, *tiles, post_norm, **attributes)
+            return packed
+        if module.gate_up.place not in (None, x.device.type) and placement.kernels_for(x.device.type):
+            raise MoeccError(
+                f"experts that were loaded on {module.gate_up.place} are lent to {x.device.type} for a moment, which the "
+                f"kernels there don't support; load them there (device_map), or set {placement.VARIABLE}=reference"
+            )
         stored = (*module.gate_up.operands(), *module.down.operands())
         compressed: Tensor = torch.ops.moecc.vq_experts(*routed, *stored, post_norm, **attributes)
         return compressed
@@ -151,15 +162,78 @@ def _register_buffers(module: nn.Module, names: Sequence[str], specs: TensorSpec
 
 
 class CompressedProjection(nn.Module):
-    """The stored tensors of one projection of a layer's experts (`moecc.vq4`); those that are absent are None."""
+    """The stored tensors of one projection of a layer's experts (`moecc.vq4`); those that are absent are None.
 
-    def __init__(self, specs: TensorSpecs):
+    On a device for which a backend has kernels (`moecc.placement`) codes and signs are in that backend's order, in place of the
+    stored ones; what is saved and loaded stays as the format says. gated: its rows are gate rows and then as many up rows."""
+
+    codes: Tensor
+    codebook: Tensor
+
+    def __init__(self, specs: TensorSpecs, *, gated: bool):
         super().__init__()
+        self.gated = gated
+        self.packed: ModuleType | None = None  # the backend in whose order the codes are
+        self.place: str | None = None  # the type of device that this was last settled for
+        self._columns = 0  # of the stored codes, while they are packed
         _register_buffers(self, vq4.TENSORS, specs)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """By the names of vq4.TENSORS, as they lie here."""
+        return tuple(getattr(self, name) for name in vq4.TENSORS)
 
     def operands(self) -> tuple[Tensor | None, ...]:
         """The operands of a projection in moecc::vq_experts; slope and offset are folded in what is stored."""
-        return (*(getattr(self, name) for name in vq4.TENSORS), None, None)
+        return (*self.tensors(), None, None)
+
+    def settle(self) -> None:
+        """Bring the codes into the order of what runs them on the device where they are now."""
+        self.place = self.codes.device.type
+        wanted = placement.kernels_for(self.place)
+        if wanted is not self.packed and self.place != "meta":
+            self.unpack()
+            if wanted is not None:
+                self.pack(wanted)
+
+    def pack(self, backend: ModuleType) -> None:
+        """Codes and signs in the order of `backend`, in place of the stored ones."""
+        self._columns = self.codes.shape[2] * self.codebook.shape[2]
+        self._replace(backend.pack_projection(dict(zip(vq4.TENSORS, self.tensors(), strict=True)), gated=self.gated))
+        self.packed = backend
+
+    def unpack(self) -> None:
+        """Codes and signs as they are stored."""
+        self._replace(self._stored())
+        self.packed = None
+
+    def _stored(self) -> dict[str, Tensor | None]:
+        tensors = dict(zip(vq4.TENSORS, self.tensors(), strict=True))
+        if self.packed is not None:
+            tensors = self.packed.unpack_projection(tensors, self._columns, gated=self.gated)
+        return tensors
+
+    def _replace(self, tensors: Mapping[str, Tensor | None]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # what .to() and .cuda() call
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.settle()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            for name, tensor in self._stored().items():
+                if tensor is not None:
+                    destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        backend = self.packed
+        self.unpack()
+        super()._load_from_state_dict(*args)
+        if backend is not None:
+            self.pack(backend)
 
 
 def compressed_attributes(module: nn.Module) -> dict[str, Any] | None:
@@ -182,8 +256,16 @@ def compress_module(
             raise MoeccError(
                 f"{type(module).__name__} has an attribute {name!r} already; it can't hold compressed experts"
             )
-        module.add_module(name, CompressedProjection(specs))
+        gated = name == "gate_up" and attributes["gate"] != "none"
+        module.add_module(name, CompressedProjection(specs, gated=gated))
     module.__dict__["_moecc_attributes"] = {key: attributes[key] for key in ("act", "gate", "alpha", "limit", "eps")}
+
+
+def settle(model: nn.Module) -> None:
+    """Bring every compressed projection of `model` into the order of what runs it where it is; after loading."""
+    for module in model.modules():
+        if isinstance(module, CompressedProjection):
+            module.settle()
 
 
 class QuantizedLinear(nn.Module):

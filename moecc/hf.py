@@ -47,13 +47,17 @@ class MoeccConfig(QuantizationConfigMixin):
 
 
 class MoeccQuantizer(HfQuantizer):
-    """Gives a model its compressed modules before weights are loaded; there is nothing to do afterwards."""
+    """Gives a model its compressed modules before weights are loaded, and what runs them when it is known where they are."""
 
     requires_calibration = True
     quantization_config: MoeccConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         prepare(model, self.quantization_config)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        experts.settle(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

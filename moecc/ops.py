@@ -30,14 +30,17 @@ from moecc import vq4
 from moecc.gates import apply_gate
 
 library = torch.library.Library("moecc", "FRAGMENT")
-_ATTRIBUTES = "str act, str gate, float alpha, float limit, float eps"
+ATTRIBUTES = "str act, str gate, float alpha, float limit, float eps"
 Operand = Tensor | None
 
 
 def define(
-    name: str, tensors: str, attributes: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor]
-) -> None:
-    """Register `moecc::name(tensors, *, attributes) -> Tensor` with kernel, fake shape and recomputing backward."""
+    name: str, tensors: str, attributes: str, reference: Callable[..., Tensor], fake: Callable[..., Tensor],
+    kernel: Callable[..., Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Register `moecc::name(tensors, *, attributes) -> Tensor` with kernel, fake shape and recomputing backward.
+
+    kernel: what computes it, if not the reference; derivatives are the reference's in any case."""
     operands = [part.split() for part in tensors.split(",")]
     keys = [part.split()[-1] for part in attributes.split(",")] if attributes else []
     star = f", *, {attributes}" if attributes else ""
@@ -47,7 +50,7 @@ def define(
 
     def forward(*args: Operand, **kwargs: Any) -> Tensor:
         with torch.no_grad():
-            return reference(*args, **kwargs)
+            return (kernel or reference)(*args, **kwargs)
 
     def backward(grad: Tensor, args: list[Operand], wanted: list[bool], *attrs: Any) -> list[Tensor]:
         leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(args, wanted, strict=True)]
@@ -248,7 +251,7 @@ def expert_linear_reference(x: Tensor, topk_index: Tensor, weight: Tensor) -> Te
     return torch.cat(parts)[inverse].view(tokens, k, weight.shape[1])
 
 
-def _same_shape(x: Tensor, topk_index: Tensor, topk_weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def same_shape(x: Tensor, topk_index: Tensor, topk_weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     torch._check(x.dim() == 2 and topk_index.dim() == 2 and topk_weight.dim() == 2)
     torch._check(topk_index.size(0) == x.size(0))
     return x.new_empty(x.shape)
@@ -257,19 +260,20 @@ def _same_shape(x: Tensor, topk_index: Tensor, topk_weight: Tensor, *args: Any, 
 _OPERANDS = (*vq4.TENSORS, "slope", "offset")  # of one projection of vq_experts
 
 
-def _operands(projection: str, names: Sequence[str]) -> str:
+def operands_of(projection: str, names: Sequence[str]) -> str:
+    """Schema text of one projection's tensors."""
     required = {"codes", "codebook", "scale"}
     return ", ".join(f"{'Tensor' if t in required else 'Tensor?'} {projection}_{t}" for t in names)
 
 
-_ROUTED = "Tensor x, Tensor topk_index, Tensor topk_weight"
-define("experts", f"{_ROUTED}, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor? post_norm",
-       _ATTRIBUTES, experts_reference, _same_shape)  # fmt: skip
-define("klt_experts", f"{_ROUTED}, Tensor gate_up, Tensor down, {_operands('gate_up', vq4.SHARED)}, "
-       f"{_operands('down', vq4.SHARED)}, Tensor? gate_up_bias, Tensor? down_bias, Tensor? post_norm",
-       _ATTRIBUTES, klt_experts_reference, _same_shape)  # fmt: skip
-define("vq_experts", f"{_ROUTED}, {_operands('gate_up', _OPERANDS)}, {_operands('down', _OPERANDS)}, Tensor? post_norm",
-       _ATTRIBUTES, vq_experts_reference, _same_shape)  # fmt: skip
+ROUTED = "Tensor x, Tensor topk_index, Tensor topk_weight"
+define("experts", f"{ROUTED}, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, Tensor? post_norm",
+       ATTRIBUTES, experts_reference, same_shape)  # fmt: skip
+define("klt_experts", f"{ROUTED}, Tensor gate_up, Tensor down, {operands_of('gate_up', vq4.SHARED)}, "
+       f"{operands_of('down', vq4.SHARED)}, Tensor? gate_up_bias, Tensor? down_bias, Tensor? post_norm",
+       ATTRIBUTES, klt_experts_reference, same_shape)  # fmt: skip
+define("vq_experts", f"{ROUTED}, {operands_of('gate_up', _OPERANDS)}, {operands_of('down', _OPERANDS)}, Tensor? post_norm",
+       ATTRIBUTES, vq_experts_reference, same_shape)  # fmt: skip
 define("q_linear", "Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor? bias", "int bits", q_linear_reference,
        lambda x, weight, scale, zero, bias, *, bits: x.new_empty((*x.shape[:-1], weight.shape[0])))  # fmt: skip
 define("expert_linear", "Tensor x, Tensor topk_index, Tensor weight", "", expert_linear_reference,

@@ -40,6 +40,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate", action="store_true", help="write the golden files of graph text again")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter is chosen for a whole process: tests of kernels are of one kind or of the other."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        if item.get_closest_marker("aot") and interpreted:
+            item.add_marker(pytest.mark.skip(reason="under TRITON_INTERPRET=1 nothing is compiled"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Tests that draw without a generator of their own draw the same in any order."""

@@ -312,5 +312,5 @@ def test_a_compressed_checkpoint_is_traced_without_its_tensors(monkeypatch: pyte
 
 def test_a_tensor_that_the_format_lacks_is_refused() -> None:
     with pytest.raises(MoeccError) as error:
-        experts.CompressedProjection({"coeds": ((1,), "uint8")})
+        experts.CompressedProjection({"coeds": ((1,), "uint8")}, gated=False)
     one_line(error, "coeds")

@@ -1,0 +1,232 @@
+"""What stands around the two grouped products of a layer: routing and fixed point before, the gate between, the sum after.
+
+  prepare_kernel   slots sorted by expert into blocks; x as fixed point; z = basis x of the shared basis
+  hidden_kernel    sum over parts, the gate where the product didn't apply it, hidden units as fixed point
+  combine_kernel   y_t = sum_j w_tj (expert j's output) + what is shared
+  norm_kernel      the same where a family normalises each expert's output before the sum
+
+A slot is one choice t * k + j. A choice outside 0..E-1 is in no block; nothing reads what its rows hold, and it counts as zero (the
+reference raises IndexError, which a kernel can't). No program waits for another and no order of addition varies, and every shape
+depends on the shapes of the inputs alone, so a CUDA graph can hold all of it.
+"""
+
+import triton
+import triton.language as tl
+
+from moecc.backends.triton.gates import activation, apply_gate
+from moecc.backends.triton.grouped import fixed_point, peak_of
+
+
+@triton.jit
+def _route(
+    e, index_ptr, slots_ptr, block_expert_ptr, slots, blocks, EXPERTS: tl.constexpr, BINS: tl.constexpr, TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Blocks of expert e. Every program counts all experts, and so knows where its own blocks start.
+
+    slots_ptr i32 [blocks * TOKENS] and block_expert_ptr i32 [blocks], as grouped_kernel reads them."""
+    lane, bins = tl.arange(0, CHUNK), tl.arange(0, BINS)
+    counts = tl.zeros([BINS], tl.int32)
+    for start in range(0, slots, CHUNK):
+        index = tl.load(index_ptr + start + lane, mask=start + lane < slots, other=EXPERTS)
+        index = tl.where((index >= 0) & (index < EXPERTS), index, BINS - 1)  # BINS > EXPERTS
+        counts += tl.histogram(index.to(tl.int32), BINS)
+    needed = tl.where(bins < EXPERTS, (counts + TOKENS - 1) // TOKENS, 0)
+    first = tl.sum(tl.where(bins < e, needed, 0))
+    count, own = tl.sum(tl.where(bins == e, counts, 0)), tl.sum(tl.where(bins == e, needed, 0))
+    base = slots_ptr + first * TOKENS
+    placed = 0
+    for start in range(0, slots, CHUNK):
+        index = tl.load(index_ptr + start + lane, mask=start + lane < slots, other=EXPERTS)
+        mine = (index == e).to(tl.int32)
+        rank = placed + tl.cumsum(mine, 0) - 1
+        tl.store(base + rank, start + lane, mask=mine != 0)
+        placed += tl.sum(mine)
+    rest = count + tl.arange(0, TOKENS)
+    tl.store(base + rest, tl.full([TOKENS], -1, tl.int32), mask=rest < own * TOKENS)
+    last = blocks if e == EXPERTS - 1 else first + own  # the last expert's program marks the blocks that nobody needs
+    for start in range(first, last, CHUNK):
+        b = start + lane
+        tl.store(block_expert_ptr + b, tl.where(b < first + own, e, -1), mask=b < last)
+
+
+@triton.jit
+def _store_fixed(values, out_ptr, out_scale_ptr, row, block, steps, STEP: tl.constexpr):
+    """One block f32 [STEP] of a row -> i8 [rows, 2, steps * STEP], f32 [rows, steps]."""
+    hi, lo, scale = fixed_point(values, peak_of(values, False))
+    out = out_ptr + row * (2 * steps * STEP) + block * STEP + tl.arange(0, STEP)
+    tl.store(out, hi)
+    tl.store(out + steps * STEP, lo)
+    tl.store(out_scale_ptr + row * steps + block, scale)
+
+
+@triton.jit
+def _project(x_ptr, basis_ptr, z_ptr, group, block, tokens, columns, rank, STEP: tl.constexpr, RANK: tl.constexpr):
+    """z [steps, tokens, RANK]: this block's share of basis x for 16 tokens, in float32. basis [rank, columns]."""
+    t, r, lane = group * 16 + tl.arange(0, 16), tl.arange(0, RANK), tl.arange(0, 32)
+    z = tl.zeros([16, RANK], tl.float32)
+    for start in range(block * STEP, tl.minimum((block + 1) * STEP, columns), 32):
+        d = start + lane
+        at = t.to(tl.int64)[:, None] * columns + d[None, :]
+        x = tl.load(x_ptr + at, mask=(t < tokens)[:, None] & (d < columns)[None, :], other=0.0).to(tl.float32)
+        inside = (r < rank)[None, :] & (d < columns)[:, None]
+        b = tl.load(basis_ptr + r[None, :] * columns + d[:, None], mask=inside, other=0.0).to(tl.float32)
+        z = tl.dot(x, b, z, input_precision="ieee")
+    at = (block * tokens + t).to(tl.int64)[:, None] * RANK + r[None, :]
+    tl.store(z_ptr + at, z, mask=(t < tokens)[:, None])
+
+
+@triton.jit
+def prepare_kernel(
+    x_ptr,  # [tokens, columns] of any float type
+    index_ptr,  # i64 or i32 [slots]
+    basis_ptr, z_ptr,  # [rank, columns] and f32 [steps, tokens, RANK], or None
+    out_ptr, out_scale_ptr,  # i8 [tokens, 2, steps * STEP], f32 [tokens, steps]
+    slots_ptr, block_expert_ptr,  # i32 [blocks * TOKENS], i32 [blocks]
+    tokens, columns, steps, slots, blocks, rank,
+    EXPERTS: tl.constexpr, BINS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """Grid EXPERTS + tokens * steps, and ceil(tokens / 16) * steps more with a basis."""
+    program = tl.program_id(0)
+    if program < EXPERTS:
+        _route(program, index_ptr, slots_ptr, block_expert_ptr, slots, blocks, EXPERTS, BINS, TOKENS, CHUNK)
+    elif program < EXPERTS + tokens * steps:
+        token, block = (program - EXPERTS) // steps, (program - EXPERTS) % steps
+        d = block * STEP + tl.arange(0, STEP)
+        at = token.to(tl.int64) * columns + d
+        x = tl.load(x_ptr + at, mask=d < columns, other=0.0).to(tl.float32)
+        _store_fixed(x, out_ptr, out_scale_ptr, token.to(tl.int64), block, steps, STEP)
+    else:
+        if basis_ptr is not None:
+            rest = program - EXPERTS - tokens * steps
+            _project(x_ptr, basis_ptr, z_ptr, rest // steps, rest % steps, tokens, columns, rank, STEP, RANK)
+
+
+@triton.jit
+def _width(index, width, EXPERTS: tl.constexpr):
+    """How many columns a slot's rows have: none where its choice is no expert."""
+    return tl.where((index >= 0) & (index < EXPERTS), width, 0)
+
+
+@triton.jit
+def _hidden(
+    rows_ptr, slot, f, real, rows, parts, slots, alpha, limit, ACT: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr
+):  # fmt: skip
+    """Hidden units f of one slot, f32."""
+    if FUSED:
+        units = rows if GATE == "none" else rows // 2
+        h = tl.load(rows_ptr + slot * units + f, mask=real, other=0.0).to(tl.float32)
+    else:
+        g, u = tl.zeros(f.shape, tl.float32), tl.zeros(f.shape, tl.float32)
+        for part in range(parts):
+            row = rows_ptr + (part * slots + slot) * rows + f
+            g += tl.load(row, mask=real, other=0.0).to(tl.float32)
+            if GATE != "none":
+                u += tl.load(row + rows // 2, mask=real, other=0.0).to(tl.float32)
+        if GATE == "none":
+            h = activation(g, ACT)
+        else:
+            h = apply_gate(g, u, alpha, limit, ACT, GATE)
+    return tl.where(real, h, 0.0)
+
+
+@triton.jit
+def hidden_kernel(
+    rows_ptr,  # [parts, slots, rows] as grouped_kernel wrote it, with FUSED [slots, units]
+    index_ptr, weight_ptr,  # [slots]: choices and routing weights
+    out_ptr, out_scale_ptr,  # i8 [slots (+ tokens), 2, steps * STEP], f32 [slots (+ tokens), steps]
+    rows, units, parts, slots, steps, alpha, limit,
+    ACT: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Grid (slots, steps); with tokens more in the first, row slots + t is sum_j w_tj h_tj of token t, for a shared mean."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    f = block * STEP + tl.arange(0, STEP)
+    if row < slots:
+        real = f < _width(tl.load(index_ptr + row), units, EXPERTS)
+        h = _hidden(rows_ptr, row, f, real, rows, parts, slots, alpha, limit, ACT, GATE, FUSED)
+        _store_fixed(h, out_ptr, out_scale_ptr, row, block, steps, STEP)
+    else:
+        total = tl.zeros([STEP], tl.float32)
+        for j in range(TOP_K):
+            slot = (row - slots) * TOP_K + j
+            real, weight = (
+                f < _width(tl.load(index_ptr + slot), units, EXPERTS),
+                tl.load(weight_ptr + slot).to(tl.float32),
+            )
+            total += weight * _hidden(rows_ptr, slot, f, real, rows, parts, slots, alpha, limit, ACT, GATE, FUSED)
+        _store_fixed(total, out_ptr, out_scale_ptr, row, block, steps, STEP)
+
+
+@triton.jit
+def combine_kernel(
+    rows_ptr,  # [parts, slots, columns] as grouped_kernel wrote it
+    index_ptr, weight_ptr,  # [slots]
+    shared_ptr,  # f32 [tokens, columns] or None
+    c_ptr, basis_ptr,  # f32 [c_parts, slots, rank] and [rank, columns], or None
+    out_ptr,  # [tokens, columns]
+    columns, parts, slots, c_parts, rank,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens, ceil(columns / BLOCK)). CHOICES, a power of two, is at least TOP_K."""
+    token, j = tl.program_id(0).to(tl.int64), tl.arange(0, CHOICES)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    slot = token * TOP_K + j
+    index = tl.load(index_ptr + slot, mask=j < TOP_K, other=-1)
+    chosen = (index >= 0) & (index < EXPERTS)
+    weight = tl.load(weight_ptr + slot, mask=j < TOP_K, other=0.0).to(tl.float32)
+    mask = chosen[:, None] & (d < columns)[None, :]
+    y = tl.zeros([CHOICES, BLOCK], tl.float32)
+    for part in range(parts):
+        at = (part * slots + slot)[:, None] * columns + d[None, :]
+        y += tl.load(rows_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    total = tl.sum(y * weight[:, None], 0)
+    if shared_ptr is not None:
+        total += tl.load(shared_ptr + token * columns + d, mask=d < columns, other=0.0)
+    if c_ptr is not None:
+        r = tl.arange(0, RANK)
+        c = tl.zeros([CHOICES, RANK], tl.float32)
+        for part in range(c_parts):
+            at = (part * slots + slot)[:, None] * rank + r[None, :]
+            c += tl.load(c_ptr + at, mask=chosen[:, None] & (r < rank)[None, :], other=0.0)
+        low = tl.sum(c * weight[:, None], 0)
+        inside = (r < rank)[:, None] & (d < columns)[None, :]
+        basis = tl.load(basis_ptr + r[:, None] * columns + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(low[:, None] * basis, 0)
+    tl.store(out_ptr + token * columns + d, total.to(out_ptr.dtype.element_ty), mask=d < columns)
+
+
+@triton.jit
+def norm_kernel(
+    rows_ptr, index_ptr, weight_ptr,  # as combine_kernel's
+    shared_ptr,  # f32 [slots, columns] or None
+    c_ptr, basis_ptr,
+    norm_ptr,  # [columns]
+    out_ptr,
+    columns, parts, slots, c_parts, rank, eps,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid tokens. BLOCK, a power of two, is at least columns. Scale, then normalise: `moecc.ops._post_norm`."""
+    token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = d < columns
+    norm = tl.load(norm_ptr + d, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in range(TOP_K):
+        slot = token * TOP_K + j
+        width, weight = _width(tl.load(index_ptr + slot), columns, EXPERTS), tl.load(weight_ptr + slot).to(tl.float32)
+        chosen = d < width
+        y = tl.zeros([BLOCK], tl.float32)
+        for part in range(parts):
+            y += tl.load(rows_ptr + (part * slots + slot) * columns + d, mask=chosen, other=0.0).to(tl.float32)
+        if shared_ptr is not None:
+            y += tl.load(shared_ptr + slot * columns + d, mask=chosen, other=0.0)
+        if c_ptr is not None:
+            for r in range(rank):
+                c = 0.0
+                for part in range(c_parts):
+                    c += tl.load(c_ptr + (part * slots + slot) * rank + r, mask=width > 0, other=0.0)
+                y += c * tl.load(basis_ptr + r * columns + d, mask=inside, other=0.0).to(tl.float32)
+        y = y * norm
+        y = y * tl.rsqrt(tl.sum(y * y) / columns + eps)
+        total += tl.where(chosen, weight * y, 0.0)
+    tl.store(out_ptr + token * columns + d, total.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,311 @@
+"""A layer's experts as a list of kernel launches: `plan` allocates and decides, `vq_experts` runs what it decided.
+
+  1. prepare        slots sorted by expert; x as fixed point; z = basis x
+  2. mean           once per token, where gate_up has one: the same product as 3 with one expert
+  3. gate_up        grouped; the gate is applied here unless the columns are split among programs
+  4. hidden         sums what was split, applies the gate then; hidden units as fixed point
+  5. mean, coef     where down has them: on sum_j w_j h_j once per token (per slot before a norm); per slot
+  6. down           grouped
+  7. combine        routing weights, sum over a token's choices, what is shared; or the norm and then these
+
+Fixed point has one scale per token and STEP columns (128 to 512: what one step of the product covers). With one scale per
+token an outlier channel would cost all others their precision, with these it costs its block's (measured in
+tests/test_triton_interp.py), and the scale is applied once per step, a twentieth of the instructions.
+
+A plan depends on shapes and never on values, so it can be made of tensors on the meta device (`moecc.backends.triton.aot`).
+Shapes: T tokens, k choices each, S = T k slots, E experts, D hidden, F intermediate, r rank.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moecc import vq4
+from moecc.backends.triton.around import combine_kernel, hidden_kernel, norm_kernel, prepare_kernel
+from moecc.backends.triton.grouped import grouped_kernel
+from moecc.backends.triton.pack import COLUMNS, ROWS, Projection, tiles
+from moecc.backends.triton.tiles import Card, Tile, card_of, choose_tile, choose_unroll
+from moecc.gates import rows_per_unit
+
+
+class Launch(NamedTuple):
+    """One kernel, its grid and everything that it is called with."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+@dataclass
+class Plan:
+    """The launches of one call in order, and the result [T, D] that the last of them writes."""
+
+    out: Tensor
+    launches: list[Launch] = field(default_factory=list)
+
+    def named(self, name: str) -> Launch:
+        return next(launch for launch in self.launches if launch.name == name)
+
+
+class Fixed(NamedTuple):
+    """Rows as fixed point: high and low bytes i8 [R, 2, steps * STEP], scale f32 [R, steps]."""
+
+    values: Tensor
+    scale: Tensor
+    unroll: int
+
+    @property
+    def steps(self) -> int:
+        return self.scale.shape[1]
+
+
+class Matrices(NamedTuple):
+    """Coded matrices [E, N, K] of one kind: an experts' projection, a mean (E = 1), or int8 coefficients (bits 8)."""
+
+    bits: int
+    words: Tensor
+    signs: Tensor | None
+    table: Tensor | None
+    scale: Tensor
+
+    @classmethod
+    def of(cls, p: Projection, prefix: str = "") -> Matrices | None:
+        words, signs, codebook, scale = (p.get(prefix + name) for name in vq4.CODED)
+        if words is None or codebook is None or scale is None:
+            return None
+        bits = 3 if signs is not None else 4 if codebook.shape[2] == 2 else 2
+        table = codebook.contiguous().view(torch.int16 if bits == 4 else torch.int32).squeeze(-1)
+        return cls(bits, words, signs, table, scale.contiguous())
+
+
+class Blocks(NamedTuple):
+    """Slots sorted by expert into blocks of tile.tokens: i32 [number * tokens], i32 [number]. None: rows as they are."""
+
+    tile: Tile
+    number: int
+    slots: Tensor | None = None
+    experts: Tensor | None = None
+
+
+def vq_experts(
+    x: Tensor, topk_index: Tensor, topk_weight: Tensor, gate_up: Projection, down: Projection, post_norm: Tensor | None,
+    *, act: str, gate: str, alpha: float, limit: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """moecc::vq_experts on packed codes: x [T, D] of any float type, topk_index and topk_weight [T, k] -> [T, D].
+
+    On CUDA and ROCm, and on the CPU where triton was imported under TRITON_INTERPRET=1. A choice outside 0..E-1 counts as zero.
+    """
+    made = plan(
+        x, topk_index, topk_weight, gate_up, down, post_norm, act=act, gate=gate, alpha=alpha, limit=limit, eps=eps
+    )
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # triton launches on the current one
+        for launch in made.launches:
+            launch()
+    return made.out
+
+
+def plan(
+    x: Tensor, topk_index: Tensor, topk_weight: Tensor, gate_up: Projection, down: Projection, post_norm: Tensor | None,
+    *, act: str, gate: str, alpha: float, limit: float, eps: float, tile: Tile | None = None, card: Card | None = None,
+) -> Plan:  # fmt: skip
+    """The launches of one call. tile: instead of what the table has; card: instead of the device that x is on."""
+    card = card or card_of(x.device)
+    (tokens, hidden), choices = x.shape, topk_index.shape[1]
+    made = Plan(torch.empty_like(x, memory_format=torch.contiguous_format))
+    up, below = Matrices.of(gate_up), Matrices.of(down)
+    assert up is not None and below is not None
+    experts, slots = up.scale.shape[0], tokens * choices
+    if not slots:
+        made.out.zero_()
+        return made
+    build = _Builder(
+        made.launches, experts, choices, slots, tile or choose_tile(slots, experts, card), tile is not None, card,
+        dict(alpha=alpha, limit=limit), dict(ACT=act, GATE=gate),
+    )  # fmt: skip
+    index, weight = topk_index.contiguous(), topk_weight.contiguous()
+    rows = up.scale.shape[1]
+    units = rows // rows_per_unit(gate)
+
+    fixed, blocks, z = build.prepare(x.contiguous(), index, gate_up.get("basis"), up.words.shape[3])
+    shared = build.mean("gate_up mean", gate_up, fixed, rows, hidden, gated=gate != "none")
+    low = (z, gate_up.get("coef"), gate_up.get("coef_scale")) if z is not None else None
+    first, fused = build.gate_up(up, gate_up.get("bias"), fixed, blocks, rows, hidden, shared, low)
+    summed = down.get("mean_codes") is not None and post_norm is None  # the mean then meets sum_j w_j h_j
+    h, h_sum = build.hidden(first, index, weight, units, below.words.shape[3], fused=fused, summed=summed)
+    mean = build.mean("down mean", down, h_sum if summed else h, hidden, units, gated=False)
+    c = build.coefficients(down, h, blocks, units)
+    y = build.product("down", below, h, blocks, hidden, units, bias=down.get("bias"))
+    build.combine(y, index, weight, mean, c, down.get("basis"), post_norm, eps, made.out)
+    return made
+
+
+def _power(n: int, least: int = 1) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@dataclass
+class _Builder:
+    """Appends launches; each method is one of the steps above and returns what it leaves in memory."""
+
+    launches: list[Launch]
+    experts: int
+    choices: int
+    slots: int
+    tile: Tile
+    forced: bool
+    card: Card
+    limits: dict[str, float]
+    gate: dict[str, str]
+
+    def add(
+        self, name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, stages: int = 2,
+        registers: int = 0,
+    ) -> None:  # fmt: skip
+        options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
+        self.launches.append(Launch(name, kernel, grid, arguments, options))
+
+    def prepare(
+        self, x: Tensor, index: Tensor, basis: Tensor | None, column_tiles: int
+    ) -> tuple[Fixed, Blocks, Tensor | None]:
+        tokens, columns = x.shape
+        fixed = _fixed(x, tokens, column_tiles, self.tile)
+        # at most one block per slot, and one that isn't full per expert that is chosen
+        full = (self.slots + min(self.experts, self.slots) * (self.tile.tokens - 1)) // self.tile.tokens
+        count = min(self.slots, full)
+        blocks = Blocks(
+            self.tile,
+            count,
+            x.new_empty(count * self.tile.tokens, dtype=torch.int32),
+            x.new_empty(count, dtype=torch.int32),
+        )
+        rank = 0 if basis is None else basis.shape[0]
+        z = None if basis is None else x.new_empty((fixed.steps, tokens, _power(rank, 32)), dtype=torch.float32)
+        programs = self.experts + tokens * fixed.steps + (0 if z is None else -(-tokens // 16) * fixed.steps)
+        self.add("prepare", prepare_kernel, (programs,), dict(
+            x_ptr=x, index_ptr=index, basis_ptr=None if basis is None else basis.contiguous(), z_ptr=z, out_ptr=fixed.values,
+            out_scale_ptr=fixed.scale, slots_ptr=blocks.slots, block_expert_ptr=blocks.experts, tokens=tokens,
+            columns=columns, steps=fixed.steps, slots=self.slots, blocks=count, rank=rank, EXPERTS=self.experts,
+            BINS=_power(self.experts + 1), TOKENS=self.tile.tokens, CHUNK=min(_power(self.slots, 128), 1024),
+            STEP=COLUMNS * fixed.unroll, RANK=_power(rank, 32),
+        ), warps=4)  # fmt: skip
+        return fixed, blocks, z
+
+    def parts(self, fixed: Fixed, groups: int, blocks: Blocks) -> tuple[int, int]:
+        """Programs that share the columns of one tile, and the steps of each."""
+        wanted = -(-blocks.tile.waves * self.card.processors // (groups * blocks.number)) if blocks.tile.waves else 1
+        each = -(-fixed.steps // max(1, min(wanted, fixed.steps)))
+        return -(-fixed.steps // each), each
+
+    def product(
+        self, name: str, m: Matrices, x: Fixed, blocks: Blocks, rows: int, columns: int, *, bias: Tensor | None = None,
+        shared: Tensor | None = None, low: tuple[Tensor, Tensor, Tensor] | None = None, gated: bool = False, fuse: bool = False,
+        top_k: int = 1, slots: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """m x -> f32 [parts, slots, rows]; fuse: [slots, units] if the columns needn't be split."""
+        row_tiles, slots = tiles(rows, gated=gated), self.slots if slots is None else slots
+        groups = -(-row_tiles // blocks.tile.height)
+        parts, each = self.parts(x, groups, blocks)
+        fused = fuse and parts == 1
+        shape = (slots, rows // 2 if gated else rows) if fused else (parts, slots, rows)
+        out = x.scale.new_empty(shape, dtype=torch.float32)
+        z, coef, coef_scale = low or (None, None, None)
+        column_tiles = m.words.shape[3] if m.bits != 8 else 0
+        self.add(name, grouped_kernel, (groups, blocks.number, parts), dict(
+            x_ptr=x.values, x_scale_ptr=x.scale, words_ptr=m.words, signs_ptr=m.signs, table_ptr=m.table, scale_ptr=m.scale,
+            bias_ptr=None if bias is None else bias.contiguous(), shared_ptr=shared, z_ptr=z, coef_ptr=coef,
+            coef_scale_ptr=coef_scale, out_ptr=out, slots_ptr=blocks.slots, block_expert_ptr=blocks.experts, rows=rows,
+            columns=columns, row_tiles=row_tiles, column_tiles=column_tiles,
+            table_stride=0 if m.table is None or m.table.shape[0] == 1 else vq4.CODEBOOK_SIZE, steps=x.steps,
+            steps_per_part=each, slots=slots, z_parts=0 if z is None else z.shape[0], z_tokens=0 if z is None else z.shape[1],
+            rank=0 if coef is None else coef.shape[2], **self.limits, BITS=m.bits, GATED=gated, FUSED=fused, **self.gate,
+            TOP_K=top_k, TOKENS=blocks.tile.tokens, HEIGHT=blocks.tile.height, UNROLL=x.unroll, TAIL=column_tiles % x.unroll != 0,
+            RANK=32 if z is None else z.shape[2],
+        ), warps=blocks.tile.warps, stages=blocks.tile.stages, registers=blocks.tile.registers)  # fmt: skip
+        return out
+
+    def mean(self, name: str, p: Projection, x: Fixed, rows: int, columns: int, *, gated: bool) -> Tensor | None:
+        """What all experts share as it is, of every row of x: f32 [R, rows], or None without one."""
+        m = Matrices.of(p, vq4.MEAN)
+        if m is None:
+            return None
+        count = x.scale.shape[0]
+        tile = self.tile if self.forced else choose_tile(count, 1, self.card)
+        tile = tile._replace(waves=0)  # one part, which is added as it is
+        blocks = Blocks(tile, -(-count // tile.tokens))
+        return self.product(name, m, x, blocks, rows, columns, gated=gated, slots=count)
+
+    def gate_up(
+        self, m: Matrices, bias: Tensor | None, x: Fixed, blocks: Blocks, rows: int, columns: int, shared: Tensor | None,
+        low: Any,
+    ) -> tuple[Tensor, bool]:  # fmt: skip
+        """Rows of every slot [parts, S, rows] and False, or its hidden units [S, units] and True."""
+        out = self.product(
+            "gate_up", m, x, blocks, rows, columns, bias=bias, shared=shared, low=low, gated=self.gate["GATE"] != "none",
+            fuse=True, top_k=self.choices,
+        )  # fmt: skip
+        return out, out.dim() == 2
+
+    def hidden(
+        self, first: Tensor, index: Tensor, weight: Tensor, units: int, column_tiles: int, *, fused: bool, summed: bool
+    ) -> tuple[Fixed, Fixed]:
+        """Hidden units as fixed point: of the S slots, and of the T sums over a token's choices (none unless `summed`)."""
+        tokens = index.shape[0] if summed else 0
+        fixed = _fixed(first, self.slots + tokens, column_tiles, self.tile)
+        self.add("hidden", hidden_kernel, (self.slots + tokens, fixed.steps), dict(
+            rows_ptr=first, index_ptr=index, weight_ptr=weight, out_ptr=fixed.values, out_scale_ptr=fixed.scale,
+            rows=units * rows_per_unit(self.gate["GATE"]), units=units, parts=1 if fused else first.shape[0], slots=self.slots,
+            steps=fixed.steps, **self.limits, **self.gate, FUSED=fused, EXPERTS=self.experts, TOP_K=self.choices,
+            STEP=COLUMNS * fixed.unroll,
+        ), warps=4)  # fmt: skip
+        both = [
+            Fixed(fixed.values[s], fixed.scale[s], fixed.unroll) for s in (slice(self.slots), slice(self.slots, None))
+        ]
+        return both[0], both[1]
+
+    def coefficients(self, p: Projection, h: Fixed, blocks: Blocks, units: int) -> Tensor | None:
+        """coef_e h of every slot, f32 [parts, S, r]."""
+        coef, scale = p.get("coef"), p.get("coef_scale")
+        if coef is None or scale is None:
+            return None
+        m = Matrices(8, coef.contiguous(), None, None, scale.contiguous())
+        return self.product("down coef", m, h, blocks, coef.shape[1], units)
+
+    def combine(
+        self, y: Tensor, index: Tensor, weight: Tensor, shared: Tensor | None, c: Tensor | None, basis: Tensor | None,
+        post_norm: Tensor | None, eps: float, out: Tensor,
+    ) -> None:  # fmt: skip
+        tokens, columns = out.shape
+        rank = 0 if c is None else c.shape[2]
+        common: dict[str, Any] = dict(
+            rows_ptr=y, index_ptr=index, weight_ptr=weight, shared_ptr=shared, c_ptr=c,
+            basis_ptr=None if c is None or basis is None else basis.contiguous(), out_ptr=out, columns=columns, parts=y.shape[0],
+            slots=self.slots, c_parts=0 if c is None else c.shape[0], rank=rank, EXPERTS=self.experts, TOP_K=self.choices,
+        )  # fmt: skip
+        if post_norm is not None:
+            norm = dict(norm_ptr=post_norm.contiguous(), eps=eps, BLOCK=_power(columns))
+            limit = 128 if self.card.name.startswith("sm_") else 0
+            warps = min(max(_power(columns) // 512, 4), 16)
+            self.add("norm", norm_kernel, (tokens,), {**common, **norm}, warps, registers=limit)
+        else:
+            shapes = dict(CHOICES=_power(self.choices), BLOCK=256, RANK=_power(rank, 16))
+            self.add("combine", combine_kernel, (tokens, -(-columns // 256)), {**common, **shapes}, warps=4)
+
+
+def _fixed(like: Tensor, rows: int, column_tiles: int, tile: Tile) -> Fixed:
+    unroll = choose_unroll(column_tiles, tile.unroll)
+    steps = -(-column_tiles // unroll)
+    values = like.new_empty((rows, 2, steps * unroll * COLUMNS), dtype=torch.int8)
+    return Fixed(values, like.new_empty((rows, steps), dtype=torch.float32), unroll)
+
+
+assert ROWS == 64 and COLUMNS == 128  # what the kernels are written for

@@ -1,0 +1,305 @@
+"""moecc's Triton kernels on a GPU: correct first, then one MoE layer beside others, then a whole model. Under 8 minutes on an H100.
+
+  python benchmarks/gpu.py                        table to benchmarks/results/gpu.md, .json and .svg
+  python benchmarks/gpu.py --tokens 1 16 --shapes Mixtral-8x7B --no-model
+  TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny --out DIR      on the CPU: that it works; its times mean nothing
+
+1. Every layer is compared with moecc's reference, at 2, 3 and 4 bit and with all that a layer can have, and must give the same
+   bits when it is run again. If not, nothing is timed and the exit code is 1.
+2. Memory bandwidth is measured by copying 4 GB. The roofline of a call is the bytes of the experts that its tokens chose, once.
+3. A layer: routed experts alone, from tokens and choices to the sum. Each call is a CUDA graph; before each the L2 cache is
+   overwritten; medians. The others: bfloat16 weights, transformers' implementations and vLLM's where it is installed.
+4. Qwen3-30B-A3B's sizes with random weights, greedy decoding through transformers' generate, at batch 1 and 16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _gpu
+import torch
+from _gpu import Call, Routed, Shape, routed
+
+RESULTS = Path(__file__).resolve().parent / "results"
+WITHIN = 1.2e-2  # of the largest output: x is rounded to bfloat16 where the layer ends
+Row = dict[str, Any]
+
+
+# ---------------------------------------------------------------- correct?
+
+
+def check(shapes: dict[str, Shape], device: str) -> list[Row]:
+    """Each shape with few experts, against the reference."""
+    rows = []
+    for name, shape in shapes.items():
+        small = shape._replace(experts=min(shape.experts, 8), top_k=min(shape.top_k, 4))
+        for bits, optional in ((2, {}), (3, {}), (4, {}), (2, dict(rank=32, mean=3))):
+            layer = _gpu.layer(small, bits, device, **optional)
+            for tokens in (1, 9) if device == "cpu" else (1, 33, 300):
+                r = routed(small, tokens, device)
+                call, wanted = layer.call(r), layer.reference(r)
+                got = call()
+                error = float((got.float() - wanted).abs().max() / wanted.abs().max())
+                same = all(torch.equal(call(), got) for _ in range(1 if device == "cpu" else 10))
+                rows.append(dict(shape=name, bits=bits, **optional, tokens=tokens, error=error, same=same))
+    return rows
+
+
+# ---------------------------------------------------------------- timing
+
+
+class Clock:
+    """Microseconds of a call: on a GPU as a graph, with a cold L2 cache; on the CPU by the wall clock."""
+
+    def __init__(self, device: str, repeats: int):
+        self.device, self.repeats = device, repeats
+        self.flush = torch.empty(64 << 20 if device == "cuda" else 1, dtype=torch.int32, device=device)
+
+    def __call__(self, call: Call) -> tuple[float, bool]:
+        """The median, and whether it was a graph."""
+        if self.device == "cpu":
+            return self._wall(call), False
+        try:
+            run, graph = self._captured(call), True
+        except RuntimeError:  # what synchronises can't be captured
+            torch.cuda.synchronize()
+            run, graph = call, False
+        times = []
+        for _ in range(self.repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flush.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1000)
+        return statistics.median(times), graph
+
+    def _captured(self, call: Call) -> Callable[[], Any]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    def _wall(self, call: Call) -> float:
+        times = []
+        for _ in range(self.repeats):
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e6)
+        return statistics.median(times)
+
+    def bandwidth(self) -> float:
+        """Bytes per second of a copy, read and written."""
+        count = (1 << 29) if self.device == "cuda" else 1 << 20
+        a, b = (torch.empty(count, dtype=torch.int32, device=self.device) for _ in range(2))
+        microseconds, _ = self(lambda: b.copy_(a))
+        return 2 * a.nbytes / microseconds * 1e6
+
+
+def time_layers(
+    shapes: dict[str, Shape], tokens: list[int], bits: list[int], clock: Clock, bandwidth: float
+) -> list[Row]:
+    rows: list[Row] = []
+    for name, shape in shapes.items():
+        batches = {t: routed(shape, t, clock.device) for t in tokens}
+        weights = _gpu.dense_weights(shape, clock.device)
+        for r in batches.values():
+            for other, call in _gpu.others(shape, weights, r).items():
+                rows.append(_row(name, shape, r, other, call, clock, shape.weights * 2, bandwidth))
+        del weights
+        for b in bits:
+            layer = _gpu.layer(shape, b, clock.device)
+            for r in batches.values():
+                rows.append(_row(name, shape, r, f"moecc {b} bit", layer.call(r), clock, layer.expert_bytes, bandwidth))
+            del layer
+        if clock.device == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _row(name: str, shape: Shape, r: Routed, what: str, call: Call, clock: Clock, each: int, bandwidth: float) -> Row:
+    row: Row = dict(shape=name, tokens=len(r.x), what=what, active=r.active)
+    try:
+        row["us"], row["graph"] = clock(call)
+        row["roofline"] = r.active * each / bandwidth * 1e6 / row["us"]
+    except Exception as error:  # another package's kernel may not support a card or a size: its row says so
+        if what.startswith("moecc"):
+            raise
+        row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+    print(f"{name} {row['tokens']} tokens, {what}: {row.get('us', row.get('error'))}", flush=True)
+    return row
+
+
+def time_model(
+    shape: Shape, bits: int, device: str, *, layers: int, vocabulary: int, new_tokens: int, batches: tuple[int, ...]
+) -> list[Row]:
+    """Tokens per second of greedy decoding: the time of `new_tokens` more, prefill not in it."""
+    model = _gpu.model(shape, bits, device, layers=layers, vocabulary=vocabulary)
+    rows = []
+    for compiled in (False, True) if device == "cuda" else (False,):
+        if compiled:
+            model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+        for batch in batches:
+            prompt = torch.randint(2, vocabulary, (batch, 16), device=device)
+            told: dict[str, Any] = dict(do_sample=False, cache_implementation="static", disable_compile=True)
+            told["attention_mask"] = torch.ones_like(prompt)
+            seconds = []
+            for count in (1, new_tokens + 1, 1, new_tokens + 1):  # the first two warm up
+                start = time.perf_counter()
+                with torch.no_grad():
+                    model.generate(prompt, min_new_tokens=count, max_new_tokens=count, **told)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+            rate = batch * new_tokens / max(seconds[3] - seconds[2], 1e-9)
+            rows.append(dict(bits=bits, batch=batch, compiled=compiled, tokens_per_second=rate))
+            print(f"model, {bits} bit, batch {batch}, compiled {compiled}: {rate:.1f} tokens/s", flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def report(found: dict[str, Any]) -> str:
+    worst = max(row["error"] for row in found["checks"])
+    lines = [
+        "# Triton kernels on a GPU", "",
+        f"`python benchmarks/gpu.py`, {found['device']}, torch {found['torch']}, triton {found['triton']}. Memory bandwidth, "
+        f"measured: {found['bandwidth'] / 1e12:.2f} TB/s. {len(found['checks'])} layers against the reference: largest error "
+        f"{worst:.1e} of the largest output, the same bits each time.", "",
+        "One MoE layer's routed experts, microseconds, medians, CUDA graph, cold L2; in brackets the share of the memory "
+        "roofline. *times* is the best bfloat16 implementation's time over moecc's.", "",
+    ]  # fmt: skip
+    for shape in dict.fromkeys(row["shape"] for row in found["layers"]):
+        mine = [row for row in found["layers"] if row["shape"] == shape]
+        tokens, whats = (list(dict.fromkeys(row[key] for row in mine)) for key in ("tokens", "what"))
+        lines += [
+            f"## {shape}",
+            "",
+            "| | " + " | ".join(f"{t} tokens" for t in tokens) + " |",
+            "|---|" + "---|" * len(tokens),
+        ]
+        cells = {(row["what"], row["tokens"]): row for row in mine}
+        for what in whats:
+            lines.append(
+                f"| {what} | " + " | ".join(_cell(cells.get((what, t)), _best(mine, t)) for t in tokens) + " |"
+            )
+        lines.append("")
+    if found["model"]:
+        lines += [
+            f"## {found['model_shape']}, random weights, tokens per second", "", "| bits | batch | torch.compile | tokens/s |",
+            "|---|---|---|---|",
+        ]  # fmt: skip
+        lines += [
+            f"| {r['bits']} | {r['batch']} | {r['compiled']} | {r['tokens_per_second']:.1f} |" for r in found["model"]
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _best(rows: list[Row], tokens: int) -> float | None:
+    times = [r["us"] for r in rows if r["tokens"] == tokens and "us" in r and not r["what"].startswith("moecc")]
+    return min(times, default=None)
+
+
+def _cell(row: Row | None, best: float | None) -> str:
+    if row is None or "us" not in row:
+        return "" if row is None else row["error"].split(":")[0]
+    text = f"{row['us']:.1f} ({row['roofline']:.0%})" + ("" if row["graph"] else " no graph")
+    return f"{text}, {best / row['us']:.2f} times" if best and row["what"].startswith("moecc") else text
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """How many times as fast as the best bfloat16 implementation, by tokens."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    series = dict.fromkeys((r["shape"], r["what"]) for r in found["layers"] if r["what"].startswith("moecc"))
+    for shape, what in series:
+        mine = [r for r in found["layers"] if r["shape"] == shape]
+        points = [(r["tokens"], _best(mine, r["tokens"]), r["us"]) for r in mine if r["what"] == what]
+        shown = [(t, best / us) for t, best, us in points if best]
+        axes.plot([t for t, _ in shown], [y for _, y in shown], marker="o", label=f"{shape}, {what}")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(xscale="log", xlabel="tokens", ylabel="times as fast as the best bfloat16", title=found["device"])
+    axes.legend(fontsize=7)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=_gpu.SHAPES, default=list(_gpu.SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 4096])
+    parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[2, 3])
+    parser.add_argument("--no-model", action="store_true", help="layers alone")
+    parser.add_argument("--tiny", action="store_true", help="sizes for triton's interpreter, on the CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    told = options()
+    import triton
+
+    from moecc.backends.triton import require
+    from moecc.errors import MoeccError
+
+    try:
+        require()
+    except MoeccError as error:
+        sys.exit(f"gpu.py: {error}")
+    device = "cpu" if told.tiny else "cuda"
+    shapes = _gpu.TINY if told.tiny else {name: _gpu.SHAPES[name] for name in told.shapes}
+    checks = check(shapes, device)
+    if wrong := [row for row in checks if not row["error"] < WITHIN or not row["same"]]:
+        print(*wrong, "the kernels are wrong on this card; nothing was timed", sep="\n", file=sys.stderr)
+        return 1
+    clock = Clock(device, 2 if told.tiny else 30)
+    bandwidth = clock.bandwidth()
+    found: dict[str, Any] = dict(
+        device=platform.processor() or "CPU" if told.tiny else torch.cuda.get_device_name(), torch=torch.__version__,
+        triton=triton.__version__, bandwidth=bandwidth, checks=checks, model=[],
+        layers=time_layers(shapes, [1, 5] if told.tiny else told.tokens, told.bits, clock, bandwidth),
+    )  # fmt: skip
+    told.out.mkdir(parents=True, exist_ok=True)
+    write(found, told.out)  # so that it is there if the model fails
+    if not told.no_model:
+        found["model_shape"] = "tiny" if told.tiny else "Qwen3-30B-A3B"
+        sizes: dict[str, Any] = dict(layers=48, vocabulary=151936, new_tokens=64, batches=(1, 16))
+        if told.tiny:
+            sizes = dict(layers=1, vocabulary=64, new_tokens=1, batches=(1, 2))
+        shape = _gpu.TINY["tiny"] if told.tiny else _gpu.SHAPES["Qwen3-30B-A3B"]
+        for bits in told.bits[:1]:
+            found["model"] += time_model(shape, bits, device, **sizes)
+        write(found, told.out)
+    return 0
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "gpu.md").write_text(report(found))
+    try:
+        plot(found, out / "gpu.svg")
+    except ImportError:
+        print("no plot: pip install matplotlib", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

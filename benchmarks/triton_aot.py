@@ -1,0 +1,60 @@
+"""What the Triton kernels become on nine cards, without any: registers, shared memory and instructions per weight.
+
+python benchmarks/triton_aot.py         table to benchmarks/results/triton_aot.md; a few minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import triton
+
+from moecc.backends.triton.aot import SHAPES, TARGETS, Row, abstract_plan, row, table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TEXT = """# The Triton kernels, compiled ahead of time
+
+`python benchmarks/triton_aot.py`, triton {version}. {shape}, bfloat16, with the tile that the table of tiles has for the card.
+Nothing here ran on a card. *Instructions per weight* are those of the inner loop for each weight and lane, counted in the
+machine code (NVIDIA alone). Reading 2-bit weights at an H100's bandwidth leaves room for 1.7 of them, 3-bit weights for 2.6.
+*Spilled* is stack in bytes, of AMD registers.
+
+{tables}
+"""
+
+
+def rows(tokens: int, bits: tuple[int, ...], kernels: tuple[str, ...], shape: str, **optional: int) -> list[Row]:
+    found = []
+    for target in TARGETS.values():
+        for b in bits:
+            made = abstract_plan(SHAPES[shape], tokens, b, card=target.name, **optional)
+            found += [row(made.named(name), target) for name in kernels]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "triton_aot.md")
+    parser.add_argument("--shape", choices=SHAPES, default="Mixtral-8x7B")
+    options = parser.parse_args()
+    parts = {
+        "One token": rows(1, (2, 3, 4), ("gate_up", "down"), options.shape),
+        "64 tokens": rows(64, (2, 3), ("gate_up",), options.shape),
+        "4096 tokens": rows(4096, (2, 3), ("gate_up", "down"), options.shape),
+        "One token, what stands around the products": rows(1, (2,), ("prepare", "hidden", "combine"), options.shape),
+        "One token, with a basis of 32": rows(1, (2,), ("gate_up", "down coef"), options.shape, rank=32),
+    }
+    tables = "\n\n".join(f"## {title}\n\n{table(found)}" for title, found in parts.items())
+    text = TEXT.format(version=triton.__version__, shape=options.shape, tables=tables)
+    options.out.write_text(text)
+    print(text)
+    if spilled := [
+        f"{r.kernel} at {r.bits} bit on {r.card}" for found in parts.values() for r in found if r.report.stack
+    ]:
+        sys.exit(f"triton_aot.py: registers are spilled in {', '.join(spilled)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""MoE layers in the format with numbers of their own (`slow_vq4`), as tensors, packed for a GPU, and what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import slow_vq4 as slow
+import torch
+from torch import Tensor
+
+from moecc import ops, vq4
+from moecc.backends.triton import pack
+from moecc.gates import rows_per_unit
+
+Projection = dict[str, Tensor | None]
+
+
+@dataclass
+class Layer:
+    """One layer's experts and what is routed to them."""
+
+    x: Tensor
+    index: Tensor
+    weight: Tensor
+    gate_up: Projection
+    down: Projection
+    post_norm: Tensor | None
+    attributes: dict[str, Any]
+
+    @property
+    def gated(self) -> bool:
+        return bool(self.attributes["gate"] != "none")
+
+    def packed(self) -> tuple[Any, ...]:
+        """The arguments of moecc.backends.triton.launch.vq_experts."""
+        gate_up, down = (
+            pack.pack_projection(self.gate_up, gated=self.gated),
+            pack.pack_projection(self.down, gated=False),
+        )
+        return self.x, self.index, self.weight, gate_up, down, self.post_norm
+
+    def reference(self) -> Tensor:
+        """The op's definition, on the stored tensors."""
+        operands: list[Tensor | None] = []
+        for p in (self.gate_up, self.down):
+            operands += [*(p[name] for name in vq4.TENSORS), None, None]
+        return ops.vq_experts_reference(self.x, self.index, self.weight, *operands, self.post_norm, **self.attributes)
+
+
+def tensors(p: slow.Projection, dtype: torch.dtype = torch.float16) -> Projection:
+    found = {name: None if value is None else torch.from_numpy(value) for name, value in p.items()}
+    return {name: t.to(dtype) if t is not None and t.is_floating_point() else t for name, t in found.items()}
+
+
+def draw_layer(
+    bits: int = 2, *, tokens: int = 5, top_k: int = 2, experts: int = 4, hidden: int = 40, intermediate: int = 24,
+    shared: bool = False, rank: int = 0, bias: bool = False, mean: int = 0, norm: bool = False, act: str = "silu",
+    gate: str = "glu", dtype: torch.dtype = torch.float32, scales: torch.dtype = torch.float16,
+) -> Layer:  # fmt: skip
+    """shared: one codebook for the layer; mean: bits of a mean, 0 for none; scales: of the stored float tensors."""
+    common: dict[str, Any] = dict(experts=experts, bits=bits, shared=shared, rank=rank, bias=bias, mean=mean)
+    gate_up = slow.draw(bits, rows=rows_per_unit(gate) * intermediate, columns=hidden, **common)
+    down = slow.draw(bits + 50, rows=hidden, columns=intermediate, input_side=False, **common)
+    x, index, weight = slow.draw_routing(3, tokens=tokens, top_k=top_k, experts=experts, hidden=hidden)
+    return Layer(
+        torch.from_numpy(x).to(dtype), torch.from_numpy(index), torch.from_numpy(weight).float(), tensors(gate_up, scales),
+        tensors(down, scales), 1 + torch.from_numpy(slow.uniform(4, hidden)).float() / 4 if norm else None,
+        dict(act=act, gate=gate, alpha=1.7, limit=0.8, eps=1e-6),
+    )  # fmt: skip

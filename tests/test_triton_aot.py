@@ -1,0 +1,107 @@
+"""The kernels that a plan would launch, compiled for cards that aren't there and read back from their machine code.
+
+No register is spilled, shared memory fits, products use the matrix unit, and decoding a weight takes few enough instructions:
+at 2 bit an H100 reads 74 weights per clock and multiprocessor from memory, at 3 bit 50, and issues 128 instructions meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.aot
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
+
+triton = pytest.importorskip("triton")
+from moecc.backends.triton import aot  # noqa: E402
+from moecc.backends.triton.aot import SHAPES, TARGETS, Report, Target, abstract_plan, compile_launch  # noqa: E402
+from moecc.backends.triton.launch import Launch  # noqa: E402
+
+MIXTRAL, QWEN = SHAPES["Mixtral-8x7B"], SHAPES["Qwen3-30B-A3B"]
+BUDGET = {2: 1.75, 3: 2.6}  # instructions per weight, one token
+COUNTED_WITH = "3.9."  # another compiler makes other code
+PINNED = triton.__version__.startswith(COUNTED_WITH)
+STACK = 0 if PINNED else 16  # bytes: other versions spill up to four registers, for a round number of them
+EVERYTHING: dict[str, Any] = dict(rank=32, mean=3, bias=True)
+
+
+def wrong(report: Report, target: Target, launch: Launch) -> list[str]:
+    """What a kernel must not be, of what it is."""
+    found = []
+    if report.stack > STACK:
+        found.append(f"spills: {report.stack} bytes of stack, {report.spills} instructions")
+    if report.shared > target.shared:
+        found.append(f"{report.shared} bytes of shared memory, {target.name} has {target.shared}")
+    if "UNROLL" in launch.arguments and not report.matrix:
+        found.append("no matrix instruction")
+    return found
+
+
+def over_budget(report: Report, bits: int) -> bool:
+    return report.per_weight is None or report.per_weight > BUDGET[bits]
+
+
+def launches(target: str) -> dict[str, Launch]:
+    """One of each kind, with all that can stand in it; decode, a middle batch and prefill; 2, 3 and 4 bit."""
+    plans = {
+        "decode": (
+            abstract_plan(MIXTRAL, 1, 2, card=target, **EVERYTHING),
+            ["prepare", "gate_up", "hidden", "down coef", "combine"],
+        ),
+        "decode, 3 bit": (abstract_plan(MIXTRAL, 1, 3, card=target), ["down"]),
+        "norm": (abstract_plan(QWEN, 1, 4, card=target, norm=True, **EVERYTHING), ["down", "norm"]),
+        "middle": (abstract_plan(MIXTRAL, 64, 3, card=target), ["gate_up"]),
+        "prefill": (abstract_plan(MIXTRAL, 4096, 3, card=target, **EVERYTHING), ["gate_up"]),
+        "prefill, 4 bit": (abstract_plan(MIXTRAL, 4096, 4, card=target), ["down"]),
+    }
+    return {f"{label}: {name}": made.named(name) for label, (made, names) in plans.items() for name in names}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_kernel_fits_every_card(name: str) -> None:
+    target, found = TARGETS[name], launches(name)
+    assert len({launch.kernel.fn.__name__ for launch in found.values()}) == 5  # all there are
+    faults = {label: wrong(compile_launch(launch, target), target, launch) for label, launch in found.items()}
+    assert not {label: fault for label, fault in faults.items() if fault}
+
+
+@pytest.mark.skipif(
+    not triton.__version__.startswith(COUNTED_WITH),
+    reason=f"budgets were counted with triton {COUNTED_WITH}x, not this version",
+)
+@pytest.mark.parametrize("bits", BUDGET)
+@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.backend == "cuda"])
+def test_decode_takes_few_instructions(name: str, bits: int) -> None:
+    report = compile_launch(abstract_plan(MIXTRAL, 1, bits, card=name).named("down"), TARGETS[name])
+    assert not over_budget(report, bits), report.per_weight
+
+
+def test_a_tile_too_large_is_found_to_spill() -> None:
+    """The control: what the check looks for is seen where it is."""
+    target = TARGETS["sm_100"]
+    launch = abstract_plan(MIXTRAL, 4096, 2, card="sm_100").named("down")
+    large = launch._replace(
+        arguments={**launch.arguments, "TOKENS": 64, "UNROLL": 2}, options={"num_warps": 4, "num_stages": 3}
+    )
+    assert any("spills" in fault for fault in wrong(compile_launch(large, target), target, large))
+
+
+def test_a_product_without_the_matrix_unit_is_found() -> None:
+    target = TARGETS["sm_80"]._replace(matrix=r"\bHMMA\b", shared=1024)
+    launch = abstract_plan(MIXTRAL, 1, 2, card="sm_80").named("down")
+    faults = wrong(compile_launch(launch, target), target, launch)
+    assert "no matrix instruction" in faults and any("shared memory" in fault for fault in faults)
+
+
+def test_too_many_instructions_are_found() -> None:
+    """4 bit takes two lookups for four weights: more than either budget allows, which the count must show."""
+    launch = abstract_plan(MIXTRAL, 1, 4, card="sm_90").named("down")
+    assert over_budget(compile_launch(launch, TARGETS["sm_90"]), 3)
+
+
+def test_the_table_has_a_line_for_every_card() -> None:
+    table = aot.table([aot.row(abstract_plan(QWEN, 1, 2, card="sm_90").named("down"), TARGETS["sm_90"])])
+    assert table.splitlines()[0].startswith("| card ") and "| sm_90 " in table.splitlines()[2]

@@ -1,0 +1,292 @@
+"""Compiled models on the Triton backend: packed modules, the op that they call, and what is saved; on the CPU.
+
+Marked interp: by the kernels, in triton's interpreter. The others need no triton: off a GPU the op runs its definition.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from layers import Layer, draw_layer
+from test_compile import ROWS, checkpoint, load
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from moecc import cli, experts, placement, vq4
+from moecc.backends import triton as backend
+from moecc.errors import MoeccError
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+in_interpreter = [pytest.mark.interp, pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")]
+PASSES = "kbvq{bits=3,rank=2}"
+
+
+def interp(test: Any) -> Any:
+    for mark in in_interpreter:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "qwen2_moe"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled models: a plain one, one with biases, interleaved rows and a gate of its own, one with a shared expert."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = checkpoint(folder / "model", request.param)
+    assert cli.main(["compile", str(model), "--passes", PASSES, "-o", str(folder / "out"), *ROWS]) == 0
+    return folder / "out"
+
+
+def projections(model: nn.Module) -> list[experts.CompressedProjection]:
+    return [m for m in model.modules() if isinstance(m, experts.CompressedProjection)]
+
+
+def packed(model: Any) -> Any:
+    for projection in projections(model):
+        projection.pack(backend)
+    return model
+
+
+PROMPT = torch.tensor([[5, 9, 2, 7, 3, 3, 8, 1]])
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(PROMPT).logits
+
+
+# ---------------------------------------------------------------- models
+
+
+@interp
+@pytest.mark.parametrize("artifact", ["mixtral", "gpt_oss"], indirect=True)
+def test_a_model_by_the_kernels_gives_the_reference_s_answers(artifact: Path) -> None:
+    reference, model = load(artifact), backend.runtime(artifact, torch.float32)
+    assert all(p.packed is backend and p.codes.dtype == torch.int32 for p in projections(model))
+    wanted = logits(reference)
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-3)
+    told = dict(max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(PROMPT, **told), reference.generate(PROMPT, **told))
+
+
+def test_a_packed_model_is_the_same_model(artifact: Path) -> None:
+    """Off a GPU its op is the definition, so nothing may differ; nor in what it saves."""
+    if INTERPRETED:
+        pytest.skip("there the kernels run")
+    reference, model = load(artifact), packed(load(artifact))
+    assert torch.equal(logits(model), logits(reference))
+
+
+def test_what_is_saved_is_as_the_format_says(artifact: Path, tmp_path: Path) -> None:
+    reference, model = load(artifact), packed(load(artifact))
+    saved, wanted = model.state_dict(), reference.state_dict()
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path).state_dict()
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
+def test_stored_tensors_are_loaded_into_a_packed_model(artifact: Path) -> None:
+    reference, model = load(artifact), packed(load(artifact))
+    with torch.no_grad():
+        for p in projections(model):
+            p.codes.zero_()
+    model.load_state_dict(reference.state_dict())
+    assert all(p.packed is backend for p in projections(model))
+    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_packing_takes_no_second_copy(artifact: Path) -> None:
+    """What stays is the packed tensors alone; those that need no other order are the same tensors as before."""
+    model = load(artifact)
+    before = {id(p): {name: getattr(p, name) for name in ("codebook", "scale", "coef")} for p in projections(model)}
+    for p in projections(packed(model)):
+        assert set(dict(p.named_buffers())) <= set(vq4.TENSORS)
+        assert all(getattr(p, name) is tensor for name, tensor in before[id(p)].items())
+
+
+def test_a_model_follows_the_device(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a backend has kernels for a device, codes come into its order by .to(), and back."""
+    model, found = load(artifact), {"cpu": backend}
+    monkeypatch.setattr(placement, "kernels_for", found.get)
+    model.to("cpu")
+    assert all(p.packed is backend for p in projections(model))
+    found.clear()
+    model.to(torch.float32)
+    assert all(p.packed is None and p.codes.dtype == torch.uint8 for p in projections(model))
+    found["cpu"] = backend
+    assert all(p.packed is backend for p in projections(load(artifact)))
+
+
+def test_experts_that_are_lent_to_a_device_are_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate's offloading does: tensors are on the device during a forward, and no one has packed them."""
+    model = load(artifact)
+    for p in projections(model):
+        p.place = "meta"
+    assert bool(logits(model).isfinite().all())  # no kernels for this device: nothing is slow behind one's back
+    monkeypatch.setattr(placement, "kernels_for", {"cpu": backend}.get)
+    with pytest.raises(
+        MoeccError, match=r"^experts that were loaded on meta are lent to cpu for a moment, .*MOECC_KERNELS=ref"
+    ):
+        logits(model)
+
+
+# ---------------------------------------------------------------- which code runs where
+
+
+def test_the_backend_with_kernels_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(placement.VARIABLE, raising=False)
+    monkeypatch.setattr(backend, "require", lambda: None)
+    assert placement.kernels_for("cuda") is backend
+    assert placement.kernels_for("cpu") is None and placement.kernels_for("xpu") is None
+    monkeypatch.setenv(placement.VARIABLE, "reference")
+    assert placement.kernels_for("cuda") is None
+    monkeypatch.setenv(placement.VARIABLE, "fast")
+    with pytest.raises(MoeccError, match=r"^MOECC_KERNELS is 'fast'; it takes auto or reference$"):
+        placement.kernels_for("cpu")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """require() asked anew, on a machine whose cards are given."""
+
+    def ask(*capabilities: tuple[int, int], hip: str | None = None) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch, "cuda", SimpleNamespace(
+            is_available=lambda: bool(capabilities), device_count=lambda: len(capabilities),
+            get_device_capability=lambda i: capabilities[i], get_device_name=lambda i: f"card {i}",
+        ))  # fmt: skip
+        monkeypatch.setattr(torch.version, "hip", hip)
+        backend.require.cache_clear()
+        try:
+            backend.require()
+        finally:
+            backend.require.cache_clear()
+
+    return ask
+
+
+def test_what_is_missing_is_named(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    asked((9, 0), (8, 0))
+    asked((7, 5), hip="6.4")  # the number means another thing there
+    with pytest.raises(MoeccError, match=r"^the Triton backend needs a CUDA or ROCm device, and torch sees none$"):
+        asked()
+    with pytest.raises(
+        MoeccError, match=r"^.*8\.0, and card 1 has 7\.5; MOECC_KERNELS=reference runs the reference on it$"
+    ):
+        asked((9, 0), (7, 5))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MoeccError, match=r"needs triton, which isn't installed; pip install 'moecc\[triton\]'$"):
+        asked((9, 0))
+
+
+def test_the_backend_adds_nothing_to_an_artifact(tmp_path: Path) -> None:
+    program: Any = None
+    assert backend.emit(tmp_path, program) == {"name": "triton", "files": []} and not list(tmp_path.iterdir())
+
+
+def test_importing_the_backend_brings_in_neither_triton_nor_a_device() -> None:
+    import subprocess
+
+    code = (
+        "import torch; torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0; import moecc.backends.triton, sys; "
+        "from moecc import experts; print('triton' in sys.modules)"
+    )
+    plain = "import torch, transformers, moecc.hf, sys; print('triton' in sys.modules)"
+    runs = [
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in (plain, code)
+    ]
+    assert runs[0].stdout == runs[1].stdout  # torch may have brought it itself
+
+
+# ---------------------------------------------------------------- the op
+
+
+def operands(layer: Layer) -> list[Any]:
+    x, index, weight, gate_up, down, post_norm = layer.packed()
+    return [x, index, weight, *(gate_up[n] for n in vq4.TENSORS), *(down[n] for n in vq4.TENSORS), post_norm]
+
+
+OP: Any = torch.ops.moecc.vq_experts_packed.default
+LAYERS = {
+    "2 bit": dict(bits=2), "3 bit": dict(bits=3, rank=2, bias=True, mean=2), "4 bit": dict(bits=4, norm=True, mean=3, shared=True),
+    "no gate": dict(bits=2, gate="none", act="relu2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.skipif(INTERPRETED, reason="there the kernels run")
+def test_the_op_s_definition_is_that_of_the_stored_form(name: str) -> None:
+    layer = draw_layer(**LAYERS[name])
+    assert torch.equal(OP(*operands(layer), **layer.attributes), layer.reference())
+
+
+@pytest.mark.parametrize("name", [*LAYERS, pytest.param("2 bit", marks=in_interpreter, id="kernels")])
+def test_opcheck(name: str) -> None:
+    layer = draw_layer(**LAYERS[name])
+    torch.library.opcheck(OP, operands(layer), layer.attributes)
+
+
+def test_derivatives_are_the_reference_s() -> None:
+    layer = draw_layer(3, rank=2)
+    layer.x.requires_grad_()
+    OP(*operands(layer), **layer.attributes).square().sum().backward()
+    got, layer.x.grad = layer.x.grad, None
+    layer.reference().square().sum().backward()
+    wanted = layer.x.grad
+    assert got is not None and wanted is not None
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_fake_tensors_export_and_compile() -> None:
+    layer = draw_layer(2, rank=2)
+    args = operands(layer)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in args]
+        assert OP(*fakes, **layer.attributes).shape == layer.x.shape
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stored = nn.ParameterList()  # what is absent has no place
+            self.places = [None if t is None else self._add(t) for t in args[3:]]
+
+        def _add(self, t: Tensor) -> int:
+            self.stored.append(nn.Parameter(t, requires_grad=False))
+            return len(self.stored) - 1
+
+        def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            stored = [None if i is None else self.stored[i] for i in self.places]
+            result: Tensor = torch.relu(OP(x, index, weight, *stored, **layer.attributes))
+            return result
+
+    routed = tuple(args[:3])
+    batch = torch.export.Dim("tokens", min=2, max=64)
+    exported = torch.export.export(Experts(), routed, dynamic_shapes={n: {0: batch} for n in ("x", "index", "weight")})
+    assert OP in [node.target for node in exported.graph.nodes]
+    wanted = Experts()(*routed)
+    torch.testing.assert_close(exported.module()(*routed), wanted)
+    compiled = torch.compile(Experts(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*routed), wanted)
+    assert torch.equal(exported.module()(*(t[:2] for t in routed)), Experts()(*(t[:2] for t in routed)))
+
+
+@interp
+@pytest.mark.parametrize("artifact", ["mixtral"], indirect=True)
+def test_a_compressed_module_calls_the_kernels(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The implementation that transformers was given ("moecc") is what leads there."""
+    from moecc.backends.triton import launch
+
+    model, calls = backend.runtime(artifact, torch.float32), []
+    run = launch.vq_experts
+    monkeypatch.setattr(launch, "vq_experts", lambda *a, **k: calls.append(len(a)) or run(*a, **k))
+    assert model.config._experts_implementation == experts.IMPLEMENTATION
+    logits(model)
+    assert len(calls) == len(projections(model)) / 2
