@@ -227,6 +227,10 @@ CASES: dict[str, Case] = {
     **{f"bits{a}{b}": Case(bits=(a, b)) for a in (2, 3, 4) for b in (2, 3, 4)},
     "whole_blocks": Case(hidden=128, intermediate=64, experts=3),
     "wide": Case(hidden=600, intermediate=330, experts=3, bits=(2, 4), tokens=(1, 4, 9)),
+    "tall": Case(hidden=600, intermediate=330, experts=3, bits=(2, 2), tokens=(1, 2, 3, 9)),
+    "tall_everything": Case(
+        hidden=530, intermediate=270, experts=3, means=(2, 2), rank=5, bias=True, tokens=(1, 2), post_norm=True
+    ),
     "wide_signs": Case(hidden=600, intermediate=330, experts=3, bits=(3, 3), tokens=(1, 4, 9)),
     "small": Case(hidden=3, intermediate=1, experts=1, top_k=1),
     "shared": Case(shared=True, bits=(2, 4)),
@@ -339,7 +343,8 @@ def test_the_library_gives_what_the_reference_gives(name: str, batch: Batch, out
 
 
 def test_values_that_are_no_numbers_stay_in_their_token(tmp_path: Path, isas: list[str]) -> None:
-    cases = {"few": Case(tokens=(3,)), "many": Case(tokens=(33,)), "signs": Case(tokens=(3,), bits=(3, 3))}
+    tall = {"hidden": 600, "intermediate": 330, "experts": 12}  # enough rows, and few tokens an expert, for lookups
+    cases = {"few": Case(tokens=(3,), **tall), "many": Case(tokens=(33,)), "signs": Case(tokens=(3,), bits=(3, 3))}
 
     def spoil(tensors: Tensors) -> None:
         tensors["x"][0, 5], tensors["x"][1, 70] = math.nan, math.inf
@@ -361,8 +366,12 @@ def test_values_that_are_no_numbers_stay_in_their_token(tmp_path: Path, isas: li
 
 def test_numbers_may_be_tiny_or_huge(tmp_path: Path, isas: list[str]) -> None:
     cases = {
-        f"{kind}{exponent}": (Case(tokens=(2, 9), act="identity", gate="none", bits=bits), exponent)
-        for kind, bits in (("lookup", (2, 4)), ("signs", (3, 3)))
+        f"{kind}{exponent}": (Case(tokens=(2, 9), act="identity", gate="none", bits=bits, **sizes), exponent)
+        for kind, bits, sizes in (
+            ("lookup", (2, 2), {"hidden": 530, "intermediate": 530}),
+            ("pairs", (2, 4), {}),
+            ("signs", (3, 3), {}),
+        )
         for exponent in (-20, 20)
     }
     batch = Batch(tmp_path)

@@ -435,7 +435,9 @@ console.log(JSON.stringify(Array.from(logits.data)));
 """
 
 
-@pytest.mark.skipif("MOECC_ONNX_WEB" not in os.environ, reason="set MOECC_ONNX_WEB to where onnxruntime-web is installed")
+@pytest.mark.skipif(
+    "MOECC_ONNX_WEB" not in os.environ, reason="set MOECC_ONNX_WEB to where onnxruntime-web is installed"
+)
 @pytest.mark.parametrize(("bits", "opset"), [(2, 21), (3, 23)])
 def test_a_browser_computes_the_same(bits: int, opset: int, tmp_path: Path) -> None:
     """onnxruntime-web under node: MOECC_ONNX_WEB is the folder in which `npm install onnxruntime-web` was run."""

@@ -63,6 +63,7 @@ def translate(cached: Cached, opset: int, stored: Container[str]) -> ir.Model:
             CommonSubexpressionEliminationPass()(model)
             _read_masks_whole(model)
             may_have_room = attention.fuse(model)
+            _join_sums_and_norms(model)
     except MoeccError:
         raise
     except Exception as error:
@@ -205,6 +206,33 @@ def _read_masks_whole(model: ir.Model) -> None:
         if all(v is not None and _counts(v) for v in pairs.inputs) and len(node.outputs[0].shape or ()) == 4:
             op = bodies.Ops()
             bodies.put_instead(model, node, op, op.Unsqueeze(data, op.ints(1, 2)))
+
+
+def _join_sums_and_norms(model: ir.Model) -> None:
+    """RMSNormalization of a sum that is needed itself too, as the operator that gives both."""
+    for node in [n for n in model.graph if n.op_type == "RMSNormalization"]:
+        total, norm = node.inputs[0], node.inputs[1]
+        add = None if total is None else total.producer()
+        last = node.attributes["axis"].as_int() == -1
+        if add is None or add.op_type != "Add" or not last or total.is_graph_output():  # type: ignore[union-attr]
+            continue
+        if norm is None or norm.producer() is not None:  # it may be computed behind the sum
+            continue
+        left, right = (None if v is None else v.shape for v in add.inputs)
+        if left is None or len(left) != 3 or left != right:
+            continue
+        op = bodies.Ops()
+        inputs, outputs = [*add.inputs, norm], [op.value(), None, None, op.value()]
+        joined = ir.Node(
+            "com.microsoft", "SkipSimplifiedLayerNormalization", inputs, outputs=[v or ir.Value(name="") for v in outputs],
+            attributes=[ir.AttrFloat32("epsilon", node.attributes["epsilon"].as_float())], name=f"{node.name}.joined",
+        )  # fmt: skip
+        model.graph.insert_after(add, joined)
+        for old, new in ((node.outputs[0], outputs[0]), (total, outputs[3])):
+            assert old is not None and new is not None
+            new.name, new.shape, new.type = f"{old.name}.joined", old.shape, old.type
+            old.replace_all_uses_with(new)
+        model.graph.remove([node, add], safe=True)
 
 
 def _is_mask(value: ir.Value) -> bool:

@@ -26,6 +26,7 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
 }  // namespace
 
 extern const Kernels NEON_KERNELS = {
-    "neon", 3, 1, lookup, nullptr, nullptr, multiply, apply_gate, add_coefficients, dot, add, add_product, scores, mix, softmax, from_half, to_half,
+    "neon", 3, 1, 0, lookup, nullptr, nullptr, multiply, apply_gate, add_coefficients, dot, add, add_product, scores, mix,
+    softmax, from_half, to_half,
 };
 }  // namespace moecc

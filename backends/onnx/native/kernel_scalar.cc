@@ -8,7 +8,7 @@
 
 namespace moecc {
 extern const Kernels SCALAR_KERNELS = {
-    "scalar", 3, 1, lookup, nullptr, nullptr, multiply, apply_gate, add_coefficients, dot, add, add_product, scores, mix, softmax,
+    "scalar", 3, 1, 0, lookup, nullptr, nullptr, multiply, apply_gate, add_coefficients, dot, add, add_product, scores, mix, softmax,
     from_half_portable, to_half_portable,
 };
 }  // namespace moecc

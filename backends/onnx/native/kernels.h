@@ -40,9 +40,9 @@ struct Gating {  // moecc/gates.py
 struct Kernels {
   const char* name;
 
-  // Up to so many inputs `lookup` is faster than `multiply`, for codes of four weights and of two. It is not asked for more, nor
-  // for what has signs.
-  int64_t few_of_four, few_of_two;
+  // Up to so many inputs `lookup` is faster than `multiply`, for codes of four weights and of two, from so many row blocks on: its
+  // tables cost the same for few rows. It is not asked for more, nor for what has signs.
+  int64_t few_of_four, few_of_two, least_row_blocks;
   // y[i] [64 row_blocks] = the product with the columns of blocks first..last-1 alone, of inputs x[i] [64 column_blocks].
   void (*lookup)(const Coded&, const float* const* x, float* const* y, int64_t inputs, int64_t first, int64_t last);
 

@@ -34,7 +34,8 @@ class Product {
     int64_t job, part, first, last;
   };
   bool by_lookup(const Job& job) const {
-    return !job.matrix.signs && job.count <= (job.matrix.v == 4 ? kernels_.few_of_four : kernels_.few_of_two);
+    const int64_t few = job.matrix.v == 4 ? kernels_.few_of_four : kernels_.few_of_two;
+    return !job.matrix.signs && job.count <= few && job.matrix.row_blocks >= kernels_.least_row_blocks;
   }
   void cut();
   void place_results();
