@@ -203,9 +203,8 @@ def _side(value: ir.Value | None) -> _Side:
     angles, interleaved = None, 0
     assert value is not None
     if (node := value.producer()) is not None and node.op_type == "RotaryEmbedding":
-        _require(
-            len(node.inputs) == 3 and "rotary_embedding_dim" not in node.attributes
-        )  # of all channels, cos [B, S, d / 2]
+        # all channels are rotated, cos is [B, S, d / 2]
+        _require(len(node.inputs) == 3 and "rotary_embedding_dim" not in node.attributes)
         angles, interleaved = (node.inputs[1], node.inputs[2]), node.attributes["interleaved"].as_int()
         value = node.inputs[0]
     side = _split(_source(value, "Transpose", perm=[0, 2, 1, 3]))

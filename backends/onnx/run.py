@@ -7,7 +7,7 @@ which are written into it; otherwise every step makes a new one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class Cache:
 
     values: dict[str, Any]
     padding: np.ndarray  # [B, 1]: so many of the first tokens of a row are none
+    binding: Any  # of these to the graph's inputs and outputs
     length: int = 0
-    binding: Any = field(default=None, repr=False)
 
 
 class Session:
@@ -60,15 +60,14 @@ class Session:
     def start(self, batch: int, padding: Sequence[int] = ()) -> Cache:
         """A cache that holds nothing. padding: how many tokens in front of each row stand for none."""
         memory = {name: _shared(self._memory(name, batch, _LEAST_ROOM if self.room else 0)) for name in self.past}
-        return Cache(memory, np.array(padding or [0] * batch).reshape(batch, 1))
+        cache = Cache(memory, np.array(padding or [0] * batch).reshape(batch, 1), self.session.io_binding())
+        self._bind(cache)
+        return cache
 
     def step(self, ids: np.ndarray, cache: Cache) -> np.ndarray:
         """Logits [B, S, vocabulary] of new tokens i64 [B, S], which join the cache."""
         batch, tokens = ids.shape
         past, total = cache.length, cache.length + tokens
-        if cache.binding is None:
-            cache.binding = self.session.io_binding()
-            self._bind(cache)
         if self.room and total > next(iter(cache.values.values())).shape()[2]:
             self._enlarge(cache, batch, total)
         places = np.arange(total) - cache.padding  # [B, total]

@@ -143,7 +143,7 @@ _ATTRIBUTES = {"act": "STRING", "gate": "STRING", "alpha": "FLOAT", "limit": "FL
 _VQ_EXPERTS = _operator(bodies.DOMAIN, "VQExperts", _operand_types(bodies.coded_inputs()), 3, _ATTRIBUTES)
 _EXPERTS = _operator(bodies.DOMAIN, "Experts", _operand_types([*bodies.ROUTED, *bodies.DENSE]), 5, _ATTRIBUTES)
 _MATMUL_NBITS = _operator(
-    "com.microsoft", "MatMulNBits", 
+    "com.microsoft", "MatMulNBits",
     [("A", "T"), ("B", "tensor(uint8)"), ("scales", "W2"), ("zero_points", "W3"), ("g_idx", "W4"), ("bias", "W5")], 3,
     {"K": "INT", "N": "INT", "bits": "INT", "block_size": "INT", "accuracy_level": "INT"},
 )  # fmt: skip

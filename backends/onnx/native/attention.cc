@@ -16,12 +16,13 @@ namespace {
 
 constexpr int64_t ROWS = 16;   // queries at a time
 constexpr int64_t KEYS = 64;   // at a time: they stay in the first cache
+constexpr int64_t WORKERS = 64;  // more than there are threads
 
 class Run {
  public:
   Run(const Attention& a, const Kernels& kernels, const Parallel& parallel, void* y, void* key, void* value)
       : a_(a), k_(kernels), parallel_(parallel), y_(y), key_(key), value_(value), per_group_(a.heads / a.groups),
-        q_(a.batch * a.heads * a.tokens * a.width), q_norm_(a.width), k_norm_(a.width),
+        q_(a.batch * a.heads * a.tokens * a.width), one_(groups() * a.width), q_norm_(a.width), k_norm_(a.width),
         angles_(2 * a.batch * a.tokens * a.angles), wide_key_(a.half ? groups() * a.total() * a.width : 0),
         wide_value_(a.half ? groups() * a.total() * a.value_width : 0) {}
 
@@ -32,10 +33,14 @@ class Run {
     widen(a_.sin, sin(0), a_.batch * a_.tokens * a_.angles);
     parallel_.each(groups(), [&](int64_t i) noexcept { append(i / a_.groups, i % a_.groups); });
     const int64_t queries = per_group_ * a_.tokens, pieces = (queries + ROWS - 1) / ROWS;
-    Buffer<float> scratch(groups() * pieces * ROWS * (a_.total() + a_.value_width));
-    parallel_.each(groups() * pieces, [&](int64_t i) noexcept {
-      const int64_t first = i % pieces * ROWS;
-      attend(i / pieces, first, std::min(ROWS, queries - first), scratch.at(i * ROWS * (a_.total() + a_.value_width)));
+    const int64_t count = groups() * pieces, workers = std::min(count, WORKERS);
+    const int64_t room = ROWS * (a_.total() + a_.value_width);
+    Buffer<float> scratch(workers * room);  // of all pieces it would grow with the square of the tokens
+    parallel_.each(workers, [&](int64_t worker) noexcept {
+      for (int64_t i = worker; i < count; i += workers) {
+        const int64_t first = i % pieces * ROWS;
+        attend(i / pieces, first, std::min(ROWS, queries - first), scratch.at(worker * room));
+      }
     });
   }
 
@@ -87,11 +92,11 @@ class Run {
     if (key_ != a_.past_key) memcpy(key, at(a_.past_key, i * a_.past_room * d * bytes()), past * d * bytes());
     if (value_ != a_.past_value) memcpy(value, at(a_.past_value, i * a_.past_room * e * bytes()), past * e * bytes());
     float* q = q_.at(i * per_group_ * a_.tokens * d);
-    Buffer<float> one(d);
+    float* one = one_.at(i * d);
     for (int64_t t = 0; t < a_.tokens; t++) {
       const int64_t token = row * a_.tokens + t, keys = a_.heads * d, values = keys + a_.groups * d;
-      prepare(token, keys + group * d, a_.k_norm ? k_norm_.at(0) : nullptr, one.at(0));
-      narrow(one.at(0), at(key, (past + t) * d * bytes()), d);
+      prepare(token, keys + group * d, a_.k_norm ? k_norm_.at(0) : nullptr, one);
+      narrow(one, at(key, (past + t) * d * bytes()), d);
       memcpy(at(value, (past + t) * e * bytes()), at(a_.rows, (token * a_.row_width() + values + group * e) * bytes()), e * bytes());
       for (int64_t h = 0; h < per_group_; h++, q += d) {
         prepare(token, (group * per_group_ + h) * d, a_.q_norm ? q_norm_.at(0) : nullptr, q);
@@ -142,6 +147,7 @@ class Run {
   void *const y_, *const key_, *const value_;
   const int64_t per_group_;                // heads of queries per head of keys
   Buffer<float> q_;                        // [batch, groups, tokens, per_group, width]
+  Buffer<float> one_;                      // [batch, groups, width]: a key that is being made
   Buffer<float> q_norm_, k_norm_, angles_; // in float32; all cosines, all sines
   Buffer<float> wide_key_, wide_value_;    // the whole cache in float32, where it is float16
 };
