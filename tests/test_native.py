@@ -35,7 +35,7 @@ pytest.importorskip("onnxruntime")
 if not any(map(shutil.which, build.COMPILERS)) and not os.environ.get("CXX"):
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-TOLERANCE = 2e-5  # norm-wise, of y
+TOLERANCE = 3e-5  # norm-wise, of y
 HALF_TOLERANCE = 3e-4  # few of the values are rounded the other way, by one unit of 2^-11
 TOKENS = (0, 1, 2, 3, 5, 33, 130)
 Tensors = dict[str, Any]  # Tensor or None, by NAMES

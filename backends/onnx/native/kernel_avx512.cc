@@ -29,7 +29,7 @@ void to_half(const float* x, uint16_t* y, int64_t n) {
 }  // namespace
 
 extern const Kernels AVX512_KERNELS = {
-    "avx512", 2, 0, 8, lookup, prepared_bytes, prepare, multiply, apply_gate, add_coefficients, dot, add, add_product, scores,
+    "avx512", 8, 0, 8, lookup, prepared_bytes, prepare, multiply, apply_gate, add_coefficients, dot, add, add_product, scores,
     mix, softmax, from_half, to_half,
 };
 }  // namespace moecc
