@@ -29,9 +29,10 @@ from moecc import vq4
 
 DOMAIN, VERSION = "moecc", 1
 FEW_ROUTES = 16  # above, an expert that several tokens chose is worth reading once
-FEW_TOKENS, FEW_WITH_SIGNS = 8, 4  # of one expert: decoding costs as much as so many lookups
+FEW_TOKENS, FEW_WITH_SIGNS = 4, 2  # of one expert: decoding costs as much as so many lookups
 ROUTED = ("x", "topk_index", "topk_weight")
 DENSE = ("gate_up", "down", "gate_up_bias", "down_bias", "post_norm")
+STRIPES = 8  # in which an expert is decoded: a runtime shares rows out among its threads
 _FLOAT, _UINT8, _INT32, _INT64 = 1, 2, 6, 7  # as Cast names them
 
 
@@ -436,9 +437,15 @@ class _Layer:
             return op.each(op.Squeeze(tokens), lambda op, t: self._pick(op, op.Gather(parts, t), entries, picked))
 
         def decode(op: Ops) -> ir.Value:
-            index = op.Expand(op.shaped(picked, 1, op.Mul(groups, rows)), op.Concat(v, op.ints(1), axis=0))
-            weight = op.shaped(op.GatherElements(entries, index, axis=1), v, groups, rows)
-            return op.ReduceSum(op.MatMul(op.Transpose(parts, perm=[2, 0, 1]), weight), op.ints(0), keepdims=0)
+            index = op.shaped(picked, STRIPES, op.Div(op.Mul(groups, rows), op.ints(STRIPES)))
+            columns = op.Transpose(parts, perm=[2, 0, 1])
+
+            def component(op: Ops, i: ir.Value) -> ir.Value:
+                entry = op.Expand(op.Gather(entries, i), op.Concat(op.ints(STRIPES), op.size(entries, 1), axis=0))
+                weight = op.shaped(op.GatherElements(entry, index, axis=1), groups, rows)
+                return op.MatMul(op.Gather(columns, i), weight)
+
+            return op.ReduceSum(op.each(op.Squeeze(v), component), op.ints(0), keepdims=0)
 
         few = op.number(FEW_WITH_SIGNS if self.structure.has(f"{part}_signs") else FEW_TOKENS)
         y = op.choose(op.LessOrEqual(op.Squeeze(tokens), few), look_up, decode)
