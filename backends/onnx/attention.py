@@ -22,7 +22,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from moecc.backends.onnx.bodies import DOMAIN, Ops, put_instead
+from moecc.backends.onnx.bodies import DOMAIN, Ops
 
 NAME = "CachedAttention"
 ROOM = "moecc.cache_may_have_room"  # in the metadata of a model all of whose layers have such a node
@@ -63,27 +63,9 @@ def fuse(model: ir.Model) -> bool:
             _fuse(model, node)
         except _Other:
             continue
-    _count_by_mask(model)
     RemoveUnusedNodesPass()(model)
     past = [v for v in model.graph.inputs if v.name.startswith("past_key_values.")]  # type: ignore[union-attr]
     return all(node.op_type.startswith(NAME) for value in past for node, _ in value.uses())
-
-
-def _count_by_mask(model: ir.Model) -> None:
-    """Sizes of batch and past from attention_mask and input_ids: a cache may have room for more than the past."""
-    inputs = {str(v.name): v for v in model.graph.inputs}
-    if not {"attention_mask", "input_ids"} <= inputs.keys():
-        return
-    shapes = [
-        n for name, v in inputs.items() if name.startswith("past_key") for n, _ in v.uses() if n.op_type == "Shape"
-    ]
-    for node in shapes:
-        op, dimensions = Ops(), (node.attributes["start"].as_int(), node.attributes["end"].as_int())
-        if dimensions == (0, 1):
-            put_instead(model, node, op, op.size(inputs["input_ids"], 0))
-        elif dimensions == (2, 3):
-            total, new = op.size(inputs["attention_mask"], 1), op.size(inputs["input_ids"], 1)
-            put_instead(model, node, op, op.Sub(total, new))
 
 
 def _fuse(model: ir.Model, node: ir.Node) -> None:

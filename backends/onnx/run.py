@@ -7,7 +7,6 @@ which are written into it; otherwise every step makes a new one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,28 @@ def version() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
-@dataclass
 class Cache:
-    """Keys and values of the first `length` tokens, [B, heads, length or more, width] by name of the graph's input."""
+    """Keys and values of the first `length` tokens, [B, heads, room or length, width] by name of the graph's input."""
 
-    values: dict[str, Any]
-    padding: np.ndarray  # [B, 1]: so many of the first tokens of a row are none
-    binding: Any  # of these to the graph's inputs and outputs
-    length: int = 0
+    def __init__(self, values: dict[str, Any], padding: np.ndarray, binding: Any, room: int):
+        self.values = values
+        self.padding = padding  # [B, 1]: so many of the first tokens of a row are none
+        self.binding = binding  # of these to the graph's inputs and outputs
+        self.length = 0
+        self.count(room)
+
+    def count(self, room: int) -> None:
+        """Know attention_mask and position_ids, i64 [B, room], of so many tokens."""
+        places = np.arange(room) - self.padding
+        self.room, self.counted, self.places = room, (places >= 0).astype(np.int64), np.maximum(places, 0)
+
+    def given(self, tokens: int) -> dict[str, np.ndarray]:
+        """attention_mask [B, length + tokens] and position_ids [B, tokens] of new tokens."""
+        total = self.length + tokens
+        return {
+            "attention_mask": np.ascontiguousarray(self.counted[:, :total]),
+            "position_ids": np.ascontiguousarray(self.places[:, self.length : total]),
+        }
 
 
 class Session:
@@ -60,27 +73,23 @@ class Session:
     def start(self, batch: int, padding: Sequence[int] = ()) -> Cache:
         """A cache that holds nothing. padding: how many tokens in front of each row stand for none."""
         memory = {name: _shared(self._memory(name, batch, _LEAST_ROOM if self.room else 0)) for name in self.past}
-        cache = Cache(memory, np.array(padding or [0] * batch).reshape(batch, 1), self.session.io_binding())
+        first = np.array(padding or [0] * batch).reshape(batch, 1)
+        cache = Cache(memory, first, self.session.io_binding(), _LEAST_ROOM)
         self._bind(cache)
         return cache
 
     def step(self, ids: np.ndarray, cache: Cache) -> np.ndarray:
         """Logits [B, S, vocabulary] of new tokens i64 [B, S], which join the cache."""
         batch, tokens = ids.shape
-        past, total = cache.length, cache.length + tokens
-        if self.room and total > next(iter(cache.values.values())).shape()[2]:
-            self._enlarge(cache, batch, total)
-        places = np.arange(total) - cache.padding  # [B, total]
-        given = {
-            "input_ids": ids, "attention_mask": (places >= 0).astype(np.int64),
-            "position_ids": np.ascontiguousarray(np.maximum(places[:, past:], 0)),
-        }  # fmt: skip
-        for name in given.keys() & self.inputs.keys():
-            cache.binding.bind_cpu_input(name, given[name])
+        if cache.length + tokens > cache.room:
+            self._enlarge(cache, batch, max(cache.length + tokens, 2 * cache.room))
+        for name, value in ({"input_ids": ids} | cache.given(tokens)).items():
+            if name in self.inputs:
+                cache.binding.bind_cpu_input(name, value)
         logits = np.empty((batch, tokens, self.vocabulary), _KINDS[self.logits_type])
         cache.binding.bind_ortvalue_output("logits", _shared(logits))
         self.session.run_with_iobinding(cache.binding)
-        cache.length = total
+        cache.length += tokens
         if not self.room:  # outputs come in the order in which they were bound first
             cache.values = dict(zip(self.past, cache.binding.get_outputs(), strict=False))
             self._bind(cache)
@@ -95,9 +104,12 @@ class Session:
         _, heads, _, width = self.inputs[name].shape
         return np.zeros((batch, heads, tokens, width), _KINDS[self.inputs[name].type])
 
-    def _enlarge(self, cache: Cache, batch: int, tokens: int) -> None:
+    def _enlarge(self, cache: Cache, batch: int, room: int) -> None:
+        cache.count(room)
+        if not self.room:
+            return
         for name, before in cache.values.items():
-            memory = self._memory(name, batch, max(tokens, 2 * before.shape()[2]))
+            memory = self._memory(name, batch, room)
             memory[:, :, : cache.length] = before.numpy()[:, :, : cache.length]
             cache.values[name] = _shared(memory)
         self._bind(cache)

@@ -9,6 +9,8 @@ moecc::vq_experts       moecc::VQExperts, inputs `bodies.coded_inputs()`
 moecc::experts          moecc::Experts, the experts of a layer that was left dense
 moecc::q_linear         com.microsoft::MatMulNBits
 moecc::expert_linear    Gather and MatMul
+a mask of tokens        moecc::CausalMask (`masks`)
+attention with a cache  moecc::CachedAttention (`attention`)
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from onnxscript import values
 from onnxscript.rewriter import onnx_fusions
 
 from moecc import ops
-from moecc.backends.onnx import attention, bodies
+from moecc.backends.onnx import attention, bodies, masks
 from moecc.backends.onnx.cached import Cached
 from moecc.errors import MoeccError, reason
 
@@ -61,9 +63,10 @@ def translate(cached: Cached, opset: int, stored: Container[str]) -> ir.Model:
             onnxscript.optimizer.optimize_ir(model)
             onnx_fusions.fuse(model)  # what opset 23 has one operator for
             CommonSubexpressionEliminationPass()(model)
-            _read_masks_whole(model)
+            masks.simplify(model)
             may_have_room = attention.fuse(model)
             _join_sums_and_norms(model)
+            _reshape_once(model)
     except MoeccError:
         raise
     except Exception as error:
@@ -195,19 +198,6 @@ _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
 # ---------------------------------------------------------------- what is left of the exporter
 
 
-def _read_masks_whole(model: ir.Model) -> None:
-    """attention_mask [B, T] as [B, 1, 1, T] where the graph gathers it number by number, over ranges of all rows and tokens."""
-    for node in [n for n in model.graph if n.op_type == "GatherND"]:
-        data, indices = node.inputs
-        assert data is not None and indices is not None
-        pairs = indices.producer()
-        if not _is_mask(data) or pairs is None or pairs.op_type != "Concat" or len(pairs.inputs) != 2:
-            continue
-        if all(v is not None and _counts(v) for v in pairs.inputs) and len(node.outputs[0].shape or ()) == 4:
-            op = bodies.Ops()
-            bodies.put_instead(model, node, op, op.Unsqueeze(data, op.ints(1, 2)))
-
-
 def _join_sums_and_norms(model: ir.Model) -> None:
     """RMSNormalization of a sum that is needed itself too, as the operator that gives both."""
     for node in [n for n in model.graph if n.op_type == "RMSNormalization"]:
@@ -235,20 +225,19 @@ def _join_sums_and_norms(model: ir.Model) -> None:
         model.graph.remove([node, add], safe=True)
 
 
-def _is_mask(value: ir.Value) -> bool:
-    node = value.producer()
-    return value.name == "attention_mask" or (node is not None and node.op_type == "Cast" and _is_mask(node.inputs[0]))  # type: ignore[arg-type]
-
-
-def _counts(value: ir.Value) -> bool:
-    """Whether a value is 0, 1, 2... along one axis."""
-    node = value.producer()
-    while node is not None and node.op_type in ("Unsqueeze", "Expand"):
-        node = node.inputs[0].producer()  # type: ignore[union-attr]
-    if node is None or node.op_type != "Range":
-        return False
-    first, step = (v.const_value for v in (node.inputs[0], node.inputs[2]) if v is not None)
-    return first is not None and step is not None and (int(first.numpy()), int(step.numpy())) == (0, 1)
+def _reshape_once(model: ir.Model) -> None:
+    """Leave a value alone that is to be reshaped to what it was reshaped to just before."""
+    for node in [n for n in model.graph if n.op_type == "Reshape"]:
+        before = node.inputs[0].producer()  # type: ignore[union-attr]
+        if before is None or before.op_type != "Reshape":
+            continue
+        sizes = [n.inputs[1].const_value for n in (node, before)]  # type: ignore[union-attr]
+        if any(s is None for s in sizes) or node.outputs[0].is_graph_output():
+            continue
+        ours, theirs = (s.numpy().tolist() for s in sizes)  # type: ignore[union-attr]
+        if ours == theirs and 0 not in ours:
+            node.outputs[0].replace_all_uses_with(before.outputs[0])
+            model.graph.remove(node, safe=True)
 
 
 def _name_sizes(model: ir.Model) -> None:

@@ -85,19 +85,24 @@ void mix(const float* s, int64_t stride, int64_t queries, const float* v, int64_
 
 void softmax(float* s, const uint8_t* mask, int64_t n) {
   constexpr float LEAST = -3.0e38f;
-  float most = LEAST;
-  for (int64_t t = 0; t < n; t++) {
-    const float x = mask[t] ? s[t] : LEAST;
-    most = x > most ? x : most;
+  for (int64_t t = 0; t < n; t++) s[t] = mask[t] ? s[t] : LEAST;
+  Vec most_of = all(LEAST), total_of{};
+  int64_t t = 0;
+  for (; t + LANES <= n; t += LANES) {
+    const Vec v = load(s + t);
+    most_of = v > most_of ? v : most_of;
   }
-  float total = 0;
-  for (int64_t t = 0; t < n; t++) {
+  float most = LEAST, total = 0;
+  for (int i = 0; i < LANES; i++) most = most_of[i] > most ? most_of[i] : most;
+  for (; t < n; t++) most = s[t] > most ? s[t] : most;
+  for (t = 0; t < n; t++) {
     const float e = exponential(s[t] - most);
     s[t] = mask[t] ? e : 0.0f;
   }
-  for (int64_t t = 0; t < n; t++) total += s[t];
+  for (t = 0; t + LANES <= n; t += LANES) total_of += load(s + t);
+  for (total = sum(total_of); t < n; t++) total += s[t];
   const float factor = total > 0 ? 1.0f / total : 0.0f;  // nothing to attend to: zeros
-  for (int64_t t = 0; t < n; t++) s[t] *= factor;
+  for (t = 0; t < n; t++) s[t] *= factor;
 }
 
 }  // namespace

@@ -145,6 +145,6 @@ Op make_op(std::string name, std::vector<Input> inputs, std::vector<Input> outpu
   return op;
 }
 
-std::vector<Op> experts_ops(), attention_ops();
+std::vector<Op> experts_ops(), attention_ops(), mask_ops();
 
 }  // namespace moecc

@@ -8,7 +8,8 @@ namespace {
 OrtCustomOpDomain* domain(const ort::Api& api) {
   static const std::vector<Op> ops = [] {
     std::vector<Op> all = experts_ops();
-    for (Op& op : attention_ops()) all.push_back(std::move(op));
+    for (auto more : {attention_ops, mask_ops})
+      for (Op& op : more()) all.push_back(std::move(op));
     return all;
   }();
   static OrtCustomOpDomain* const made = [&] {

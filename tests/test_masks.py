@@ -1,0 +1,92 @@
+"""moecc::CausalMask: which masks become one, and that function and op library give what a causal mask is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import FAMILIES
+from test_compile import checkpoint
+
+from moecc import compiler
+from moecc.backends.onnx import build
+
+onnx = pytest.importorskip("onnx")
+ir = pytest.importorskip("onnx_ir")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from moecc.backends.onnx import exporter, masks  # noqa: E402
+
+# family -> windows of its masks, None where one is no causal mask of a window
+KNOWN = {
+    "qwen2_moe": [masks.NO_WINDOW],
+    "gpt_oss": [8, masks.NO_WINDOW],
+    "llama4_text": [None],  # attention in chunks
+}
+
+
+@pytest.mark.parametrize("opset", (21, 23))
+@pytest.mark.parametrize("family", [f for f in KNOWN if f in FAMILIES])
+def test_a_mask_is_known_by_its_values(family: str, opset: int, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "model", family)
+    compiler.compile_model(str(source), "vq", tmp_path / "art", bits=2, calib=None, rows=8, length=32)
+    exporter.export(tmp_path / "art", tmp_path / "onnx", opset=opset)
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    windows = [n.attribute[0].i for n in model.graph.node if n.op_type == masks.NAME]
+    assert sorted(windows) == sorted(w for w in KNOWN[family] if w)
+    left = [n for n in model.graph.node if n.op_type in ("LessOrEqual", "Less", "Range")]
+    assert bool(left) == (None in KNOWN[family])
+
+
+SIZES = ((1, [0], 1), (3, [0, 2, 9], 8), (1, [4, 0], 9), (6, [1], 6))  # new tokens, padding of each row, all tokens
+CASES = [(*size, window) for size in SIZES for window in (1, 3, masks.NO_WINDOW)]
+
+
+@pytest.mark.parametrize("library", (False, True))
+def test_function_and_library_give_what_it_is(library: bool, tmp_path: Path) -> None:
+    for tokens, padding, total, window in CASES:
+        session = one(tmp_path, window, library)
+        given = masks._counting(padding, total)
+        y = session.run(None, {"input_ids": np.zeros((len(padding), tokens), np.int64), "attention_mask": given})[0]
+        assert y.shape == (len(padding), 1, tokens, total) and y.dtype == bool
+        for b, s, t in np.ndindex(len(padding), tokens, total):
+            place = total - tokens + s
+            assert y[b, 0, s, t] == (padding[b] <= t <= place and place - t < window)
+
+
+def test_what_does_not_fit_is_an_error_that_says_so(tmp_path: Path) -> None:
+    session = one(tmp_path, 3, True)
+    ids = np.zeros((2, 4), np.int64)
+    for counts, text in (
+        (np.ones((2, 3), np.int64), "attention_mask has shape [2, 3], which is of fewer tokens than input_ids [2, 4]"),
+        (np.ones((1, 5), np.int64), "attention_mask has shape [1, 5], expected [2, 5]"),
+    ):
+        with pytest.raises(Exception, match="moecc::CausalMask") as failed:
+            session.run(None, {"input_ids": ids, "attention_mask": counts})
+        assert text in str(failed.value)
+    with pytest.raises(Exception, match="window is 0, expected 1 or more"):
+        one(tmp_path, 0, True)
+
+
+def one(folder: Path, window: int, library: bool) -> Any:
+    """A session of one node."""
+    if library and not any(map(shutil.which, build.COMPILERS)):
+        pytest.skip("no C++ compiler")
+    node = onnx.helper.make_node(masks.NAME, list(masks._INPUTS), ["y"], domain="moecc", window=window)
+    info, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
+    graph = onnx.helper.make_graph(
+        [node], "one", [info("input_ids", kinds.INT64, ["B", "S"]), info("attention_mask", kinds.INT64, ["B", "T"])],
+        [info("y", kinds.BOOL, ["B", 1, "S", "T"])],
+    )  # fmt: skip
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("moecc", 1)]
+    functions = [ir.serde.serialize_function(masks.function(21))]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if library:
+        options.register_custom_ops_library(str(build.library()))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
