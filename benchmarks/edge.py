@@ -211,6 +211,7 @@ def feeds(session: Any, s: Shape, tokens: int, rng: np.random.Generator) -> dict
 
 def time_layer(path: Path, library: str, s: Shape, threads: int, tokens: int, seconds: float) -> dict[str, Any]:
     """Cold and warm milliseconds of one method at one size, in this process."""
+    from moecc.backends.onnx.run import pin
     from moecc.backends.onnx.speed import private_bytes
 
     options = onnxruntime.SessionOptions()
@@ -235,15 +236,6 @@ def time_layer(path: Path, library: str, s: Shape, threads: int, tokens: int, se
         found[kind], found[f"{kind}_least"], found[f"{kind}_runs"] = statistics.median(took), min(took), len(took)
     found["private_bytes"] = private_bytes() - before
     return found
-
-
-def pin(options: Any, threads: int) -> None:
-    """Give each thread a core of its own: a scheduler may keep two that never sleep on one core for as long as they run."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[:1])
-    if 1 < threads <= len(cores):
-        others = ";".join(str(core + 1) for core in cores[1:threads])  # counted from 1
-        options.add_session_config_entry("session.intra_op_thread_affinities", others)
 
 
 def bandwidth(threads: int) -> float:

@@ -6,6 +6,7 @@ which are written into it; otherwise every step makes a new one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,13 @@ class Cache:
 
 
 class Session:
-    """One exported file. library: moecc's op library, without which the functions in the file run."""
+    """One exported file. library: moecc's op library, without which the functions in the file run. pinned: see `pin`."""
 
-    def __init__(self, path: Path, *, library: Path | None = None, threads: int = 0):
+    def __init__(self, path: Path, *, library: Path | None = None, threads: int = 0, pinned: bool = False):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        if pinned:
+            pin(options, threads)
         options.log_severity_level = 3  # errors; it warns about what an inlined function leaves over
         if library is not None:
             options.register_custom_ops_library(str(library))
@@ -121,6 +124,19 @@ class Session:
                 cache.binding.bind_ortvalue_output(_present(name), value)
             else:
                 cache.binding.bind_output(_present(name))
+
+
+def pin(options: Any, threads: int) -> None:
+    """Give each thread of a session and of this process a core of its own, for measuring.
+
+    A scheduler may keep two threads that never sleep on one core for as long as they run."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[:1])
+    if 1 < threads <= len(cores):
+        others = ";".join(str(core + 1) for core in cores[1:threads])  # counted from 1
+        options.add_session_config_entry("session.intra_op_thread_affinities", others)
 
 
 def _shared(memory: np.ndarray) -> Any:

@@ -1,7 +1,8 @@
 """`moecc bench OUT`: how fast an exported model is on this machine, and what memory it takes.
 
-One process a row, so that each loads and runs alone: load seconds; prefill and decode tokens per second (batch 1, medians, random
-token ids); private memory, which no other process shares and the system cannot drop, when all is done.
+One process a row, so that each loads and runs alone, each thread on a core of its own: load seconds; prefill and decode tokens per
+second (batch 1, medians, random token ids); private memory, which no other process shares and the system cannot drop, when all
+is done.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def measure(model: Path, library: Path | None, threads: int, prompt: int, new_to
 
     before = private_bytes()
     start = time.perf_counter()
-    session = Session(model, library=library, threads=threads)
+    session = Session(model, library=library, threads=threads, pinned=True)
     load = time.perf_counter() - start
     rng = np.random.default_rng(0)
     ids = rng.integers(0, session.vocabulary, (1, prompt))
