@@ -258,11 +258,11 @@ def main() -> int:
     told = options()
     import triton
 
-    from moecc.backends.triton import require
+    from moecc.backends.triton import require_device
     from moecc.errors import MoeccError
 
     try:
-        require()
+        require_device()
     except MoeccError as error:
         sys.exit(f"gpu.py: {error}")
     device = "cpu" if told.tiny else "cuda"

@@ -1,8 +1,8 @@
 """Which code runs a compressed module where it lies: the op's reference, or a backend that has kernels for the device.
 
-A backend with kernels has a `DEVICE` ("cuda") and wants codes in an order of its own, in which a module keeps them while it is
-on such a device. What a module saves is always as `moecc.vq4` says. Backends are looked for when tensors come to a device that
-isn't the CPU, and not before.
+A backend with kernels has a `DEVICE` ("cuda"), says what one lacks (`require_device`), and wants codes in an order of its own, in
+which a module keeps them while it is on such a device. What a module saves is always as `moecc.vq4` says. Backends are looked for
+when tensors come to a device that isn't the CPU, and not before.
 
 MOECC_KERNELS=reference makes the reference run on every device. Without it a card that the kernels don't support is an error.
 """
@@ -39,6 +39,6 @@ def kernels_for(device: str) -> ModuleType | None:
     for name in backends():
         found = importlib.import_module(f"moecc.backends.{name}")
         if getattr(found, "DEVICE", None) == device:
-            found.require()
+            found.require_device()
             return found
     return None

@@ -18,7 +18,7 @@ from test_compile import ROWS, checkpoint, load
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from moecc import cli, experts, placement, vq4
+from moecc import cli, compiler, experts, placement, vq4
 from moecc.backends import triton as backend
 from moecc.errors import MoeccError
 
@@ -142,7 +142,7 @@ def test_experts_that_are_lent_to_a_device_are_refused(artifact: Path, monkeypat
 
 def test_the_backend_with_kernels_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(placement.VARIABLE, raising=False)
-    monkeypatch.setattr(backend, "require", lambda: None)
+    monkeypatch.setattr(backend, "require_device", lambda: None)
     assert placement.kernels_for("cuda") is backend
     assert placement.kernels_for("cpu") is None and placement.kernels_for("xpu") is None
     monkeypatch.setenv(placement.VARIABLE, "reference")
@@ -154,7 +154,7 @@ def test_the_backend_with_kernels_for_a_device(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """require() asked anew, on a machine whose cards are given."""
+    """require_device() asked anew, on a machine whose cards are given."""
 
     def ask(*capabilities: tuple[int, int], hip: str | None = None) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -163,11 +163,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
             get_device_capability=lambda i: capabilities[i], get_device_name=lambda i: f"card {i}",
         ))  # fmt: skip
         monkeypatch.setattr(torch.version, "hip", hip)
-        backend.require.cache_clear()
+        backend.require_device.cache_clear()
         try:
-            backend.require()
+            backend.require_device()
         finally:
-            backend.require.cache_clear()
+            backend.require_device.cache_clear()
 
     return ask
 
@@ -187,9 +187,18 @@ def test_what_is_missing_is_named(asked: Any, monkeypatch: pytest.MonkeyPatch) -
         asked((9, 0))
 
 
-def test_the_backend_adds_nothing_to_an_artifact(tmp_path: Path) -> None:
-    program: Any = None
-    assert backend.emit(tmp_path, program) == {"name": "triton", "files": []} and not list(tmp_path.iterdir())
+def test_it_is_compiled_for_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the artifact is the one that every backend takes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    source, made = checkpoint(tmp_path / "model"), {}
+    for name in ("triton", "reference"):
+        told = dict(bits=2, calib=None, rows=4, length=16, backend=name)
+        made[name] = compiler.compile_model(str(source), "vq", tmp_path / name, **told)
+    assert made["triton"]["backend"] == {"name": "triton", "files": []}
+    files = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in made]
+    assert files[0] == files[1]
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in made}) == 1
 
 
 def test_importing_the_backend_brings_in_neither_triton_nor_a_device() -> None:

@@ -29,8 +29,12 @@ DEVICE = "cuda"  # what torch calls ROCm's devices too
 LEAST = (8, 0)  # compute capability: the first with int8 products as the kernels use them
 
 
-@lru_cache
 def require() -> None:
+    """What `emit` needs: nothing, so that a machine without a GPU compiles for one that has it."""
+
+
+@lru_cache
+def require_device() -> None:
     """MoeccError in one line where triton or a card for it isn't there. Under TRITON_INTERPRET=1 none is needed."""
     if importlib.util.find_spec("triton") is None:
         raise MoeccError("the Triton backend needs triton, which isn't installed; pip install 'moecc[triton]'")
@@ -54,7 +58,7 @@ def emit(folder: Path, program: Program) -> dict[str, Any]:
 
 def runtime(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """The transformers model of an artifact on the current GPU; under TRITON_INTERPRET=1 on the CPU, by the same kernels."""
-    require()
+    require_device()
     model = hf.load(str(folder), dtype)
     if os.environ.get("TRITON_INTERPRET") != "1":
         return model.to(DEVICE)
@@ -66,4 +70,4 @@ def runtime(folder: Path, dtype: torch.dtype | None = None) -> Any:
     return model
 
 
-__all__ = ["DEVICE", "emit", "op", "pack_projection", "require", "runtime", "unpack_projection"]
+__all__ = ["DEVICE", "emit", "op", "pack_projection", "require", "require_device", "runtime", "unpack_projection"]
