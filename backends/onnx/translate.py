@@ -204,7 +204,9 @@ def _join_sums_and_norms(model: ir.Model) -> None:
         total, norm = node.inputs[0], node.inputs[1]
         add = None if total is None else total.producer()
         last = node.attributes["axis"].as_int() == -1
-        if add is None or add.op_type != "Add" or not last or total.is_graph_output():  # type: ignore[union-attr]
+        if add is None or add.op_type != "Add" or not last:
+            continue
+        if total.is_graph_output() or node.outputs[0].is_graph_output():  # type: ignore[union-attr]
             continue
         if norm is None or norm.producer() is not None:  # it may be computed behind the sum
             continue
