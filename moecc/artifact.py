@@ -370,6 +370,9 @@ def _config(program: Program, source: Path | None, found: Plan) -> dict[str, Any
     config: dict[str, Any] = (
         json.loads((source / "config.json").read_text()) if source is not None else program.config.to_dict()
     )
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)  # how the source's weights were stored (`moecc.decoded`)
     if found.experts or found.linears:
         config["quantization_config"] = {
             "quant_method": "moecc", "version": vq4.VERSION, "experts": found.experts, "linears": found.linears,

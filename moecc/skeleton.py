@@ -11,6 +11,7 @@ An nn.Module can be given too; then its own parameters are used and it is left a
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from moecc import adapters, experts
+from moecc import adapters, decoded, experts
 from moecc.errors import MoeccError, reason
 from moecc.weights import model_folder
 
@@ -73,9 +74,12 @@ def bare(source: str | Path | nn.Module | Any, dtype: torch.dtype | None = None)
         return Skeleton(source, getattr(source, "config", None), None, experts.experts_modules(source))
     config, folder = read_config(source)
     method = quantization_method(config)
-    if method not in (None, QUANTIZATION):
+    if method in decoded.METHODS:
+        config = _as_if_plain(config)
+    elif method not in (None, QUANTIZATION):
         raise MoeccError(
-            f"{_name(source)}: its weights are quantized already ({method}); give the unquantized checkpoint"
+            f"{_name(source)}: its weights are quantized already ({method}); give the unquantized checkpoint, or one of "
+            f"{' or '.join(decoded.METHODS)}"
         )
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     given = str(source) if isinstance(source, (str, Path)) else ""
@@ -122,6 +126,15 @@ def quantization_method(config: Any) -> str | None:
             get = quantization.get if isinstance(quantization, dict) else lambda k, d, q=quantization: getattr(q, k, d)
             return str(getattr(get("quant_method", "unknown"), "value", get("quant_method", "unknown")))
     return None
+
+
+def _as_if_plain(config: Any) -> Any:
+    """The configuration of the same model in bfloat16, as which a checkpoint in few bits is read."""
+    config = copy.deepcopy(config)
+    for part in (config, text_config(config)):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    return config
 
 
 def text_config(config: Any) -> Any:

@@ -3,7 +3,8 @@
   1. `resolve` turns what the user typed into a checkpoint folder.
   2. `CheckpointStore` maps every parameter of a model without weights to the checkpoint tensors behind it. The map is
      transformers' own (renamings, and converters that merge per-expert tensors), so a read gives the same bits as
-     `from_pretrained`, one parameter or some experts of it at a time.
+     `from_pretrained`, one parameter or some experts of it at a time. What is stored in 8 or 4 bits is read as
+     bfloat16 (`moecc.decoded`).
   3. `check` runs the same converters on shapes alone, so that a checkpoint which doesn't fit fails in seconds.
   4. `ModuleStore` is the same interface over a module in memory; `write_safetensors` and `TensorFile` keep layers that
      are finished.
@@ -41,6 +42,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from moecc.decoded import Entry, block_size, decoded
 from moecc.errors import MoeccError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -324,7 +326,8 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
         self.folder, self.model = Path(folder), cast(Any, model)
-        self.entries = _checkpoint_entries(self.folder)
+        self.stored = _checkpoint_entries(self.folder)
+        self.entries = decoded(self.stored, block_size(self.folder))
         self._declared: dict[str, Tensor] = model.state_dict()
         self._buffers = {name for name, _ in model.named_buffers()}
         self._recipes: dict[str, _Recipe] = {}
@@ -418,7 +421,7 @@ class CheckpointStore:
 
     @property
     def files(self) -> list[Path]:
-        return sorted({entry.file for entry in self.entries.values()})
+        return sorted({entry.file for entry in self.stored.values()})
 
     @property
     def nbytes(self) -> int:
@@ -506,7 +509,7 @@ class CheckpointStore:
                 what += f", which makes '{name}' {got}" if got != list(first.shape) else ""
                 raise MoeccError(f"{what}, but config.json implies {want}; check that it belongs to these weights")
 
-    def _check_dtype(self, entry: TensorEntry, declared: Tensor) -> None:
+    def _check_dtype(self, entry: Entry, declared: Tensor) -> None:
         if declared.is_floating_point():
             fits, todo = entry.dtype.is_floating_point and entry.dtype.itemsize > 1, self._quantized()
         else:
@@ -538,7 +541,7 @@ class CheckpointStore:
         A file up to 16 MiB counts whole, a larger one with 256 bytes from the middle of each tensor. That tells
         checkpoints apart, fine-tunes of one another too; it doesn't prove that every byte is intact."""
         sha, by_file = hashlib.sha256((self.folder / "config.json").read_bytes()), defaultdict(list)
-        for entry in sorted(self.entries.values(), key=lambda e: e.start):
+        for entry in sorted(self.stored.values(), key=lambda e: e.start):
             by_file[entry.file].append(entry)
         for file, entries in sorted(by_file.items()):
             size = file.stat().st_size

@@ -120,8 +120,8 @@ def test_a_config_that_is_no_configuration(refused: Any, model: Path) -> None:
 
 
 def test_a_quantized_checkpoint(refused: Any, model: Path) -> None:
-    edit_config(model, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    assert "quantized already (fp8)" in refused(model)
+    edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quantized already (gptq); give the unquantized checkpoint, or one of fp8 or mxfp4" in refused(model)
 
 
 def test_pickled_weights(refused: Any, model: Path) -> None:

@@ -1,0 +1,166 @@
+"""Checkpoints in FP8, FP4 and MXFP4: read as transformers decodes them, compiled like any other, wrong ones refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_compile import checkpoint
+from torch import Tensor
+
+from moecc import compiler
+from moecc.errors import MoeccError
+from moecc.skeleton import skeleton
+from moecc.weights import CheckpointStore
+
+BLOCK = (16, 24)  # divides not all sizes
+Tensors = dict[str, Tensor]
+
+
+def rewritten(folder: Path, method: dict[str, Any], change: Callable[[str, Tensor], Tensors | None]) -> Tensors:
+    """A checkpoint some of whose tensors `change` gives as others; all as they were."""
+    file = folder / "model.safetensors"
+    before = load_file(file)
+    after: Tensors = {}
+    for name, tensor in before.items():
+        after |= change(name, tensor) or {name: tensor}
+    save_file(after, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+    return before
+
+
+def in_fp8(name: str, tensor: Tensor) -> Tensors | None:
+    """Linears as FP8 with a scale per block."""
+    if not name.endswith("_proj.weight"):
+        return None
+    grid = [-(-n // b) for n, b in zip(tensor.shape, BLOCK, strict=True)]
+    scale = torch.rand(grid) + 0.5
+    return {name: (tensor.float() * 40).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+
+
+def in_mxfp4(name: str, tensor: Tensor) -> Tensors | None:
+    """Fused experts [E, K, N] as bytes that mean anything."""
+    if not name.endswith("gate_up_proj"):
+        return None
+    experts, columns, rows = tensor.shape
+    blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+    scales = torch.randint(118, 124, blocks.shape[:3], dtype=torch.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def store_of(folder: Path) -> CheckpointStore:
+    store = CheckpointStore(folder, skeleton(folder).model)
+    store.check()
+    return store
+
+
+def test_fp8_is_read_block_by_block(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", "deepseek_v3")
+    rewritten(folder, {"quant_method": "fp8", "weight_block_size": list(BLOCK)}, in_fp8)
+    store, stored = store_of(folder), load_file(folder / "model.safetensors")
+    names = [n for n in stored if f"{n}_scale_inv" in stored]
+    assert names and not store.unexpected
+
+    def wanted(name: str) -> Tensor:
+        codes, scale = stored[name].float(), stored[f"{name}_scale_inv"]
+        rows, columns = (torch.arange(n) // b for n, b in zip(codes.shape, BLOCK, strict=True))
+        return (codes * scale[rows][:, columns]).bfloat16()
+
+    linears = [n for n in names if ".experts." not in n]
+    assert linears and any(".experts." in n for n in names)
+    for name in linears:
+        assert store.dtype(name) == torch.bfloat16 and torch.equal(store.read(name), wanted(name))
+    fused = next(n for n in store.names() if n.endswith("experts.gate_up_proj"))
+    layer = fused.removesuffix("gate_up_proj")
+    every = [
+        torch.cat([wanted(f"{layer}{e}.{p}_proj.weight") for p in ("gate", "up")]) for e in range(store.shape(fused)[0])
+    ]
+    assert torch.equal(store.read(fused), torch.stack(every))
+    assert torch.equal(store.read(fused, experts=[3, 1]), torch.stack([every[3], every[1]]))
+
+
+def test_blocks_are_as_transformers_has_them(tmp_path: Path) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    from moecc.decoded import decoded
+    from moecc.weights import read_header
+
+    tensors = {
+        "a.weight": torch.randn(32, 64).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.rand(2, 4),
+        "e.up": torch.randn(3, 8, 16).to(torch.float8_e5m2), "e.up_scale_inv": torch.rand(3, 2, 1),
+        "f.weight": torch.randint(-128, 128, (8, 32), dtype=torch.int8),  # FP4
+        "f.weight_scale_inv": torch.rand(8, 2).add(1).to(torch.float8_e8m0fnu),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = decoded(dict(read_header(tmp_path / "x.safetensors")[0]), None)
+    assert found.keys() == {"a.weight", "e.up", "f.weight"}
+    for name, entry in found.items():
+        want: Any = Fp8Dequantize(None)._dequantize_one(tensors[name], tensors[f"{name}_scale_inv"], torch.bfloat16)
+        assert torch.equal(entry.read(), want) and entry.shape == tuple(want.shape)
+    assert torch.equal(found["e.up"].read([2, 0]), found["e.up"].read()[[2, 0]])
+    assert torch.equal(found["a.weight"].read([5]), found["a.weight"].read()[[5]])
+
+
+def test_mxfp4_is_read_as_transformers_does(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder = checkpoint(tmp_path / "model", "gpt_oss")
+    rewritten(folder, {"quant_method": "mxfp4"}, in_mxfp4)
+    store, stored = store_of(folder), load_file(folder / "model.safetensors")
+    names = [n.removesuffix("_blocks") for n in stored if n.endswith("_blocks")]
+    assert names and not store.unexpected
+    for name in names:
+        want = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"])
+        assert torch.equal(store.read(name), want)
+        assert torch.equal(store.read(name, experts=[1]), want[[1]])
+
+
+@pytest.mark.parametrize("family, method, change", [
+    ("deepseek_v3", {"quant_method": "fp8", "weight_block_size": list(BLOCK)}, in_fp8),
+    ("gpt_oss", {"quant_method": "mxfp4"}, in_mxfp4),
+])  # fmt: skip
+def test_it_compiles_to_the_artifact_of_what_it_stands_for(
+    family: str, method: dict[str, Any], change: Any, tmp_path: Path
+) -> None:
+    folder = checkpoint(tmp_path / "model", family)
+    before = rewritten(folder, method, change)
+    store = store_of(folder)
+    plain = checkpoint(tmp_path / "plain", family)
+    tensors = {n: store.entries[n].read() if n in store.entries else t for n, t in before.items()}
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    told: dict[str, Any] = dict(bits=2, calib=None, rows=4, length=16)
+    for source, out in ((folder, "a"), (plain, "b")):
+        compiler.compile_model(str(source), "kbvq", tmp_path / out, **told)
+    a, b = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["quant_method"] == "moecc"
+
+
+def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    def short(name: str, tensor: Tensor) -> Tensors | None:
+        made = in_fp8(name, tensor)
+        return (
+            {n: t[:-1] if n.endswith("_scale_inv") and "o_proj" in n else t for n, t in made.items()} if made else None
+        )
+
+    folder = checkpoint(tmp_path / "model", "deepseek_v3")
+    rewritten(folder, {"quant_method": "fp8", "weight_block_size": list(BLOCK)}, short)
+    with pytest.raises(
+        MoeccError, match=r"^'.*o_proj.weight_scale_inv' in .* are no scales of '.*o_proj.weight' .*; fetch"
+    ):
+        store_of(folder)
+
+    def torn(name: str, tensor: Tensor) -> Tensors | None:
+        made = in_mxfp4(name, tensor)
+        return {n: t[:, :1].contiguous() if n.endswith("scales") else t for n, t in made.items()} if made else None
+
+    folder = checkpoint(tmp_path / "other", "gpt_oss")
+    rewritten(folder, {"quant_method": "mxfp4"}, torn)
+    with pytest.raises(MoeccError, match=r"_scales' in .* are no scales of .*_blocks' .*; fetch both again$"):
+        store_of(folder)
