@@ -24,6 +24,7 @@ from torch import Tensor
 import moecc
 from moecc import artifact, pipeline, placement, text, verify, vq4
 from moecc.base import Context, MoeccError, Pass
+from moecc.decoded import Decoded
 from moecc.ir import Program
 from moecc.journal import Journal
 from moecc.skeleton import longest_row, read_config
@@ -213,6 +214,10 @@ def _require_fresh(program: Program, model: str, say: Callable[[str], None]) -> 
     store.check()
     if getattr(program.config, "quantization_config", None) is not None:
         raise MoeccError(f"{model} is compressed already; give the checkpoint it was made from")
+    if packed := [name for name, entry in getattr(store, "entries", {}).items() if isinstance(entry, Decoded)]:
+        say(
+            f"note: {len(packed)} tensors of {model} are stored in 8 or 4 bits and read as bfloat16, e.g. {packed[0]!r}"
+        )
     if store.unexpected:
         left = f"{len(store.unexpected)} tensors of {model} fit nothing in the model"
         say(f"note: {left} and are left out, e.g. {store.unexpected[0]!r}")

@@ -136,7 +136,9 @@ def test_it_compiles_to_the_artifact_of_what_it_stands_for(
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
     told: dict[str, Any] = dict(bits=2, calib=None, rows=4, length=16)
     for source, out in ((folder, "a"), (plain, "b")):
-        compiler.compile_model(str(source), "kbvq", tmp_path / out, **told)
+        said: list[str] = []
+        compiler.compile_model(str(source), "kbvq", tmp_path / out, say=said.append, **told)
+        assert any("are stored in 8 or 4 bits and read as bfloat16" in line for line in said) == (source == folder)
     a, b = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["quant_method"] == "moecc"
