@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,18 +209,20 @@ def feeds(session: Any, s: Shape, tokens: int, rng: np.random.Generator) -> dict
     return {i.name: every[i.name] for i in session.get_inputs()}
 
 
-def time_layer(path: Path, library: str, s: Shape, threads: int, tokens: int, seconds: float) -> dict[str, Any]:
+def time_layer(
+    path: str, library: str, shape: Sequence[int], threads: int, tokens: int, seconds: float
+) -> dict[str, Any]:
     """Cold and warm milliseconds of one method at one size, in this process."""
     from moecc.backends.onnx.run import pin
     from moecc.backends.onnx.speed import private_bytes
 
-    options = onnxruntime.SessionOptions()
+    s, options = Shape(*shape), onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     if library:
         options.register_custom_ops_library(library)
     pin(options, threads)
     before, start = private_bytes(), time.perf_counter()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     load, rng = time.perf_counter() - start, np.random.default_rng(1)
     sets = [feeds(session, s, tokens, rng) for _ in range(32)]
     found: dict[str, Any] = {"load_seconds": load}
@@ -239,13 +241,13 @@ def time_layer(path: Path, library: str, s: Shape, threads: int, tokens: int, se
 
 
 def bandwidth(threads: int) -> float:
-    """Bytes per second that this machine reads from memory, the best of several ways to sum a gigabyte."""
+    """Bytes per second that this machine reads from memory, the best of several ways to sum a gigabyte, each three times."""
     import torch
 
     torch.set_num_threads(threads)
     big, best = torch.ones(1 << 28, dtype=torch.float32), 0.0
     for view in (big, big.view(torch.int32), big.view(torch.float64)):
-        for reduce in (torch.sum, torch.max):
+        for reduce in (torch.sum, torch.max) * 3:
             start = time.perf_counter()
             reduce(view)
             best = max(best, big.numel() * 4 / (time.perf_counter() - start))
@@ -304,13 +306,13 @@ def main() -> int:
     parser.add_argument("--apart", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.apart:
-        path, library, shape, threads, tokens, seconds = json.loads(args.apart)
-        print(json.dumps(time_layer(Path(path), library, Shape(*shape), threads, tokens, seconds)))
+        what, *told = json.loads(args.apart)
+        print(json.dumps({"bandwidth": bandwidth, "layer": time_layer}[what](*told)))
         return 0
     from moecc.backends.onnx import build
 
     shape, rows = Shape(*args.shape), []
-    speeds = {t: bandwidth(t) for t in args.threads}
+    speeds = {t: apart("bandwidth", t) for t in args.threads}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.methods:
             method = METHODS[name]
@@ -322,7 +324,7 @@ def main() -> int:
                     if tokens > method.most_tokens:
                         continue
                     library = build.library() if method.native else ""
-                    found = apart(path, library, shape, threads, tokens, args.seconds)
+                    found = apart("layer", path, library, shape, threads, tokens, args.seconds)
                     rows.append({"method": name, "threads": threads, "tokens": tokens, **found})
                     print(rows[-1], file=sys.stderr, flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -224,6 +224,8 @@ float largest_group(const float* x) {  // norm
 }
 
 void lookup(const Coded& m, const float* const* x, float* const* y, int64_t inputs, int64_t first, int64_t last) {
+  const int64_t soon = (last - first) * m.row_blocks < FAR ? (last - first) * m.row_blocks : FAR;
+  for (int64_t i = 0; i < soon * SIZE; i += 64) fetch(m.block(first, 0) + i);  // while the first tables are made
   const Book book(m.codebook);
   Sums sums;
   for (int64_t i = 0; i < inputs; i++) memset(y[i], 0, sizeof(float) * m.row_blocks * BLOCK);
