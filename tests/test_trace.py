@@ -150,7 +150,7 @@ def one_line(error: pytest.ExceptionInfo[MoeccError], *words: str) -> None:
         (T5Config(), ("t5", "encoder-decoder")),
         ("./no/such/folder", ("no folder './no/such/folder'", "give a checkpoint folder")),
         (nn.Linear(2, 2), ("Linear", "no experts")),
-        (MixtralConfig(**TINY, quantization_config={"quant_method": "fp8"}), ("fp8", "unquantized")),
+        (MixtralConfig(**TINY, quantization_config={"quant_method": "gptq"}), ("gptq", "unquantized")),
     ],
 )
 def test_wrong_sources_are_one_line_errors(source: Any, words: tuple[str, ...]) -> None:
