@@ -124,18 +124,19 @@ def _in_blocks(codes: Entry, scale: Entry, block: tuple[int, int] | None) -> Dec
     # what the configuration says is of FP8: experts in FP4 beside it have blocks of their own
     size = block if block and pairs == 1 else (-(-rows // grid[0]), -(-columns // grid[1]))
     if not fits or grid != (-(-rows // size[0]), -(-columns // size[1])):
-        raise MoeccError(
-            f"'{scale.name}' in {scale.file} is {list(scale.shape)}, which are no scales of '{codes.name}' {list(codes.shape)} "
-            f"in blocks of {list(block) if block else 'one size'}; fetch both again"
-        )
+        raise _no_scales(codes, scale, f" in blocks of {list(block) if block else 'one size'}")
     return Decoded(codes.name, codes, scale, (*lead, rows, columns), size)
 
 
 def _mxfp4(name: str, codes: Entry, scale: Entry) -> Decoded:
     if len(codes.shape) != 4 or codes.shape[:3] != scale.shape:
-        raise MoeccError(
-            f"'{scale.name}' in {scale.file} is {list(scale.shape)}, which are no scales of '{codes.name}' {list(codes.shape)}; "
-            "fetch both again"
-        )
+        raise _no_scales(codes, scale)
     experts, rows, groups, size = codes.shape
     return Decoded(name, codes, scale, (experts, groups * size * 2, rows))
+
+
+def _no_scales(codes: Entry, scale: Entry, how: str = "") -> MoeccError:
+    return MoeccError(
+        f"'{scale.name}' in {scale.file} is {list(scale.shape)}, which are no scales of '{codes.name}' {list(codes.shape)}{how}; "
+        "fetch both again"
+    )

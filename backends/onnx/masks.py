@@ -27,20 +27,17 @@ _BOOL = int(ir.DataType.BOOL)
 
 def simplify(model: ir.Model) -> None:
     """Every mask as little of a graph as it can be."""
-    if not set(_INPUTS) <= {v.name for v in model.graph.inputs}:
+    inputs = [v for name in _INPUTS for v in model.graph.inputs if v.name == name]
+    if len(inputs) < len(_INPUTS):
         return
-    _count_by_mask(model)
-    for value in _masks(model):
-        window = _window(model, value)
-        node = value.producer()
-        assert node is not None
+    _count_by_mask(model, *inputs)
+    for value in _masks(model, inputs):
+        window = _window(model, inputs, value)
         if window is None:
             continue
-        op = Ops()
-        inputs = {v.name: v for v in model.graph.inputs}
-        [y] = op.tape.op_multi_out(
-            NAME, [inputs[n] for n in _INPUTS], {"window": window}, domain=DOMAIN, outputs=[op.value()]
-        )
+        op, node = Ops(), value.producer()
+        assert node is not None
+        [y] = op.tape.op_multi_out(NAME, inputs, {"window": window}, domain=DOMAIN, outputs=[op.value()])
         put_instead(model, node, op, y)
         made = function(model.opset_imports[""])
         model.functions[made.identifier()] = made
@@ -48,9 +45,8 @@ def simplify(model: ir.Model) -> None:
     _read_whole(model)
 
 
-def _count_by_mask(model: ir.Model) -> None:
+def _count_by_mask(model: ir.Model, ids: ir.Value, counts: ir.Value) -> None:
     """Sizes of batch and past from `_INPUTS`: a cache may have room for more than the past, and a mask is not to depend on it."""
-    ids, counts = (v for name in _INPUTS for v in model.graph.inputs if v.name == name)
     caches = [v for v in model.graph.inputs if v.name.startswith("past_key_values.")]  # type: ignore[union-attr]
     for node in [n for v in caches for n, _ in v.uses() if n.op_type == "Shape"]:
         op, dimensions = Ops(), (node.attributes["start"].as_int(), node.attributes["end"].as_int())
@@ -60,10 +56,9 @@ def _count_by_mask(model: ir.Model) -> None:
             put_instead(model, node, op, op.Sub(op.size(counts, 1), op.size(ids, 1)))
 
 
-def _masks(model: ir.Model) -> list[ir.Value]:
+def _masks(model: ir.Model, inputs: list[ir.Value]) -> list[ir.Value]:
     """Booleans [B, 1, S, T] that depend on nothing but `_INPUTS`, as what depends on more takes them."""
-    known = {v for v in model.graph.inputs if v.name in _INPUTS}
-    known |= {v for v in model.graph.initializers.values() if v.const_value is not None}
+    known = {*inputs, *(v for v in model.graph.initializers.values() if v.const_value is not None)}
     found = []
     for node in model.graph:
         if all(v is None or v in known for v in node.inputs):
@@ -75,9 +70,8 @@ def _masks(model: ir.Model) -> list[ir.Value]:
     return [v for v in found if v not in inner]
 
 
-def _window(model: ir.Model, value: ir.Value) -> int | None:
+def _window(model: ir.Model, inputs: list[ir.Value], value: ir.Value) -> int | None:
     """The window of a mask that is causal, else None."""
-    inputs = [v for v in model.graph.inputs if v.name in _INPUTS]
     graph = ir.convenience.extract(model.graph, inputs, [value])
     for one in (*graph.inputs, *graph.outputs):  # sizes have names that say too much
         one.shape = ir.Shape([None] * len(one.shape or ()))

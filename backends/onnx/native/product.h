@@ -24,7 +24,6 @@ class Product {
   float* result(int64_t entry) const;
 
  private:
-  static constexpr int64_t LEAST_ROWS = 0;  // blocks: for fewer rows the tables of lookup take as long as what they save
   struct Job {
     Coded matrix;
     int64_t first, count;         // entries
