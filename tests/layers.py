@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import slow_vq4 as slow
@@ -40,6 +40,15 @@ class Layer:
         )
         return self.x, self.index, self.weight, gate_up, down, self.post_norm
 
+    def to(self, device: str) -> Layer:
+        def moved(p: Projection) -> Projection:
+            return {name: None if t is None else t.to(device) for name, t in p.items()}
+
+        return replace(
+            self, x=self.x.to(device), index=self.index.to(device), weight=self.weight.to(device), gate_up=moved(self.gate_up),
+            down=moved(self.down), post_norm=None if self.post_norm is None else self.post_norm.to(device),
+        )  # fmt: skip
+
     def reference(self) -> Tensor:
         """The op's definition, on the stored tensors."""
         operands: list[Tensor | None] = []
@@ -68,3 +77,38 @@ def draw_layer(
         tensors(down, scales), 1 + torch.from_numpy(slow.uniform(4, hidden)).float() / 4 if norm else None,
         dict(act=act, gate=gate, alpha=1.7, limit=0.8, eps=1e-6),
     )  # fmt: skip
+
+
+# what a layer can have, what can be routed to it, and how far from the reference it may be
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shared-codebook": dict(shared=True),
+    "bias": dict(bias=True),
+    "basis": dict(rank=3),
+    "wide-basis": dict(rank=40),
+    "mean": dict(mean=3),
+    "mean-of-4-bit": dict(mean=4),
+    "everything": dict(rank=3, bias=True, mean=2, shared=True),
+    "norm": dict(norm=True, bias=True),
+    "norm-and-everything": dict(norm=True, rank=3, bias=True, mean=2),
+    "no-gate": dict(gate="none", act="relu2", bias=True, rank=2, mean=2),
+    "bfloat16": dict(dtype=torch.bfloat16, scales=torch.bfloat16, rank=3, bias=True, mean=2),
+    "float16": dict(dtype=torch.float16, rank=3, bias=True),
+}
+
+ROUTINGS = {
+    "one-token": (torch.tensor([[2, 0]]), 4),
+    "one-expert-takes-all": (torch.full((19, 1), 1), 4),
+    "expert-without-a-token": (torch.tensor([[0, 3], [3, 0], [0, 1]]), 4),
+    "the-same-expert-twice": (torch.tensor([[1, 1], [0, 1], [2, 2]]), 4),
+    "more-experts-than-slots": (torch.tensor([[6, 2]]), 7),
+    "blocks-with-padding": (torch.tensor([[0]] * 9 + [[1]] * 8 + [[3]] * 3), 4),
+    "three-choices": (torch.tensor([[0, 1, 2], [3, 2, 1]]), 4),
+}
+
+WITHIN = {
+    torch.float32: 2e-4,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}  # of the largest output; 2 units of 16-bit outputs

@@ -7,12 +7,11 @@ The interpreter sees neither races nor layouts nor shared memory; tests/test_tri
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 import slow_vq4 as slow
 import torch
-from layers import Layer, draw_layer
+from layers import FEATURES, ROUTINGS, WITHIN, Layer, draw_layer
 from torch import Tensor
 
 from moecc import gates, vq4
@@ -30,11 +29,7 @@ from moecc.backends.triton.tiles import Card, Tile, choose_tile, choose_unroll  
 SMALL = Tile(tokens=8, height=1, unroll=4, warps=4, stages=2, waves=4)
 WHOLE = SMALL._replace(waves=0)  # columns aren't split, so the gate is applied in the product
 LARGE = Tile(tokens=32, height=2, unroll=2, warps=8, stages=2, waves=0)
-WITHIN = {
-    torch.float32: 2e-4,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,
-}  # of the largest output; 2 units of 16-bit outputs
+HALF = Tile(tokens=16, height=1, unroll=1, warps=4, stages=2, waves=0, half=True)
 
 
 def run(layer: Layer, tile: Tile | None = None) -> Plan:
@@ -54,27 +49,31 @@ def check(layer: Layer, tile: Tile | None = None) -> Plan:
 
 # ---------------------------------------------------------------- whole layers against the reference
 
-FEATURES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "shared-codebook": dict(shared=True),
-    "bias": dict(bias=True),
-    "basis": dict(rank=3),
-    "wide-basis": dict(rank=40),
-    "mean": dict(mean=3),
-    "mean-of-4-bit": dict(mean=4),
-    "everything": dict(rank=3, bias=True, mean=2, shared=True),
-    "norm": dict(norm=True, bias=True),
-    "norm-and-everything": dict(norm=True, rank=3, bias=True, mean=2),
-    "no-gate": dict(gate="none", act="relu2", bias=True, rank=2, mean=2),
-    "bfloat16": dict(dtype=torch.bfloat16, scales=torch.bfloat16, rank=3, bias=True, mean=2),
-    "float16": dict(dtype=torch.float16, rank=3, bias=True),
-}
-
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_layer_is_what_the_reference_says(feature: str, bits: int) -> None:
     check(draw_layer(bits, **FEATURES[feature]))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_layer_by_16_bit_floats(feature: str, bits: int) -> None:
+    """Where every weight meets many tokens: x and hidden units as they are, no fixed point."""
+    told = dict(dtype=torch.float16) | FEATURES[feature]
+    made = check(draw_layer(bits, **told), HALF)
+    assert made.named("down").arguments["x_ptr"].dtype == told["dtype"]
+    assert "hidden" not in [launch.name for launch in made.launches]
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_tails_by_16_bit_floats(bits: int, unroll: int) -> None:
+    tile = HALF._replace(unroll=unroll, height=2)
+    check(
+        draw_layer(bits, tokens=3, experts=2, hidden=1352, intermediate=70, rank=2, bias=True, dtype=torch.float16),
+        tile,
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -102,17 +101,6 @@ def test_every_gate(gate: str, act: str) -> None:
     assert made.named("gate_up").arguments["FUSED"]  # one step can't be split
     made = check(draw_layer(2, tokens=1, experts=2, hidden=520, intermediate=8, act=act, gate=gate, bias=True))
     assert not made.named("gate_up").arguments["FUSED"]
-
-
-ROUTINGS = {
-    "one-token": (torch.tensor([[2, 0]]), 4),
-    "one-expert-takes-all": (torch.full((19, 1), 1), 4),
-    "expert-without-a-token": (torch.tensor([[0, 3], [3, 0], [0, 1]]), 4),
-    "the-same-expert-twice": (torch.tensor([[1, 1], [0, 1], [2, 2]]), 4),
-    "more-experts-than-slots": (torch.tensor([[6, 2]]), 7),
-    "blocks-with-padding": (torch.tensor([[0]] * 9 + [[1]] * 8 + [[3]] * 3), 4),
-    "three-choices": (torch.tensor([[0, 1, 2], [3, 2, 1]]), 4),
-}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -1,0 +1,163 @@
+"""The Triton kernels on a GPU, where there is one: `pytest tests/test_triton_gpu.py`. Its speed: `python benchmarks/gpu.py`.
+
+What the interpreter can't show: races (each layer runs ten times and gives the same bits), CUDA graphs, torch.compile, and that a
+model is loaded, packed, saved and run on the card.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layers import FEATURES, ROUTINGS, WITHIN, Layer, draw_layer
+from test_compile import ROWS, checkpoint, load
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moecc import cli, experts
+from moecc.backends import triton as backend
+
+if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from moecc.backends.triton.launch import plan, vq_experts
+from moecc.backends.triton.tiles import card_of, choose_tile
+
+
+def check(layer: Layer, **told: Any) -> None:
+    """Against the reference on the CPU."""
+    on_card = layer.to("cuda")
+    args = on_card.packed()
+    made = plan(*args, **layer.attributes, **told)
+    results = []
+    for _ in range(10):
+        made.out.fill_(torch.nan)
+        for each in made.launches:
+            each()
+        results.append(made.out.clone())
+    assert all(torch.equal(r, results[0]) for r in results)
+    wanted = layer.reference().double()
+    error = (results[0].cpu().double() - wanted).abs().max() / wanted.abs().max()
+    assert error < WITHIN[layer.x.dtype], float(error)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_layer_is_what_the_reference_says(feature: str, bits: int) -> None:
+    check(draw_layer(bits, **FEATURES[feature]))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routings(routing: str, bits: int) -> None:
+    index, count = ROUTINGS[routing]
+    tokens, top_k = index.shape
+    layer = draw_layer(bits, tokens=tokens, top_k=top_k, experts=count, rank=2, mean=2, bias=True)
+    layer.index = index
+    check(layer)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("tokens", [3, 40, 90, 400])
+def test_every_tile_of_the_card_s_table(tokens: int, bits: int) -> None:
+    """Tails of rows, columns and steps, by each of the tiles that the number of tokens leads to."""
+    check(draw_layer(bits, tokens=tokens, experts=3, hidden=1352, intermediate=200, rank=2, bias=True))
+
+
+def test_tiles_are_chosen_for_this_card() -> None:
+    card = card_of(torch.device("cuda", 0))
+    assert card.processors > 1 and {choose_tile(s, 8, card).tokens for s in (8, 128, 4096)} != {8}
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_whole_numbers_are_exact(bits: int) -> None:
+    """What tensor cores add up is what PyTorch adds up in 64 bits on the CPU."""
+    from moecc import vq4
+
+    layer = draw_layer(bits, tokens=9, experts=3, hidden=512, intermediate=72, act="identity", gate="none")
+    made = plan(*layer.to("cuda").packed(), **layer.attributes)
+    made.named("gate_up").arguments["scale_ptr"] = torch.ones(3, 72, device="cuda")
+    made.named("prepare")()
+    args = made.named("gate_up").arguments
+    args["x_scale_ptr"].fill_(1.0)
+    made.named("gate_up")()
+    values = args["x_ptr"].long().cpu()
+    q = values[:, 0] * 256 + values[:, 1]
+    codes, codebook = layer.gate_up["codes"], layer.gate_up["codebook"]
+    assert codes is not None and codebook is not None
+    weights = vq4.decode(codes, layer.gate_up["signs"], codebook, 512, torch.float64).long()
+    out = args["out_ptr"].cpu().view(18, 72)
+    for slot, e in enumerate(layer.index.flatten().tolist()):
+        assert torch.equal(out[slot], (weights[e] @ q[slot // 2, :512]).float())
+
+
+def test_a_cuda_graph_takes_new_tokens_and_choices() -> None:
+    layer, other = (draw_layer(2, tokens=t, rank=2, mean=2, bias=True).to("cuda") for t in (6, 6))
+    other.x, other.index = other.x.flip(0).contiguous() * 2, other.index.flip(0).contiguous()
+    args = layer.packed()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        vq_experts(*args, **layer.attributes)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = vq_experts(*args, **layer.attributes)
+    for each in (layer, other):
+        wanted = vq_experts(each.x.clone(), each.index.clone(), *args[2:], **layer.attributes)
+        layer.x.copy_(each.x)
+        layer.index.copy_(each.index)
+        graph.replay()
+        assert torch.equal(out, wanted)
+
+
+# ---------------------------------------------------------------- models
+
+PROMPT = torch.tensor([[5, 9, 2, 7, 3, 3, 8, 1]])
+
+
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = checkpoint(folder / "model", request.param)
+    assert cli.main(["compile", str(model), "--passes", "kbvq{bits=3,rank=2}", "-o", str(folder / "out"), *ROWS]) == 0
+    return folder / "out"
+
+
+def on_card(artifact: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, device_map="cuda").eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(PROMPT.to(model.device)).logits
+    return found.cpu()
+
+
+def test_a_model_loaded_on_the_card_runs_by_the_kernels(artifact: Path, tmp_path: Path) -> None:
+    reference, model = load(artifact), on_card(artifact)
+    coded = [m for m in model.modules() if isinstance(m, experts.CompressedProjection)]
+    assert coded and all(m.packed is backend and m.codes.dtype == torch.int32 for m in coded)
+    wanted = logits(reference)
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-3)
+    told = dict(max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(PROMPT.cuda(), **told).cpu(), reference.generate(PROMPT, **told))
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in reference.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_model_is_compiled_into_one_graph(artifact: Path) -> None:
+    """fullgraph, with CUDA graphs, through generate with a static cache: the tokens of the model that isn't compiled."""
+    model = on_card(artifact)
+    told: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, disable_compile=True)
+    wanted, plain = model.generate(PROMPT.cuda(), **told), logits(model)
+    model.forward = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead")
+    torch.testing.assert_close(logits(model), plain, rtol=0, atol=float(plain.abs().max()) * 1e-3)
+    torch.compiler.cudagraph_mark_step_begin()
+    found = model.generate(PROMPT.cuda(), cache_implementation="static", **told)
+    assert torch.equal(found, wanted)
