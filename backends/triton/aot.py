@@ -43,15 +43,17 @@ class Target(NamedTuple):
 TARGETS = {
     t.name: t
     for t in (
-        Target("sm_80", "cuda", 80, 32, 163 << 10, r"\bIMMA\.16832\.S8\.S8"),
-        Target("sm_86", "cuda", 86, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
-        Target("sm_89", "cuda", 89, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
-        Target("sm_90", "cuda", 90, 32, 227 << 10, r"\bIGMMA\.64x\d+x32\.S8\.S8"),
-        Target("sm_100", "cuda", 100, 32, 227 << 10, r"\bUTCIMMA|\bIMMA\.16832\.S8\.S8"),  # triton 3.6 knows the second
-        Target("sm_120", "cuda", 120, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
-        Target("gfx90a", "hip", "gfx90a", 64, 64 << 10, r"\bv_mfma_i32_\w*i8"),
-        Target("gfx942", "hip", "gfx942", 64, 64 << 10, r"\bv_mfma_i32_\w*i8"),
-        Target("gfx1100", "hip", "gfx1100", 32, 64 << 10, r"\bv_wmma_i32_\w*iu8"),
+        Target("sm_80", "cuda", 80, 32, 163 << 10, r"\bIMMA\.16832\.S8\.S8|\bHMMA\.16816\.F32"),
+        Target("sm_86", "cuda", 86, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8|\bHMMA\.16816\.F32"),
+        Target("sm_89", "cuda", 89, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8|\bHMMA\.16816\.F32"),
+        Target("sm_90", "cuda", 90, 32, 227 << 10, r"\bIGMMA\.64x\d+x32\.S8\.S8|\bHGMMA\.64x\d+x16\.F32"),
+        Target(
+            "sm_100", "cuda", 100, 32, 227 << 10, r"\bUTCIMMA|\bUTCHMMA|\bIMMA\.16832\.S8\.S8|\bHMMA\.16816\.F32"
+        ),  # triton 3.6 knows the second
+        Target("sm_120", "cuda", 120, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8|\bHMMA\.16816\.F32"),
+        Target("gfx90a", "hip", "gfx90a", 64, 64 << 10, r"\bv_mfma_i32_\w*i8|\bv_mfma_f32_\w*b?f16"),
+        Target("gfx942", "hip", "gfx942", 64, 64 << 10, r"\bv_mfma_i32_\w*i8|\bv_mfma_f32_\w*b?f16"),
+        Target("gfx1100", "hip", "gfx1100", 32, 64 << 10, r"\bv_wmma_i32_\w*iu8|\bv_wmma_f32_\w*b?f16"),
     )
 }
 
@@ -116,11 +118,13 @@ def _nvidia(made: Any, target: Target, weights_per_lane: float) -> Report:
     instructions = [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(code)]
     return Report(
         registers=int(found[1]), stack=int(found[2]), spills=sum(op.split(".")[0] in ("LDL", "STL") for _, op, _ in instructions),
-        shared=made.metadata.shared, matrix=len(re.findall(target.matrix, code)),
+        shared=made.metadata.shared + sum(4 * int(n) for n in _TABLE.findall(made.asm["ptx"])),
+        matrix=len(re.findall(target.matrix, code)),
         per_weight=_per_weight(instructions, target.matrix, weights_per_lane), code=code,
     )  # fmt: skip
 
 
+_TABLE = re.compile(r"\.b32 moecc_table\[(\d+)\]")  # of grouped._spread; triton doesn't count it
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*?);")
 
 

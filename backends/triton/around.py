@@ -2,6 +2,7 @@
 
   prepare_kernel   slots sorted by expert into blocks; x as fixed point; z = basis x of the shared basis
   hidden_kernel    sum over parts, the gate where the product didn't apply it, hidden units as fixed point
+  sums_kernel      sum_j w_tj h_j of 16-bit hidden units
   combine_kernel   y_t = sum_j w_tj (expert j's output) + what is shared
   norm_kernel      the same where a family normalises each expert's output before the sum
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from moecc.backends.triton.gates import activation, apply_gate
-from moecc.backends.triton.grouped import fixed_point, peak_of
+from moecc.backends.triton.grouped import fixed_point, paired, peak_of
 
 
 @triton.jit
@@ -61,18 +62,18 @@ def _store_fixed(values, out_ptr, out_scale_ptr, row, block, steps, STEP: tl.con
 
 
 @triton.jit
-def _project(x_ptr, basis_ptr, z_ptr, group, block, tokens, columns, rank, STEP: tl.constexpr, RANK: tl.constexpr):
-    """z [steps, tokens, RANK]: this block's share of basis x for 16 tokens, in float32. basis [rank, columns]."""
+def _project(x_ptr, basis_ptr, z_ptr, group, part, tokens, columns, span, rank, RANK: tl.constexpr):
+    """z [z_parts, tokens, RANK]: this part's share of basis x for 16 tokens, in float32. basis [rank, columns]."""
     t, r, lane = group * 16 + tl.arange(0, 16), tl.arange(0, RANK), tl.arange(0, 32)
     z = tl.zeros([16, RANK], tl.float32)
-    for start in range(block * STEP, tl.minimum((block + 1) * STEP, columns), 32):
+    for start in range(part * span, tl.minimum((part + 1) * span, columns), 32):
         d = start + lane
         at = t.to(tl.int64)[:, None] * columns + d[None, :]
         x = tl.load(x_ptr + at, mask=(t < tokens)[:, None] & (d < columns)[None, :], other=0.0).to(tl.float32)
         inside = (r < rank)[None, :] & (d < columns)[:, None]
         b = tl.load(basis_ptr + r[None, :] * columns + d[:, None], mask=inside, other=0.0).to(tl.float32)
         z = tl.dot(x, b, z, input_precision="ieee")
-    at = (block * tokens + t).to(tl.int64)[:, None] * RANK + r[None, :]
+    at = (part * tokens + t).to(tl.int64)[:, None] * RANK + r[None, :]
     tl.store(z_ptr + at, z, mask=(t < tokens)[:, None])
 
 
@@ -80,27 +81,30 @@ def _project(x_ptr, basis_ptr, z_ptr, group, block, tokens, columns, rank, STEP:
 def prepare_kernel(
     x_ptr,  # [tokens, columns] of any float type
     index_ptr,  # i64 or i32 [slots]
-    basis_ptr, z_ptr,  # [rank, columns] and f32 [steps, tokens, RANK], or None
-    out_ptr, out_scale_ptr,  # i8 [tokens, 2, steps * STEP], f32 [tokens, steps]
+    basis_ptr, z_ptr,  # [rank, columns] and f32 [z_parts, tokens, RANK], or None
+    out_ptr, out_scale_ptr,  # i8 [tokens, 2, steps * STEP], f32 [tokens, steps]; or 16-bit [tokens, steps * STEP], None
     slots_ptr, block_expert_ptr,  # i32 [blocks * TOKENS], i32 [blocks]
-    tokens, columns, steps, slots, blocks, rank,
+    tokens, columns, steps, slots, blocks, z_parts, z_span, rank,
     EXPERTS: tl.constexpr, BINS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """Grid EXPERTS + tokens * steps, and ceil(tokens / 16) * steps more with a basis."""
+    """Grid EXPERTS + tokens * steps, and ceil(tokens / 16) * z_parts more with a basis, for z_span columns each."""
     program = tl.program_id(0)
     if program < EXPERTS:
         _route(program, index_ptr, slots_ptr, block_expert_ptr, slots, blocks, EXPERTS, BINS, TOKENS, CHUNK)
     elif program < EXPERTS + tokens * steps:
         token, block = (program - EXPERTS) // steps, (program - EXPERTS) % steps
-        d = block * STEP + tl.arange(0, STEP)
-        at = token.to(tl.int64) * columns + d
-        x = tl.load(x_ptr + at, mask=d < columns, other=0.0).to(tl.float32)
-        _store_fixed(x, out_ptr, out_scale_ptr, token.to(tl.int64), block, steps, STEP)
+        place = block * STEP + tl.arange(0, STEP)
+        d = place if out_scale_ptr is not None else paired(place)
+        x = tl.load(x_ptr + token.to(tl.int64) * columns + d, mask=d < columns, other=0.0)
+        if out_scale_ptr is not None:
+            _store_fixed(x.to(tl.float32), out_ptr, out_scale_ptr, token.to(tl.int64), block, steps, STEP)
+        else:
+            tl.store(out_ptr + token.to(tl.int64) * (steps * STEP) + place, x)
     else:
         if basis_ptr is not None:
             rest = program - EXPERTS - tokens * steps
-            _project(x_ptr, basis_ptr, z_ptr, rest // steps, rest % steps, tokens, columns, rank, STEP, RANK)
+            _project(x_ptr, basis_ptr, z_ptr, rest // z_parts, rest % z_parts, tokens, columns, z_span, rank, RANK)
 
 
 @triton.jit
@@ -111,19 +115,21 @@ def _width(index, width, EXPERTS: tl.constexpr):
 
 @triton.jit
 def _hidden(
-    rows_ptr, slot, f, real, rows, parts, slots, alpha, limit, ACT: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr
+    rows_ptr, index_ptr, slot, f, rows, units, slots, alpha, limit, ACT: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr,
+    PARTS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """Hidden units f of one slot, f32."""
+    """Hidden units f of one slot, f32; zero where its choice is no expert."""
+    real = f < _width(tl.load(index_ptr + slot), units, EXPERTS)
+    inside = f < units  # rows don't wait for the choice
     if FUSED:
-        units = rows if GATE == "none" else rows // 2
-        h = tl.load(rows_ptr + slot * units + f, mask=real, other=0.0).to(tl.float32)
+        h = tl.load(rows_ptr + slot * units + f, mask=inside, other=0.0).to(tl.float32)
     else:
         g, u = tl.zeros(f.shape, tl.float32), tl.zeros(f.shape, tl.float32)
-        for part in range(parts):
+        for part in tl.static_range(PARTS):
             row = rows_ptr + (part * slots + slot) * rows + f
-            g += tl.load(row, mask=real, other=0.0).to(tl.float32)
+            g += tl.load(row, mask=inside, other=0.0).to(tl.float32)
             if GATE != "none":
-                u += tl.load(row + rows // 2, mask=real, other=0.0).to(tl.float32)
+                u += tl.load(row + rows // 2, mask=inside, other=0.0).to(tl.float32)
         if GATE == "none":
             h = activation(g, ACT)
         else:
@@ -136,37 +142,55 @@ def hidden_kernel(
     rows_ptr,  # [parts, slots, rows] as grouped_kernel wrote it, with FUSED [slots, units]
     index_ptr, weight_ptr,  # [slots]: choices and routing weights
     out_ptr, out_scale_ptr,  # i8 [slots (+ tokens), 2, steps * STEP], f32 [slots (+ tokens), steps]
-    rows, units, parts, slots, steps, alpha, limit,
-    ACT: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, STEP: tl.constexpr,
+    rows, units, slots, steps, alpha, limit,
+    ACT: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr, PARTS: tl.constexpr, EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, steps); with tokens more in the first, row slots + t is sum_j w_tj h_tj of token t, for a shared mean."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = block * STEP + tl.arange(0, STEP)
     if row < slots:
-        real = f < _width(tl.load(index_ptr + row), units, EXPERTS)
-        h = _hidden(rows_ptr, row, f, real, rows, parts, slots, alpha, limit, ACT, GATE, FUSED)
+        h = _hidden(rows_ptr, index_ptr, row, f, rows, units, slots, alpha, limit, ACT, GATE, FUSED, PARTS, EXPERTS)
         _store_fixed(h, out_ptr, out_scale_ptr, row, block, steps, STEP)
     else:
         total = tl.zeros([STEP], tl.float32)
         for j in range(TOP_K):
             slot = (row - slots) * TOP_K + j
-            real, weight = (
-                f < _width(tl.load(index_ptr + slot), units, EXPERTS),
-                tl.load(weight_ptr + slot).to(tl.float32),
+            h = _hidden(
+                rows_ptr, index_ptr, slot, f, rows, units, slots, alpha, limit, ACT, GATE, FUSED, PARTS, EXPERTS
             )
-            total += weight * _hidden(rows_ptr, slot, f, real, rows, parts, slots, alpha, limit, ACT, GATE, FUSED)
+            total += tl.load(weight_ptr + slot).to(tl.float32) * h
         _store_fixed(total, out_ptr, out_scale_ptr, row, block, steps, STEP)
+
+
+@triton.jit
+def sums_kernel(
+    h_ptr,  # 16-bit [slots, width]
+    index_ptr, weight_ptr,  # [slots]
+    out_ptr,  # 16-bit [tokens, width]
+    width, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens, ceil(width / BLOCK)): sum_j w_tj h_tj of every token, for a shared mean."""
+    token, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in range(TOP_K):
+        slot = token * TOP_K + j
+        real = f < _width(tl.load(index_ptr + slot), width, EXPERTS)
+        weight = tl.load(weight_ptr + slot).to(tl.float32)
+        total += weight * tl.load(h_ptr + slot * width + f, mask=real, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * width + f, total.to(out_ptr.dtype.element_ty), mask=f < width)
 
 
 @triton.jit
 def combine_kernel(
     rows_ptr,  # [parts, slots, columns] as grouped_kernel wrote it
     index_ptr, weight_ptr,  # [slots]
-    shared_ptr,  # f32 [tokens, columns] or None
+    shared_ptr,  # f32 [SHARED, tokens, columns] or None
     c_ptr, basis_ptr,  # f32 [c_parts, slots, rank] and [rank, columns], or None
     out_ptr,  # [tokens, columns]
-    columns, parts, slots, c_parts, rank,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
+    columns, slots, c_parts, rank,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, ceil(columns / BLOCK)). CHOICES, a power of two, is at least TOP_K."""
     token, j = tl.program_id(0).to(tl.int64), tl.arange(0, CHOICES)
@@ -175,20 +199,21 @@ def combine_kernel(
     index = tl.load(index_ptr + slot, mask=j < TOP_K, other=-1)
     chosen = (index >= 0) & (index < EXPERTS)
     weight = tl.load(weight_ptr + slot, mask=j < TOP_K, other=0.0).to(tl.float32)
-    mask = chosen[:, None] & (d < columns)[None, :]
+    inside = (j < TOP_K)[:, None] & (d < columns)[None, :]  # rows don't wait for the choices
     y = tl.zeros([CHOICES, BLOCK], tl.float32)
-    for part in range(parts):
-        at = (part * slots + slot)[:, None] * columns + d[None, :]
-        y += tl.load(rows_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    total = tl.sum(y * weight[:, None], 0)
-    if shared_ptr is not None:
-        total += tl.load(shared_ptr + token * columns + d, mask=d < columns, other=0.0)
+    for piece in tl.static_range(PARTS):
+        y += tl.load(rows_ptr + (piece * slots + slot)[:, None] * columns + d[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
+    total = tl.sum(tl.where(chosen[:, None], y, 0.0) * weight[:, None], 0)
+    for piece in tl.static_range(SHARED):
+        total += tl.load(shared_ptr + (piece * (slots // TOP_K) + token) * columns + d, mask=d < columns, other=0.0)
     if c_ptr is not None:
         r = tl.arange(0, RANK)
         c = tl.zeros([CHOICES, RANK], tl.float32)
         for part in range(c_parts):
-            at = (part * slots + slot)[:, None] * rank + r[None, :]
-            c += tl.load(c_ptr + at, mask=chosen[:, None] & (r < rank)[None, :], other=0.0)
+            row = (part * slots + slot)[:, None] * rank
+            c += tl.load(c_ptr + row + r[None, :], mask=chosen[:, None] & (r < rank)[None, :], other=0.0)
         low = tl.sum(c * weight[:, None], 0)
         inside = (r < rank)[:, None] & (d < columns)[None, :]
         basis = tl.load(basis_ptr + r[:, None] * columns + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -199,12 +224,12 @@ def combine_kernel(
 @triton.jit
 def norm_kernel(
     rows_ptr, index_ptr, weight_ptr,  # as combine_kernel's
-    shared_ptr,  # f32 [slots, columns] or None
+    shared_ptr,  # f32 [SHARED, slots, columns] or None
     c_ptr, basis_ptr,
     norm_ptr,  # [columns]
     out_ptr,
-    columns, parts, slots, c_parts, rank, eps,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    columns, slots, c_parts, rank, eps,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid tokens. BLOCK, a power of two, is at least columns. Scale, then normalise: `moecc.ops._post_norm`."""
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -216,10 +241,10 @@ def norm_kernel(
         width, weight = _width(tl.load(index_ptr + slot), columns, EXPERTS), tl.load(weight_ptr + slot).to(tl.float32)
         chosen = d < width
         y = tl.zeros([BLOCK], tl.float32)
-        for part in range(parts):
-            y += tl.load(rows_ptr + (part * slots + slot) * columns + d, mask=chosen, other=0.0).to(tl.float32)
-        if shared_ptr is not None:
-            y += tl.load(shared_ptr + slot * columns + d, mask=chosen, other=0.0)
+        for piece in tl.static_range(PARTS):
+            y += tl.load(rows_ptr + (piece * slots + slot) * columns + d, mask=chosen, other=0.0).to(tl.float32)
+        for piece in tl.static_range(SHARED):
+            y += tl.load(shared_ptr + (piece * slots + slot) * columns + d, mask=chosen, other=0.0)
         if c_ptr is not None:
             for r in range(rank):
                 c = 0.0

@@ -61,13 +61,47 @@ def _words(
 
 
 @triton.jit
-def _lookup(w, table, HEIGHT: tl.constexpr, UNROLL: tl.constexpr):
+def _spread(entries, one, COPIES: tl.constexpr):
+    """i32 [256] -> the address in shared memory of COPIES copies side by side: entry c's are words c * COPIES + 0..COPIES-1.
+
+    With 32 copies a warp's 32 lookups never meet in a bank of shared memory, with one copy they take 3.3 turns. one: a scalar."""
+    WORDS: tl.constexpr = 256 * COPIES
+    table = tl.inline_asm_elementwise(
+        f"{{ .shared .align 128 .b32 moecc_table[{WORDS}]; mov.u32 $0, moecc_table; }}", "=r,r", [one], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+    entry = tl.arange(0, 256)
+    for j in tl.static_range(
+        COPIES // 4
+    ):  # each begins at another four, so that a warp's stores don't meet in a bank either
+        at = table + entry * (COPIES * 4) + ((entry + j) % (COPIES // 4)) * 16
+        tl.inline_asm_elementwise(
+            "st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.u32 $0, 0;", "=r,r,r", [at, entries], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    tl.debug_barrier()
+    # what loads from an address that is only known here isn't moved before the barrier
+    return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [table], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _lookup(w, table, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, COPIES: tl.constexpr):
     """Code words -> their entries i32 [64 * HEIGHT, 32 * UNROLL]: four weights each, or two."""
     c0, c1, c2, c3 = w & 0xFF, (w >> 8) & 0xFF, (w >> 16) & 0xFF, (w >> 24) & 0xFF
+    if COPIES > 1:  # a thread holds four words in a row, so word // 4 is its place in the warp
+        copy, size = tl.arange(0, 512 * HEIGHT * UNROLL) // 4 % COPIES * 4, COPIES * 4
+        c0, c1, c2, c3 = copy + c0 * size, copy + c1 * size, copy + c2 * size, copy + c3 * size
     code = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     code = tl.reshape(code, [HEIGHT, UNROLL, 4, 8, 4, 2, 2, 4])  # row tile, column tile, w, r, t, i, h, b
     code = tl.reshape(tl.permute(code, (0, 2, 5, 3, 1, 6, 7, 4)), [2048 * HEIGHT * UNROLL])
-    return tl.reshape(tl.gather(table, code, 0), [64 * HEIGHT, 32 * UNROLL])
+    if COPIES > 1:
+        found = tl.inline_asm_elementwise(
+            "{ .reg .u32 at; add.u32 at, $1, $2; ld.shared.b32 $0, [at]; }", "=r,r,r", [code, table], dtype=tl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        found = tl.gather(table, code, 0)
+    return tl.reshape(found, [64 * HEIGHT, 32 * UNROLL])
 
 
 @triton.jit
@@ -80,26 +114,55 @@ def _flips(s, HEIGHT: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def _weights(
-    words_ptr, signs_ptr, table_ptr, index, down, step, column_tiles, BITS: tl.constexpr, HEIGHT: tl.constexpr,
-    UNROLL: tl.constexpr, TAIL: tl.constexpr,
+    words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS: tl.constexpr, HEIGHT: tl.constexpr,
+    UNROLL: tl.constexpr, TAIL: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """int8 [64 * HEIGHT, 128 * UNROLL] of one step, from row tile `index`; what is past the last column tile meets zeros in x."""
     first, across = step * UNROLL, column_tiles - step * UNROLL
     if BITS == 4:
-        table = tl.load(table_ptr + tl.arange(0, 256)).to(tl.int32) & 0xFFFF
         even, stride = words_ptr + (2 * index * column_tiles + first) * 512, 1024 * column_tiles
         odd = even + column_tiles * 512
-        p = _lookup(_words(even, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL)
-        p = p | (_lookup(_words(odd, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL) << 16)
+        p = _lookup(_words(even, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL, COPIES)
+        high = _lookup(_words(odd, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL, COPIES)
+        p = p | (high << 16)
     else:
-        table = tl.load(table_ptr + tl.arange(0, 256))
         words, stride = words_ptr + (index * column_tiles + first) * 512, 512 * column_tiles
-        p = _lookup(_words(words, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL)
+        p = _lookup(_words(words, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL, COPIES)
         if BITS == 3:
             signs, stride = signs_ptr + (index * column_tiles + first) * 256, 256 * column_tiles
             p = p ^ _flips(_words(signs, stride, down, across, 256, HEIGHT, UNROLL, TAIL), HEIGHT, UNROLL)
     b0, b1, b2, b3 = p.to(tl.int8), (p >> 8).to(tl.int8), (p >> 16).to(tl.int8), (p >> 24).to(tl.int8)
     return tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), [64 * HEIGHT, 128 * UNROLL])
+
+
+@triton.jit
+def paired(k):
+    """The column that stands at place k of x as 16-bit floats: in sixteens, columns 0 1, 4 5, 8 9, 12 13 and then the others.
+
+    A thread has columns 4t..4t+3 of a row of weights; the instruction for 16-bit floats wants 2t, 2t+1, 2t+8, 2t+9 of it."""
+    return k // 16 * 16 + k // 2 % 4 * 4 + k // 8 % 2 * 2 + k % 2
+
+
+@triton.jit
+def place_of(column):
+    """The inverse of `paired`."""
+    return column // 16 * 16 + column // 4 % 4 * 2 + column // 2 % 2 * 8 + column % 2
+
+
+@triton.jit
+def _paired_columns(w, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """Whole numbers [ROWS, STEP] in the order of `paired`: no word goes from one thread to another."""
+    return tl.reshape(tl.permute(tl.reshape(w, [ROWS, STEP // 16, 4, 2, 2]), (0, 1, 3, 2, 4)), [ROWS, STEP])
+
+
+@triton.jit
+def _dot(w, x, total, UPCAST: tl.constexpr):
+    """total + w x of int8 w, which are 16-bit floats exactly, and 16-bit x. UPCAST: the interpreter's bfloat16 is wrong."""
+    if UPCAST:
+        total = tl.dot(w.to(tl.float32), x.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(w.to(x.dtype), x, total)
+    return total
 
 
 @triton.jit
@@ -111,24 +174,30 @@ def _exact(hi_lo, ROWS: tl.constexpr, TOKENS: tl.constexpr):
 
 @triton.jit
 def _low_rank(
-    z_ptr, coef_ptr, coef_scale_ptr, e, pair_token, pair_held, row, real, rows, z_parts, z_tokens, rank, RANK: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    y, z_ptr, coef_ptr, coef_scale_ptr, e, token, held, pair_token, pair_held, row, real, rows, z_parts, z_tokens, rank,
+    RANK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """coef_scale * (coef z) [ROWS, TOKENS]: z f32 [z_parts, tokens, RANK] as fixed point, coef i8 [E, rows, rank]."""
+    """y + coef_scale * (coef z), f32 [ROWS, TOKENS]: z f32 [z_parts, tokens, RANK], coef i8 [E, rows, rank]."""
     r = tl.arange(0, RANK)
-    z = tl.zeros([RANK, 2 * TOKENS], tl.float32)
-    for part in range(z_parts):
-        z += tl.load(
-            z_ptr + (part * z_tokens + pair_token)[None, :] * RANK + r[:, None], mask=pair_held[None, :], other=0.0
-        )
-    hi, lo, z_scale = fixed_point(z, peak_of(z, True))
-    # every token twice, then chosen by column: a join of hi and lo would be reshaped in shared memory, which can't be for sm_90
-    pair = tl.where((tl.arange(0, 2 * TOKENS) % 2 == 0)[None, :], hi, lo)
-    z_scale, _ = tl.split(tl.reshape(z_scale, [1, TOKENS, 2]))
     at = (e * rows + row)[:, None] * rank + r[None, :]
     coef = tl.load(coef_ptr + at, mask=real[:, None] & (r < rank)[None, :], other=0)
-    factor = tl.load(coef_scale_ptr + e * rows + row, mask=real, other=0.0).to(tl.float32)
-    return _exact(tl.dot(coef, pair), ROWS, TOKENS) * z_scale * factor[:, None]
+    factor = tl.load(coef_scale_ptr + e * rows + row, mask=real, other=0.0).to(tl.float32)[:, None]
+    if HALF:  # into y's own registers
+        z = tl.zeros([RANK, TOKENS], tl.float32)
+        for part in range(z_parts):
+            z += tl.load(z_ptr + (part * z_tokens + token)[None, :] * RANK + r[:, None], mask=held[None, :], other=0.0)
+        y = tl.dot(coef.to(tl.float32) * factor, z, y, input_precision="tf32")
+    else:
+        z = tl.zeros([RANK, 2 * TOKENS], tl.float32)
+        for part in range(z_parts):
+            both = (part * z_tokens + pair_token)[None, :] * RANK + r[:, None]
+            z += tl.load(z_ptr + both, mask=pair_held[None, :], other=0.0)
+        hi, lo, z_scale = fixed_point(z, peak_of(z, True))
+        # every token twice, then chosen by column: a join of hi and lo would be reshaped in shared memory, which can't be for sm_90
+        pair = tl.where((tl.arange(0, 2 * TOKENS) % 2 == 0)[None, :], hi, lo)
+        z_scale, _ = tl.split(tl.reshape(z_scale, [1, TOKENS, 2]))
+        y += _exact(tl.dot(coef, pair), ROWS, TOKENS) * z_scale * factor
+    return y
 
 
 @triton.jit
@@ -137,14 +206,16 @@ def grouped_kernel(
     x_scale_ptr,  # f32 [R, steps]
     words_ptr, signs_ptr, table_ptr,  # moecc.backends.triton.pack; BITS 8: i8 [E, rows, columns], None, None
     scale_ptr, bias_ptr,  # [E, rows] of any float type; bias or None
-    shared_ptr,  # f32 [R, rows] or None: the part of all experts, of row slot // TOP_K
+    shared_ptr,  # f32 [SHARED, R, rows] or None: the part of all experts, of row slot // TOP_K
     z_ptr, coef_ptr, coef_scale_ptr,  # f32 [z_parts, R, RANK], i8 [E, rows, rank], [E, rows], or None
     out_ptr,  # [parts, slots, rows], with FUSED [slots, units]
     slots_ptr,  # i32 [blocks * TOKENS], -1 where a block isn't full; None: slot i is row i, and all are of expert 0
     block_expert_ptr,  # i32 [blocks], -1 for blocks that aren't needed
-    rows, columns, row_tiles, column_tiles, table_stride, steps, steps_per_part, slots, z_parts, z_tokens, rank, alpha, limit,
+    rows, columns, out_width, row_tiles, column_tiles, table_stride, steps, steps_per_part, slots, z_parts, z_tokens, rank,
+    alpha, limit,
     BITS: tl.constexpr, GATED: tl.constexpr, FUSED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr,
     TOKENS: tl.constexpr, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
+    SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(row tiles / HEIGHT), blocks, parts)."""
     group, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -153,10 +224,12 @@ def grouped_kernel(
     lane, pair = tl.arange(0, TOKENS), tl.arange(0, 2 * TOKENS)
     if block_expert_ptr is not None:
         e = tl.load(block_expert_ptr + block).to(tl.int64)
+        slot = tl.load(
+            slots_ptr + block * TOKENS + lane
+        )  # before the branch, so that it waits for one load and not for two
+        pair_slot = tl.load(slots_ptr + block * TOKENS + pair // 2)
         if e < 0:
             return
-        slot = tl.load(slots_ptr + block * TOKENS + lane)
-        pair_slot = tl.load(slots_ptr + block * TOKENS + pair // 2)
     else:
         e = tl.full([], 0, tl.int64)
         slot = tl.where(block * TOKENS + lane < slots, block * TOKENS + lane, -1)
@@ -165,29 +238,12 @@ def grouped_kernel(
     token = tl.where(held, slot // TOP_K, 0).to(tl.int64)
     pair_held = pair_slot >= 0
     pair_token = tl.where(pair_held, pair_slot // TOP_K, 0).to(tl.int64)
-    x_ptrs = x_ptr + (pair_token * 2 + pair % 2)[None, :] * (steps * STEP)
+    if HALF:
+        x_ptrs, x_held = x_ptr + token[None, :] * (steps * STEP), held[None, :]
+    else:
+        x_ptrs, x_held = x_ptr + (pair_token * 2 + pair % 2)[None, :] * (steps * STEP), pair_held[None, :]
     place = group * ROWS + tl.arange(0, ROWS)
     tile = group * HEIGHT
-
-    total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for step in range(part * steps_per_part, tl.minimum((part + 1) * steps_per_part, steps)):
-        if BITS == 8:  # a column tile at a time, because nothing is gained by more and registers are lost
-            hi_lo = tl.zeros([ROWS, 2 * TOKENS], tl.int32)
-            for u in tl.static_range(UNROLL):
-                k = step * STEP + u * 128 + tl.arange(0, 128)
-                inside = (place < rows)[:, None] & (k < columns)[None, :]
-                w = tl.load(words_ptr + (e * rows + place)[:, None] * columns + k[None, :], mask=inside, other=0)
-                x = tl.load(
-                    x_ptrs + (step * STEP + u * 128 + tl.arange(0, 128))[:, None], mask=pair_held[None, :], other=0
-                )
-                hi_lo = tl.dot(w, x, hi_lo, out_dtype=tl.int32)  # triton 3.6 wants it said
-        else:
-            index, down, table = e * row_tiles + tile, row_tiles - tile, table_ptr + e * table_stride
-            w = _weights(words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
-            x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=pair_held[None, :], other=0)
-            hi_lo = tl.dot(w, x)
-        x_scale = tl.load(x_scale_ptr + token * steps + step, mask=held, other=0.0)
-        total += _exact(hi_lo, ROWS, TOKENS) * x_scale[None, :]
 
     if GATED:
         units = rows // 2
@@ -196,17 +252,54 @@ def grouped_kernel(
     else:
         row, real = place, place < rows
     factor = tl.load(scale_ptr + e * rows + row, mask=real, other=0.0).to(tl.float32)
+
+    table = 0
+    if BITS != 8:
+        table = tl.load(table_ptr + e * table_stride + tl.arange(0, 256)).to(tl.int32)
+        if BITS == 4:
+            table = table & 0xFFFF
+        if COPIES > 1:
+            table = _spread(table, steps, COPIES)
+
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    for step in range(part * steps_per_part, tl.minimum((part + 1) * steps_per_part, steps)):
+        if BITS == 8:  # a column tile at a time, because nothing is gained by more and registers are lost
+            hi_lo = tl.zeros([ROWS, 2 * TOKENS], tl.int32)
+            for u in tl.static_range(UNROLL):
+                at = step * STEP + u * 128 + tl.arange(0, 128)
+                k = paired(at) if HALF else at
+                inside = (place < rows)[:, None] & (k < columns)[None, :]
+                w = tl.load(words_ptr + (e * rows + place)[:, None] * columns + k[None, :], mask=inside, other=0)
+                x = tl.load(x_ptrs + at[:, None], mask=x_held, other=0)
+                if HALF:
+                    total = _dot(w, x, total, UPCAST)
+                else:
+                    hi_lo = tl.dot(w, x, hi_lo, out_dtype=tl.int32)  # triton 3.6 wants it said
+        else:
+            index, down = e * row_tiles + tile, row_tiles - tile
+            w = _weights(
+                words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL, COPIES
+            )
+            x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
+            if HALF:
+                total = _dot(_paired_columns(w, ROWS, STEP), x, total, UPCAST)
+            else:
+                hi_lo = tl.dot(w, x)
+        if not HALF:
+            x_scale = tl.load(x_scale_ptr + token * steps + step, mask=held, other=0.0)
+            total += _exact(hi_lo, ROWS, TOKENS) * x_scale[None, :]
+
     y = total * factor[:, None]
     if part == 0:
         if bias_ptr is not None:
             y += tl.load(bias_ptr + e * rows + row, mask=real, other=0.0).to(tl.float32)[:, None]
-        if shared_ptr is not None:
-            both = real[:, None] & held[None, :]
-            y += tl.load(shared_ptr + token[None, :] * rows + row[:, None], mask=both, other=0.0)
+        for piece in tl.static_range(SHARED):
+            rows_of_all = (piece * (slots // TOP_K) + token)[None, :] * rows + row[:, None]
+            y += tl.load(shared_ptr + rows_of_all, mask=real[:, None] & held[None, :], other=0.0)
         if z_ptr is not None:
-            y += _low_rank(
-                z_ptr, coef_ptr, coef_scale_ptr, e, pair_token, pair_held, row, real, rows, z_parts, z_tokens, rank, RANK, ROWS,
-                TOKENS,
+            y = _low_rank(
+                y, z_ptr, coef_ptr, coef_scale_ptr, e, token, held, pair_token, pair_held, row, real, rows, z_parts, z_tokens,
+                rank, RANK, ROWS, TOKENS, HALF,
             )  # fmt: skip
 
     at = part.to(tl.int64) * slots + slot
@@ -215,9 +308,11 @@ def grouped_kernel(
         h = tl.reshape(apply_gate(g, u, alpha, limit, ACT, GATE), [ROWS // 2, TOKENS])
         unit = tile * 32 + tl.arange(0, ROWS // 2)
         mask = (unit < rows // 2)[:, None] & held[None, :]
-        tl.store(out_ptr + at[None, :] * (rows // 2) + unit[:, None], h.to(out_ptr.dtype.element_ty), mask=mask)
+        unit = place_of(unit) if HALF else unit
+        tl.store(out_ptr + at[None, :] * out_width + unit[:, None], h.to(out_ptr.dtype.element_ty), mask=mask)
     else:
+        mask = real[:, None] & held[None, :]
         if FUSED:
             y = activation(y, ACT)
-        mask = real[:, None] & held[None, :]
-        tl.store(out_ptr + at[None, :] * rows + row[:, None], y.to(out_ptr.dtype.element_ty), mask=mask)
+            row = place_of(row) if HALF else row
+        tl.store(out_ptr + at[None, :] * out_width + row[:, None], y.to(out_ptr.dtype.element_ty), mask=mask)

@@ -18,19 +18,44 @@ Shapes: T tokens, k choices each, S = T k slots, E experts, D hidden, F intermed
 
 from __future__ import annotations
 
+import ctypes
+import math
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from moecc import vq4
-from moecc.backends.triton.around import combine_kernel, hidden_kernel, norm_kernel, prepare_kernel
+from moecc.backends.triton.around import combine_kernel, hidden_kernel, norm_kernel, prepare_kernel, sums_kernel
 from moecc.backends.triton.grouped import grouped_kernel
 from moecc.backends.triton.pack import COLUMNS, ROWS, Projection, tiles
 from moecc.backends.triton.tiles import Card, Tile, card_of, choose_tile, choose_unroll
+from moecc.errors import MoeccError
 from moecc.gates import rows_per_unit
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes no inline assembly
+
+
+def _allow_shared_memory(module: Any, function: int, name: str, group: Any, digest: str) -> None:
+    """What triton calls for a kernel that it has loaded: more than 48 KB of shared memory must be asked for (CUDA driver API,
+    cuFuncSetAttribute). Triton does where its own part is more, and doesn't count the table of `grouped._spread`."""
+    if name != grouped_kernel.__name__ or torch.version.hip:
+        return
+    active = triton.runtime.driver.active
+    most = active.utils.get_device_properties(active.get_current_device())["max_shared_mem"]
+    cuda, handle, static = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(function), ctypes.c_int()
+    failed = cuda.cuFuncGetAttribute(ctypes.byref(static), _SHARED_SIZE, handle)
+    failed = failed or cuda.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED_SIZE, most - static.value)
+    if failed:
+        raise MoeccError(f"CUDA error {failed}: no more than 48 KB of shared memory can be had for a kernel of moecc's")
+
+
+_SHARED_SIZE, _MAX_DYNAMIC_SHARED_SIZE = 1, 8  # CUfunction_attribute
+triton.knobs.runtime.kernel_load_end_hook.add(_allow_shared_memory)
 
 
 class Launch(NamedTuple):
@@ -57,16 +82,17 @@ class Plan:
         return next(launch for launch in self.launches if launch.name == name)
 
 
-class Fixed(NamedTuple):
-    """Rows as fixed point: high and low bytes i8 [R, 2, steps * STEP], scale f32 [R, steps]."""
+class Rows(NamedTuple):
+    """What a product multiplies: high and low bytes i8 [R, 2, steps * STEP] with scale f32 [R, steps], or 16-bit floats
+    [R, steps * STEP] in the order of `grouped.paired`."""
 
     values: Tensor
-    scale: Tensor
+    scale: Tensor | None
     unroll: int
 
     @property
     def steps(self) -> int:
-        return self.scale.shape[1]
+        return self.values.shape[-1] // (COLUMNS * self.unroll)
 
 
 class Matrices(NamedTuple):
@@ -128,20 +154,39 @@ def plan(
     if not slots:
         made.out.zero_()
         return made
+    chosen = tile or choose_tile(slots, experts, card, x.dtype)
+    wide = 4 in (up.bits, below.bits) or gate_up.get("basis") is not None or down.get("basis") is not None
+    if tile is None and chosen.half and wide:
+        chosen = chosen._replace(
+            height=1
+        )  # two lookups, or a second product, take the registers of the second row tile
     build = _Builder(
-        made.launches, experts, choices, slots, tile or choose_tile(slots, experts, card), tile is not None, card,
+        made.launches, experts, choices, slots, chosen, tile is not None, card, x.dtype,
         dict(alpha=alpha, limit=limit), dict(ACT=act, GATE=gate),
     )  # fmt: skip
     index, weight = topk_index.contiguous(), topk_weight.contiguous()
     rows = up.scale.shape[1]
     units = rows // rows_per_unit(gate)
 
-    fixed, blocks, z = build.prepare(x.contiguous(), index, gate_up.get("basis"), up.words.shape[3])
-    shared = build.mean("gate_up mean", gate_up, fixed, rows, hidden, gated=gate != "none")
+    columns, blocks, z = build.prepare(x.contiguous(), index, gate_up.get("basis"), up.words.shape[3])
+    shared = build.mean("gate_up mean", gate_up, columns, rows, hidden, gated=gate != "none")
     low = (z, gate_up.get("coef"), gate_up.get("coef_scale")) if z is not None else None
-    first, fused = build.gate_up(up, gate_up.get("bias"), fixed, blocks, rows, hidden, shared, low)
     summed = down.get("mean_codes") is not None and post_norm is None  # the mean then meets sum_j w_j h_j
-    h, h_sum = build.hidden(first, index, weight, units, below.words.shape[3], fused=fused, summed=summed)
+    h, h_sum = build.gate_up(
+        up,
+        gate_up.get("bias"),
+        columns,
+        blocks,
+        rows,
+        hidden,
+        shared,
+        low,
+        index,
+        weight,
+        units,
+        below.words.shape[3],
+        summed,
+    )
     mean = build.mean("down mean", down, h_sum if summed else h, hidden, units, gated=False)
     c = build.coefficients(down, h, blocks, units)
     y = build.product("down", below, h, blocks, hidden, units, bias=down.get("bias"))
@@ -164,6 +209,7 @@ class _Builder:
     tile: Tile
     forced: bool
     card: Card
+    dtype: torch.dtype
     limits: dict[str, float]
     gate: dict[str, str]
 
@@ -174,110 +220,137 @@ class _Builder:
         options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
         self.launches.append(Launch(name, kernel, grid, arguments, options))
 
+    def rows(self, like: Tensor, count: int, column_tiles: int, filled: int | None = None) -> Rows:
+        """Room for `count` rows. filled: columns that a kernel writes, where those past them aren't its own to write."""
+        unroll = choose_unroll(column_tiles, self.tile.unroll)
+        steps = -(-column_tiles // unroll)
+        width = steps * unroll * COLUMNS
+        if self.tile.half:
+            new = like.new_empty if filled in (None, width) else like.new_zeros
+            return Rows(new((count, width), dtype=self.dtype), None, unroll)
+        values = like.new_empty((count, 2, width), dtype=torch.int8)
+        return Rows(values, like.new_empty((count, steps), dtype=torch.float32), unroll)
+
     def prepare(
         self, x: Tensor, index: Tensor, basis: Tensor | None, column_tiles: int
-    ) -> tuple[Fixed, Blocks, Tensor | None]:
+    ) -> tuple[Rows, Blocks, Tensor | None]:
         tokens, columns = x.shape
-        fixed = _fixed(x, tokens, column_tiles, self.tile)
+        made = self.rows(x, tokens, column_tiles)
         # at most one block per slot, and one that isn't full per expert that is chosen
         full = (self.slots + min(self.experts, self.slots) * (self.tile.tokens - 1)) // self.tile.tokens
         count = min(self.slots, full)
-        blocks = Blocks(
-            self.tile,
-            count,
-            x.new_empty(count * self.tile.tokens, dtype=torch.int32),
-            x.new_empty(count, dtype=torch.int32),
-        )
+        slots, owners = (x.new_empty(n, dtype=torch.int32) for n in (count * self.tile.tokens, count))
+        blocks = Blocks(self.tile, count, slots, owners)
         rank = 0 if basis is None else basis.shape[0]
-        z = None if basis is None else x.new_empty((fixed.steps, tokens, _power(rank, 32)), dtype=torch.float32)
-        programs = self.experts + tokens * fixed.steps + (0 if z is None else -(-tokens // 16) * fixed.steps)
+        # every program that multiplies by z adds up its parts, so that they are few where there are many tokens
+        span = 32 * -(-columns // (32 * max(1, min(made.steps, 1024 // tokens))))
+        z_parts = -(-columns // span)
+        z = None if basis is None else x.new_empty((z_parts, tokens, _power(rank, 32)), dtype=torch.float32)
+        width = made.values.shape[-1]
+        step = COLUMNS * made.unroll if made.scale is not None else math.gcd(width, 1024)  # columns of a program
+        programs = self.experts + tokens * (width // step) + (0 if z is None else -(-tokens // 16) * z_parts)
         self.add("prepare", prepare_kernel, (programs,), dict(
-            x_ptr=x, index_ptr=index, basis_ptr=None if basis is None else basis.contiguous(), z_ptr=z, out_ptr=fixed.values,
-            out_scale_ptr=fixed.scale, slots_ptr=blocks.slots, block_expert_ptr=blocks.experts, tokens=tokens,
-            columns=columns, steps=fixed.steps, slots=self.slots, blocks=count, rank=rank, EXPERTS=self.experts,
-            BINS=_power(self.experts + 1), TOKENS=self.tile.tokens, CHUNK=min(_power(self.slots, 128), 1024),
-            STEP=COLUMNS * fixed.unroll, RANK=_power(rank, 32),
+            x_ptr=x, index_ptr=index, basis_ptr=None if basis is None else basis.contiguous(), z_ptr=z, out_ptr=made.values,
+            out_scale_ptr=made.scale, slots_ptr=slots, block_expert_ptr=owners, tokens=tokens, columns=columns,
+            steps=width // step, slots=self.slots, blocks=count, z_parts=z_parts, z_span=span, rank=rank, EXPERTS=self.experts,
+            BINS=_power(self.experts + 1), TOKENS=self.tile.tokens, CHUNK=min(_power(self.slots, 128), 2048), STEP=step,
+            RANK=_power(rank, 32),
         ), warps=4)  # fmt: skip
-        return fixed, blocks, z
+        return made, blocks, z
 
-    def parts(self, fixed: Fixed, groups: int, blocks: Blocks) -> tuple[int, int]:
+    def parts(self, x: Rows, groups: int, blocks: Blocks) -> tuple[int, int]:
         """Programs that share the columns of one tile, and the steps of each."""
         wanted = -(-blocks.tile.waves * self.card.processors // (groups * blocks.number)) if blocks.tile.waves else 1
-        each = -(-fixed.steps // max(1, min(wanted, fixed.steps)))
-        return -(-fixed.steps // each), each
+        each = -(-x.steps // max(1, min(wanted, x.steps)))
+        return -(-x.steps // each), each
 
     def product(
-        self, name: str, m: Matrices, x: Fixed, blocks: Blocks, rows: int, columns: int, *, bias: Tensor | None = None,
+        self, name: str, m: Matrices, x: Rows, blocks: Blocks, rows: int, columns: int, *, bias: Tensor | None = None,
         shared: Tensor | None = None, low: tuple[Tensor, Tensor, Tensor] | None = None, gated: bool = False, fuse: bool = False,
-        top_k: int = 1, slots: int | None = None,
+        top_k: int = 1, slots: int | None = None, into: Rows | None = None,
     ) -> Tensor:  # fmt: skip
-        """m x -> f32 [parts, slots, rows]; fuse: [slots, units] if the columns needn't be split."""
+        """m x -> f32 [parts, slots, rows]; fuse: [slots, units] if the columns needn't be split, or what is to be filled."""
         row_tiles, slots = tiles(rows, gated=gated), self.slots if slots is None else slots
         groups = -(-row_tiles // blocks.tile.height)
         parts, each = self.parts(x, groups, blocks)
         fused = fuse and parts == 1
         shape = (slots, rows // 2 if gated else rows) if fused else (parts, slots, rows)
-        out = x.scale.new_empty(shape, dtype=torch.float32)
+        out = into.values if into else x.values.new_empty(shape, dtype=torch.float32)
         z, coef, coef_scale = low or (None, None, None)
         column_tiles = m.words.shape[3] if m.bits != 8 else 0
         self.add(name, grouped_kernel, (groups, blocks.number, parts), dict(
             x_ptr=x.values, x_scale_ptr=x.scale, words_ptr=m.words, signs_ptr=m.signs, table_ptr=m.table, scale_ptr=m.scale,
             bias_ptr=None if bias is None else bias.contiguous(), shared_ptr=shared, z_ptr=z, coef_ptr=coef,
             coef_scale_ptr=coef_scale, out_ptr=out, slots_ptr=blocks.slots, block_expert_ptr=blocks.experts, rows=rows,
-            columns=columns, row_tiles=row_tiles, column_tiles=column_tiles,
+            columns=columns, out_width=out.shape[-1], row_tiles=row_tiles, column_tiles=column_tiles,
             table_stride=0 if m.table is None or m.table.shape[0] == 1 else vq4.CODEBOOK_SIZE, steps=x.steps,
             steps_per_part=each, slots=slots, z_parts=0 if z is None else z.shape[0], z_tokens=0 if z is None else z.shape[1],
             rank=0 if coef is None else coef.shape[2], **self.limits, BITS=m.bits, GATED=gated, FUSED=fused, **self.gate,
             TOP_K=top_k, TOKENS=blocks.tile.tokens, HEIGHT=blocks.tile.height, UNROLL=x.unroll, TAIL=column_tiles % x.unroll != 0,
-            RANK=32 if z is None else z.shape[2],
+            RANK=32 if z is None else z.shape[2], COPIES=1 if INTERPRETED else blocks.tile.copies,
+            SHARED=0 if shared is None else shared.shape[0], HALF=x.scale is None, UPCAST=INTERPRETED,
         ), warps=blocks.tile.warps, stages=blocks.tile.stages, registers=blocks.tile.registers)  # fmt: skip
         return out
 
-    def mean(self, name: str, p: Projection, x: Fixed, rows: int, columns: int, *, gated: bool) -> Tensor | None:
-        """What all experts share as it is, of every row of x: f32 [R, rows], or None without one."""
+    def mean(self, name: str, p: Projection, x: Rows | None, rows: int, columns: int, *, gated: bool) -> Tensor | None:
+        """What all experts share as it is, of every row of x: f32 [parts, R, rows], or None without one."""
         m = Matrices.of(p, vq4.MEAN)
-        if m is None:
+        if m is None or x is None:
             return None
-        count = x.scale.shape[0]
-        tile = self.tile if self.forced else choose_tile(count, 1, self.card)
-        tile = tile._replace(waves=0)  # one part, which is added as it is
+        count = x.values.shape[0]
+        tile = self.tile if self.forced or x.scale is None else choose_tile(count, 1, self.card)
         blocks = Blocks(tile, -(-count // tile.tokens))
         return self.product(name, m, x, blocks, rows, columns, gated=gated, slots=count)
 
     def gate_up(
-        self, m: Matrices, bias: Tensor | None, x: Fixed, blocks: Blocks, rows: int, columns: int, shared: Tensor | None,
-        low: Any,
-    ) -> tuple[Tensor, bool]:  # fmt: skip
-        """Rows of every slot [parts, S, rows] and False, or its hidden units [S, units] and True."""
+        self, m: Matrices, bias: Tensor | None, x: Rows, blocks: Blocks, rows: int, columns: int, shared: Tensor | None,
+        low: Any, index: Tensor, weight: Tensor, units: int, column_tiles: int, summed: bool,
+    ) -> tuple[Rows, Rows | None]:  # fmt: skip
+        """Hidden units of the S slots, and of the T sums over a token's choices if `summed`."""
+        gated = self.gate["GATE"] != "none"
+        into = self.rows(x.values, self.slots, column_tiles, filled=units) if x.scale is None else None
         out = self.product(
-            "gate_up", m, x, blocks, rows, columns, bias=bias, shared=shared, low=low, gated=self.gate["GATE"] != "none",
-            fuse=True, top_k=self.choices,
+            "gate_up", m, x, blocks, rows, columns, bias=bias, shared=shared, low=low, gated=gated, fuse=True,
+            top_k=self.choices, into=into,
         )  # fmt: skip
-        return out, out.dim() == 2
+        if into:
+            return into, self.sums(into, index, weight) if summed else None
+        return self.hidden(out, index, weight, units, column_tiles, fused=out.dim() == 2, summed=summed)
+
+    def sums(self, h: Rows, index: Tensor, weight: Tensor) -> Rows:
+        tokens, width = index.shape[0], h.values.shape[1]
+        out = h.values.new_empty((tokens, width))
+        self.add("sums", sums_kernel, (tokens, -(-width // 1024)), dict(
+            h_ptr=h.values, index_ptr=index, weight_ptr=weight, out_ptr=out, width=width, EXPERTS=self.experts,
+            TOP_K=self.choices, BLOCK=1024,
+        ), warps=4)  # fmt: skip
+        return Rows(out, None, h.unroll)
 
     def hidden(
         self, first: Tensor, index: Tensor, weight: Tensor, units: int, column_tiles: int, *, fused: bool, summed: bool
-    ) -> tuple[Fixed, Fixed]:
-        """Hidden units as fixed point: of the S slots, and of the T sums over a token's choices (none unless `summed`)."""
+    ) -> tuple[Rows, Rows]:
+        """As fixed point. first: rows of every slot f32 [parts, S, rows], or `fused` hidden units [S, units]."""
         tokens = index.shape[0] if summed else 0
-        fixed = _fixed(first, self.slots + tokens, column_tiles, self.tile)
-        self.add("hidden", hidden_kernel, (self.slots + tokens, fixed.steps), dict(
-            rows_ptr=first, index_ptr=index, weight_ptr=weight, out_ptr=fixed.values, out_scale_ptr=fixed.scale,
-            rows=units * rows_per_unit(self.gate["GATE"]), units=units, parts=1 if fused else first.shape[0], slots=self.slots,
-            steps=fixed.steps, **self.limits, **self.gate, FUSED=fused, EXPERTS=self.experts, TOP_K=self.choices,
-            STEP=COLUMNS * fixed.unroll,
+        made = self.rows(first, self.slots + tokens, column_tiles)
+        assert made.scale is not None
+        self.add("hidden", hidden_kernel, (self.slots + tokens, made.steps), dict(
+            rows_ptr=first, index_ptr=index, weight_ptr=weight, out_ptr=made.values, out_scale_ptr=made.scale,
+            rows=units * rows_per_unit(self.gate["GATE"]), units=units, slots=self.slots, steps=made.steps, **self.limits,
+            **self.gate, FUSED=fused, PARTS=1 if fused else first.shape[0], EXPERTS=self.experts, TOP_K=self.choices,
+            STEP=COLUMNS * made.unroll,
         ), warps=4)  # fmt: skip
-        both = [
-            Fixed(fixed.values[s], fixed.scale[s], fixed.unroll) for s in (slice(self.slots), slice(self.slots, None))
-        ]
-        return both[0], both[1]
+        each, sums = (
+            Rows(made.values[s], made.scale[s], made.unroll) for s in (slice(self.slots), slice(self.slots, None))
+        )
+        return each, sums
 
-    def coefficients(self, p: Projection, h: Fixed, blocks: Blocks, units: int) -> Tensor | None:
+    def coefficients(self, p: Projection, h: Rows, blocks: Blocks, units: int) -> Tensor | None:
         """coef_e h of every slot, f32 [parts, S, r]."""
         coef, scale = p.get("coef"), p.get("coef_scale")
         if coef is None or scale is None:
             return None
         m = Matrices(8, coef.contiguous(), None, None, scale.contiguous())
+        blocks = blocks._replace(tile=blocks.tile._replace(height=1, warps=4))  # the rows are few
         return self.product("down coef", m, h, blocks, coef.shape[1], units)
 
     def combine(
@@ -288,8 +361,9 @@ class _Builder:
         rank = 0 if c is None else c.shape[2]
         common: dict[str, Any] = dict(
             rows_ptr=y, index_ptr=index, weight_ptr=weight, shared_ptr=shared, c_ptr=c,
-            basis_ptr=None if c is None or basis is None else basis.contiguous(), out_ptr=out, columns=columns, parts=y.shape[0],
-            slots=self.slots, c_parts=0 if c is None else c.shape[0], rank=rank, EXPERTS=self.experts, TOP_K=self.choices,
+            basis_ptr=None if c is None or basis is None else basis.contiguous(), out_ptr=out, columns=columns, slots=self.slots,
+            c_parts=0 if c is None else c.shape[0], rank=rank, EXPERTS=self.experts, TOP_K=self.choices, PARTS=y.shape[0],
+            SHARED=0 if shared is None else shared.shape[0],
         )  # fmt: skip
         if post_norm is not None:
             norm = dict(norm_ptr=post_norm.contiguous(), eps=eps, BLOCK=_power(columns))
@@ -299,13 +373,6 @@ class _Builder:
         else:
             shapes = dict(CHOICES=_power(self.choices), BLOCK=256, RANK=_power(rank, 16))
             self.add("combine", combine_kernel, (tokens, -(-columns // 256)), {**common, **shapes}, warps=4)
-
-
-def _fixed(like: Tensor, rows: int, column_tiles: int, tile: Tile) -> Fixed:
-    unroll = choose_unroll(column_tiles, tile.unroll)
-    steps = -(-column_tiles // unroll)
-    values = like.new_empty((rows, 2, steps * unroll * COLUMNS), dtype=torch.int8)
-    return Fixed(values, like.new_empty((rows, steps), dtype=torch.float32), unroll)
 
 
 assert ROWS == 64 and COLUMNS == 128  # what the kernels are written for

@@ -20,17 +20,35 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     waves: int  # programs per multiprocessor below which columns are split among programs; 0: never
+    copies: int = (
+        1  # of the codebook in shared memory, for lookups without bank conflicts; 1: `tl.gather`, on every card
+    )
+    half: bool = False  # x as the 16-bit floats that it is, not as fixed point
     registers: int = 0  # of a thread at most; 0: as the compiler likes, which is to spill a few for a round number
 
 
-# By tokens per expert, S / E: decode reads every code for a few tokens, prefill fills the matrix units. Chosen by count of
-# instructions among those that spill no register on the card (tests/test_triton_aot.py), not by timing.
+# By tokens per expert, S / E: decode reads every code for a few tokens, prefill fills the matrix units. Those of sm_90 were
+# chosen by time on an H100, the others by count of instructions among those that spill no register on the card
+# (tests/test_triton_aot.py). Fixed point is two columns for each token, and so twice the sums in registers; where every weight
+# meets many tokens those bound the tile, and with it how often x is read: `half`, for 16-bit x alone.
 _SMALL = Tile(tokens=8, height=1, unroll=4, warps=4, stages=2, waves=4)
 _MIDDLE = Tile(tokens=16, height=1, unroll=4, warps=4, stages=2, waves=2)
 _LARGE = Tile(tokens=32, height=1, unroll=2, warps=4, stages=2, waves=0)
-TILES = {  # by the longest beginning of the card's name
-    "sm_": ((8, _SMALL), (24, _MIDDLE._replace(unroll=2)), (None, _LARGE._replace(warps=8))),
-    "sm_90": ((8, _SMALL), (24, _MIDDLE), (None, _LARGE._replace(height=2, warps=8))),
+_HALF = Tile(tokens=64, height=1, unroll=1, warps=4, stages=2, waves=0, half=True)
+TILES: dict[str, tuple[tuple[int | None, Tile], ...]] = {  # by the longest beginning of the card's name
+    "sm_": (
+        (8, _SMALL._replace(copies=16)),
+        (24, _MIDDLE._replace(unroll=2, copies=16)),
+        (None, _HALF),
+        (None, _LARGE._replace(warps=8)),
+    ),
+    "sm_90": (
+        (8, _SMALL._replace(unroll=2, stages=3, copies=16)),
+        (24, _MIDDLE._replace(stages=3, waves=3, copies=32)),
+        (96, _HALF._replace(height=2, stages=3, copies=16)),
+        (None, _HALF._replace(tokens=128, height=2, stages=3, copies=8)),
+        (None, _LARGE._replace(tokens=64)),
+    ),
     "sm_10": (
         (8, _SMALL._replace(registers=255)),
         (24, _MIDDLE._replace(registers=255)),
@@ -52,10 +70,11 @@ class Card(NamedTuple):
     processors: int = 132
 
 
-def choose_tile(slots: int, experts: int, card: Card) -> Tile:
-    """The tile for `slots` rows that go to `experts` experts."""
+def choose_tile(slots: int, experts: int, card: Card, dtype: torch.dtype = torch.float32) -> Tile:
+    """The tile for `slots` rows that go to `experts` experts. dtype: of x."""
     table = TILES[max((name for name in TILES if card.name.startswith(name)), key=len)]
-    return next(tile for most, tile in table if most is None or slots <= most * experts)
+    fitting = (tile for most, tile in table if most is None or slots <= most * experts)
+    return next(tile for tile in fitting if dtype.itemsize == 2 or not tile.half)
 
 
 @lru_cache
