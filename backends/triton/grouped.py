@@ -105,9 +105,15 @@ def _lookup(w, table, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, COPIES: tl.con
 
 
 @triton.jit
-def _flips(s, HEIGHT: tl.constexpr, UNROLL: tl.constexpr):
+def _flips(s, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Sign words -> i32 [64 * HEIGHT, 32 * UNROLL] with 0xff in the bytes of negative weights."""
-    flip = ((s[:, None] >> tl.arange(0, 8)[None, :]) & 0x01010101) * 255
+    if ASSEMBLY:  # each byte's highest bit, eight times (PTX ISA, prmt)
+        high = s[:, None] << (7 - tl.arange(0, 8))[None, :]
+        flip = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $1, 0xba98;", "=r,r", [high], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        flip = ((s[:, None] >> tl.arange(0, 8)[None, :]) & 0x01010101) * 255
     flip = tl.reshape(flip, [HEIGHT, UNROLL, 4, 8, 4, 2, 8])  # row tile, column tile, w, r, t, i, c
     return tl.reshape(tl.permute(flip, (0, 2, 5, 3, 1, 6, 4)), [64 * HEIGHT, 32 * UNROLL])
 
@@ -117,7 +123,8 @@ def _weights(
     words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS: tl.constexpr, HEIGHT: tl.constexpr,
     UNROLL: tl.constexpr, TAIL: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
-    """int8 [64 * HEIGHT, 128 * UNROLL] of one step, from row tile `index`; what is past the last column tile meets zeros in x."""
+    """Words i32 [64 * HEIGHT, 32 * UNROLL] of four int8 weights, of one step from row tile `index`; what is past the last column
+    tile meets zeros in x."""
     first, across = step * UNROLL, column_tiles - step * UNROLL
     if BITS == 4:
         even, stride = words_ptr + (2 * index * column_tiles + first) * 512, 1024 * column_tiles
@@ -130,9 +137,8 @@ def _weights(
         p = _lookup(_words(words, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL, COPIES)
         if BITS == 3:
             signs, stride = signs_ptr + (index * column_tiles + first) * 256, 256 * column_tiles
-            p = p ^ _flips(_words(signs, stride, down, across, 256, HEIGHT, UNROLL, TAIL), HEIGHT, UNROLL)
-    b0, b1, b2, b3 = p.to(tl.int8), (p >> 8).to(tl.int8), (p >> 16).to(tl.int8), (p >> 24).to(tl.int8)
-    return tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), [64 * HEIGHT, 128 * UNROLL])
+            p = p ^ _flips(_words(signs, stride, down, across, 256, HEIGHT, UNROLL, TAIL), HEIGHT, UNROLL, COPIES > 1)
+    return p
 
 
 @triton.jit
@@ -150,19 +156,40 @@ def place_of(column):
 
 
 @triton.jit
-def _paired_columns(w, ROWS: tl.constexpr, STEP: tl.constexpr):
-    """Whole numbers [ROWS, STEP] in the order of `paired`: no word goes from one thread to another."""
-    return tl.reshape(tl.permute(tl.reshape(w, [ROWS, STEP // 16, 4, 2, 2]), (0, 1, 3, 2, 4)), [ROWS, STEP])
+def _int8(p, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """Words of four weights -> the weights, int8 [ROWS, STEP]."""
+    b0, b1, b2, b3 = p.to(tl.int8), (p >> 8).to(tl.int8), (p >> 16).to(tl.int8), (p >> 24).to(tl.int8)
+    return tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), [ROWS, STEP])
 
 
 @triton.jit
-def _dot(w, x, total, UPCAST: tl.constexpr):
-    """total + w x of int8 w, which are 16-bit floats exactly, and 16-bit x. UPCAST: the interpreter's bfloat16 is wrong."""
-    if UPCAST:
-        total = tl.dot(w.to(tl.float32), x.to(tl.float32), total, input_precision="ieee")
+def _half(p, ROWS: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Words of four weights -> the weights as floats, exactly, [ROWS, STEP] in the order of `paired`, which takes no word from one
+    thread to another. In assembly, two at a time, because a compiler that packs 16-bit floats one by one takes twice as long.
+
+    bfloat16: the low seven bits after 128 are 128 + m, and the eighth makes -128 a -256. float16: 1024 + (weight + 128) - 1152."""
+    if ASSEMBLY:
+        if dtype == tl.bfloat16:
+            low, high = tl.inline_asm_elementwise(
+                """{ .reg .b32 w, a, b, one; mov.b32 one, 0x3f803f80;
+                prmt.b32 w, $2, 0, 0x4140; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
+                lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $0, a, one, b;
+                prmt.b32 w, $2, 0, 0x4342; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
+                lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $1, a, one, b; }""",
+                "=&r,=r,r", [p], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            low, high = tl.inline_asm_elementwise(
+                """{ .reg .b32 w, c; mov.b32 c, 0xe480e480;
+                prmt.b32 w, $2, 0, 0x4140; lop3.b32 w, w, 0x00800080, 0x64006400, 0xbe; add.f16x2 $0, w, c;
+                prmt.b32 w, $2, 0, 0x4342; lop3.b32 w, w, 0x00800080, 0x64006400, 0xbe; add.f16x2 $1, w, c; }""",
+                "=&r,=r,r", [p], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+            )  # fmt: skip
+        h0, h1, h2, h3 = low.to(tl.int16), (low >> 16).to(tl.int16), high.to(tl.int16), (high >> 16).to(tl.int16)
+        w = tl.reshape(tl.join(tl.join(h0, h2), tl.join(h1, h3)), [ROWS, STEP]).to(dtype, bitcast=True)
     else:
-        total = tl.dot(w.to(x.dtype), x, total)
-    return total
+        w = _int8(p, ROWS, STEP).to(dtype)
+    return tl.reshape(tl.permute(tl.reshape(w, [ROWS, STEP // 16, 4, 2, 2]), (0, 1, 3, 2, 4)), [ROWS, STEP])
 
 
 @triton.jit
@@ -221,6 +248,7 @@ def grouped_kernel(
     group, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     STEP: tl.constexpr = 128 * UNROLL
     ROWS: tl.constexpr = 64 * HEIGHT
+    FLOAT: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty  # the interpreter's bfloat16 is wrong
     lane, pair = tl.arange(0, TOKENS), tl.arange(0, 2 * TOKENS)
     if block_expert_ptr is not None:
         e = tl.load(block_expert_ptr + block).to(tl.int64)
@@ -272,19 +300,20 @@ def grouped_kernel(
                 w = tl.load(words_ptr + (e * rows + place)[:, None] * columns + k[None, :], mask=inside, other=0)
                 x = tl.load(x_ptrs + at[:, None], mask=x_held, other=0)
                 if HALF:
-                    total = _dot(w, x, total, UPCAST)
+                    total = tl.dot(w.to(FLOAT), x.to(FLOAT), total, input_precision="ieee")
                 else:
                     hi_lo = tl.dot(w, x, hi_lo, out_dtype=tl.int32)  # triton 3.6 wants it said
         else:
             index, down = e * row_tiles + tile, row_tiles - tile
-            w = _weights(
+            p = _weights(
                 words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL, COPIES
             )
             x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
             if HALF:
-                total = _dot(_paired_columns(w, ROWS, STEP), x, total, UPCAST)
+                w = _half(p, ROWS, STEP, FLOAT, COPIES > 1)
+                total = tl.dot(w, x.to(FLOAT), total, input_precision="ieee")
             else:
-                hi_lo = tl.dot(w, x)
+                hi_lo = tl.dot(_int8(p, ROWS, STEP), x)
         if not HALF:
             x_scale = tl.load(x_scale_ptr + token * steps + step, mask=held, other=0.0)
             total += _exact(hi_lo, ROWS, TOKENS) * x_scale[None, :]

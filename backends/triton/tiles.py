@@ -43,9 +43,9 @@ TILES: dict[str, tuple[tuple[int | None, Tile], ...]] = {  # by the longest begi
         (None, _LARGE._replace(warps=8)),
     ),
     "sm_90": (
-        (8, _SMALL._replace(unroll=2, stages=3, copies=16)),
-        (24, _MIDDLE._replace(stages=3, waves=3, copies=32)),
-        (96, _HALF._replace(height=2, stages=3, copies=16)),
+        (8, _SMALL._replace(unroll=2, stages=3, waves=3, copies=32)),
+        (24, _MIDDLE._replace(unroll=2, stages=3, waves=3, copies=32)),
+        (96, _HALF._replace(height=2, stages=3, copies=32)),
         (None, _HALF._replace(tokens=128, height=2, stages=3, copies=8)),
         (None, _LARGE._replace(tokens=64)),
     ),
