@@ -17,6 +17,7 @@ from moecc.backends import triton as backend
 from moecc.backends.triton import pack
 from moecc.backends.triton.launch import vq_experts
 
+PRODUCTS = "torch grouped_mm, products alone"
 SILU: dict[str, Any] = dict(act="silu", gate="glu", alpha=0.0, limit=0.0, eps=0.0)
 Call = Callable[[], Tensor]
 
@@ -154,11 +155,25 @@ def others(shape: Shape, weights: tuple[Tensor, Tensor], r: Routed) -> dict[str,
         gathered = r.index.numel() * shape.weights * 2
         if name != "batched_mm" or gathered < 16 << 30:  # it copies the weights of every choice
             found[f"transformers {name}"] = _bind(functions[name], module, r.x, r.index, weight)
+    found[PRODUCTS] = _products(up, down, r)
     if importlib.util.find_spec("vllm"):
         from vllm.model_executor.layers.fused_moe import fused_experts
 
         found["vLLM fused_experts"] = _bind(fused_experts, r.x, up, down, r.weight, r.index.int())
     return found
+
+
+def _products(up: Tensor, down: Tensor, r: Routed) -> Call:
+    choices = r.index.flatten()
+    order = choices.argsort()
+    ends = torch.bincount(choices, minlength=len(up)).cumsum(0).to(torch.int32)
+    x, h = r.x[order // r.index.shape[1]], torch.randn(len(order), down.shape[2], device=r.x.device).to(r.x.dtype)
+
+    def run() -> Tensor:
+        torch.nn.functional.grouped_mm(x, up.transpose(1, 2), offs=ends)
+        return torch.nn.functional.grouped_mm(h, down.transpose(1, 2), offs=ends)
+
+    return run
 
 
 def _bind(function: Callable[..., Tensor], *args: Any) -> Call:
@@ -169,7 +184,7 @@ def _bind(function: Callable[..., Tensor], *args: Any) -> Call:
 
 
 def model(shape: Shape, bits: int, device: str, *, layers: int, vocabulary: int) -> Any:
-    """A Qwen3-MoE of random numbers, its experts compressed; nothing of it is ever dense."""
+    """A Qwen3-MoE of random numbers, its experts compressed and never dense; bits 16: bfloat16."""
     from torch import nn
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -185,11 +200,11 @@ def model(shape: Shape, bits: int, device: str, *, layers: int, vocabulary: int)
     experts.register()
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for module in experts.experts_modules(made).values():
-        experts.compress_module(
-            module, _specs(e, 2 * f, d, bits), _specs(e, d, f, bits), SILU, ["gate_up_proj", "down_proj"]
-        )
-    made.set_experts_implementation(experts.IMPLEMENTATION)
+    if bits != 16:
+        for module in experts.experts_modules(made).values():
+            stored = _specs(e, 2 * f, d, bits), _specs(e, d, f, bits)
+            experts.compress_module(module, *stored, SILU, ["gate_up_proj", "down_proj"])
+        made.set_experts_implementation(experts.IMPLEMENTATION)
     rotary = [m for m in made.modules() if hasattr(m, "inv_freq")]
     made.to_empty(device=device)
     for m in rotary:
@@ -200,12 +215,11 @@ def model(shape: Shape, bits: int, device: str, *, layers: int, vocabulary: int)
         if isinstance(m, experts.CompressedProjection):
             rows, columns = (2 * f, d) if m.gated else (d, f)
             _fill(m, projection(e, rows, columns, bits, device))
-        elif isinstance(m, nn.Linear | nn.Embedding):
-            nn.init.normal_(m.weight, std=0.02)
-        elif hasattr(m, "weight") and m.weight.dim() == 1:
-            nn.init.ones_(m.weight)
-        elif hasattr(m, "weight") and isinstance(m.weight, nn.Parameter):
-            nn.init.normal_(m.weight, std=0.02)  # a router
+    for parameter in made.parameters():
+        if parameter.dim() == 1:  # of a norm
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=0.02)
     return made.eval()
 
 

@@ -1,4 +1,4 @@
-"""moecc's Triton kernels on a GPU: correct first, then one MoE layer beside others, then a whole model. Under 8 minutes on an H100.
+"""moecc's Triton kernels on a GPU: correct first, then one MoE layer beside others, then a whole model. Four minutes on an H100.
 
   python benchmarks/gpu.py                        table to benchmarks/results/gpu.md, .json and .svg
   python benchmarks/gpu.py --tokens 1 16 --shapes Mixtral-8x7B --no-model
@@ -6,10 +6,13 @@
 
 1. Every layer is compared with moecc's reference, at 2, 3 and 4 bit and with all that a layer can have, and must give the same
    bits when it is run again. If not, nothing is timed and the exit code is 1.
-2. Memory bandwidth is measured by copying 4 GB. The roofline of a call is the bytes of the experts that its tokens chose, once.
+2. Memory bandwidth is measured by a kernel that reads and writes 4 GB. The roofline of a call is the bytes of the experts that
+   its tokens chose, once.
 3. A layer: routed experts alone, from tokens and choices to the sum. Each call is a CUDA graph; before each the L2 cache is
-   overwritten; medians. The others: bfloat16 weights, transformers' implementations and vLLM's where it is installed.
-4. Qwen3-30B-A3B's sizes with random weights, greedy decoding through transformers' generate, at batch 1 and 16.
+   overwritten; medians. The others: bfloat16 weights, transformers' implementations and vLLM's where it is installed; and
+   torch's two grouped products alone, on tokens that were sorted before, without gate and sum: less than a layer needs.
+4. Qwen3-30B-A3B's sizes with random weights, greedy decoding at batch 1 and 16: by generate, and with the step of a token as a
+   CUDA graph, as it is and with torch.compile (fullgraph) before (--compile: that takes minutes); in bfloat16 by transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +71,7 @@ class Clock:
         if self.device == "cpu":
             return self._wall(call), False
         try:
-            run, graph = self._captured(call), True
+            run, graph = self.captured(call), True
         except RuntimeError:  # what synchronises can't be captured
             torch.cuda.synchronize()
             run, graph = call, False
@@ -83,7 +86,10 @@ class Clock:
             times.append(start.elapsed_time(end) * 1000)
         return statistics.median(times), graph
 
-    def _captured(self, call: Call) -> Callable[[], Any]:
+    def captured(self, call: Call) -> Callable[[], Any]:
+        """The replay of a call as a graph; on the CPU the call."""
+        if self.device == "cpu":
+            return call
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -95,6 +101,10 @@ class Clock:
             call()
         return graph.replay
 
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
     def _wall(self, call: Call) -> float:
         times = []
         for _ in range(self.repeats):
@@ -104,10 +114,10 @@ class Clock:
         return statistics.median(times)
 
     def bandwidth(self) -> float:
-        """Bytes per second of a copy, read and written."""
+        """Bytes per second, read and written. By a kernel: in a graph a copy is the copy engine's, which is slower."""
         count = (1 << 29) if self.device == "cuda" else 1 << 20
-        a, b = (torch.empty(count, dtype=torch.int32, device=self.device) for _ in range(2))
-        microseconds, _ = self(lambda: b.copy_(a))
+        a, b = (torch.ones(count, device=self.device) for _ in range(2))
+        microseconds, _ = self(lambda: torch.mul(a, 2.0, out=b))
         return 2 * a.nbytes / microseconds * 1e6
 
 
@@ -146,30 +156,70 @@ def _row(name: str, shape: Shape, r: Routed, what: str, call: Call, clock: Clock
 
 
 def time_model(
-    shape: Shape, bits: int, device: str, *, layers: int, vocabulary: int, new_tokens: int, batches: tuple[int, ...]
-) -> list[Row]:
-    """Tokens per second of greedy decoding: the time of `new_tokens` more, prefill not in it."""
-    model = _gpu.model(shape, bits, device, layers=layers, vocabulary=vocabulary)
-    rows = []
-    for compiled in (False, True) if device == "cuda" else (False,):
-        if compiled:
-            model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    shape: Shape,
+    bits: int,
+    clock: Clock,
+    *,
+    layers: int,
+    vocabulary: int,
+    new_tokens: int,
+    batches: tuple[int, ...],
+    compiled: bool,
+) -> Iterator[Row]:
+    """Tokens per second of greedy decoding, prefill not in it. bits 16: what isn't compressed, by transformers."""
+    if bits == 16:
+        kinds = [f"CUDA graph, transformers {name}" for name in ("grouped_mm", "batched_mm")]
+    else:
+        kinds = ["generate", "CUDA graph"] + ["CUDA graph, torch.compile"] * compiled
+    model = _gpu.model(shape, bits, clock.device, layers=layers, vocabulary=vocabulary)
+    for kind in kinds:
+        if bits == 16:
+            model.set_experts_implementation(kind.split()[-1])
+        if kind.endswith("torch.compile"):
+            model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
         for batch in batches:
-            prompt = torch.randint(2, vocabulary, (batch, 16), device=device)
-            told: dict[str, Any] = dict(do_sample=False, cache_implementation="static", disable_compile=True)
-            told["attention_mask"] = torch.ones_like(prompt)
-            seconds = []
-            for count in (1, new_tokens + 1, 1, new_tokens + 1):  # the first two warm up
-                start = time.perf_counter()
+            torch.manual_seed(batch)
+            prompt = torch.randint(2, vocabulary, (batch, 16), device=clock.device)
+            row: Row = dict(bits=bits, batch=batch, kind=kind)
+            try:
                 with torch.no_grad():
-                    model.generate(prompt, min_new_tokens=count, max_new_tokens=count, **told)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
-            rate = batch * new_tokens / max(seconds[3] - seconds[2], 1e-9)
-            rows.append(dict(bits=bits, batch=batch, compiled=compiled, tokens_per_second=rate))
-            print(f"model, {bits} bit, batch {batch}, compiled {compiled}: {rate:.1f} tokens/s", flush=True)
-    return rows
+                    seconds = (_generate if kind == "generate" else _steps)(model, prompt, new_tokens, clock)
+                row["tokens_per_second"] = batch * new_tokens / seconds
+            except RuntimeError as error:  # what can't be captured
+                row["error"] = str(error).splitlines()[0][:200]
+            print(
+                f"model, {bits} bit, batch {batch}, {kind}: {row.get('tokens_per_second', row.get('error'))}",
+                flush=True,
+            )
+            yield row
+
+
+def _generate(model: Any, prompt: torch.Tensor, new_tokens: int, clock: Clock) -> float:
+    """Seconds of `new_tokens` more."""
+    told: dict[str, Any] = dict(do_sample=False, disable_compile=True, attention_mask=torch.ones_like(prompt))
+    seconds = []
+    for count in (1, new_tokens + 1, 1, new_tokens + 1):  # the first two warm up
+        clock.wait()
+        start = time.perf_counter()
+        model.generate(prompt, min_new_tokens=count, max_new_tokens=count, **told)
+        clock.wait()
+        seconds.append(time.perf_counter() - start)
+    return max(seconds[3] - seconds[2], 1e-9)
+
+
+def _steps(model: Any, prompt: torch.Tensor, new_tokens: int, clock: Clock) -> float:
+    """Seconds of `new_tokens` steps, each the replay of one graph."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens + 8)
+    ids = type(model).forward(model, input_ids=prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+    run = clock.captured(lambda: ids.copy_(model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)))
+    clock.wait()
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        run()
+    clock.wait()
+    return time.perf_counter() - start
 
 
 # ---------------------------------------------------------------- what is written
@@ -183,7 +233,7 @@ def report(found: dict[str, Any]) -> str:
         f"measured: {found['bandwidth'] / 1e12:.2f} TB/s. {len(found['checks'])} layers against the reference: largest error "
         f"{worst:.1e} of the largest output, the same bits each time.", "",
         "One MoE layer's routed experts, microseconds, medians, CUDA graph, cold L2; in brackets the share of the memory "
-        "roofline. *times* is the best bfloat16 implementation's time over moecc's.", "",
+        "roofline. *times* is the best bfloat16 implementation's time over moecc's, and that of its two products alone.", "",
     ]  # fmt: skip
     for shape in dict.fromkeys(row["shape"] for row in found["layers"]):
         mine = [row for row in found["layers"] if row["shape"] == shape]
@@ -196,31 +246,38 @@ def report(found: dict[str, Any]) -> str:
         ]
         cells = {(row["what"], row["tokens"]): row for row in mine}
         for what in whats:
-            lines.append(
-                f"| {what} | " + " | ".join(_cell(cells.get((what, t)), _best(mine, t)) for t in tokens) + " |"
-            )
+            shown = (_cell(cells.get((what, t)), _best(mine, t), cells.get((_gpu.PRODUCTS, t))) for t in tokens)
+            lines.append(f"| {what} | " + " | ".join(shown) + " |")
         lines.append("")
     if found["model"]:
         lines += [
-            f"## {found['model_shape']}, random weights, tokens per second", "", "| bits | batch | torch.compile | tokens/s |",
+            f"## {found['model_shape']}, random weights, tokens per second",
+            "",
+            "| bits | batch | | tokens/s |",
             "|---|---|---|---|",
-        ]  # fmt: skip
+        ]
         lines += [
-            f"| {r['bits']} | {r['batch']} | {r['compiled']} | {r['tokens_per_second']:.1f} |" for r in found["model"]
+            f"| {r['bits']} | {r['batch']} | {r['kind']} | "
+            + (f"{r['tokens_per_second']:.1f} |" if "tokens_per_second" in r else f"{r['error']} |")
+            for r in found["model"]
         ]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _best(rows: list[Row], tokens: int) -> float | None:
-    times = [r["us"] for r in rows if r["tokens"] == tokens and "us" in r and not r["what"].startswith("moecc")]
+    times = [
+        r["us"] for r in rows if r["tokens"] == tokens and "us" in r and r["what"].startswith(("transformers", "vLLM"))
+    ]
     return min(times, default=None)
 
 
-def _cell(row: Row | None, best: float | None) -> str:
+def _cell(row: Row | None, best: float | None, products: Row | None) -> str:
     if row is None or "us" not in row:
         return "" if row is None else row["error"].split(":")[0]
     text = f"{row['us']:.1f} ({row['roofline']:.0%})" + ("" if row["graph"] else " no graph")
-    return f"{text}, {best / row['us']:.2f} times" if best and row["what"].startswith("moecc") else text
+    if not row["what"].startswith("moecc") or not best or products is None:
+        return text
+    return f"{text}, **{best / row['us']:.2f}**, {products['us'] / row['us']:.2f} times"
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -249,6 +306,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 4096])
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[2, 3])
     parser.add_argument("--no-model", action="store_true", help="layers alone")
+    parser.add_argument("--compile", action="store_true", help="the model with torch.compile, too")
     parser.add_argument("--tiny", action="store_true", help="sizes for triton's interpreter, on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -286,9 +344,12 @@ def main() -> int:
         if told.tiny:
             sizes = dict(layers=1, vocabulary=64, new_tokens=1, batches=(1, 2))
         shape = _gpu.TINY["tiny"] if told.tiny else _gpu.SHAPES["Qwen3-30B-A3B"]
-        for bits in told.bits[:1]:
-            found["model"] += time_model(shape, bits, device, **sizes)
-        write(found, told.out)
+        for bits in (16, told.bits[0]):
+            for row in time_model(shape, bits, clock, compiled=told.compile, **sizes):
+                found["model"].append(row)
+                write(found, told.out)  # a row at a time, because the next may take minutes
+            if device == "cuda":
+                torch.cuda.empty_cache()
     return 0
 
 

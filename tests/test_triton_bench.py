@@ -32,10 +32,16 @@ def test_it_writes_what_it_says(gpu: Any, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {(row["bits"], row["tokens"]) for row in found["checks"]} == {(b, t) for b in (2, 3, 4) for t in (1, 9)}
     assert {row["what"] for row in found["layers"]} == {
-        "moecc 2 bit", "moecc 3 bit", "transformers grouped_mm", "transformers batched_mm",
+        "moecc 2 bit", "moecc 3 bit", "transformers grouped_mm", "transformers batched_mm", "torch grouped_mm, products alone",
     }  # fmt: skip
     assert all(row["us"] > 0 and row["roofline"] > 0 for row in found["layers"])
-    assert [(row["batch"], row["compiled"]) for row in found["model"]] == [(1, False), (2, False)]
+    kinds = {
+        16: ["CUDA graph, transformers grouped_mm", "CUDA graph, transformers batched_mm"],
+        2: ["generate", "CUDA graph"],
+    }
+    wanted = [(bits, kind, batch) for bits in (16, 2) for kind in kinds[bits] for batch in (1, 2)]
+    assert [(row["bits"], row["kind"], row["batch"]) for row in found["model"]] == wanted
+    assert all(row["tokens_per_second"] > 0 for row in found["model"])
     table = (tmp_path / "gpu.md").read_text()
     assert "| moecc 3 bit |" in table and "## tiny, random weights, tokens per second" in table
     assert (tmp_path / "gpu.svg").exists() == (importlib.util.find_spec("matplotlib") is not None)
@@ -50,3 +56,17 @@ def test_nothing_is_timed_if_the_kernels_are_wrong(
     assert gpu.main() == 1
     assert "the kernels are wrong on this card; nothing was timed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_tiles_are_timed_if_they_are_right(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import gpu_tiles
+
+    wrong = gpu_tiles.Case.wrong
+    monkeypatch.setattr(gpu_tiles.Case, "wrong", lambda case, tile, y: wrong(case, tile, 2 * y if tile.half else y))
+    assert gpu_tiles.main() == 0
+    lines = (tmp_path / "gpu_tiles.md").read_text().splitlines()
+    fast, slow = (
+        [line for line in lines if ("half" in line) is half and line.endswith(" |")] for half in (False, True)
+    )
+    assert slow and all(line.startswith("| error 5.0e-01 of the largest output |") for line in slow)
+    assert sum(line.split()[1].replace(".", "").isdigit() for line in fast) > 3

@@ -60,13 +60,13 @@ def test_routings(routing: str, bits: int) -> None:
     check(layer)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("extras", [{}, dict(rank=2, bias=True, mean=3)], ids=["plain", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [3, 25, 90, 400])
-def test_every_tile_of_the_card_s_table(tokens: int, bits: int, dtype: torch.dtype) -> None:
+def test_every_tile_of_the_card_s_table(tokens: int, bits: int, dtype: torch.dtype, extras: dict[str, Any]) -> None:
     """Tails of rows, columns and steps, by each of the tiles that the number of tokens leads to."""
-    shape = dict(experts=3, hidden=1352, intermediate=200, rank=2, bias=True, mean=3)
-    check(draw_layer(bits, tokens=tokens, dtype=dtype, **shape))
+    check(draw_layer(bits, tokens=tokens, dtype=dtype, experts=3, hidden=1352, intermediate=200, **extras))
 
 
 def test_tiles_are_chosen_for_this_card() -> None:
@@ -80,7 +80,8 @@ def test_whole_numbers_are_exact(bits: int) -> None:
     from moecc import vq4
 
     layer = draw_layer(bits, tokens=9, experts=3, hidden=512, intermediate=72, act="identity", gate="none")
-    made = plan(*layer.to("cuda").packed(), **layer.attributes)
+    tile = choose_tile(18, 3, card_of(torch.device("cuda", 0)))._replace(waves=0)  # one part, one sum
+    made = plan(*layer.to("cuda").packed(), **layer.attributes, tile=tile)
     made.named("gate_up").arguments["scale_ptr"] = torch.ones(3, 72, device="cuda")
     made.named("prepare")()
     args = made.named("gate_up").arguments
@@ -93,7 +94,13 @@ def test_whole_numbers_are_exact(bits: int) -> None:
     weights = vq4.decode(codes, layer.gate_up["signs"], codebook, 512, torch.float64).long()
     out = args["out_ptr"].cpu().view(18, 72)
     for slot, e in enumerate(layer.index.flatten().tolist()):
-        assert torch.equal(out[slot], (weights[e] @ q[slot // 2, :512]).float())
+        steps = (
+            weights[e].unflatten(1, (args["steps"], -1)) * q[slot // 2, :512].unflatten(0, (args["steps"], -1))
+        ).sum(2)
+        wanted = torch.zeros(72)
+        for step in steps.unbind(1):
+            wanted += step.float()
+        assert torch.equal(out[slot], wanted)
 
 
 def test_a_cuda_graph_takes_new_tokens_and_choices() -> None:

@@ -68,7 +68,8 @@ class Report:
     shared: int  # bytes
     matrix: int  # matrix instructions
     per_weight: float | None  # instructions of the inner loop per weight and lane; None where there is no such loop
-    code: str
+    code: str  # of the machine
+    assembly: str  # what it was made of: PTX, AMD's as code
 
 
 _POINTERS = {
@@ -120,7 +121,7 @@ def _nvidia(made: Any, target: Target, weights_per_lane: float) -> Report:
         registers=int(found[1]), stack=int(found[2]), spills=sum(op.split(".")[0] in ("LDL", "STL") for _, op, _ in instructions),
         shared=made.metadata.shared + sum(4 * int(n) for n in _TABLE.findall(made.asm["ptx"])),
         matrix=len(re.findall(target.matrix, code)),
-        per_weight=_per_weight(instructions, target.matrix, weights_per_lane), code=code,
+        per_weight=_per_weight(instructions, target.matrix, weights_per_lane), code=code, assembly=made.asm["ptx"],
     )  # fmt: skip
 
 
@@ -152,6 +153,7 @@ def _amd(made: Any, target: Target, weights_per_lane: float) -> Report:
     return Report(
         registers=numbers["vgpr_count"], stack=spills, spills=len(re.findall(r"\bscratch_(?:load|store)", code)),
         shared=made.metadata.shared, matrix=len(re.findall(target.matrix, code)), per_weight=None, code=code,
+        assembly=code,
     )  # fmt: skip
 
 

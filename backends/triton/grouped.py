@@ -193,6 +193,13 @@ def _half(p, ROWS: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr, ASSEMB
 
 
 @triton.jit
+def _finished(total):
+    """The same, for a dot that has ended. Left to itself, triton lets wgmma run into the next step, which writes the registers that
+    it still reads (PTX ISA, wgmma.wait_group, forbids that): on an H100 results then differ from run to run."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _exact(hi_lo, ROWS: tl.constexpr, TOKENS: tl.constexpr):
     """int32 [ROWS, 2 * TOKENS] of high and low bytes -> their exact sum, rounded once to f32 [ROWS, TOKENS]."""
     hi, lo = tl.split(tl.reshape(hi_lo, [ROWS, TOKENS, 2]))
@@ -301,6 +308,8 @@ def grouped_kernel(
                 x = tl.load(x_ptrs + at[:, None], mask=x_held, other=0)
                 if HALF:
                     total = tl.dot(w.to(FLOAT), x.to(FLOAT), total, input_precision="ieee")
+                    if COPIES > 1:
+                        total = _finished(total)
                 else:
                     hi_lo = tl.dot(w, x, hi_lo, out_dtype=tl.int32)  # triton 3.6 wants it said
         else:
@@ -312,6 +321,8 @@ def grouped_kernel(
             if HALF:
                 w = _half(p, ROWS, STEP, FLOAT, COPIES > 1)
                 total = tl.dot(w, x.to(FLOAT), total, input_precision="ieee")
+                if COPIES > 1:
+                    total = _finished(total)
             else:
                 hi_lo = tl.dot(_int8(p, ROWS, STEP), x)
         if not HALF:

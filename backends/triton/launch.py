@@ -156,10 +156,9 @@ def plan(
         return made
     chosen = tile or choose_tile(slots, experts, card, x.dtype)
     wide = 4 in (up.bits, below.bits) or gate_up.get("basis") is not None or down.get("basis") is not None
-    if tile is None and chosen.half and wide:
-        chosen = chosen._replace(
-            height=1
-        )  # two lookups, or a second product, take the registers of the second row tile
+    if tile is None and chosen.half and wide:  # two lookups, or a second product, take a second row tile's registers
+        chosen = chosen._replace(height=1)
+    assert not chosen.half or chosen.copies > 1 or INTERPRETED
     build = _Builder(
         made.launches, experts, choices, slots, chosen, tile is not None, card, x.dtype,
         dict(alpha=alpha, limit=limit), dict(ACT=act, GATE=gate),

@@ -23,30 +23,29 @@ class Tile(NamedTuple):
     copies: int = (
         1  # of the codebook in shared memory, for lookups without bank conflicts; 1: `tl.gather`, on every card
     )
-    half: bool = False  # x as the 16-bit floats that it is, not as fixed point
+    half: bool = False  # x as the 16-bit floats that it is, not as fixed point; with copies alone (`grouped._finished`)
     registers: int = 0  # of a thread at most; 0: as the compiler likes, which is to spill a few for a round number
 
 
-# By tokens per expert, S / E: decode reads every code for a few tokens, prefill fills the matrix units. Those of sm_90 were
-# chosen by time on an H100, the others by count of instructions among those that spill no register on the card
-# (tests/test_triton_aot.py). Fixed point is two columns for each token, and so twice the sums in registers; where every weight
-# meets many tokens those bound the tile, and with it how often x is read: `half`, for 16-bit x alone.
+# By tokens per expert, S / E: decode reads every code for a few tokens, prefill fills the matrix units. sm_90's for up to 24 tokens
+# per expert were chosen by time on an H100 (benchmarks/gpu_tiles.py), the others by count of instructions among those that spill
+# no register on the card (tests/test_triton_aot.py). Fixed point is two columns for each token, and so twice the sums in
+# registers; where every weight meets many tokens those bound the tile, and with it how often x is read: `half`, for 16-bit x.
 _SMALL = Tile(tokens=8, height=1, unroll=4, warps=4, stages=2, waves=4)
 _MIDDLE = Tile(tokens=16, height=1, unroll=4, warps=4, stages=2, waves=2)
 _LARGE = Tile(tokens=32, height=1, unroll=2, warps=4, stages=2, waves=0)
-_HALF = Tile(tokens=64, height=1, unroll=1, warps=4, stages=2, waves=0, half=True)
+_COPIED = Tile(tokens=8, height=1, unroll=2, warps=4, stages=3, waves=3, copies=32)
+_HALF = Tile(tokens=64, height=2, unroll=1, warps=4, stages=3, waves=0, copies=32, half=True)
 TILES: dict[str, tuple[tuple[int | None, Tile], ...]] = {  # by the longest beginning of the card's name
-    "sm_": (
-        (8, _SMALL._replace(copies=16)),
-        (24, _MIDDLE._replace(unroll=2, copies=16)),
-        (None, _HALF),
-        (None, _LARGE._replace(warps=8)),
-    ),
+    "sm_": ((8, _SMALL), (24, _MIDDLE._replace(unroll=2)), (None, _LARGE._replace(warps=8))),
     "sm_90": (
-        (8, _SMALL._replace(unroll=2, stages=3, waves=3, copies=32)),
-        (24, _MIDDLE._replace(unroll=2, stages=3, waves=3, copies=32)),
-        (96, _HALF._replace(height=2, stages=3, copies=32)),
-        (None, _HALF._replace(tokens=128, height=2, stages=3, copies=8)),
+        (8, _COPIED),
+        (24, _COPIED._replace(tokens=16)),
+        (96, _HALF),
+        (
+            None,
+            _HALF._replace(tokens=128, copies=4),
+        ),  # with more copies a multiprocessor has one program at 3 bit, not two
         (None, _LARGE._replace(tokens=64)),
     ),
     "sm_10": (

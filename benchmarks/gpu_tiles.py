@@ -1,0 +1,153 @@
+"""Which tile is fastest on this card, for `moecc.backends.triton.tiles`: a layer by each tile that might be, right ones alone.
+
+  python benchmarks/gpu_tiles.py                                         all, to benchmarks/results/gpu_tiles.md; minutes
+  python benchmarks/gpu_tiles.py --shapes Mixtral-8x7B --tokens 4096 --bits 2
+  TRITON_INTERPRET=1 python benchmarks/gpu_tiles.py --tiny --out DIR     on the CPU: that it works; its times mean nothing
+
+A tile whose result isn't moecc's reference's, or isn't the same bits four times, is named and not timed. Kernels are compiled
+by as many processes as there are cores, first. Times as in gpu.py: one CUDA graph for a layer, cold L2 cache, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import _gpu
+import gpu
+import torch
+from _gpu import routed
+
+from moecc.backends.triton import launch, pack
+from moecc.backends.triton.tiles import Tile
+
+SHOWN = 5
+
+
+def candidates(tokens_per_expert: float) -> list[Tile]:
+    """Every tile worth a try."""
+    if tokens_per_expert <= 8:
+        ways = product((1, 2, 4), (2, 3, 4), (2, 3, 4, 8), (1, 16, 32))
+        return [Tile(8, 1, unroll, 4, stages, waves, copies) for unroll, stages, waves, copies in ways]
+    fixed = product((16, 32, 64), (1, 2, 4), (2, 3), (1, 16, 32))
+    half = product((32, 64, 128), ((1, 4), (2, 4), (2, 8)), (2, 3), (4, 8, 32))
+    return [Tile(tokens, 1, unroll, 4, stages, 0, copies) for tokens, unroll, stages, copies in fixed] + [
+        Tile(tokens, height, 1, warps, stages, 0, copies, half=True) for tokens, (height, warps), stages, copies in half
+    ]
+
+
+class Case:
+    """A layer of one shape and what is routed to it."""
+
+    def __init__(self, name: str, tokens: int, bits: int, device: str):
+        shape = (_gpu.TINY if device == "cpu" else _gpu.SHAPES)[name]
+        layer = _gpu.layer(shape, bits, device)
+        self.title, self.tiles = (
+            f"{name}, {tokens} tokens, {bits} bit",
+            candidates(tokens * shape.top_k / shape.experts),
+        )
+        self.routed = routed(shape, tokens, device)
+        self.packed = (pack.pack_projection(layer.gate_up, gated=True), pack.pack_projection(layer.down, gated=False))
+        self.layer = layer
+
+    def plan(self, tile: Tile) -> launch.Plan:
+        return launch.plan(*self.routed, *self.packed, None, **_gpu.SILU, tile=tile)
+
+    def wrong(self, tile: Tile, wanted: torch.Tensor) -> str:
+        """What is wrong with a tile's results; nothing if nothing is."""
+        results = []
+        for _ in range(4):
+            made = self.plan(tile)
+            made.out.fill_(torch.nan)
+            for each in made.launches:
+                each()
+            results.append(made.out)
+        error = float((results[0].float() - wanted).abs().max() / wanted.abs().max())
+        if not error < gpu.WITHIN:
+            return f"error {error:.1e} of the largest output"
+        return "" if all(torch.equal(r, results[0]) for r in results) else "not the same bits each time"
+
+
+def time_case(case: Case, clock: gpu.Clock, tiles: list[Tile]) -> Iterator[tuple[Tile, float | str]]:
+    wanted = case.layer.reference(case.routed)
+    for tile in tiles:
+        try:
+            fault = case.wrong(tile, wanted)
+            if fault:
+                yield tile, fault
+            else:
+                yield tile, clock(lambda tile=tile: [each() for each in case.plan(tile).launches])[0]
+        except Exception as error:  # more shared memory than the card has, say
+            yield tile, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+
+
+def compile_all(cases: list[tuple[str, int, int]], part: int, of: int) -> None:
+    """This process' share of all kernels, into triton's cache."""
+    seen: set[str] = set()
+    for name, tokens, bits in cases:
+        case = Case(name, tokens, bits, "cuda")
+        for tile in case.tiles:
+            for each in case.plan(tile).launches:
+                key = str(
+                    (each.name, each.options, [v if isinstance(v, int | str) else 0 for v in each.arguments.values()])
+                )
+                if key not in seen and len(seen) % of == part:
+                    try:
+                        each.kernel.warmup(**each.arguments, grid=each.grid, **each.options)
+                    except Exception as error:  # its row will say so
+                        print(f"{case.title}, {tile}: {type(error).__name__}", file=sys.stderr)
+                seen.add(key)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=_gpu.SHAPES, default=["Qwen3-30B-A3B", "Mixtral-8x7B"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 4096])
+    parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[2, 3])
+    parser.add_argument("--tiny", action="store_true", help="sizes for triton's interpreter, on the CPU")
+    parser.add_argument("--out", type=Path, default=gpu.RESULTS)
+    parser.add_argument("--compile", nargs=2, type=int, metavar=("PART", "OF"), help=argparse.SUPPRESS)
+    told = parser.parse_args()
+    names = list(_gpu.TINY) if told.tiny else told.shapes
+    cases = list(product(names, [1, 20] if told.tiny else told.tokens, told.bits[:1] if told.tiny else told.bits))
+    if told.compile:
+        compile_all(cases, *told.compile)
+        return 0
+    if not told.tiny:
+        jobs = os.cpu_count() or 1
+        parts = [[sys.executable, *sys.argv, "--compile", str(i), str(jobs)] for i in range(jobs)]
+        for running in [subprocess.Popen(command) for command in parts]:
+            running.wait()
+    device = "cpu" if told.tiny else "cuda"
+    clock = gpu.Clock(device, 2 if told.tiny else 15)
+    lines = [
+        f"# Tiles, {'CPU' if told.tiny else torch.cuda.get_device_name()}",
+        "",
+        f"`{' '.join(Path(a).name for a in sys.argv)}`",
+        "",
+    ]
+    for name, tokens, bits in cases:
+        case = Case(name, tokens, bits, device)
+        tiles = case.tiles[::40] if told.tiny else case.tiles
+        found = list(time_case(case, clock, tiles))
+        fastest = sorted((t for t in found if not isinstance(t[1], str)), key=lambda t: t[1])
+        lines += [f"## {case.title}", "", "| microseconds | tile |", "|---|---|"]
+        lines += [f"| {us:.1f} | {_written(tile)} |" for tile, us in fastest[:SHOWN]]
+        lines += [f"| {fault} | {_written(tile)} |" for tile, fault in found if isinstance(fault, str)] + [""]
+        print(*lines[-SHOWN - 5 :], sep="\n", flush=True)
+    told.out.mkdir(parents=True, exist_ok=True)
+    (told.out / "gpu_tiles.md").write_text("\n".join(lines).rstrip() + "\n")
+    return 0
+
+
+def _written(tile: Tile) -> str:
+    return ", ".join(f"{key} {value}" for key, value in tile._asdict().items() if value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
