@@ -186,7 +186,7 @@ def time_model(
                     seconds = (_generate if kind == "generate" else _steps)(model, prompt, new_tokens, clock)
                 row["tokens_per_second"] = batch * new_tokens / seconds
             except RuntimeError as error:  # what can't be captured
-                row["error"] = str(error).splitlines()[0][:200]
+                row["error"] = str(error).splitlines()[0].split(". ")[0][:100]
             print(
                 f"model, {bits} bit, batch {batch}, {kind}: {row.get('tokens_per_second', row.get('error'))}",
                 flush=True,
@@ -233,7 +233,8 @@ def report(found: dict[str, Any]) -> str:
         f"measured: {found['bandwidth'] / 1e12:.2f} TB/s. {len(found['checks'])} layers against the reference: largest error "
         f"{worst:.1e} of the largest output, the same bits each time.", "",
         "One MoE layer's routed experts, microseconds, medians, CUDA graph, cold L2; in brackets the share of the memory "
-        "roofline. *times* is the best bfloat16 implementation's time over moecc's, and that of its two products alone.", "",
+        "roofline. *times* is the best bfloat16 implementation's time over moecc's, and that of its two products alone.",
+        *(["", found["note"]] if "note" in found else []), "",
     ]  # fmt: skip
     for shape in dict.fromkeys(row["shape"] for row in found["layers"]):
         mine = [row for row in found["layers"] if row["shape"] == shape]

@@ -19,7 +19,8 @@ TEXT = """# The Triton kernels, compiled ahead of time
 `python benchmarks/triton_aot.py`, triton {version}. {shape}, bfloat16, with the tile that the table of tiles has for the card.
 Nothing here ran on a card. *Instructions per weight* are those of the inner loop for each weight and lane, counted in the
 machine code (NVIDIA alone). Reading 2-bit weights at an H100's bandwidth leaves room for 1.7 of them, 3-bit weights for 2.6.
-*Spilled* is stack in bytes, of AMD registers.
+*Spilled* is stack in bytes, of AMD registers. sm_90's tiles are chosen by time, not by this count; at 4096 tokens its two row tiles
+take every register, and a few addresses are read again in every step.
 
 {tables}
 """
@@ -50,9 +51,8 @@ def main() -> None:
     text = TEXT.format(version=triton.__version__, shape=options.shape, tables=tables)
     options.out.write_text(text)
     print(text)
-    if spilled := [
-        f"{r.kernel} at {r.bits} bit on {r.card}" for found in parts.values() for r in found if r.report.stack
-    ]:
+    every = [r for found in parts.values() for r in found]
+    if spilled := [f"{r.kernel} at {r.bits} bit on {r.card}" for r in every if r.report.stack > r.may_spill]:
         sys.exit(f"triton_aot.py: registers are spilled in {', '.join(spilled)}")
 
 

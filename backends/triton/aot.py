@@ -224,19 +224,25 @@ def abstract_plan(
 # ---------------------------------------------------------------- a table
 
 
+def may_spill(launch: Launch) -> int:
+    """Bytes of stack. None but where two row tiles of 16-bit floats take every register: then those addresses of rows of x that
+    are read again in every step, which is less than a smaller tile costs."""
+    return 80 if launch.arguments.get("HALF") and launch.arguments["HEIGHT"] > 1 else 0
+
+
 class Row(NamedTuple):
     """One kernel on one card."""
 
     card: str
     kernel: str
     bits: int
-    tokens: int
     report: Report
+    may_spill: int
 
 
 def row(launch: Launch, target: Target) -> Row:
-    tokens = launch.arguments["slots"] // launch.arguments["TOP_K"] if "TOP_K" in launch.arguments else 0
-    return Row(target.name, launch.name, launch.arguments.get("BITS", 0), tokens, compile_launch(launch, target))
+    report = compile_launch(launch, target)
+    return Row(target.name, launch.name, launch.arguments.get("BITS", 0), report, may_spill(launch))
 
 
 def table(rows: list[Row]) -> str:

@@ -1,16 +1,20 @@
-"""The grouped product: coded weights of many experts with the tokens that are routed to each, in whole numbers.
+"""The grouped product: coded weights of many experts with the tokens that are routed to each.
 
 One program multiplies HEIGHT tiles of 64 packed rows (`moecc.backends.triton.pack`) of one expert with a block of TOKENS slots,
 over the columns of one part (split-K, for decode, where there are too few tiles for the card):
 
   1. 16 bytes of codes per thread and 128 columns, straight from memory, already in the order of the product's left operand;
-  2. each code is looked up in the expert's table of 256 entries of four int8: the register is four weights (`tl.gather`, which
-     keeps the table in shared memory; a load per code would be pipelined through it). 3 bit: bytes are flipped where the sign
-     bit is set, v ^ 0xff = -1 - v. 4 bit: two lookups of two weights;
+  2. each code is looked up in the expert's table of 256 entries of four int8: the register is four weights. The table is in shared
+     memory, on NVIDIA in as many copies as its 32 banks have use for (`_spread`), elsewhere by `tl.gather`; a load per code
+     would be pipelined through it. 3 bit: bytes are flipped where the sign bit is set, v ^ 0xff = -1 - v. 4 bit: two lookups
+     of two weights;
   3. int8 x int8 -> int32 on tensor cores. A token is two columns, the high and the low byte of its 16-bit fixed point, which
      is what an eight-token block needs to fill the instruction anyway;
   4. after STEP = 128 * UNROLL columns, hi * 256 + lo (still exact: 512 * 128 * 32512 < 2^31) times the token's scale for these
      columns goes into a float32 sum.
+
+  HALF, where a weight meets many tokens: 3. the int8 weights as 16-bit floats, which they are exactly, with x and hidden units as
+  such floats, into a float32 sum. 4. is not needed, and half as many registers are.
 
   then y = scale * sum + bias + shared + coef_scale * (coef z); and with FUSED the gate, whose two rows a thread has.
 
@@ -73,7 +77,7 @@ def _spread(entries, one, COPIES: tl.constexpr):
     entry = tl.arange(0, 256)
     for j in tl.static_range(
         COPIES // 4
-    ):  # each begins at another four, so that a warp's stores don't meet in a bank either
+    ):  # four at a time, each entry from others on, so that stores don't meet either
         at = table + entry * (COPIES * 4) + ((entry + j) % (COPIES // 4)) * 16
         tl.inline_asm_elementwise(
             "st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.u32 $0, 0;", "=r,r,r", [at, entries], dtype=tl.int32,
@@ -236,13 +240,13 @@ def _low_rank(
 
 @triton.jit
 def grouped_kernel(
-    x_ptr,  # i8 [R, 2, steps * STEP]: high and low bytes of row slot // TOP_K
-    x_scale_ptr,  # f32 [R, steps]
+    x_ptr,  # i8 [R, 2, steps * STEP]: high and low bytes of row slot // TOP_K; HALF: floats [R, steps * STEP] by `paired`
+    x_scale_ptr,  # f32 [R, steps]; HALF: None
     words_ptr, signs_ptr, table_ptr,  # moecc.backends.triton.pack; BITS 8: i8 [E, rows, columns], None, None
     scale_ptr, bias_ptr,  # [E, rows] of any float type; bias or None
     shared_ptr,  # f32 [SHARED, R, rows] or None: the part of all experts, of row slot // TOP_K
     z_ptr, coef_ptr, coef_scale_ptr,  # f32 [z_parts, R, RANK], i8 [E, rows, rank], [E, rows], or None
-    out_ptr,  # [parts, slots, rows], with FUSED [slots, units]
+    out_ptr,  # [parts, slots, rows], with FUSED [slots, out_width]: units, with HALF by `paired`
     slots_ptr,  # i32 [blocks * TOKENS], -1 where a block isn't full; None: slot i is row i, and all are of expert 0
     block_expert_ptr,  # i32 [blocks], -1 for blocks that aren't needed
     rows, columns, out_width, row_tiles, column_tiles, table_stride, steps, steps_per_part, slots, z_parts, z_tokens, rank,
@@ -259,9 +263,7 @@ def grouped_kernel(
     lane, pair = tl.arange(0, TOKENS), tl.arange(0, 2 * TOKENS)
     if block_expert_ptr is not None:
         e = tl.load(block_expert_ptr + block).to(tl.int64)
-        slot = tl.load(
-            slots_ptr + block * TOKENS + lane
-        )  # before the branch, so that it waits for one load and not for two
+        slot = tl.load(slots_ptr + block * TOKENS + lane)  # before the branch: they needn't wait for the expert
         pair_slot = tl.load(slots_ptr + block * TOKENS + pair // 2)
         if e < 0:
             return

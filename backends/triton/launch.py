@@ -8,6 +8,8 @@
   6. down           grouped
   7. combine        routing weights, sum over a token's choices, what is shared; or the norm and then these
 
+With 16-bit floats (`Tile.half`) 1. puts x in order and 3. leaves hidden units as floats, so that 4. is nothing, or the sums of 5.
+
 Fixed point has one scale per token and STEP columns (128 to 512: what one step of the product covers). With one scale per
 token an outlier channel would cost all others their precision, with these it costs its block's (measured in
 tests/test_triton_interp.py), and the scale is applied once per step, a twentieth of the instructions.
