@@ -15,6 +15,8 @@ from torch import Tensor
 from moecc import ops, vq4
 from moecc.backends import triton as backend
 from moecc.backends.triton import pack
+from moecc.backends.triton.aot import SHAPES as SHAPES
+from moecc.backends.triton.aot import Shape
 from moecc.backends.triton.launch import vq_experts
 
 PRODUCTS = "torch grouped_mm, products alone"
@@ -22,23 +24,6 @@ SILU: dict[str, Any] = dict(act="silu", gate="glu", alpha=0.0, limit=0.0, eps=0.
 Call = Callable[[], Tensor]
 
 
-class Shape(NamedTuple):
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-
-    @property
-    def weights(self) -> int:
-        """Of one expert."""
-        return 3 * self.hidden * self.intermediate
-
-
-SHAPES = {
-    "Qwen1.5-MoE-A2.7B": Shape(60, 4, 2048, 1408),
-    "Qwen3-30B-A3B": Shape(128, 8, 2048, 768),
-    "Mixtral-8x7B": Shape(8, 2, 4096, 14336),
-}
 TINY = {"tiny": Shape(4, 2, 40, 24)}
 
 

@@ -24,6 +24,7 @@ import torch
 from _gpu import routed
 
 from moecc.backends.triton import launch, pack
+from moecc.backends.triton.aot import abstract_plan
 from moecc.backends.triton.tiles import Tile
 
 SHOWN = 5
@@ -87,12 +88,12 @@ def time_case(case: Case, clock: gpu.Clock, tiles: list[Tile]) -> Iterator[tuple
 
 
 def compile_all(cases: list[tuple[str, int, int]], part: int, of: int) -> None:
-    """This process' share of all kernels, into triton's cache."""
+    """This process' share of all kernels, into triton's cache; of tensors without memory."""
     seen: set[str] = set()
     for name, tokens, bits in cases:
-        case = Case(name, tokens, bits, "cuda")
-        for tile in case.tiles:
-            for each in case.plan(tile).launches:
+        shape = _gpu.SHAPES[name]
+        for tile in candidates(tokens * shape.top_k / shape.experts):
+            for each in abstract_plan(shape, tokens, bits, tile=tile).launches:
                 key = str(
                     (each.name, each.options, [v if isinstance(v, int | str) else 0 for v in each.arguments.values()])
                 )
@@ -100,7 +101,7 @@ def compile_all(cases: list[tuple[str, int, int]], part: int, of: int) -> None:
                     try:
                         each.kernel.warmup(**each.arguments, grid=each.grid, **each.options)
                     except Exception as error:  # its row will say so
-                        print(f"{case.title}, {tile}: {type(error).__name__}", file=sys.stderr)
+                        print(f"{name}, {tokens} tokens, {tile}: {type(error).__name__}", file=sys.stderr)
                 seen.add(key)
 
 

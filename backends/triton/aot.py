@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moecc.backends.triton.launch import Launch, Plan, plan
-from moecc.backends.triton.tiles import Card
+from moecc.backends.triton.tiles import Card, Tile
 from moecc.errors import MoeccError
 from moecc.gates import rows_per_unit
 
@@ -81,18 +81,19 @@ _POINTERS = {
 def compile_launch(launch: Launch, target: Target) -> Report:
     """Compile what a launch would run on `target`. Integers are specialised as triton does: 1, and multiples of 16."""
     names, constants = launch.kernel.arg_names, {p.name for p in launch.kernel.params if p.is_constexpr}
+    plain = {p.name for p in launch.kernel.params if p.do_not_specialize}
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(names):
         value = launch.arguments[name]
-        if name in constants or value is None or (isinstance(value, int) and value == 1):
+        if name in constants or value is None or (isinstance(value, int) and value == 1 and name not in plain):
             signature[name], constexprs[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name], attributes[(i,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in plain:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
@@ -168,6 +169,11 @@ class Shape(NamedTuple):
     hidden: int
     intermediate: int
 
+    @property
+    def weights(self) -> int:
+        """Of one expert."""
+        return 3 * self.hidden * self.intermediate
+
 
 SHAPES = {
     "Qwen1.5-MoE-A2.7B": Shape(60, 4, 2048, 1408),
@@ -179,6 +185,7 @@ SHAPES = {
 def abstract_plan(
     shape: Shape, tokens: int, bits: int, *, dtype: torch.dtype = torch.bfloat16, rank: int = 0, mean: int = 0,
     bias: bool = False, norm: bool = False, act: str = "silu", gate: str = "glu", card: str = "sm_90",
+    tile: Tile | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a layer of this shape, on the meta device. mean: bits of a shared mean, 0 for none."""
     e, d, f = shape.experts, shape.hidden, shape.intermediate
@@ -217,7 +224,19 @@ def abstract_plan(
     down = projection(d, f, input_side=False)
     post_norm = torch.empty(d, dtype=dtype, device="meta") if norm else None
     return plan(
-        x, index, weight, gate_up, down, post_norm, act=act, gate=gate, alpha=1.0, limit=1.0, eps=1e-6, card=Card(card)
+        x,
+        index,
+        weight,
+        gate_up,
+        down,
+        post_norm,
+        act=act,
+        gate=gate,
+        alpha=1.0,
+        limit=1.0,
+        eps=1e-6,
+        tile=tile,
+        card=Card(card),
     )
 
 
@@ -225,9 +244,9 @@ def abstract_plan(
 
 
 def may_spill(launch: Launch) -> int:
-    """Bytes of stack. None but where two row tiles of 16-bit floats take every register: then those addresses of rows of x that
-    are read again in every step, which is less than a smaller tile costs."""
-    return 80 if launch.arguments.get("HALF") and launch.arguments["HEIGHT"] > 1 else 0
+    """Bytes of stack. None but where 64 tokens or more take every register of sm_90: then those addresses of rows of x that are
+    read again in every step, which on an H100 was less than a smaller tile cost."""
+    return 96 if launch.arguments.get("HOPPER") and launch.arguments["TOKENS"] >= 64 else 0
 
 
 class Row(NamedTuple):

@@ -2,7 +2,7 @@
 
   prepare_kernel   slots sorted by expert into blocks; x as fixed point; z = basis x of the shared basis
   hidden_kernel    sum over parts, the gate where the product didn't apply it, hidden units as fixed point
-  sums_kernel      sum_j w_tj h_j of 16-bit hidden units
+  sums_kernel      sum_j w_tj h_j of bfloat16 hidden units
   combine_kernel   y_t = sum_j w_tj (expert j's output) + what is shared
   norm_kernel      the same where a family normalises each expert's output before the sum
 
@@ -77,7 +77,7 @@ def _project(x_ptr, basis_ptr, z_ptr, group, part, tokens, columns, span, rank, 
     tl.store(z_ptr + at, z, mask=(t < tokens)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots", "blocks", "z_parts", "z_span"])
 def prepare_kernel(
     x_ptr,  # [tokens, columns] of any float type
     index_ptr,  # i64 or i32 [slots]
@@ -137,7 +137,7 @@ def _hidden(
     return tl.where(real, h, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def hidden_kernel(
     rows_ptr,  # [parts, slots, rows] as grouped_kernel wrote it, with FUSED [slots, units]
     index_ptr, weight_ptr,  # [slots]: choices and routing weights
@@ -181,7 +181,7 @@ def sums_kernel(
     tl.store(out_ptr + token * width + f, total.to(out_ptr.dtype.element_ty), mask=f < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "c_parts"])
 def combine_kernel(
     rows_ptr,  # [parts, slots, columns] as grouped_kernel wrote it
     index_ptr, weight_ptr,  # [slots]
@@ -221,7 +221,7 @@ def combine_kernel(
     tl.store(out_ptr + token * columns + d, total.to(out_ptr.dtype.element_ty), mask=d < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "c_parts"])
 def norm_kernel(
     rows_ptr, index_ptr, weight_ptr,  # as combine_kernel's
     shared_ptr,  # f32 [SHARED, slots, columns] or None

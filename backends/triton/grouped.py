@@ -5,7 +5,7 @@ over the columns of one part (split-K, for decode, where there are too few tiles
 
   1. 16 bytes of codes per thread and 128 columns, straight from memory, already in the order of the product's left operand;
   2. each code is looked up in the expert's table of 256 entries of four int8: the register is four weights. The table is in shared
-     memory, on NVIDIA in as many copies as its 32 banks have use for (`_spread`), elsewhere by `tl.gather`; a load per code
+     memory, on sm_90 in as many copies as its 32 banks have use for (`_spread`), elsewhere by `tl.gather`; a load per code
      would be pipelined through it. 3 bit: bytes are flipped where the sign bit is set, v ^ 0xff = -1 - v. 4 bit: two lookups
      of two weights;
   3. int8 x int8 -> int32 on tensor cores. A token is two columns, the high and the low byte of its 16-bit fixed point, which
@@ -13,8 +13,8 @@ over the columns of one part (split-K, for decode, where there are too few tiles
   4. after STEP = 128 * UNROLL columns, hi * 256 + lo (still exact: 512 * 128 * 32512 < 2^31) times the token's scale for these
      columns goes into a float32 sum.
 
-  HALF, where a weight meets many tokens: 3. the int8 weights as 16-bit floats, which they are exactly, with x and hidden units as
-  such floats, into a float32 sum. 4. is not needed, and half as many registers are.
+  HALF, where a weight meets many tokens in bfloat16: 3. the int8 weights as bfloat16, which they are exactly, with x as it is and
+  hidden units rounded to bfloat16, into a float32 sum. 4. is not needed, and half as many registers are.
 
   then y = scale * sum + bias + shared + coef_scale * (coef z); and with FUSED the gate, whose two rows a thread has.
 
@@ -109,9 +109,9 @@ def _lookup(w, table, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, COPIES: tl.con
 
 
 @triton.jit
-def _flips(s, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _flips(s, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, HOPPER: tl.constexpr):
     """Sign words -> i32 [64 * HEIGHT, 32 * UNROLL] with 0xff in the bytes of negative weights."""
-    if ASSEMBLY:  # each byte's highest bit, eight times (PTX ISA, prmt)
+    if HOPPER:  # each byte's highest bit, eight times (PTX ISA, prmt)
         high = s[:, None] << (7 - tl.arange(0, 8))[None, :]
         flip = tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $1, 0xba98;", "=r,r", [high], dtype=tl.int32, is_pure=True, pack=1
@@ -125,7 +125,7 @@ def _flips(s, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, ASSEMBLY: tl.constexpr
 @triton.jit
 def _weights(
     words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS: tl.constexpr, HEIGHT: tl.constexpr,
-    UNROLL: tl.constexpr, TAIL: tl.constexpr, COPIES: tl.constexpr,
+    UNROLL: tl.constexpr, TAIL: tl.constexpr, COPIES: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """Words i32 [64 * HEIGHT, 32 * UNROLL] of four int8 weights, of one step from row tile `index`; what is past the last column
     tile meets zeros in x."""
@@ -141,7 +141,7 @@ def _weights(
         p = _lookup(_words(words, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL, COPIES)
         if BITS == 3:
             signs, stride = signs_ptr + (index * column_tiles + first) * 256, 256 * column_tiles
-            p = p ^ _flips(_words(signs, stride, down, across, 256, HEIGHT, UNROLL, TAIL), HEIGHT, UNROLL, COPIES > 1)
+            p = p ^ _flips(_words(signs, stride, down, across, 256, HEIGHT, UNROLL, TAIL), HEIGHT, UNROLL, HOPPER)
     return p
 
 
@@ -167,39 +167,39 @@ def _int8(p, ROWS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _half(p, ROWS: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _half(p, ROWS: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr, HOPPER: tl.constexpr):
     """Words of four weights -> the weights as floats, exactly, [ROWS, STEP] in the order of `paired`, which takes no word from one
-    thread to another. In assembly, two at a time, because a compiler that packs 16-bit floats one by one takes twice as long.
-
-    bfloat16: the low seven bits after 128 are 128 + m, and the eighth makes -128 a -256. float16: 1024 + (weight + 128) - 1152."""
-    if ASSEMBLY:
-        if dtype == tl.bfloat16:
-            low, high = tl.inline_asm_elementwise(
-                """{ .reg .b32 w, a, b, one; mov.b32 one, 0x3f803f80;
-                prmt.b32 w, $2, 0, 0x4140; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
-                lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $0, a, one, b;
-                prmt.b32 w, $2, 0, 0x4342; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
-                lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $1, a, one, b; }""",
-                "=&r,=r,r", [p], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            low, high = tl.inline_asm_elementwise(
-                """{ .reg .b32 w, c; mov.b32 c, 0xe480e480;
-                prmt.b32 w, $2, 0, 0x4140; lop3.b32 w, w, 0x00800080, 0x64006400, 0xbe; add.f16x2 $0, w, c;
-                prmt.b32 w, $2, 0, 0x4342; lop3.b32 w, w, 0x00800080, 0x64006400, 0xbe; add.f16x2 $1, w, c; }""",
-                "=&r,=r,r", [p], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-            )  # fmt: skip
+    thread to another. In assembly two bfloat16 at a time, because a compiler that packs them one by one takes twice as long: the
+    low seven bits of a byte after 128 are 128 + m, and with the eighth -128 is -256."""
+    if HOPPER:
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 w, a, b, one; mov.b32 one, 0x3f803f80;
+            prmt.b32 w, $2, 0, 0x4140; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $0, a, one, b;
+            prmt.b32 w, $2, 0, 0x4342; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $1, a, one, b; }""",
+            "=&r,=r,r", [p], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
         h0, h1, h2, h3 = low.to(tl.int16), (low >> 16).to(tl.int16), high.to(tl.int16), (high >> 16).to(tl.int16)
-        w = tl.reshape(tl.join(tl.join(h0, h2), tl.join(h1, h3)), [ROWS, STEP]).to(dtype, bitcast=True)
+        w = tl.reshape(tl.join(tl.join(h0, h2), tl.join(h1, h3)), [ROWS, STEP]).to(tl.bfloat16, bitcast=True)
     else:
         w = _int8(p, ROWS, STEP).to(dtype)
     return tl.reshape(tl.permute(tl.reshape(w, [ROWS, STEP // 16, 4, 2, 2]), (0, 1, 3, 2, 4)), [ROWS, STEP])
 
 
 @triton.jit
+def _fence(one):
+    """What cp.async has written to shared memory is seen by wgmma (PTX ISA, fence.proxy.async): triton before 3.7 leaves it out
+    (its pull request 9610). one: a scalar."""
+    tl.inline_asm_elementwise(
+        "fence.proxy.async.shared::cta; mov.u32 $0, $1;", "=r,r", [one], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _finished(total):
-    """The same, for a dot that has ended. Left to itself, triton lets wgmma run into the next step, which writes the registers that
-    it still reads (PTX ISA, wgmma.wait_group, forbids that): on an H100 results then differ from run to run."""
+    """The same, for a dot that has ended. Left to itself, triton lets wgmma run into the next step, which may write the registers
+    that it still reads (PTX ISA, wgmma.wait_group, forbids that; triton's issue 9433)."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1)
 
 
@@ -238,7 +238,7 @@ def _low_rank(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "z_parts", "z_tokens"])
 def grouped_kernel(
     x_ptr,  # i8 [R, 2, steps * STEP]: high and low bytes of row slot // TOP_K; HALF: floats [R, steps * STEP] by `paired`
     x_scale_ptr,  # f32 [R, steps]; HALF: None
@@ -253,7 +253,7 @@ def grouped_kernel(
     alpha, limit,
     BITS: tl.constexpr, GATED: tl.constexpr, FUSED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr,
     TOKENS: tl.constexpr, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
-    SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.constexpr,
+    SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, HOPPER: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(row tiles / HEIGHT), blocks, parts)."""
     group, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -308,22 +308,26 @@ def grouped_kernel(
                 inside = (place < rows)[:, None] & (k < columns)[None, :]
                 w = tl.load(words_ptr + (e * rows + place)[:, None] * columns + k[None, :], mask=inside, other=0)
                 x = tl.load(x_ptrs + at[:, None], mask=x_held, other=0)
+                if HOPPER:
+                    _fence(steps)
                 if HALF:
                     total = tl.dot(w.to(FLOAT), x.to(FLOAT), total, input_precision="ieee")
-                    if COPIES > 1:
+                    if HOPPER:
                         total = _finished(total)
                 else:
                     hi_lo = tl.dot(w, x, hi_lo, out_dtype=tl.int32)  # triton 3.6 wants it said
         else:
             index, down = e * row_tiles + tile, row_tiles - tile
             p = _weights(
-                words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL, COPIES
-            )
+                words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL, COPIES, HOPPER,
+            )  # fmt: skip
             x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
+            if HOPPER:
+                _fence(steps)
             if HALF:
-                w = _half(p, ROWS, STEP, FLOAT, COPIES > 1)
+                w = _half(p, ROWS, STEP, FLOAT, HOPPER)
                 total = tl.dot(w, x.to(FLOAT), total, input_precision="ieee")
-                if COPIES > 1:
+                if HOPPER:
                     total = _finished(total)
             else:
                 hi_lo = tl.dot(_int8(p, ROWS, STEP), x)

@@ -8,7 +8,7 @@
   6. down           grouped
   7. combine        routing weights, sum over a token's choices, what is shared; or the norm and then these
 
-With 16-bit floats (`Tile.half`) 1. puts x in order and 3. leaves hidden units as floats, so that 4. is nothing, or the sums of 5.
+In bfloat16 (`Tile.half`) 1. puts x in order and 3. leaves hidden units as floats, so that 4. is nothing, or the sums of 5.
 
 Fixed point has one scale per token and STEP columns (128 to 512: what one step of the product covers). With one scale per
 token an outlier channel would cost all others their precision, with these it costs its block's (measured in
@@ -85,7 +85,7 @@ class Plan:
 
 
 class Rows(NamedTuple):
-    """What a product multiplies: high and low bytes i8 [R, 2, steps * STEP] with scale f32 [R, steps], or 16-bit floats
+    """What a product multiplies: high and low bytes i8 [R, 2, steps * STEP] with scale f32 [R, steps], or bfloat16
     [R, steps * STEP] in the order of `grouped.paired`."""
 
     values: Tensor
@@ -160,7 +160,7 @@ def plan(
     wide = 4 in (up.bits, below.bits) or gate_up.get("basis") is not None or down.get("basis") is not None
     if tile is None and chosen.half and wide:  # two lookups, or a second product, take a second row tile's registers
         chosen = chosen._replace(height=1)
-    assert not chosen.half or chosen.copies > 1 or INTERPRETED
+    assert not (chosen.half and chosen.waves)  # its hidden units aren't added up
     build = _Builder(
         made.launches, experts, choices, slots, chosen, tile is not None, card, x.dtype,
         dict(alpha=alpha, limit=limit), dict(ACT=act, GATE=gate),
@@ -174,20 +174,8 @@ def plan(
     low = (z, gate_up.get("coef"), gate_up.get("coef_scale")) if z is not None else None
     summed = down.get("mean_codes") is not None and post_norm is None  # the mean then meets sum_j w_j h_j
     h, h_sum = build.gate_up(
-        up,
-        gate_up.get("bias"),
-        columns,
-        blocks,
-        rows,
-        hidden,
-        shared,
-        low,
-        index,
-        weight,
-        units,
-        below.words.shape[3],
-        summed,
-    )
+        up, gate_up.get("bias"), columns, blocks, rows, hidden, shared, low, index, weight, units, below.words.shape[3], summed,
+    )  # fmt: skip
     mean = build.mean("down mean", down, h_sum if summed else h, hidden, units, gated=False)
     c = build.coefficients(down, h, blocks, units)
     y = build.product("down", below, h, blocks, hidden, units, bias=down.get("bias"))
@@ -262,7 +250,7 @@ class _Builder:
     def parts(self, x: Rows, groups: int, blocks: Blocks) -> tuple[int, int]:
         """Programs that share the columns of one tile, and the steps of each."""
         wanted = -(-blocks.tile.waves * self.card.processors // (groups * blocks.number)) if blocks.tile.waves else 1
-        each = -(-x.steps // max(1, min(wanted, x.steps)))
+        each = -(-x.steps // max(1, min(wanted, x.steps, 16)))  # what adds parts up has a load for each in its code
         return -(-x.steps // each), each
 
     def product(
@@ -289,7 +277,8 @@ class _Builder:
             rank=0 if coef is None else coef.shape[2], **self.limits, BITS=m.bits, GATED=gated, FUSED=fused, **self.gate,
             TOP_K=top_k, TOKENS=blocks.tile.tokens, HEIGHT=blocks.tile.height, UNROLL=x.unroll, TAIL=column_tiles % x.unroll != 0,
             RANK=32 if z is None else z.shape[2], COPIES=1 if INTERPRETED else blocks.tile.copies,
-            SHARED=0 if shared is None else shared.shape[0], HALF=x.scale is None, UPCAST=INTERPRETED,
+            SHARED=0 if shared is None else shared.shape[0], HALF=x.scale is None,
+            HOPPER=self.card.name == "sm_90" and not INTERPRETED, UPCAST=INTERPRETED,
         ), warps=blocks.tile.warps, stages=blocks.tile.stages, registers=blocks.tile.registers)  # fmt: skip
         return out
 

@@ -23,14 +23,14 @@ class Tile(NamedTuple):
     copies: int = (
         1  # of the codebook in shared memory, for lookups without bank conflicts; 1: `tl.gather`, on every card
     )
-    half: bool = False  # x as the 16-bit floats that it is, not as fixed point; with copies alone (`grouped._finished`)
+    half: bool = False  # x as the bfloat16 that it is, not as fixed point; in float16 hidden units could overflow
     registers: int = 0  # of a thread at most; 0: as the compiler likes, which is to spill a few for a round number
 
 
-# By tokens per expert, S / E: decode reads every code for a few tokens, prefill fills the matrix units. sm_90's for up to 24 tokens
-# per expert were chosen by time on an H100 (benchmarks/gpu_tiles.py), the others by count of instructions among those that spill
-# no register on the card (tests/test_triton_aot.py). Fixed point is two columns for each token, and so twice the sums in
-# registers; where every weight meets many tokens those bound the tile, and with it how often x is read: `half`, for 16-bit x.
+# By tokens per expert, S / E: decode reads every code for a few tokens, prefill fills the matrix units. sm_90's were chosen by time
+# on an H100 (benchmarks/gpu_tiles.py; those of `half` before `grouped._finished`), the others by count of instructions among those
+# that spill no register on the card (tests/test_triton_aot.py). Fixed point is two columns for each token, and so twice the sums
+# in registers; where every weight meets many tokens those bound the tile, and with it how often x is read: `half`.
 _SMALL = Tile(tokens=8, height=1, unroll=4, warps=4, stages=2, waves=4)
 _MIDDLE = Tile(tokens=16, height=1, unroll=4, warps=4, stages=2, waves=2)
 _LARGE = Tile(tokens=32, height=1, unroll=2, warps=4, stages=2, waves=0)
@@ -73,7 +73,7 @@ def choose_tile(slots: int, experts: int, card: Card, dtype: torch.dtype = torch
     """The tile for `slots` rows that go to `experts` experts. dtype: of x."""
     table = TILES[max((name for name in TILES if card.name.startswith(name)), key=len)]
     fitting = (tile for most, tile in table if most is None or slots <= most * experts)
-    return next(tile for tile in fitting if dtype.itemsize == 2 or not tile.half)
+    return next(tile for tile in fitting if dtype == torch.bfloat16 or not tile.half)
 
 
 @lru_cache
