@@ -27,14 +27,14 @@ MIXTRAL, QWEN = SHAPES["Mixtral-8x7B"], SHAPES["Qwen3-30B-A3B"]
 BUDGET = {2: 1.75, 3: 2.6}  # instructions per weight, one token
 COUNTED_WITH = "3.9."  # another compiler makes other code
 PINNED = triton.__version__.startswith(COUNTED_WITH)
-STACK = 0 if PINNED else 16  # bytes: other versions spill up to four registers, for a round number of them
+STACK = 0 if PINNED else 32  # bytes: other versions spill up to eight registers, for a round number of them
 EVERYTHING: dict[str, Any] = dict(rank=32, mean=3, bias=True)
 
 
 def wrong(report: Report, target: Target, launch: Launch) -> list[str]:
     """What a kernel must not be, of what it is."""
     found = []
-    if report.stack > max(STACK, aot.may_spill(launch)):
+    if report.stack > max(STACK, aot.may_spill(launch) * (1 if PINNED else 2)):
         found.append(f"spills: {report.stack} bytes of stack, {report.spills} instructions")
     if report.shared > target.shared:
         found.append(f"{report.shared} bytes of shared memory, {target.name} has {target.shared}")
