@@ -92,8 +92,11 @@ class Layer(NamedTuple):
     down: dict[str, Tensor | None]
     expert_bytes: int
 
+    def packed(self) -> tuple[pack.Projection, pack.Projection]:
+        return pack.pack_projection(self.gate_up, gated=True), pack.pack_projection(self.down, gated=False)
+
     def call(self, r: Routed) -> Call:
-        up, down = pack.pack_projection(self.gate_up, gated=True), pack.pack_projection(self.down, gated=False)
+        up, down = self.packed()
         return lambda: vq_experts(*r, up, down, None, **SILU)
 
     def reference(self, r: Routed) -> Tensor:

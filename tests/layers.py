@@ -107,8 +107,23 @@ ROUTINGS = {
     "three-choices": (torch.tensor([[0, 1, 2], [3, 2, 1]]), 4),
 }
 
-WITHIN = {
+WITHIN = {  # of the largest output; 2 units of 16-bit outputs
     torch.float32: 2e-4,
     torch.float16: 2e-3,
     torch.bfloat16: 1.6e-2,
-}  # of the largest output; 2 units of 16-bit outputs
+}
+
+
+def draw_routed(routing: str, bits: int) -> Layer:
+    """A layer with what is routed to it by ROUTINGS."""
+    index, experts = ROUTINGS[routing]
+    tokens, top_k = index.shape
+    layer = draw_layer(bits, tokens=tokens, top_k=top_k, experts=experts, rank=2, mean=2, bias=True)
+    return replace(layer, index=index)
+
+
+def assert_within(out: Tensor, wanted: Tensor) -> None:
+    """An output is as near to the reference's as its type allows."""
+    assert out.dtype == wanted.dtype and bool(wanted.abs().max() > 0)
+    error = (out.cpu().double() - wanted.double()).abs().max() / wanted.double().abs().max()
+    assert error < WITHIN[wanted.dtype], float(error)

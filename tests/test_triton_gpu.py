@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from layers import FEATURES, ROUTINGS, WITHIN, Layer, draw_layer
+from layers import FEATURES, ROUTINGS, Layer, assert_within, draw_layer, draw_routed
 from test_compile import ROWS, checkpoint, load
-from torch import Tensor
+from test_triton_model import PROMPT, logits, projections
 from transformers import AutoModelForCausalLM
 
-from moecc import cli, experts
+from moecc import cli
 from moecc.backends import triton as backend
 
 if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
@@ -27,11 +27,9 @@ from moecc.backends.triton.launch import plan, vq_experts
 from moecc.backends.triton.tiles import card_of, choose_tile
 
 
-def check(layer: Layer, **told: Any) -> None:
+def check(layer: Layer) -> None:
     """Against the reference on the CPU."""
-    on_card = layer.to("cuda")
-    args = on_card.packed()
-    made = plan(*args, **layer.attributes, **told)
+    made = plan(*layer.to("cuda").packed(), **layer.attributes)
     results = []
     for _ in range(10):
         made.out.fill_(torch.nan)
@@ -39,9 +37,7 @@ def check(layer: Layer, **told: Any) -> None:
             each()
         results.append(made.out.clone())
     assert all(torch.equal(r, results[0]) for r in results)
-    wanted = layer.reference().double()
-    error = (results[0].cpu().double() - wanted).abs().max() / wanted.abs().max()
-    assert error < WITHIN[layer.x.dtype], float(error)
+    assert_within(results[0], layer.reference())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -53,11 +49,7 @@ def test_a_layer_is_what_the_reference_says(feature: str, bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_routings(routing: str, bits: int) -> None:
-    index, count = ROUTINGS[routing]
-    tokens, top_k = index.shape
-    layer = draw_layer(bits, tokens=tokens, top_k=top_k, experts=count, rank=2, mean=2, bias=True)
-    layer.index = index
-    check(layer)
+    check(draw_routed(routing, bits))
 
 
 @pytest.mark.parametrize("extras", [{}, dict(rank=2, bias=True, mean=3)], ids=["plain", "everything"])
@@ -125,8 +117,6 @@ def test_a_cuda_graph_takes_new_tokens_and_choices() -> None:
 
 # ---------------------------------------------------------------- models
 
-PROMPT = torch.tensor([[5, 9, 2, 7, 3, 3, 8, 1]])
-
 
 @pytest.fixture(scope="module", params=["mixtral", "gpt_oss"])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -140,16 +130,9 @@ def on_card(artifact: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, device_map="cuda").eval()
 
 
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    found: Tensor = model(PROMPT.to(model.device)).logits
-    return found.cpu()
-
-
 def test_a_model_loaded_on_the_card_runs_by_the_kernels(artifact: Path, tmp_path: Path) -> None:
     reference, model = load(artifact), on_card(artifact)
-    coded = [m for m in model.modules() if isinstance(m, experts.CompressedProjection)]
-    assert coded and all(m.packed is backend and m.codes.dtype == torch.int32 for m in coded)
+    assert projections(model) and all(p.packed is backend and p.codes.dtype == torch.int32 for p in projections(model))
     wanted = logits(reference)
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-3)
     told = dict(max_new_tokens=8, do_sample=False)

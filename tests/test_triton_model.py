@@ -56,8 +56,9 @@ PROMPT = torch.tensor([[5, 9, 2, 7, 3, 3, 8, 1]])
 
 
 def logits(model: Any) -> Tensor:
+    """On the CPU, wherever the model is."""
     with torch.no_grad():
-        return model(PROMPT).logits
+        return model(PROMPT.to(model.device)).logits.cpu()
 
 
 # ---------------------------------------------------------------- models

@@ -43,17 +43,15 @@ class Target(NamedTuple):
 TARGETS = {
     t.name: t
     for t in (
-        Target("sm_80", "cuda", 80, 32, 163 << 10, r"\bIMMA\.16832\.S8\.S8|\bHMMA\.16816\.F32"),
-        Target("sm_86", "cuda", 86, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8|\bHMMA\.16816\.F32"),
-        Target("sm_89", "cuda", 89, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8|\bHMMA\.16816\.F32"),
+        Target("sm_80", "cuda", 80, 32, 163 << 10, r"\bIMMA\.16832\.S8\.S8"),
+        Target("sm_86", "cuda", 86, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
+        Target("sm_89", "cuda", 89, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
         Target("sm_90", "cuda", 90, 32, 227 << 10, r"\bIGMMA\.64x\d+x32\.S8\.S8|\bHGMMA\.64x\d+x16\.F32"),
-        Target(
-            "sm_100", "cuda", 100, 32, 227 << 10, r"\bUTCIMMA|\bUTCHMMA|\bIMMA\.16832\.S8\.S8|\bHMMA\.16816\.F32"
-        ),  # triton 3.6 knows the second
-        Target("sm_120", "cuda", 120, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8|\bHMMA\.16816\.F32"),
-        Target("gfx90a", "hip", "gfx90a", 64, 64 << 10, r"\bv_mfma_i32_\w*i8|\bv_mfma_f32_\w*b?f16"),
-        Target("gfx942", "hip", "gfx942", 64, 64 << 10, r"\bv_mfma_i32_\w*i8|\bv_mfma_f32_\w*b?f16"),
-        Target("gfx1100", "hip", "gfx1100", 32, 64 << 10, r"\bv_wmma_i32_\w*iu8|\bv_wmma_f32_\w*b?f16"),
+        Target("sm_100", "cuda", 100, 32, 227 << 10, r"\bUTCIMMA|\bIMMA\.16832\.S8\.S8"),  # triton 3.6 knows the second
+        Target("sm_120", "cuda", 120, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
+        Target("gfx90a", "hip", "gfx90a", 64, 64 << 10, r"\bv_mfma_i32_\w*i8"),
+        Target("gfx942", "hip", "gfx942", 64, 64 << 10, r"\bv_mfma_i32_\w*i8"),
+        Target("gfx1100", "hip", "gfx1100", 32, 64 << 10, r"\bv_wmma_i32_\w*iu8"),
     )
 }
 
@@ -187,7 +185,7 @@ def abstract_plan(
     bias: bool = False, norm: bool = False, act: str = "silu", gate: str = "glu", card: str = "sm_90",
     tile: Tile | None = None,
 ) -> Plan:  # fmt: skip
-    """The plan of a layer of this shape, on the meta device. mean: bits of a shared mean, 0 for none."""
+    """The plan of a layer of this shape, on the meta device. mean: bits of a shared mean, 0 for none; tile: as `plan`'s."""
     e, d, f = shape.experts, shape.hidden, shape.intermediate
 
     def coded(prefix: str, matrices: int, rows: int, columns: int, bits: int, gated: bool) -> dict[str, Tensor]:
@@ -223,21 +221,8 @@ def abstract_plan(
     gate_up = projection(rows_per_unit(gate) * f, d, input_side=True)
     down = projection(d, f, input_side=False)
     post_norm = torch.empty(d, dtype=dtype, device="meta") if norm else None
-    return plan(
-        x,
-        index,
-        weight,
-        gate_up,
-        down,
-        post_norm,
-        act=act,
-        gate=gate,
-        alpha=1.0,
-        limit=1.0,
-        eps=1e-6,
-        tile=tile,
-        card=Card(card),
-    )
+    attributes: dict[str, Any] = dict(act=act, gate=gate, alpha=1.0, limit=1.0, eps=1e-6)
+    return plan(x, index, weight, gate_up, down, post_norm, **attributes, tile=tile, card=Card(card))
 
 
 # ---------------------------------------------------------------- a table

@@ -173,10 +173,10 @@ def plan(
     shared = build.mean("gate_up mean", gate_up, columns, rows, hidden, gated=gate != "none")
     low = (z, gate_up.get("coef"), gate_up.get("coef_scale")) if z is not None else None
     summed = down.get("mean_codes") is not None and post_norm is None  # the mean then meets sum_j w_j h_j
-    h, h_sum = build.gate_up(
+    h, averaged = build.gate_up(
         up, gate_up.get("bias"), columns, blocks, rows, hidden, shared, low, index, weight, units, below.words.shape[3], summed,
     )  # fmt: skip
-    mean = build.mean("down mean", down, h_sum if summed else h, hidden, units, gated=False)
+    mean = build.mean("down mean", down, averaged, hidden, units, gated=False)
     c = build.coefficients(down, h, blocks, units)
     y = build.product("down", below, h, blocks, hidden, units, bias=down.get("bias"))
     build.combine(y, index, weight, mean, c, down.get("basis"), post_norm, eps, made.out)
@@ -282,10 +282,10 @@ class _Builder:
         ), warps=blocks.tile.warps, stages=blocks.tile.stages, registers=blocks.tile.registers)  # fmt: skip
         return out
 
-    def mean(self, name: str, p: Projection, x: Rows | None, rows: int, columns: int, *, gated: bool) -> Tensor | None:
+    def mean(self, name: str, p: Projection, x: Rows, rows: int, columns: int, *, gated: bool) -> Tensor | None:
         """What all experts share as it is, of every row of x: f32 [parts, R, rows], or None without one."""
         m = Matrices.of(p, vq4.MEAN)
-        if m is None or x is None:
+        if m is None:
             return None
         count = x.values.shape[0]
         tile = self.tile if self.forced or x.scale is None else choose_tile(count, 1, self.card)
@@ -295,8 +295,8 @@ class _Builder:
     def gate_up(
         self, m: Matrices, bias: Tensor | None, x: Rows, blocks: Blocks, rows: int, columns: int, shared: Tensor | None,
         low: Any, index: Tensor, weight: Tensor, units: int, column_tiles: int, summed: bool,
-    ) -> tuple[Rows, Rows | None]:  # fmt: skip
-        """Hidden units of the S slots, and of the T sums over a token's choices if `summed`."""
+    ) -> tuple[Rows, Rows]:  # fmt: skip
+        """Hidden units of the S slots, and what a shared mean multiplies: T sums over a token's choices if `summed`, else those."""
         gated = self.gate["GATE"] != "none"
         into = self.rows(x.values, self.slots, column_tiles, filled=units) if x.scale is None else None
         out = self.product(
@@ -304,7 +304,7 @@ class _Builder:
             top_k=self.choices, into=into,
         )  # fmt: skip
         if into:
-            return into, self.sums(into, index, weight) if summed else None
+            return into, self.sums(into, index, weight) if summed else into
         return self.hidden(out, index, weight, units, column_tiles, fused=out.dim() == 2, summed=summed)
 
     def sums(self, h: Rows, index: Tensor, weight: Tensor) -> Rows:
@@ -332,7 +332,7 @@ class _Builder:
         each, sums = (
             Rows(made.values[s], made.scale[s], made.unroll) for s in (slice(self.slots), slice(self.slots, None))
         )
-        return each, sums
+        return each, sums if summed else each
 
     def coefficients(self, p: Projection, h: Rows, blocks: Blocks, units: int) -> Tensor | None:
         """coef_e h of every slot, f32 [parts, S, r]."""

@@ -20,9 +20,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     waves: int  # programs per multiprocessor below which columns are split among programs; 0: never
-    copies: int = (
-        1  # of the codebook in shared memory, for lookups without bank conflicts; 1: `tl.gather`, on every card
-    )
+    copies: int = 1  # of the codebook in shared memory, against bank conflicts; 1: `tl.gather`, on every card
     half: bool = False  # x as the bfloat16 that it is, not as fixed point; in float16 hidden units could overflow
     registers: int = 0  # of a thread at most; 0: as the compiler likes, which is to spill a few for a round number
 
@@ -42,10 +40,7 @@ TILES: dict[str, tuple[tuple[int | None, Tile], ...]] = {  # by the longest begi
         (8, _COPIED),
         (24, _COPIED._replace(tokens=16)),
         (96, _HALF),
-        (
-            None,
-            _HALF._replace(tokens=128, copies=4),
-        ),  # with more copies a multiprocessor has one program at 3 bit, not two
+        (None, _HALF._replace(tokens=128, copies=4)),  # more copies: a multiprocessor has one program at 3 bit, not two
         (None, _LARGE._replace(tokens=64)),
     ),
     "sm_10": (
