@@ -28,7 +28,7 @@ from moecc.errors import MoeccError
 from moecc.ir import MoE, Program
 from moecc.stream import Stream
 
-__all__ = ["Composite", "Context", "Layer", "LayerPass", "MoeccError", "Pass", "option"]
+__all__ = ["Composite", "Context", "Kept", "Layer", "LayerPass", "MoeccError", "Pass", "option"]
 
 
 def option(
@@ -123,15 +123,26 @@ class Composite(Pass):
         raise MoeccError(f"{self.name} stands for {[str(p) for p in self.expand()]}; run those")
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a pass over the whole model keeps of its work: tensors by name, read when asked, and facts that JSON holds."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    facts: Any = None
+
+
 @dataclass(eq=False)
 class Context:
-    """What passes share during one run: the seed, the audit, and how to show progress."""
+    """What passes share during one run: the seed, the audit, how to show progress, and where an interrupted run finds its work."""
 
     seed: int = 0
     audit: dict[str, dict[str, Any]] = field(default_factory=dict)  # weight name -> what became of it
     ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # place and text of a pass -> stage -> its line
     notes: list[str] = field(default_factory=list)  # named lines of the audit: fallbacks, starved experts
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
+    # (key, work) -> the same work, where a journal holds it on disk; key -> the last work so kept, by an interrupted run too
+    keep: Callable[[str, Kept], Kept] = lambda key, work: work
+    kept: Callable[[str], Kept | None] = lambda key: None
     reference: Program | None = None  # the float model, and
     batches: Sequence[Tensor] = ()  # the calibration token ids, for passes over the whole model; set when a run starts
     # [D, D] by path of an MoE layer and by name of a value between layers: what an error there costs (pass `sensitivity`)
@@ -142,6 +153,11 @@ class Context:
         """A seed that depends on the run's seed and `key` only, not on what ran before."""
         text = "/".join(map(str, (self.seed, *key)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+    def once(self, key: str, make: Callable[[], Kept]) -> Kept:
+        """What `make` gives, made only where no interrupted run has kept it under `key`, which is this use's alone."""
+        found = self.kept(key)
+        return self.keep(key, make()) if found is None else found
 
     def record(self, name: str, **facts: Any) -> None:
         self.audit.setdefault(name, {}).update(facts)

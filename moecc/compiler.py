@@ -148,7 +148,7 @@ def _run(
     dump: Path | None, progress: Progress, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     original = program.copy()
-    ctx = Context(seed=job.seed, progress=progress)
+    ctx = Context(seed=job.seed, progress=progress, keep=journal.keep, kept=journal.kept)
     if journal.found:
         done_before = f"{journal.finished()} stages of it are finished"
         say(f"going on with the run that {journal.folder.parent} holds; {done_before}")

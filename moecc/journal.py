@@ -4,6 +4,7 @@ One folder next to the output holds `run.json` (what the run is: another run's j
 safetensors file of the tensors that passes made and a JSON file of the nodes that use them. Restoring a layer puts those nodes and
 tensors into a copy, and the copy's graph text is compared with what was noted; a layer that a journal can't express is done again.
 Layer passes that a model pass separates go through the layers once each, in rounds; every round has files of its own.
+A pass over the whole model runs again, and finds what it kept of its work (`Context.keep`), a safetensors file for each key.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from torch import Tensor, fx
 
 from moecc import ops
-from moecc.base import Context, MoeccError
+from moecc.base import Context, Kept, MoeccError
 from moecc.ir import Program, stage_nodes
 from moecc.weights import TensorFile, write_safetensors
 
@@ -93,15 +95,31 @@ class Journal:
             tensors = TensorFile(self._file(stage, "safetensors"))
             for entry in record["nodes"]:
                 _restore(copy, entry, tensors)
-            for name in set(tensors.names()) - {w for e in record["nodes"] for w in _weights_in(e)}:
-                copy.add(name, tensors.read(name))
+            for name in tensors.keys() - {w for e in record["nodes"] for w in _weights_in(e)}:
+                copy.add(name, tensors[name])
             if _digest(copy, stage) != record["text"]:
                 return None
         except (OSError, ValueError, KeyError, MoeccError):
             return None
-        _spill(copy, tensors.names(), tensors)
+        _spill(copy, tensors, tensors)
         program.module, program.weights, program.tensors = copy.module, copy.weights, copy.tensors
         return record
+
+    def keep(self, key: str, work: Kept) -> Kept:
+        """Note part of a model pass's work, in place of what `key` stood for before; the same, its tensors now on disk."""
+        write_safetensors(self._kept(key), work.tensors, {"facts": json.dumps(work.facts)})
+        return Kept(TensorFile(self._kept(key)), work.facts)
+
+    def kept(self, key: str) -> Kept | None:
+        """What `key` stands for; None where there is nothing, or a file that can't be read."""
+        try:
+            file = TensorFile(self._kept(key))
+            return Kept(file, json.loads(file.metadata["facts"]))
+        except (MoeccError, ValueError, KeyError):
+            return None
+
+    def _kept(self, key: str) -> Path:
+        return self.folder / f"kept-{quote(key, safe='')}.safetensors"
 
     def _file(self, stage: int, kind: str) -> Path:
         return self.folder / f"layer-{self._round}-{stage:04d}.{kind}"
@@ -159,7 +177,7 @@ def _restore(program: Program, entry: dict[str, Any], tensors: TensorFile) -> No
     def operand(arg: dict[str, Any]) -> Any:
         if "weight" in arg:
             name = arg["weight"]
-            return program.add(name, tensors.read(name)) if name in tensors else placeholders[name]
+            return program.add(name, tensors[name]) if name in tensors else placeholders[name]
         return nodes[arg["node"]] if "node" in arg else arg["value"]
 
     args = tuple(operand(a) for a in entry["args"])
@@ -177,7 +195,7 @@ def _spill(program: Program, names: Iterable[str], file: TensorFile) -> None:
     """From here on these tensors are on disk, so that a finished layer takes no memory."""
     for name in names:
         if name in program.tensors:
-            program.tensors.spill(name, partial(file.read, name))
+            program.tensors.spill(name, partial(file.__getitem__, name))
 
 
 def _digest(program: Program, stage: int) -> str:

@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -271,23 +271,24 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-class TensorFile:
-    """The tensors of one safetensors file, each read when asked."""
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of one safetensors file by name, each read when asked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries, self.metadata = read_header(path)
 
-    def names(self) -> list[str]:
-        return list(self.entries)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
-    def read(self, name: str, *, rows: Sequence[int] | None = None) -> Tensor:
-        if name not in self.entries:
-            raise MoeccError(f"{self.path} has no tensor '{name}'; it has {len(self.entries)} others")
-        return self.entries[name].read(rows)
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].read()
 
 
 # --------------------------------------------------------------------------------------------------------------- stores

@@ -51,10 +51,15 @@ class Whole:
 
     def run(self, stage: int, values: Values, trained: Trained) -> Values:
         """What is alive after `stage`, from what was alive before it, and what is watched inside."""
+        return self.run_with(StageWeights.sharing(self.weights(stage), trained(self.reads[stage])), stage, values)
+
+    def run_with(
+        self, weights: StageWeights, stage: int, values: Values, change: Callable[[str, Any], Any] = lambda _, v: v
+    ) -> Values:
+        """The same with these weights; `change` gives each node's value from its name and what it computed."""
         here, wanted = dict(values), self.alive[stage] | self.watched[stage]
-        weights = StageWeights.sharing(self.weights(stage), trained(self.reads[stage]))
-        for _ in run_nodes(self.stages[stage], here, weights, keep=wanted):
-            pass
+        for node, value in run_nodes(self.stages[stage], here, weights, keep=wanted):
+            here[node.name] = change(node.name, value)
         return {k: v for k, v in here.items() if k in wanted}
 
     @torch.no_grad()

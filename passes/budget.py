@@ -13,14 +13,14 @@ The plan holds bits, codebook, mean and rank per layer and projection; `klt` and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from moecc import vq4
-from moecc.base import Context, Layer, MoeccError, Pass, option
+from moecc.base import Context, Kept, Layer, MoeccError, Pass, option
 from moecc.ir import MoE, Program
 from moecc.ops import EXPERTS
 from moecc.passes._moments import measure, routed_tokens
@@ -62,17 +62,23 @@ class PlanBits(Pass):
     tokens: int = option(8192, help="calibration tokens to measure on, at most", low=1, high=1 << 30)
 
     def run(self, program: Program, ctx: Context) -> bool:
-        batches = list(ctx.batches)
-        batches = batches[: max(1, self.tokens // batches[0].numel())]
-        stream, offers = Stream(program, batches), {}
         layers = program.moe_layers()
-        last = max((m.layer for m in layers), default=0)
         # costs of some layers in its unit and of others relative to their outputs could not be compared
         known = all(m.path in ctx.sensitivity and m.operand("post_norm") is None for m in layers)
         if not known:
             ctx.notes.append(
                 "budget: sensitivity does not reach all layers; errors relative to their outputs are planned with"
             )
+        plan = ctx.once("budget", lambda: Kept(facts=self.plan(program, layers, ctx, known=known))).facts
+        ctx.plan = {name: Planned(**planned) for name, planned in plan.items()}
+        return False
+
+    def plan(self, program: Program, layers: list[MoE], ctx: Context, *, known: bool) -> dict[str, dict[str, Any]]:
+        """By path and projection, the fields of what is planned for it."""
+        batches = list(ctx.batches)
+        batches = batches[: max(1, self.tokens // batches[0].numel())]
+        stream, offers = Stream(program, batches), {}
+        last = max((m.layer for m in layers), default=0)
         for stage in ctx.progress(range(last + 1), "budget"):
             layer = Layer(stage, program, program, stream, stream)
             for moe in layer.moe:
@@ -86,8 +92,7 @@ class PlanBits(Pass):
             raise MoeccError(
                 f"budget: bits={self.bits} is too few; with scales and codebooks the least is {math.ceil(1000 * least) / 1000:.3f}"
             )
-        ctx.plan = plan
-        return False
+        return {name: asdict(planned) for name, planned in plan.items()}
 
     def offers(self, layer: Layer, moe: MoE, ctx: Context, *, known: bool) -> dict[str, tuple[int, list[Planned]]]:
         """By path and projection: how many weights there are, and what may be done with them."""

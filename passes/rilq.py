@@ -11,7 +11,7 @@
        + routing * misalignment of every router's scores (`_routing`: value and boundary), so that no gain is bought with flips
      hidden, kl and routing relative to their values before training. One layer's graph is in memory at a time (`_whole`).
   4. An eighth of the calibration batches is held out. The state with the least held-out loss is kept, the start included; when
-     `patience` checks in a row bring no better one, training ends.
+     `patience` checks in a row bring no better one, training ends. An interrupted run goes on from its last check.
 
 Cost in bits per weight: none.
 """
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from moecc.base import Context, MoeccError, Pass, option
+from moecc.base import Context, Kept, MoeccError, Pass, option
 from moecc.ir import Program
 from moecc.ops import VQ_EXPERTS
 from moecc.passes._adapters import attach
@@ -38,6 +38,7 @@ from moecc.stream import StageWeights, fits_in_memory
 
 _CHECKS = 10  # evaluations of the held-out loss
 _WARM_UP = 20  # steps
+_ADAM = ("step", "exp_avg", "exp_avg_sq")  # what it holds of a parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,22 @@ class Trained:
         return True
 
 
+@dataclass(frozen=True)
+class Reached:
+    """How far training is: steps done, checks in a row without a better loss, held-out terms before, the best and their state."""
+
+    step: int
+    waited: int
+    before: dict[str, float]
+    least: dict[str, float]
+    best: list[Tensor]
+
+
+def _scale(start: Mapping[str, float]) -> dict[str, float]:
+    """What makes each term but lm 1 at the start."""
+    return {"lm": 1.0, **{k: 1 / max(start[k], 1e-12) for k in ("hidden", "kl", "routing") if k in start}}
+
+
 class Training:
     """Steps 3 and 4."""
 
@@ -158,11 +175,7 @@ class Training:
         assert ctx.reference is not None
         self.teacher = Whole(ctx.reference, set(), watch=self.routers)
         self.targets: dict[int, Values] = {}
-        self.scale = {"hidden": 1.0, "kl": 1.0, "routing": 1.0, "lm": 1.0}
-        start = self.losses()
-        self.scale |= {k: 1 / max(start[k], 1e-12) for k in ("hidden", "kl", "routing") if k in start}
-        terms = {k: v for k, v in start.items() if k != "loss"}
-        self.before = {**terms, "loss": float(self.total(terms))}
+        self.scale: dict[str, float] = {}
 
     def target(self, row: int) -> Values:
         """The float model's values before its head and its routers' scores, kept: a few activations per token and layer."""
@@ -196,8 +209,8 @@ class Training:
         return sum(self.weight(k) * v for k, v in terms.items())
 
     @torch.no_grad()
-    def losses(self) -> dict[str, float]:
-        """The held-out terms and their total."""
+    def held_out_terms(self) -> dict[str, float]:
+        """The terms of the loss on the held-out batches."""
         sums: dict[str, float] = {}
         for row in self.held_out:
             kept = self.whole.forward(self.batches[row], self.trained.stored)
@@ -207,31 +220,65 @@ class Training:
                 terms["routing"] = torch.stack([self.misalignment(row, k, v) for k, v in inner.items()]).sum()
             for k, v in terms.items():
                 sums[k] = sums.get(k, 0.0) + float(v) / len(self.held_out)
-        return {**sums, "loss": float(self.total(sums))}
+        return sums
 
     def run(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Train; the held-out terms before, and of the state that is kept."""
+        """Train, from the last check of an interrupted run where there is one; the held-out terms and loss before, and of the
+        state that is kept."""
         steps, generator = self.options.steps, torch.Generator().manual_seed(self.ctx.seed_for("rilq"))
+        drawn = torch.randint(len(self.rows), (steps, self.options.batches), generator=generator).tolist()
         optimizer = torch.optim.Adam(self.trained.groups(), betas=(0.9, 0.95))
-        rates = [g["lr"] for g in optimizer.param_groups]
-        before = least = self.before
-        best, waited, every = self.trained.state(), 0, max(1, -(-steps // _CHECKS))
-        for step in self.ctx.progress(range(steps), "rilq"):
+        rates, every = [g["lr"] for g in optimizer.param_groups], max(1, -(-steps // _CHECKS))
+        at = self.resumed(optimizer) or self.begun()
+        for step in self.ctx.progress(range(at.step, steps), "rilq"):
+            if at.waited >= self.options.patience:
+                break
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - step / steps) * min(1.0, (step + 1) / _WARM_UP)
-            for i in torch.randint(len(self.rows), (self.options.batches,), generator=generator).tolist():
+            for i in drawn[step]:
                 self.step(self.rows[i])
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % every == 0 or step + 1 == steps:
-                now = self.losses()
-                waited = 0 if now["loss"] < least["loss"] else waited + 1
-                if not waited:
-                    best, least = self.trained.state(), now
-                elif waited >= self.options.patience:
-                    break
-        self.trained.restore(best)
-        return before, least
+                terms = self.held_out_terms()
+                now = {**terms, "loss": float(self.total(terms))}
+                better = now["loss"] < at.least["loss"]
+                waited = 0 if better else at.waited + 1
+                at = Reached(
+                    step + 1, waited, at.before, *((now, self.trained.state()) if better else (at.least, at.best))
+                )
+                self.keep(at, optimizer)
+        self.trained.restore(at.best)
+        return at.before, at.least
+
+    def begun(self) -> Reached:
+        terms = self.held_out_terms()
+        self.scale = _scale(terms)
+        before = {**terms, "loss": float(self.total(terms))}
+        return Reached(0, 0, before, before, self.trained.state())
+
+    def keep(self, at: Reached, optimizer: torch.optim.Optimizer) -> None:
+        """Note where training is: by number of a parameter its value, its best value and what Adam holds of it."""
+        values = {"now": self.trained.state(), "best": at.best}
+        tensors = {f"{i}.{what}": v for what, found in values.items() for i, v in enumerate(found)}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{i}.{what}": state[what] for what in _ADAM}
+        facts = {"step": at.step, "waited": at.waited, "before": at.before, "least": at.least}
+        self.ctx.keep("rilq", Kept(tensors, facts))
+
+    def resumed(self, optimizer: torch.optim.Optimizer) -> Reached | None:
+        """Where an interrupted run was, with parameters and `optimizer` as they were then."""
+        work = self.ctx.kept("rilq")
+        if work is None:
+            return None
+        numbers = range(len(self.trained.parameters))
+        stepped = [i for i in numbers if f"{i}.{_ADAM[0]}" in work.tensors]  # others never had a gradient
+        state = {i: {what: work.tensors[f"{i}.{what}"] for what in _ADAM} for i in stepped}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        now, best = ([work.tensors[f"{i}.{what}"] for i in numbers] for what in ("now", "best"))
+        self.trained.restore(now)
+        self.scale = _scale(work.facts["before"])
+        return Reached(**work.facts, best=best)
 
     def step(self, row: int) -> None:
         """Add one batch's gradient."""

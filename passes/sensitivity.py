@@ -12,27 +12,29 @@
      weigh `routing` times what kl does over all layers that have a router behind them.
 
 Layer by layer, forward and backward, as `_whole` does. Memory: one layer, the activations between all layers for the batches that
-go through together, and while it lasts two S [D, D] per layer, one for the experts and one for what leaves the layer, of each
-kind; afterwards one of each. Where the weights don't stay in memory, batches go together, and a layer is read once for all of them.
+go through together, and while a kind is measured two S [D, D] per layer, one for the experts and one for what leaves the layer;
+a kind that is measured is kept on disk. Where the weights don't stay in memory, batches go together, and a layer is read once for
+all of them.
 Not measured: routers whose scores the trace does not show, and routers that choose all experts; the audit's notes name them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moecc.base import Context, Pass, option
-from moecc.ir import Program, run_nodes
+from moecc.base import Context, Kept, Pass, option
+from moecc.ir import Program
 from moecc.passes._block import output_logits
 from moecc.passes._routing import boundary_nearness, selection_scores, standardized
 from moecc.passes._whole import Values, Whole
-from moecc.stream import free_memory
+from moecc.stream import StageWeights, free_memory
 
 SHARPNESS = 4.0  # 1 / (standard deviations from the top-k boundary at which a score counts 1/e)
 
@@ -53,10 +55,11 @@ class MeasureSensitivity(Pass):
         assert ctx.reference is not None
         gradients = Gradients(ctx.reference, ctx)
         kinds = [k for k in ("kl", "routing") if getattr(self, k)]
-        means = {}
+        means: dict[str, Mapping[str, Tensor]] = {}
         for i, kind in enumerate(kinds):
-            means[kind] = gradients.measure(kind, self.chosen(list(ctx.batches), i, len(kinds)))
-        ctx.sensitivity = combined(means.get("kl", {}), means.get("routing", {}), self.kl, self.routing)
+            batches = self.chosen(list(ctx.batches), i, len(kinds))
+            means[kind] = ctx.once(f"sensitivity {kind}", partial(gradients.measure, kind, batches)).tensors
+        ctx.sensitivity = Combined(means.get("kl", {}), means.get("routing", {}), self.kl, self.routing)
         return False
 
     def chosen(self, batches: list[Tensor], turn: int, of: int) -> list[Tensor]:
@@ -65,17 +68,31 @@ class MeasureSensitivity(Pass):
         return taken[: max(1, self.tokens // taken[0].numel())]
 
 
-def combined(
-    kl: dict[str, Tensor], routing: dict[str, Tensor], kl_weight: float, routing_weight: float
-) -> dict[str, Tensor]:
-    """Step 2's sum, by path of an MoE layer and by name of a value between layers; takes the tensors over."""
-    both = kl.keys() & routing.keys()
-    sizes = [sum(float(m[n].trace()) for n in both) for m in (kl, routing)]
-    factor = routing_weight * (sizes[0] / sizes[1] * kl_weight if both and sizes[1] > 0 else 1.0)
-    found = {n: s.mul_(kl_weight) for n, s in kl.items()}
-    for n in list(routing):
-        found[n] = found[n].add_(routing.pop(n), alpha=factor) if n in found else routing.pop(n).mul_(factor)
-    return found
+class Combined(Mapping[str, Tensor]):
+    """Step 2's sum, by path of an MoE layer and by name of a value between layers; added up when it is asked for."""
+
+    def __init__(
+        self, kl: Mapping[str, Tensor], routing: Mapping[str, Tensor], kl_weight: float, routing_weight: float
+    ):
+        self.kl, self.routing, self.kl_weight = kl, routing, kl_weight
+        both = sorted(kl.keys() & routing.keys())
+        sizes = [sum(float(m[n].trace()) for n in both) for m in (kl, routing)]
+        self.factor = routing_weight * (sizes[0] / sizes[1] * kl_weight if both and sizes[1] > 0 else 1.0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.kl, *(n for n in self.routing if n not in self.kl)])
+
+    def __len__(self) -> int:
+        return len(self.kl.keys() | self.routing.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.kl or name in self.routing
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.kl:
+            return self.routing[name] * self.factor
+        found = self.kl[name] * self.kl_weight
+        return found.add_(self.routing[name], alpha=self.factor) if name in self.routing else found
 
 
 class Gradients:
@@ -102,7 +119,7 @@ class Gradients:
                 "the model gives no logits of its vocabulary; sensitivity is that of its last hidden state"
             )
 
-    def measure(self, kind: str, batches: list[Tensor]) -> dict[str, Tensor]:
+    def measure(self, kind: str, batches: list[Tensor]) -> Kept:
         """S of one kind, by path and name."""
         self.kind = kind
         self.sums: dict[str, Tensor] = {}
@@ -114,7 +131,7 @@ class Gradients:
             starts = self.ctx.progress(range(0, len(batches), step), f"sensitivity {kind}")
             for i in starts:
                 self._backward(i, batches[i : i + step])
-        return {k: s.div_(self.tokens[k]) for k, s in self.sums.items()}
+        return Kept({k: s.div_(self.tokens[k]) for k, s in self.sums.items()})
 
     def _together(self, batch: Tensor) -> int:
         """Batches at a time: one, or where the weights are read anew each time as many as memory holds activations of."""
@@ -130,7 +147,7 @@ class Gradients:
         with torch.no_grad():
             for stage in range(self.top):
                 weights = self.whole.weights(stage)
-                kept.append([self._run(stage, values, weights)[0] for values in kept[-1]])
+                kept.append([self.whole.run_with(weights, stage, values) for values in kept[-1]])
         after: list[dict[str, Tensor]] = [{} for _ in batches]  # gradients of what is alive after the stage
         for stage in range(self.top, self.first - 1, -1):
             weights, entering = self.whole.weights(stage), kept.pop()
@@ -138,7 +155,7 @@ class Gradients:
                 after[i] = self._pull(stage, start + i, values, weights, after[i])
 
     def _pull(
-        self, stage: int, batch: int, values: Values, weights: Any, after: dict[str, Tensor]
+        self, stage: int, batch: int, values: Values, weights: StageWeights, after: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The gradients of what enters a stage, from those of what leaves it and the losses inside; both are summed up."""
         for name, grad in after.items():
@@ -146,8 +163,16 @@ class Gradients:
                 self._add(name, grad)
         leaves = self.whole.leaves(values)
         entering = {k: v for k, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
+        probes: dict[str, Tensor] = {}  # zeros added to the experts' outputs, to take gradients of
+
+        def probed(name: str, value: Any) -> Any:
+            if name not in self.experts:
+                return value
+            probes[name] = torch.zeros_like(value).requires_grad_()
+            return value + probes[name]
+
         with torch.enable_grad():
-            found, probes = self._run(stage, leaves, weights)
+            found = self.whole.run_with(weights, stage, leaves, probed)
             reached = [k for k in after if found[k].requires_grad]
             losses = [x for x in self._losses(stage, batch, found) if x.requires_grad]
         inputs = {**entering, **probes}
@@ -160,16 +185,6 @@ class Gradients:
         for name in probes.keys() & given.keys():
             self._add(self.experts[name], given[name])
         return {k: g for k, g in given.items() if k in entering}
-
-    def _run(self, stage: int, values: Values, weights: Any) -> tuple[Values, dict[str, Tensor]]:
-        """What is alive after a stage or watched inside; and zeros added to the experts' outputs, to take gradients of."""
-        here, probes = dict(values), {}
-        wanted = self.whole.alive[stage] | self.whole.watched[stage]
-        for node, value in run_nodes(self.whole.stages[stage], here, weights, keep=wanted):
-            if node.name in self.experts and torch.is_grad_enabled():
-                probes[node.name] = torch.zeros_like(value).requires_grad_()
-                here[node.name] = value + probes[node.name]
-        return {k: v for k, v in here.items() if k in wanted}, probes
 
     def _losses(self, stage: int, batch: int, values: Values) -> Iterator[Tensor]:
         if self.kind == "routing":

@@ -161,7 +161,7 @@ def test_sharded_files_load_and_add_up(made: Any, monkeypatch: pytest.MonkeyPatc
     files = sorted(f.name for f in got.out.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((got.out / "model.safetensors.index.json").read_text())["weight_map"]
-    assert {n: f for f in files for n in TensorFile(got.out / f).names()} == index
+    assert {n: f for f in files for n in TensorFile(got.out / f)} == index
     assert sum(row["nbytes"] for row in got.manifest["audit"]) == on_disk(got.out)
     assert torch.equal(logits(load(got.out)), want)
 

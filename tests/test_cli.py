@@ -47,8 +47,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the example model with one float tensor a little off and one renamed."""
     folder = tmp_path_factory.mktemp("changed")
     shutil.copytree(TINYMOE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.txt", "*.py", "*.md"))
-    file = TensorFile(folder / "model.safetensors")
-    tensors = {name: file.read(name) for name in file.names()}
+    tensors = dict(TensorFile(folder / "model.safetensors"))
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     for name in [n for n in tensors if "layers.2.mlp.experts" in n and "down" in n]:
         tensors[name] = tensors[name] * 2
@@ -328,8 +327,7 @@ def damaged(folder: Path, change: Any) -> Path:
         shutil.copy(Path(TINYMOE, name), folder)
     entries = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**entries, "vocab_size": 4096}))
-    file = TensorFile(folder / "model.safetensors")
-    tensors = {name: file.read(name) for name in file.names()}
+    tensors = dict(TensorFile(folder / "model.safetensors"))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.ones(4096, 32)
     change(tensors)

@@ -169,7 +169,7 @@ def test_bits_set_the_codes_and_more_are_closer(mixtral: Path, compile: Any, tmp
         out = tmp_path / str(bits)
         got = compile(mixtral, out, "kbvq{rank=0,codebook=layer}", "--bits", bits)
         assert got.code == 0, got.err
-        assert ("signs" in "".join(TensorFile(out / "model.safetensors").names())) == (bits == 3)
+        assert ("signs" in "".join(TensorFile(out / "model.safetensors"))) == (bits == 3)
         codes = TensorFile(out / "model.safetensors").entries["model.layers.0.mlp.experts.gate_up.codes"]
         assert codes.dtype == torch.uint8 and codes.shape == (4, 96, 32 // (2 if bits == 4 else 4))
         distance.append(float((logits(load(out)) - want).norm()))
@@ -272,6 +272,59 @@ def test_a_killed_process_goes_on_and_ends_the_same(
     again = compile(mixtral, out, EVERYTHING)
     assert again.code == 0 and "2 stages of it are finished" in again.err
     assert content(out) == whole
+
+
+MODEL_PASSES = "kbvq{bits=3.5},rilq{steps=4,rank=2,lr=15},merge"
+
+
+@pytest.fixture(scope="module")
+def whole_model(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What passes over the whole model write when nothing stops them."""
+    out = tmp_path_factory.mktemp("whole_model") / "out"
+    assert cli.main(["compile", str(mixtral), "--passes", MODEL_PASSES, "-o", str(out), *ROWS]) == 0
+    return content(out)
+
+
+@pytest.mark.parametrize("stopped", ["sensitivity routing", "budget", "rilq"])
+def test_passes_over_the_whole_model_find_the_work_of_an_interrupted_run(
+    stopped: str, mixtral: Path, whole_model: dict[str, bytes], compile: Any, tmp_path: Path
+) -> None:
+    """Interrupted after the first thing that is kept under a key, then behind all of them; rilq's first check is one of four."""
+    kept: list[str] = []
+    keep = journal.Journal.keep
+
+    def keeping(self: Any, key: str, work: Any) -> Any:
+        kept.append(key)
+        found = keep(self, key, work)
+        if key == stopped and kept.count(key) == 1:
+            raise KeyboardInterrupt
+        return found
+
+    keys = ["sensitivity kl", "sensitivity routing", "budget", *["rilq"] * 4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal.Journal, "keep", keeping)
+        assert compile(mixtral, tmp_path / "out", MODEL_PASSES).code == 130
+        before, kept[:] = list(kept), ["", stopped]
+        stop(patch, "writing", 0, interrupt)
+        assert compile(mixtral, tmp_path / "out", MODEL_PASSES).code == 130
+        assert before + kept[2:] == keys
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal.Journal, "keep", None)  # nothing is left to be done
+        again = compile(mixtral, tmp_path / "out", MODEL_PASSES)
+    assert again.code == 0, again.err
+    assert content(tmp_path / "out") == whole_model
+
+
+def test_kept_work_that_cannot_be_read_is_done_again(
+    mixtral: Path, whole_model: dict[str, bytes], compile: Any, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, "writing", 0, interrupt)
+        assert compile(mixtral, tmp_path / "out", MODEL_PASSES).code == 130
+    for file in (tmp_path / "out.partial" / "journal").glob("kept-*"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert compile(mixtral, tmp_path / "out", MODEL_PASSES).code == 0
+    assert content(tmp_path / "out") == whole_model
 
 
 def test_a_terminated_run_goes_on_too(mixtral: Path, whole: dict[str, bytes], compile: Any, tmp_path: Path) -> None:
@@ -382,8 +435,8 @@ def test_a_pass_of_ones_own_by_path(mixtral: Path, compile: Any, tmp_path: Path)
     got = compile(mixtral, tmp_path / "out", f"{file}{{by=4}},vq{{rounds=1}}")
     assert got.code == 0, got.err
     name = "model.layers.0.input_layernorm.weight"
-    stored = TensorFile(tmp_path / "out" / "model.safetensors").read(name)
-    assert torch.equal(stored, TensorFile(mixtral / "model.safetensors").read(name) / 4)
+    stored = TensorFile(tmp_path / "out" / "model.safetensors")[name]
+    assert torch.equal(stored, TensorFile(mixtral / "model.safetensors")[name] / 4)
     manifest = json.loads((tmp_path / "out" / "moecc.json").read_text())
     assert next(row["became"] for row in manifest["audit"] if row["name"] == name) == "rewritten"
     wrong = compile(mixtral, tmp_path / "no", f"{file}{{by=9}}")
@@ -490,8 +543,8 @@ def test_saving_a_loaded_artifact_gives_the_same_tensors(mixtral: Path, compile:
     assert compile(mixtral, tmp_path / "out", EVERYTHING).code == 0
     load(tmp_path / "out").save_pretrained(tmp_path / "again")
     first, second = (TensorFile(tmp_path / n / "model.safetensors") for n in ("out", "again"))
-    for name in first.names():
-        assert torch.equal(first.read(name), second.read(name)), name
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
     assert torch.equal(logits(load(tmp_path / "again")), logits(load(tmp_path / "out")))
 
 

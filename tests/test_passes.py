@@ -360,7 +360,7 @@ def test_tuning_lowers_the_held_out_loss_or_leaves_all_as_it_was(traced: Program
 
 def test_sensitivity_is_that_of_the_whole_graph(traced: Program) -> None:
     ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
-    layered = Gradients(traced, Context()).measure("kl", [ids])
+    layered = Gradients(traced, Context()).measure("kl", [ids]).tensors
     values: dict[str, Any] = {traced.user_inputs[0].name: ids}
     paths, probes = {m.node.name: m.path for m in traced.moe_layers()}, {}
     with torch.enable_grad():
@@ -400,10 +400,10 @@ def test_sensitivity_is_the_same_where_weights_do_not_stay_in_memory(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, memory: int, batches: list[Tensor]
 ) -> None:
     program = tiny("MMM")
-    want = {k: Gradients(program, Context()).measure(k, batches) for k in ("kl", "routing")}
+    want = {k: Gradients(program, Context()).measure(k, batches).tensors for k in ("kl", "routing")}
     monkeypatch.setattr("moecc.passes._whole.fits_in_memory", lambda program: False)
     monkeypatch.setattr("moecc.passes.sensitivity.free_memory", lambda: memory)  # batches one by one, and all together
-    got = {k: Gradients(program, Context()).measure(k, batches) for k in want}
+    got = {k: Gradients(program, Context()).measure(k, batches).tensors for k in want}
     for kind, found in want.items():
         assert found.keys() == got[kind].keys() and found
         assert all(torch.equal(s, got[kind][n]) for n, s in found.items())
