@@ -24,7 +24,17 @@ from moecc.weights import size
 
 SOURCE_BITS = 16
 _PROJECTIONS = ("gate_up", "down")  # the order in which `artifact.plan` lists them
-_MEASURES = ("reconstruction", "value", "order", "boundary", "flips")
+_MEASURES = ("reconstruction", "value", "order", "boundary", "flips")  # of vsraq
+_TERMS = ("loss", "hidden", "kl", "lm", "routing")  # of rilq
+_CHOSEN = (
+    "mean",
+    "rank",
+    "codebook",
+    "affine",
+    "errors",
+    "lora",
+    "lora_lost",
+)  # of a projection; shown where there is any
 _ROLES = ("routed experts", "shared expert", "attention", "router", "embeddings", "dense MLP", "norm", "other")
 _NOTHING = '<p class="dim">Nothing recorded.</p>'
 _HEAT = "Calibration tokens of each expert beside the layer's mean: a step darker is twice as many; palest: under 1/4."
@@ -51,6 +61,7 @@ def page(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
         ("Tokens per expert", _heat(layers)),
         ("Per projection", _projections(layers)),
         ("Routing alignment", _tuning(layers)),
+        ("Training of the whole model", _trained(rows)),
         ("Audit", _audit(rows)),
     ]
     body = "\n".join(f"<section>{f'<h2>{name}</h2>' if name else ''}\n{text}\n</section>" for name, text in sections)
@@ -208,12 +219,13 @@ def _strip(tokens: Sequence[int], starved: Sequence[int]) -> Iterable[str]:
 
 def _projections(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
     lines = []
+    shown = [k for k in _CHOSEN if any(k in r.details for rows in layers.values() for _, r in rows)]
     for label, rows in layers.items():
         for name, r in rows:
-            chosen = [escape(str(r.details.get(k, "–"))) for k in ("mean", "rank", "codebook", "affine")]
+            chosen = [_value(r.details.get(k)) for k in shown]
             stored = ", ".join(f"{escape(str(k))} {size(v)}" for k, v in sorted(r.details["bytes"].items()))
             lines.append([label, name, escape(r.became), _number(r.bits, 3), _number(r.error, 4), *chosen, stored])
-    head = ["layer", "projection", "became", "bits/weight", "error", "mean", "rank", "codebook", "affine", "stored"]
+    head = ["layer", "projection", "became", "bits/weight", "error", *(k.replace("_", " ") for k in shown), "stored"]
     return _table(head, lines) if lines else _NOTHING
 
 
@@ -227,6 +239,15 @@ def _tuning(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
         "Losses on held-out calibration rows, before → after tuning. Flips: share of the chosen experts that changed."
     )
     return f'<p class="dim">{note}</p>' + _table(["layer", *_MEASURES], lines) if lines else _NOTHING
+
+
+def _trained(rows: Sequence[Row]) -> str:
+    told = next((r.details["rilq"] for r in rows if r.details.get("rilq")), None)  # every projection carries the same
+    if told is None:
+        return _NOTHING
+    note = "Terms on held-out calibration rows, before → after training; hidden, kl and routing weigh 1 each before."
+    line = [_change(told["before"].get(term), told["after"].get(term), term) for term in _TERMS]
+    return f'<p class="dim">{note}</p>' + _table(_TERMS, [line])
 
 
 def _audit(rows: Sequence[Row]) -> str:
@@ -267,6 +288,11 @@ def _rect(x: float, y: float, width: float, height: float, kind: str, title: str
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _value(value: Any) -> str:
+    """A recorded value as it is shown."""
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
 def _spread(counts: Sequence[int]) -> str:

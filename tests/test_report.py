@@ -35,7 +35,12 @@ def experts(layer: int) -> list[Row]:
     for i, (projection, shape, error) in enumerate([("gate_up", (8, 192, 64), 0.05), ("down", (8, 64, 96), 0.08)]):
         parts = {"codes": 3 * shape[1] * shape[2], "codebook": 1024, "scale": 16 * shape[1]}
         chosen = {"rank": 32 * i, "codebook": "layer", "affine": "slope"}
-        details = {"bytes": parts, **chosen, "tuned": {"before": losses, "after": after}}
+        details = {
+            "bytes": parts,
+            **chosen,
+            "tuned": {"before": losses, "after": after},
+            "errors": "all channels alike",
+        }
         nbytes = sum(parts.values())
         bits = 8 * nbytes / math.prod(shape)
         name = f"model.layers.{layer}.mlp.experts.{projection}_proj"
@@ -143,6 +148,32 @@ def test_layers_of_two_stacks_are_kept_apart() -> None:
     names = [f"{stack}.layers.0.experts.w" for stack in ("enc", "dec")]
     rows = [Row(n, "routed experts", (4, 4), "vq4", 8, 2.0, details={"bytes": {}}) for n in names]
     assert list(report.layers_of(rows)) == ["dec.layers.0", "enc.layers.0"]
+
+
+def test_what_passes_recorded_of_a_projection_is_in_its_row() -> None:
+    """And a column that no projection has anything for is left out."""
+    rows = audit()
+    next(r for r in rows if r.name.endswith("down_proj")).details.update(lora="rank 8 of the basis", lora_lost=0.0625)
+    found = Cells(report.page(FACTS, rows)).rows
+    start = next(i for i, r in enumerate(found) if r[:2] == ["layer", "projection"])
+    head, lines = found[start], found[start + 1 : start + 5]
+    assert head[5:-1] == ["rank", "codebook", "affine", "errors", "lora", "lora lost"]
+    assert [line[5:-1] for line in lines] == [
+        ["0", "layer", "slope", "all channels alike", "–", "–"],
+        ["32", "layer", "slope", "all channels alike", "–", "–"],
+        ["0", "layer", "slope", "all channels alike", "–", "–"],
+        ["32", "layer", "slope", "all channels alike", "rank 8 of the basis", "0.0625"],
+    ]
+
+
+def test_what_rilq_gained_is_there_once() -> None:
+    rows = audit()
+    told = {"before": {"loss": 3.0, "kl": 0.5, "lm": 2.0}, "after": {"loss": 2.5, "kl": 0.25, "lm": 2.125}}
+    for row in rows:
+        if row.role == "routed experts":
+            row.details["rilq"] = told
+    found = Cells(report.page(FACTS, rows)).rows
+    assert [r for r in found if "3 → 2.5" in r] == [["3 → 2.5", "–", "0.5 → 0.25", "2 → 2.125", "–"]]
 
 
 def test_starved_experts_are_marked() -> None:
