@@ -205,6 +205,7 @@ def _estimate(
             raise MoeccError(
                 f"{budget}: too few bits; with scales and codebooks the least is {low / expert_weights:.3f}"
             )
+    high += sum(_absorbed_bits(moe, passes) for moe in moes)
     rest = 8.0 * (sum(s["bytes"] for s in sizes.values()) - routed) - _dense_saving(program, model, passes)
     weights = sum(s["parameters"] for s in sizes.values())
     return {
@@ -219,12 +220,27 @@ def _estimate(
 
 def _experts_bits(moe: MoE, passes: Sequence[Pass]) -> tuple[float, float]:
     """Bits of one layer's routed experts in the format `vq4`, at least and at most."""
-    experts, rows, hidden, intermediate = _shape(moe)
+    experts = _shape(moe)[0]
     low = high = 0.0
-    for n, k, input_side in ((rows, hidden, True), (hidden, intermediate, False)):
+    for n, k, input_side in _projections(moe):
         a, b = _projection_bits(experts, n, k, passes, input_side)
         low, high = low + a, high + b
     return low, high
+
+
+def _absorbed_bits(moe: MoE, passes: Sequence[Pass]) -> int:
+    """Bits of the rows by which an adapter of the experts, if there is one, makes the layer's bases grow."""
+    rank, experts = _option(passes, "absorbed", "rank", 0), _shape(moe)[0]
+    grown = (
+        vq4.basis_bits(min(rank, k if side else n), experts, n, k, input_side=side) for n, k, side in _projections(moe)
+    )
+    return sum(grown) if rank else 0
+
+
+def _projections(moe: MoE) -> tuple[tuple[int, int, bool], ...]:
+    """N, K and whether the basis is on the input's side, of gate_up and down."""
+    _, rows, hidden, intermediate = _shape(moe)
+    return (rows, hidden, True), (hidden, intermediate, False)
 
 
 def _projection_bits(

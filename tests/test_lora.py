@@ -13,7 +13,7 @@ from families import make
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moecc import pipeline, vq4
+from moecc import pipeline, survey, vq4
 from moecc.base import Context, MoeccError
 from moecc.ir import Program
 from moecc.passes._peft import Adapter
@@ -237,6 +237,19 @@ def test_transposed_experts_take_an_adapter_in_as_they_are_stored(tmp_path: Path
     update = Adapter.read("lora", str(tmp_path / "a")).updates(trace(model))[f"{path}.down_proj"].delta().mT
     moved = decoded(program, 0, "down") - decoded(plain, 0, "down")
     assert float((moved - update).norm() / update.norm()) < 0.02
+
+
+def test_inspect_counts_the_rows_that_an_adapter_of_the_experts_may_bring(tmp_path: Path) -> None:
+    before = "klt{rank=2,mean=2},vq,affine{offset=off},fold"
+    _, program, _ = absorbed(tmp_path, ",rank=4", before=before)
+    make("qwen2_moe").save_pretrained(tmp_path / "model")
+
+    def most(passes: str) -> float:
+        return float(survey.survey(str(tmp_path / "model"), passes=passes)["estimate"]["bits_per_weight_experts"][1])
+
+    taken = f"{before},absorb{{path={tmp_path / 'a'},rank=4}}"
+    assert most(before) < pipeline.experts_bits(program) <= most(taken)
+    assert most(taken.replace("rank=4", "rank=8")) > most(taken)
 
 
 def test_a_small_basis_loses_some_of_an_adapter_and_says_so(tmp_path: Path) -> None:
