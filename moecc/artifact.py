@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from moecc import ops, text, vq4
 from moecc.base import Context, MoeccError
 from moecc.ir import MoE, Program
-from moecc.weights import LazyTensor, free_space, write_safetensors
+from moecc.tensorfiles import LazyTensor, free_space, write_safetensors
 
 SHARD_BYTES = 4 << 30
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")

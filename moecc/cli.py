@@ -139,7 +139,7 @@ def _compile(options: argparse.Namespace) -> Outcome:
 
 
 def _compiled_text(result: dict[str, Any]) -> str:
-    from moecc.weights import size
+    from moecc.tensorfiles import size
 
     bits = [
         f"{result[key]:.3f} bits per {what}"
@@ -164,8 +164,8 @@ def _eval(options: argparse.Namespace) -> Outcome:
 
     from moecc import text
     from moecc.evaluate import evaluate
+    from moecc.source import resolve
     from moecc.trace import trace
-    from moecc.weights import resolve
 
     folder, reference = resolve(options.model), resolve(options.reference)
     tokenizer = text.tokenizer_of(reference, trust_remote_code=options.trust_remote_code)
@@ -224,7 +224,7 @@ def _generate(options: argparse.Namespace) -> Outcome:
 
 def _export(options: argparse.Namespace) -> Outcome:
     from moecc.compiler import require_backend
-    from moecc.weights import resolve
+    from moecc.source import resolve
 
     backend, folder = require_backend(options.to), resolve(options.model)
     found = backend.export(

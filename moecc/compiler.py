@@ -28,9 +28,10 @@ from moecc.decoded import Decoded
 from moecc.ir import Program
 from moecc.journal import Journal
 from moecc.skeleton import longest_row, read_config
+from moecc.source import resolve
 from moecc.survey import least_bytes
+from moecc.tensorfiles import free_space
 from moecc.trace import trace
-from moecc.weights import free_space, resolve
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 BATCH = 2  # calibration rows that go through a layer together

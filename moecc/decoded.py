@@ -30,7 +30,7 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and the same below zero
 
 
 class Entry(Protocol):
-    """A tensor of a file: `moecc.weights.TensorEntry`, or one that is decoded."""
+    """A tensor of a file: `moecc.tensorfiles.TensorEntry`, or one that is decoded."""
 
     @property
     def name(self) -> str: ...

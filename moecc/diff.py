@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from moecc.errors import MoeccError
-from moecc.weights import INDEX, SINGLE, TensorEntry, read_header, read_index, resolve, size
+from moecc.source import resolve
+from moecc.tensorfiles import INDEX, SINGLE, TensorEntry, read_header, read_index, size
 
 _AT_ONCE = 64 << 20  # bytes of a tensor that are compared together
 

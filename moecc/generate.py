@@ -9,8 +9,9 @@ import torch
 
 from moecc.errors import MoeccError, reason
 from moecc.skeleton import QUANTIZATION, bare, quantization_method, read_config
+from moecc.source import resolve
 from moecc.text import tokenizer_of
-from moecc.weights import CheckpointStore, require_finite, resolve
+from moecc.weights import CheckpointStore, require_finite
 
 
 @torch.no_grad()

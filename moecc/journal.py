@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from moecc import ops
 from moecc.base import Context, Kept, MoeccError
 from moecc.ir import Program, stage_nodes
-from moecc.weights import TensorFile, write_safetensors
+from moecc.tensorfiles import TensorFile, write_safetensors
 
 _OPS = {str(t): t for t in (*sorted(ops.MOE_OPS, key=str), ops.Q_LINEAR)}
 

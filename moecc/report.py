@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from moecc.artifact import Row, summary
-from moecc.weights import size
+from moecc.tensorfiles import size
 
 SOURCE_BITS = 16
 _PROJECTIONS = ("gate_up", "down")  # the order in which `artifact.plan` lists them

@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moecc import adapters, decoded, experts
 from moecc.errors import MoeccError, reason
-from moecc.weights import model_folder
+from moecc.source import model_folder
 
 QUANTIZATION = "moecc"  # quant_method of the checkpoints that moecc writes
 

@@ -28,8 +28,8 @@ from moecc.capture import capture
 from moecc.errors import MoeccError
 from moecc.ir import MoE, Program, ancestors
 from moecc.skeleton import skeleton
+from moecc.tensorfiles import size
 from moecc.trace import program_of
-from moecc.weights import size
 
 _SILENT = {"view", "reshape", "getitem", "to", "_to_copy", "unsqueeze", "squeeze", "expand", "zeros_like", "flatten"}
 

@@ -28,7 +28,7 @@ def trace(source: str | Path | nn.Module | Any, *, dtype: torch.dtype | None = N
     """The Program of a model: local folder, hub id (configuration only), transformers configuration or nn.Module.
 
     dtype: what the program computes in; by default the configuration's. A folder's weights are read when a pass or a backend
-    asks for them; a program from a configuration or a hub id has none (`moecc.weights.resolve` fetches a hub checkpoint).
+    asks for them; a program from a configuration or a hub id has none (`moecc.source.resolve` fetches a hub checkpoint).
     MoeccError for anything that can't be traced, in one line.
     """
     found = skeleton(source, dtype)

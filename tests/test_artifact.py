@@ -16,8 +16,8 @@ from moecc import artifact, hf
 from moecc.artifact import Plan, Row, role_of, summary
 from moecc.base import Context
 from moecc.errors import MoeccError
+from moecc.tensorfiles import LazyTensor, TensorFile
 from moecc.trace import trace
-from moecc.weights import LazyTensor, TensorFile
 
 torch.set_num_threads(1)
 SAMPLE = ("qwen2_moe", "gpt_oss", "deepseek_v3", "nemotron_h")

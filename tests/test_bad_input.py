@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_compile import QUICK, checkpoint, cli, interrupt, stop
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moecc import artifact, compiler, journal, verify, weights
+from moecc import artifact, compiler, journal, tensorfiles, verify
 
 torch.set_num_threads(1)
 TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
@@ -409,7 +409,7 @@ def test_a_disk_that_fills_up_while_writing(
     """At the first layer of the journal, at the second, and at the artifact's weights."""
     counted = iter(range(calls))
     sync = os.fsync
-    monkeypatch.setattr(weights.os, "fsync", lambda fd: sync(fd) if next(counted, None) is not None else full())
+    monkeypatch.setattr(tensorfiles.os, "fsync", lambda fd: sync(fd) if next(counted, None) is not None else full())
     line = refused(good)
     assert "No space left on device" in line and "free some space or write elsewhere" in line
 

@@ -15,7 +15,7 @@ from families import config, make
 
 from moecc import cli, survey
 from moecc.errors import MoeccError
-from moecc.weights import TensorFile, write_safetensors
+from moecc.tensorfiles import TensorFile, write_safetensors
 
 torch.set_num_threads(1)
 TINYMOE = str(Path(__file__).parent.parent / "examples" / "tinymoe")

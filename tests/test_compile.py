@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moecc import artifact, cli, compiler, experts, journal, verify
 from moecc.errors import MoeccError
-from moecc.weights import TensorFile
+from moecc.tensorfiles import TensorFile
 
 torch.set_num_threads(1)
 ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"

@@ -89,7 +89,7 @@ def test_blocks_are_as_transformers_has_them(tmp_path: Path) -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     from moecc.decoded import decoded
-    from moecc.weights import read_header
+    from moecc.tensorfiles import read_header
 
     tensors = {
         "a.weight": torch.randn(32, 64).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.rand(2, 4),

@@ -20,17 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moecc.errors import MoeccError
-from moecc.weights import (
-    CheckpointStore,
-    LazyTensor,
-    ModuleStore,
-    TensorEntry,
-    TensorFile,
-    free_space,
-    require_finite,
-    resolve,
-    write_safetensors,
-)
+from moecc.source import resolve
+from moecc.tensorfiles import LazyTensor, TensorEntry, TensorFile, free_space, write_safetensors
+from moecc.weights import CheckpointStore, ModuleStore, require_finite
 
 COMMON: dict[str, Any] = dict(
     **dict(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2),

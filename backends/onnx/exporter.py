@@ -28,8 +28,9 @@ from moecc.backends.onnx.weights import Weights
 from moecc.errors import MoeccError
 from moecc.skeleton import skeleton, text_config
 from moecc.stream import run_program
+from moecc.tensorfiles import free_space, size
 from moecc.trace import trace
-from moecc.weights import CheckpointStore, free_space, size
+from moecc.weights import CheckpointStore
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 MODEL, DATA, RECORD, LIBRARY = "model.onnx", "model.onnx.data", "moecc_onnx.json", "libmoecc_ops.so"

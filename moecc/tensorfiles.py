@@ -1,0 +1,242 @@
+"""Tensors in safetensors files: read when asked, written whole or not at all.
+
+Files are read with plain reads, not mapped: a mapped file counts towards the process's memory as it is touched, and one
+that shrinks or sits on a failing disk kills the process instead of raising.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from moecc.errors import MoeccError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of one safetensors file; `start` counts bytes from the beginning of the file."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self, rows: Sequence[int] | None = None) -> Tensor:
+        """The tensor, or the given rows of its first dimension; only their bytes are read."""
+        if rows is None:
+            out = torch.empty(self.shape, dtype=self.dtype)
+            parts = [(out, self.start)]
+        else:
+            out = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
+            at = [range(self.shape[0])[row] for row in rows]
+            parts = [(out[i], self.start + row * (self.nbytes // self.shape[0])) for i, row in enumerate(at)]
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                for part, start in parts:
+                    self._fill(file, part, start)
+        except OSError as error:
+            raise MoeccError(f"can't read '{self.name}' from {self.file}: {error.strerror or error}") from error
+        return out
+
+    def _fill(self, file: Any, part: Tensor, start: int) -> None:
+        view = memoryview(cast(Any, as_bytes(part).numpy()))
+        file.seek(start)
+        while len(view):  # one call gives at most 2 GiB
+            got = file.readinto(view)
+            if not got:
+                raise MoeccError(f"{self.file} ends inside '{self.name}'; it was cut while in use: fetch it again")
+            view = view[got:]
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, which must be exactly as long as its header says."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            head = f.read(length) if length <= min(size - 8, 100 << 20) else b""  # 100 MiB: safetensors' own limit
+    except OSError as error:
+        raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
+    try:
+        table: dict[str, Any] = json.loads(head)
+        metadata = table.pop("__metadata__", None) or {}
+        entries = {name: _entry(name, file, 8 + length, item) for name, item in table.items()}
+    except MoeccError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MoeccError(f"{file} has no valid safetensors header (truncated or corrupt): fetch it again") from error
+    end = _end_of_data(file, entries.values(), 8 + length)
+    if end != size:
+        raise MoeccError(f"{file} is {size} bytes and its header says {end} (truncated or corrupt): fetch it again")
+    return entries, metadata
+
+
+def _end_of_data(file: Path, entries: Iterable[TensorEntry], start: int) -> int:
+    """Where the last tensor ends; each must begin where the one before it ends, as the format has it."""
+    for entry in sorted(entries, key=lambda e: (e.start, e.nbytes)):
+        if entry.start != start:
+            what = "overlaps the tensor before it" if entry.start < start else "leaves a gap before it"
+            raise MoeccError(f"'{entry.name}' in {file} {what} (corrupt data_offsets): fetch it again")
+        start += entry.nbytes
+    return start
+
+
+def _entry(name: str, file: Path, base: int, item: dict[str, Any]) -> TensorEntry:
+    if item["dtype"] not in DTYPES:
+        raise MoeccError(f"'{name}' in {file} has dtype {item['dtype']}, which torch can't hold; use a bf16 checkpoint")
+    dtype, shape, (start, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
+    whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
+    if not whole or end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(name)
+    return TensorEntry(name, file, dtype, shape, base + start, end - start)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when it is written; its shape and dtype are known before."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `path` whole or not at all: a temporary file beside it, synced, then renamed.
+
+    The same tensors give the same bytes; safetensors' own writer orders metadata by chance, and copies every tensor.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # keeps every tensor aligned
+    table: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for name in order:
+                file.write(cast(Any, as_bytes(_value(name, tensors[name]).cpu().contiguous()).numpy()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise MoeccError(
+            f"can't write {path} ({8 + len(head) + end} bytes): {error.strerror or error}; "
+            "free some space or write elsewhere"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _value(name: str, tensor: Tensor | LazyTensor) -> Tensor:
+    if isinstance(tensor, Tensor):
+        return tensor
+    found = tensor.read()
+    if tuple(found.shape) != tensor.shape or found.dtype != tensor.dtype:
+        got, said = (f"{t.dtype} {list(t.shape)}" for t in (found, tensor))
+        raise MoeccError(f"'{name}' is {got} but was announced as {said}; this is a fault of moecc")
+    return found
+
+
+def free_space(path: Path, needed_bytes: int) -> None:
+    """Raise if the disk that holds (or will hold) `path` has fewer than `needed_bytes` free."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        raise MoeccError(
+            f"{path} needs {size(needed_bytes)} and its disk has {size(free)} free; free some or write elsewhere"
+        )
+
+
+def size(count: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= divisor:
+            return f"{count / divisor:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of one safetensors file by name, each read when asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries, self.metadata = read_header(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].read()
+
+
+def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of a checkpoint, from the single file or from the shards that the index names."""
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)[0]
+    if not (folder / INDEX).exists():
+        raise MoeccError(f"{folder} has neither {SINGLE} nor {INDEX}; moecc reads safetensors checkpoints only")
+    where = read_index(folder / INDEX)
+    shards = sorted(set(where.values()))
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise MoeccError(f"{folder} lacks {shard}, one of the {len(shards)} files its index names: fetch it again")
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards:
+        entries.update(read_header(folder / shard)[0])
+    for name, shard in where.items():
+        if name not in entries:
+            raise MoeccError(f"{folder / shard} has no '{name}', which {INDEX} says it has: fetch both again")
+    return entries
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """The file of each tensor, from a shard index."""
+    try:
+        where = json.loads(file.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MoeccError(f"{file} isn't a valid index (no 'weight_map'): fetch it again") from error
+    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+        raise MoeccError(f"{file} isn't a valid index ('weight_map' must give file names): fetch it again")
+    return where
