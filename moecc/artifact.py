@@ -58,6 +58,8 @@ class Plan:
     rows: list[Row] = field(default_factory=list)
     experts: dict[str, Any] = field(default_factory=dict)
     linears: dict[str, Any] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)  # names that the program has for what is stored of experts and linears
+    audited: set[str] = field(default_factory=set)  # names of the context's audit that rows tell of
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +83,48 @@ def plan(program: Program, original: Program, ctx: Context) -> Plan:
         if node.op == "call_function" and node.target is ops.Q_LINEAR:
             taken.update(_plan_linear(found, program, node, ctx))
     _plan_rest(found, program, taken, ctx)
+    _require_storable(found, program, original)
+    _note_unused(found, ctx)
     return found
+
+
+def _require_storable(found: Plan, program: Program, original: Program) -> None:
+    """MoeccError where a pass left what the folder can't say: other nodes than the model's, or a weight that has no place."""
+    before = {n.name: n for n in original.graph.nodes if n.op == "call_function"}
+    changed = []
+    for node in (n for n in program.graph.nodes if n.op == "call_function"):
+        was = before.pop(node.name, None)
+        if was is None:
+            changed.append(f"added {program.line(node)}")
+        elif _own_part(node, node.target) != _own_part(was, node.target):
+            changed.append(f"made {original.line(was)} to {program.line(node)}")
+    changed += [f"removed {original.line(node)}" for node in before.values()]
+    if changed:
+        raise MoeccError(
+            f"a pass {changed[0]}; a compiled model runs its family's code for all but coded experts and quantized linears, "
+            "so say it in weights"
+        )
+    store: Any = program.store
+    places = found.held.union(n for n in store.names() if n not in getattr(store, "tied", {}))
+    new = (name for name in program.tensors if not program.tensors.same(original.tensors, name))
+    if lost := next((name for name in new if name not in places), None):
+        why = (
+            f"it is tied to {store.tied[lost]}" if lost in store.names() else "the model has no parameter of that name"
+        )
+        raise MoeccError(f"a pass gave {lost} a value that can't be stored: {why}")
+
+
+def _own_part(node: fx.Node, became: Any) -> Any:
+    """What of a node no pass may change if it is to be stored as a call of `became`: weights and attributes of a coded one are."""
+    operands = {ops.VQ_EXPERTS: 3, ops.Q_LINEAR: 1}.get(became)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.name)
+    return args[:operands] if operands else (node.target, args, kwargs)
+
+
+def _note_unused(found: Plan, ctx: Context) -> None:
+    """What was recorded of names that have no row goes to the notes."""
+    for name in ctx.audit.keys() - found.audited - {r.name for r in found.rows}:
+        ctx.notes.append(f"{name}: recorded, but no weight is called so: {ctx.audit[name]}")
 
 
 def _plan_experts(found: Plan, program: Program, original: Program, moe: MoE, ctx: Context) -> dict[str, str]:
@@ -98,6 +141,7 @@ def _plan_experts(found: Plan, program: Program, original: Program, moe: MoE, ct
         entry[projection] = {k: _spec(node) for k, (node, _) in stored.items()}
         for tensor, (node, name) in stored.items():
             found.put(f"{moe.path}.{projection}.{tensor}", _held(program, node, name))
+            found.held.add(name)
         sources = _origins(original, before, projection)
         weights = before.operand(projection).meta["val"].numel()  # type: ignore[union-attr]
         _experts_rows(found, original, moe, projection, sources, stored, weights, ctx)
@@ -120,14 +164,14 @@ def _experts_rows(
     found: Plan, original: Program, moe: MoE, projection: str, sources: list[str], stored: Stored, weights: int,
     ctx: Context,
 ) -> None:  # fmt: skip
-    facts = ctx.audit.get(f"{moe.path}.{projection}", {})
+    facts = _facts(found, ctx, f"{moe.path}.{projection}")
     parts = {k: _nbytes(node) for k, (node, _) in stored.items()}
     nbytes = sum(parts.values())
-    details = {k: v for k, v in facts.items() if k not in ("became", "error", "tokens", "starved")}
+    details = _details(facts)
     starved = facts.get("starved") or {}
-    fallback = (
-        f"experts {sorted(map(int, starved))} saw too few tokens; calibrated on tokens sent to them" if starved else ""
-    )
+    fallback = facts.get("fallback", "")
+    if starved:
+        fallback = f"experts {sorted(map(int, starved))} saw too few tokens; calibrated on tokens sent to them"
     for i, name in enumerate(sources):
         found.rows.append(
             Row(
@@ -146,6 +190,7 @@ def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> 
     stored = _operands(program, node, ["weight", "scale", "zero"], "")
     for tensor, (operand, name) in stored.items():
         found.put(f"{path}.{tensor}", _held(program, operand, name))
+        found.held.add(name)
     specs = {k: _spec(operand) for k, (operand, _) in stored.items()}
     bias = node.args[4]
     if isinstance(bias, fx.Node):  # stored with the rest, in the checkpoint's own type
@@ -154,7 +199,7 @@ def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> 
     found.linears[path] = {"bits": node.kwargs["bits"], "tensors": specs}
     shape = node.args[0].meta["val"].shape[-1], stored["scale"][0].meta["val"].shape[0]  # type: ignore[union-attr]
     nbytes = sum(_nbytes(operand) for operand, _ in stored.values())
-    facts = ctx.audit.get(f"{path}.weight", {})
+    facts = _facts(found, ctx, f"{path}.weight")
     found.rows.append(
         Row(
             f"{path}.weight",
@@ -164,7 +209,7 @@ def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> 
             nbytes,
             8 * nbytes / math.prod(shape),
             facts.get("error"),
-            details={"source_bits": _source_bits(program, f"{path}.weight")},
+            details={"source_bits": _source_bits(program, f"{path}.weight"), **_details(facts)},
         )
     )
     return {f"{path}.weight": path}
@@ -174,6 +219,7 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
     """Every other tensor of the checkpoint, as it was or as a pass left it; what the model does not use is named."""
     store: Any = program.store
     tied = getattr(store, "tied", {})
+    recorded = _dense_experts(program)
     for name in store.names():
         if name in taken:
             continue
@@ -186,21 +232,37 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
         else:
             tensor = LazyTensor(shape, store.dtype(name), partial(store.read, name))
         found.put(name, tensor)
-        reason = (
-            "no path of the trace reads it"
-            if name in program.unreached
-            else ctx.audit.get(name, {}).get("fallback", "")
-        )
-        details = {"source_bits": _source_bits(program, name)} if rewritten else {}
+        facts = _facts(found, ctx, name) or _facts(found, ctx, recorded.get(name, ""))
+        reason = "no path of the trace reads it" if name in program.unreached else facts.get("fallback", "")
+        details = {"source_bits": _source_bits(program, name), **_details(facts)} if rewritten or facts else {}
         bits = 8 * tensor.nbytes / max(math.prod(shape), 1)
-        became = "rewritten" if rewritten else "as it was"
+        became = facts.get("became", "rewritten" if rewritten else "as it was")
         found.rows.append(
-            Row(name, role_of(name), shape, became, tensor.nbytes, bits, fallback=reason, details=details)
-        )
+            Row(
+                name, role_of(name), shape, became, tensor.nbytes, bits, facts.get("error"), facts.get("tokens"), reason, details
+            )
+        )  # fmt: skip
     for name in (*getattr(store, "unexpected", ()), *getattr(store, "ignored", ())):
         found.rows.append(
             Row(name, "not part of the model", (), "left out", 0, fallback="no parameter of the model takes it")
         )
+
+
+def _dense_experts(program: Program) -> dict[str, str]:
+    """The name in the context's audit by the first parameter of each projection that is left dense."""
+    dense = [m for m in program.moe_layers() if m.node.target is ops.EXPERTS]
+    return {_origins(program, m, p)[0]: f"{m.path}.{p}" for m in dense for p in ("gate_up", "down")}
+
+
+def _facts(found: Plan, ctx: Context, name: str) -> dict[str, Any]:
+    """What passes recorded under a name that a row tells of."""
+    found.audited.add(name)
+    return ctx.audit.get(name, {})
+
+
+def _details(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that a row has no field of its own for."""
+    return {k: v for k, v in facts.items() if k not in ("became", "error", "tokens", "starved", "fallback")}
 
 
 Stored = dict[str, tuple[fx.Node, str]]  # short name of a stored tensor -> its placeholder, the weight's name
@@ -381,4 +443,4 @@ def _config(program: Program, source: Path | None, found: Plan) -> dict[str, Any
 
 
 def _json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")

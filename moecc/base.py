@@ -9,12 +9,13 @@ options. `str(pass)` prints the text that builds it again: `vq{bits=3,codebook=l
   Composite   expand()                a name for several passes
 
 Facts in use: lora, sensitivity, budget, moments, basis, vq, affine, folded, routing, adapters, merged, absorbed, dense. `requires`
-must hold before, `provides` holds after, `spoils` no longer does, `leads_to` must follow.
+must hold before, `provides` holds after, `spoils` no longer does, `leads_to` must follow, `within_layer` is gone with the layer.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -43,7 +44,7 @@ def accepts(f: Field[Any], value: Any) -> bool:
     choices, low, high = (f.metadata.get(k) for k in ("choices", "low", "high"))
     if choices and value in choices:
         return True
-    if isinstance(value, str) or (low is None and high is None):
+    if not isinstance(value, int | float) or (low is None and high is None):
         return not choices
     return (low is None or value >= low) and (high is None or value <= high)
 
@@ -69,6 +70,9 @@ class Pass(ABC):
     spoils: ClassVar[frozenset[str]] = frozenset()
     leads_to: ClassVar[frozenset[str]] = frozenset()  # facts that must follow before the program can be stored
     needs_data: ClassVar[bool] = False  # whether calibration text must have been given
+    within_layer: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # facts that lie in `Layer.data`, so that they hold for one layer at a time
     makes_reference: ClassVar[bool] = False  # whether what it leaves is the float model that later passes compare with
 
     def __post_init__(self) -> None:
@@ -160,7 +164,13 @@ class Context:
         return self.keep(key, make()) if found is None else found
 
     def record(self, name: str, **facts: Any) -> None:
-        self.audit.setdefault(name, {}).update(facts)
+        """Add to the audit's row of the weight `name` (of coded experts `path.gate_up` or `path.down`): values that JSON holds."""
+        try:
+            self.audit.setdefault(name, {}).update(json.loads(json.dumps(facts, allow_nan=False)))
+        except (TypeError, ValueError) as e:
+            raise MoeccError(
+                f"{name}: can't record {sorted(facts)} ({e}); give finite numbers, text, lists or dicts"
+            ) from e
 
 
 @dataclass(eq=False)

@@ -26,7 +26,7 @@ from moecc import artifact, pipeline, placement, text, verify, vq4
 from moecc.base import Context, MoeccError, Pass
 from moecc.decoded import Decoded
 from moecc.ir import Program
-from moecc.journal import Journal
+from moecc.journal import Busy, Journal
 from moecc.skeleton import longest_row, read_config
 from moecc.source import resolve
 from moecc.survey import least_bytes
@@ -84,6 +84,7 @@ def compile_model(
     if _is_empty(partial):  # of a run that was killed at its first step or its last
         partial.rmdir()
     made = [p for p in (partial, *partial.parents) if not p.exists()]
+    journal = None
     try:
         held = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())  # by a run that goes on
         free_space(partial, least_bytes(program, resolved) - held)  # a full disk is better met now than later
@@ -93,14 +94,17 @@ def compile_model(
         journal.remove()
         shutil.rmtree(partial, ignore_errors=True)
         return result
-    except MoeccError:
-        _remove(made, partial)
-        raise
-    except OSError as e:
-        _remove(made, partial)
+    except Exception as e:
+        if not isinstance(e, Busy):
+            _remove(made, partial)
+        if not isinstance(e, OSError):
+            raise
         raise MoeccError(
             f"writing {e.filename or out} failed: {e.strerror or e}; make room or choose another place"
         ) from e
+    finally:  # where it is interrupted too, and goes on in the same process
+        if journal is not None:
+            journal.close()
 
 
 def _partial_of(out: Path) -> Path:

@@ -68,6 +68,10 @@ class Held(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._there)
 
+    def same(self, other: Held, name: str) -> bool:
+        """Whether both hold what was put there once under `name`; nothing is read for it."""
+        return self._there.get(name) is other._there.get(name)
+
     def pop(self, name: str, default: Any = None) -> Any:
         """Forget a tensor; one that was spilled is not read for it."""
         return self._there.pop(name, default)
@@ -188,12 +192,20 @@ class Program:
     # ---- rewriting
 
     def add(self, name: str, tensor: Tensor) -> fx.Node:
-        """A new held weight and its placeholder; an existing name is given its new value."""
+        """A new held weight and its placeholder; an existing name is given its new value, where a derived weight reads it too.
+
+        A weight of the checkpoint is stored in the program's type then; `rewrite` rounds it to the checkpoint's.
+        """
+        if sources := next((w.sources for w in self.weights.values() if w.name == name and w.recipe is not None), None):
+            what = "that its new value" if len(sources) == 1 else "those their new values"
+            raise MoeccError(f"{name} is computed from {', '.join(sources)}; give {what}")
         self.tensors[name] = tensor
         self.rounded.discard(name)
         for node in self.graph.nodes:
-            if node.op == "placeholder" and node.name in self.weights and self.weights[node.name].name == name:
-                node.meta["val"] = self._fake(tensor)
+            weight = self.weights.get(node.name) if node.op == "placeholder" else None
+            if weight is not None and name in (weight.name, *weight.sources):
+                if weight.name == name:
+                    node.meta["val"] = self._fake(tensor)
                 found: fx.Node = node
                 return found
         first_input = self.user_inputs[0]
@@ -201,6 +213,12 @@ class Program:
             node = self.graph.placeholder("w_" + name.replace(".", "_"))
         node.meta.update(val=self._fake(tensor), layer=0, path="")
         self.weights[node.name] = Weight(name)
+        return node
+
+    def rewrite(self, name: str, value: Tensor) -> fx.Node:
+        """Give a weight of the checkpoint a new value, rounded to the type it is stored in, so that it takes no more room."""
+        node = self.add(name, value.to(self.stored_dtype(name)).to(self.dtype))
+        self.rounded.add(name)
         return node
 
     def replace(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
@@ -235,7 +253,10 @@ class Program:
 
     def verify(self) -> None:
         """Raise MoeccError where the graph breaks a rule of the IR, naming node and shape."""
-        self.graph.lint()
+        try:
+            self.graph.lint()
+        except RuntimeError as e:  # torch.fx adds the whole graph
+            raise MoeccError(f"the graph isn't one: {str(e).splitlines()[0]}") from e
         for node in self.graph.nodes:
             if node.op == "placeholder" and node.name in self.weights:
                 self._verify_weight(node)
@@ -258,8 +279,11 @@ class Program:
         if not isinstance(held, Tensor):  # on disk, checked when it was put there
             return
         val = node.meta["val"]
+        name = self.weights[node.name].name
         if held.shape != val.shape or held.dtype != val.dtype:
-            raise MoeccError(f"weight {self.weights[node.name].name} is {_type(held)} but its node says {_type(val)}")
+            raise MoeccError(f"weight {name} is {_type(held)} but its node says {_type(val)}")
+        if found := nonfinite(held):
+            raise MoeccError(f"weight {name} holds {found}")
 
     def _verify_call(self, node: fx.Node) -> None:
         values = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -369,6 +393,13 @@ def check_operands(node: fx.Node) -> None:
     for name, want in expected.items():
         if name in shape and shape[name] != want:
             raise MoeccError(f"node %{node.name} ({_target(node.target)}): {name} is {shape[name]}, expected {want}")
+    for name, node_of in val.items() if node.target is ops.VQ_EXPERTS else ():
+        kind = name.removeprefix("gate_up_").removeprefix("down_").removeprefix(vq4.MEAN)
+        if kind in vq4.DTYPES and isinstance(node_of, fx.Node) and node_of.meta["val"].dtype not in vq4.DTYPES[kind]:
+            want_type = " or ".join(_SHORT[d] for d in vq4.DTYPES[kind])
+            raise MoeccError(
+                f"node %{node.name} ({_target(node.target)}): {name} is {_type(node_of.meta['val'])}, expected {want_type}"
+            )
 
 
 def _stored_shapes(
@@ -482,6 +513,17 @@ def digest(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1)  # torch 2.11 views no scalar as bytes
     raw = flat.view(torch.uint8).numpy()
     return hashlib.sha256(raw.tobytes()).hexdigest()[:8]
+
+
+def nonfinite(tensor: Tensor) -> str:
+    """How many NaN and infinite values a float tensor holds, in words; empty where there are none."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dtype.itemsize == 1:
+        return ""
+    low, high = tensor.detach().aminmax()  # both are NaN if any element is; no temporary of the tensor's size
+    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+        return ""
+    nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
+    return f"{nan} NaN and {inf} infinite values of {tensor.numel()}"
 
 
 def stage_nodes(program: Program, stage: int) -> list[fx.Node]:

@@ -19,14 +19,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from torch import Tensor, fx
+from filelock import FileLock, Timeout
+from torch import fx
 
 from moecc import ops
 from moecc.base import Context, Kept, MoeccError
-from moecc.ir import Program, stage_nodes
+from moecc.ir import Held, Program, stage_nodes
 from moecc.tensorfiles import TensorFile, write_safetensors
 
 _OPS = {str(t): t for t in (*sorted(ops.MOE_OPS, key=str), ops.Q_LINEAR)}
+
+
+class Busy(MoeccError):
+    """Another process writes the journal."""
 
 
 class Journal:
@@ -34,15 +39,26 @@ class Journal:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
         self.folder, self.identity = folder, dict(identity)
-        self.found = folder.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / "lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout as e:
+            raise Busy(f"{folder.parent} is in use by another run; wait for it, or choose another output folder") from e
+        self.found = any(
+            f.name != "lock" for f in folder.iterdir()
+        )  # else of a run that was killed as it made the folder
         self.resuming = self.found
         self._round = self._stage = 0
-        self._before: dict[str, Tensor] = {}  # what the layer's nodes held before its passes ran
-        if self.found:
-            self._require_same_run()
-        else:
-            folder.mkdir(parents=True)
-            self._write("run.json", self.identity)
+        self._before = Held()  # what was held before the layer's passes ran
+        try:
+            if self.found:
+                self._require_same_run()
+            else:
+                self._write("run.json", self.identity)
+        except BaseException:
+            self.close()
+            raise
 
     def _require_same_run(self) -> None:
         try:
@@ -61,13 +77,15 @@ class Journal:
 
     def save(self, stage: int, program: Program, ctx: Context) -> None:
         """Note a finished layer; called after the last pass of a group of layer passes."""
-        held = _held(program, stage)
-        tensors = {name: t for name, t in held.items() if self._before.get(name) is not t}
-        self._before = {}
+        new = [name for name in _held(program, stage) if not program.tensors.same(self._before, name)]
+        tensors = {name: program.tensors[name] for name in new}
+        self._before = Held()
         write_safetensors(self._file(stage, "safetensors"), tensors)
+        nodes = [_describe(program, n) for n in stage_nodes(program, stage) if n.target in _OPS.values()]
+        rounded = [name for name in new if name in program.rounded]
         record = {
-            "nodes": [_describe(program, n) for n in stage_nodes(program, stage) if n.target in _OPS.values()],
-            "text": _digest(program, stage), "audit": ctx.audit, "notes": ctx.notes, "ledger": ctx.ledger,
+            "nodes": nodes, "rounded": rounded, "text": _digest(program, stage),
+            "audit": ctx.audit, "notes": ctx.notes, "ledger": ctx.ledger,
         }  # fmt: skip
         self._write(self._file(stage, "json").name, record)
         _spill(program, tensors, TensorFile(self._file(stage, "safetensors")))
@@ -79,7 +97,7 @@ class Journal:
         record = self._restored(stage, program) if self.resuming else None
         self.resuming = record is not None
         if record is None:
-            self._before = _held(program, stage)
+            self._before = Held(program.tensors)
             return False
         for there, noted in ((ctx.audit, record["audit"]), (ctx.ledger, record["ledger"])):
             there.clear()
@@ -97,12 +115,14 @@ class Journal:
                 _restore(copy, entry, tensors)
             for name in tensors.keys() - {w for e in record["nodes"] for w in _weights_in(e)}:
                 copy.add(name, tensors[name])
+            copy.rounded.update(record["rounded"])
             if _digest(copy, stage) != record["text"]:
                 return None
         except (OSError, ValueError, KeyError, MoeccError):
             return None
         _spill(copy, tensors, tensors)
         program.module, program.weights, program.tensors = copy.module, copy.weights, copy.tensors
+        program.rounded = copy.rounded
         return record
 
     def keep(self, key: str, work: Kept) -> Kept:
@@ -126,6 +146,11 @@ class Journal:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        self._lock.release()
 
     def _write(self, name: str, value: Any) -> None:
         draft = self.folder / f".{name}.part"
@@ -184,11 +209,11 @@ def _restore(program: Program, entry: dict[str, Any], tensors: TensorFile) -> No
     program.replace(nodes[entry["name"]], _OPS[entry["op"]], args, entry["kwargs"])
 
 
-def _held(program: Program, stage: int) -> dict[str, Tensor]:
-    """The held tensors that a layer's nodes read, by name."""
+def _held(program: Program, stage: int) -> list[str]:
+    """The names of the held tensors that a layer's nodes read, those that derived weights are computed from among them."""
     inputs = {i.name for n in stage_nodes(program, stage) for i in n.all_input_nodes if i.name in program.weights}
-    names = sorted(program.weights[i].name for i in inputs)
-    return {name: program.tensors[name] for name in names if name in program.tensors}
+    names = {s for i in inputs for s in (program.weights[i].name, *program.weights[i].sources)}
+    return sorted(name for name in names if name in program.tensors)
 
 
 def _spill(program: Program, names: Iterable[str], file: TensorFile) -> None:

@@ -27,10 +27,12 @@ from torch import Tensor
 
 from moecc import ops
 from moecc.base import Composite, Context, Layer, LayerPass, MoeccError, Pass, accepted, accepts
+from moecc.errors import reason
 from moecc.ir import Program
 from moecc.stream import Stream
 
-_ITEM = re.compile(r"\s*([^\s,{}]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+_ITEM = re.compile(r"\s*([^,{}]*[^\s,{}])\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+_FACTS = ("requires", "after", "provides", "spoils", "leads_to", "within_layer")
 
 
 # ---- 1. from text to passes
@@ -86,7 +88,23 @@ def _pass_in(module: Any, where: str) -> type[Pass]:
     ]
     if len(own) != 1:
         raise MoeccError(f"{where} defines {len(own)} passes; a pass file defines one")
+    _require_sound(own[0], where)
     return own[0]
+
+
+def _require_sound(cls: type[Pass], where: str) -> None:
+    """MoeccError where the class does not say what a pass must."""
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise MoeccError(f"{where}: {cls.__name__}.name is {name!r}; give a word of letters, digits, '_', '-' and '.'")
+    for kind in _FACTS:
+        facts = getattr(cls, kind)
+        if not isinstance(facts, set | frozenset) or not all(isinstance(f, str) for f in facts):
+            raise MoeccError(f"{where}: {cls.__name__}.{kind} is {facts!r}; give a frozenset of facts")
+    if cls.__abstractmethods__:
+        raise MoeccError(f"{where}: {cls.__name__} lacks {' and '.join(sorted(cls.__abstractmethods__))}")
+    if bare := next((f.name for f in fields(cls) if f.default is MISSING), None):
+        raise MoeccError(f"{where}: the option {bare!r} has no default; write option(DEFAULT, help=...)")
 
 
 def parse(text: str, *, bits: float | None = None) -> tuple[list[Pass], list[str]]:
@@ -100,7 +118,7 @@ def parse(text: str, *, bits: float | None = None) -> tuple[list[Pass], list[str
         raise MoeccError("no passes given; try --passes kbvq, or `moecc passes` for what there is")
     while at < len(text):
         m = _ITEM.match(text, at)
-        if not m or m.end() == at:
+        if not m or (re.search(r"\s", m[1]) and not m[1].endswith(".py")):
             raise MoeccError(
                 f"can't read the pipeline at column {at + 1}: {text[at:]!r}; expected name or name{{key=value,...}}"
             )
@@ -120,6 +138,8 @@ def _build(cls: type[Pass], options: str, bits: float | None, remarks: list[str]
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(known)}"
             raise MoeccError(f"{cls.name} has no option {key!r}{hint}")
+        if key in given:
+            raise MoeccError(f"{cls.name}: option {key!r} is there twice; leave one out")
         if not equals:
             raise MoeccError(f"{cls.name}: option {key!r} lacks a value; write {key}=VALUE")
         given[key] = read_option(cls.name, known[key], value)
@@ -174,7 +194,28 @@ def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pas
         provider = _provider(user, fact)
         flat.insert(flat.index(user), provider)
         remarks.append(f"{user.name} requires {fact!r}; inserted {provider.name!r} before it")
-    return _sort(flat, set(facts)), remarks
+    return _renewed(_sort(flat, set(facts)), remarks), remarks
+
+
+def _renewed(passes: list[Pass], remarks: list[str]) -> list[Pass]:
+    """The passes with providers of facts that hold within a layer once more in every round through the layers that needs them."""
+    result: list[Pass] = []
+    for group in _groups(passes):
+        there: set[str] = set()
+        for p in group:
+            for before in [q for q in result if q.within_layer & p.requires - there]:
+                fact = min(before.within_layer & p.requires)
+                if not isinstance(p, LayerPass) or p.own_round:
+                    what = "begins a round of its own" if isinstance(p, LayerPass) else "works on the whole model"
+                    raise MoeccError(
+                        f"{p.name} requires {fact!r}, which holds within one layer and one round, but {p.name} {what}"
+                    )
+                remarks.append(f"{p.name} requires {fact!r}; {before.name!r} runs again before it, in its round")
+                result.append(before)
+                there |= before.provides
+            result.append(p)
+            there |= p.provides
+    return result
 
 
 def _expanded(p: Pass) -> list[Pass]:
@@ -311,11 +352,17 @@ def _run_model(program: Program, p: Pass, ctx: Context, done: list[Pass]) -> Pas
     report = _report(p, len(done))
     start = time.perf_counter()
     with _named(p, done, None):
-        report.changed = p.run(program, ctx)
+        report.changed = _whether_changed(p.run(program, ctx))
         program.verify()
+        ctx.ledger[report.key] = {str(s): _entry(program, s, report.changed, ctx) for s in range(program.layers)}
     report.seconds = time.perf_counter() - start
-    ctx.ledger[report.key] = {str(s): _entry(program, s, report.changed, ctx) for s in range(program.layers)}
     return report
+
+
+def _whether_changed(returned: Any) -> bool:
+    if not isinstance(returned, bool):
+        raise MoeccError(f"it returned {returned!r}; return True or False, whether it changed the program")
+    return returned
 
 
 def _run_layers(
@@ -334,15 +381,20 @@ def _run_layers(
             for i, (p, report) in enumerate(zip(passes, reports, strict=True)):
                 start = time.perf_counter()
                 with _named(p, [*done, *passes[:i]], stage):
-                    changed = p.run_layer(layer, ctx)
+                    changed = _whether_changed(p.run_layer(layer, ctx))
                     program.verify()
+                    ctx.ledger.setdefault(report.key, {})[str(stage)] = _entry(program, stage, changed, ctx)
                 report.seconds += time.perf_counter() - start
-                ctx.ledger.setdefault(report.key, {})[str(stage)] = _entry(program, stage, changed, ctx)
-                hooks.dump(f"layer{stage:03d}-{p.name}", program, stage)
+                before = sum(q.name == p.name for q in [*done, *passes[:i]])
+                hooks.dump(f"layer{stage:03d}-{p.name}{f'-{before + 1}' if before else ''}", program, stage)
             program.module.recompile()
             hooks.after_layer(stage, program, ctx)
         if not head:
-            stream.advance()
+            try:
+                stream.advance()
+            except MoeccError as e:  # the float model went through it
+                ran = ", ".join(p.name for p in [*done, *passes])
+                raise MoeccError(f"layer {stage - 1} no longer runs behind {ran}: {e}") from e
     return reports
 
 
@@ -356,12 +408,12 @@ class _named:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
+        if error is None or isinstance(error, KeyboardInterrupt):
             return
         where = "" if self.stage is None else f" in layer {self.stage - 1}"
         after = f" (after {', '.join(p.name for p in self.done)})" if self.done else ""
-        kind_text = "" if isinstance(error, MoeccError) else f"{type(error).__name__}: "
-        raise MoeccError(f"{self.p} failed{where}{after}: {kind_text}{error}") from error
+        why = str(error) if isinstance(error, MoeccError) else f"{type(error).__name__}: {reason(error)}"
+        raise MoeccError(f"{self.p} failed{where}{after}: {why}") from error
 
 
 def _entry(program: Program, stage: int, changed: bool, ctx: Context) -> dict[str, Any]:

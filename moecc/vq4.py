@@ -41,6 +41,11 @@ CODED = ("codes", "signs", "codebook", "scale")  # a matrix per expert, or one f
 MEAN = "mean_"
 SHARED = ("basis", "coef", "coef_scale", *(MEAN + name for name in CODED))  # what is taken out before coding
 TENSORS = (*CODED, "bias", *SHARED)
+_HALF = (torch.float16, torch.bfloat16)
+DTYPES = {
+    "codes": (torch.uint8,), "signs": (torch.uint8,), "codebook": (torch.int8,), "scale": _HALF, "bias": _HALF,
+    "basis": _HALF, "coef": (torch.int8,), "coef_scale": _HALF,
+}  # fmt: skip
 
 
 def group_size(bits: int) -> int:

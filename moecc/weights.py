@@ -35,6 +35,7 @@ from transformers.core_model_loading import (
 
 from moecc.decoded import Entry, block_size, decoded
 from moecc.errors import MoeccError
+from moecc.ir import nonfinite
 from moecc.tensorfiles import as_bytes, checkpoint_entries
 
 
@@ -345,15 +346,8 @@ def _attribute(model: nn.Module, name: str) -> Any:
 
 def require_finite(tensor: Tensor, what: str) -> None:
     """Raise if a float tensor holds NaN or infinity. `what` says which tensor of which file."""
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dtype.itemsize == 1:
-        return
-    low, high = tensor.aminmax()  # both are NaN if any element is; no temporary of the tensor's size
-    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
-        return
-    nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
-    raise MoeccError(
-        f"{what} holds {nan} NaN and {inf} infinite values of {tensor.numel()}: fetch it again or retrain it"
-    )
+    if found := nonfinite(tensor):
+        raise MoeccError(f"{what} holds {found}: fetch it again or retrain it")
 
 
 class ModuleStore:

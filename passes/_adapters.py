@@ -52,10 +52,8 @@ def attached(program: Program) -> list[Adapter]:
 def merge(program: Program, adapter: Adapter) -> float:
     """Make W + B A the plain weight again, rounded to the type that the checkpoint stores W in; the relative squared rounding."""
     value = program.read(adapter.weight + _SUFFIX)
-    merged = value.to(program.stored_dtype(adapter.weight)).to(value.dtype)
     program.weights[adapter.placeholder] = Weight(adapter.weight)
-    program.tensors[adapter.weight] = merged
-    program.rounded.add(adapter.weight)
+    program.rewrite(adapter.weight, value)
     for name in (adapter.a, adapter.b):
         program.tensors.pop(name)
-    return float((merged - value).square().sum() / value.square().sum().clamp(min=1e-30))
+    return float((program.read(adapter.weight) - value).square().sum() / value.square().sum().clamp(min=1e-30))

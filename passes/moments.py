@@ -31,6 +31,7 @@ class MeasureMoments(LayerPass):
     name: ClassVar[str] = "moments"
     after: ClassVar[frozenset[str]] = frozenset({"lora", "sensitivity", "budget"})
     provides: ClassVar[frozenset[str]] = frozenset({"moments"})
+    within_layer: ClassVar[frozenset[str]] = frozenset({"moments"})
     needs_data: ClassVar[bool] = True
     min_tokens: int = option(MIN_TOKENS, help="an expert with fewer routed tokens is starved", low=1, high=1 << 20)
     routing: str = option(

@@ -11,11 +11,13 @@ import torch
 from families import make
 from safetensors.torch import load_file, save_file
 from test_compile import ALL, EVERYTHING, FAMILIES, QUICK, checkpoint, compile, load, logits
+from torch import fx
 
 from moecc import artifact, hf
 from moecc.artifact import Plan, Row, role_of, summary
 from moecc.base import Context
 from moecc.errors import MoeccError
+from moecc.ir import MoE, Program
 from moecc.tensorfiles import LazyTensor, TensorFile
 from moecc.trace import trace
 
@@ -223,6 +225,91 @@ def test_a_rewritten_tensor_stays_on_disk_until_it_is_written(tmp_path: Path) ->
     assert not read and plan.tensors[name].nbytes == 128
     assert [row.became for row in plan.rows if row.name == name] == ["rewritten"]
     assert torch.equal(plan.tensors[name].read(), torch.ones(32)) and read
+
+
+def planned(family: str, change: Any, ctx: Context | None = None) -> Plan:
+    """The plan of a tiny model's program after `change(program, its first experts node)`."""
+    program = trace(make(family), dtype=torch.float32)
+    original = program.copy()
+    change(program, program.moe_layers()[0])
+    program.verify()
+    return artifact.plan(program, original, ctx or Context())
+
+
+def refused(family: str, change: Any) -> str:
+    with pytest.raises(MoeccError) as error:
+        planned(family, change)
+    return str(error.value)
+
+
+def scaled(program: Program, moe: MoE) -> None:
+    """A factor on what enters the experts."""
+    x = moe.node.args[0]
+    assert isinstance(x, fx.Node)
+    factor = program.add(f"{moe.path}.factor", torch.ones(x.meta["val"].shape[-1]))
+    with program.graph.inserting_before(moe.node):
+        product = program.graph.call_function(torch.ops.aten.mul.Tensor, (x, factor))
+    product.meta.update(val=x.meta["val"], layer=moe.layer, path=moe.path)
+    moe.node.update_arg(0, product)
+
+
+def negated(program: Program, moe: MoE) -> None:
+    node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.silu.default)
+    node.target = torch.ops.aten.neg.default
+
+
+def bypassed(program: Program, moe: MoE) -> None:
+    node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.silu.default)
+    node.replace_all_uses_with(node.args[0])
+    program.graph.erase_node(node)
+
+
+def test_nodes_that_nothing_stores_are_refused() -> None:
+    end = "; a compiled model runs its family's code for all but coded experts and quantized linears, so say it in weights"
+    added = refused("qwen2_moe", scaled)
+    assert added.startswith("a pass made %experts : f32[") or added.startswith("a pass added %mul")
+    assert added.endswith(end)
+    changed = refused("qwen2_moe", negated)
+    assert "= aten.silu(" in changed and "= aten.neg(" in changed and changed.startswith("a pass made %silu")
+    assert refused("qwen2_moe", bypassed).startswith("a pass ")
+    assert refused("qwen2_moe", lambda p, moe: moe.node.update_kwarg("act", "gelu")).startswith("a pass made %experts")
+
+
+def test_weights_that_have_no_place_are_refused() -> None:
+    name = "model.layers.0.mine"
+    assert refused("qwen2_moe", lambda p, moe: p.add(name, torch.ones(2))) == (
+        f"a pass gave {name} a value that can't be stored: the model has no parameter of that name"
+    )
+    program = trace(Path(__file__).parents[1] / "examples" / "tinymoe", dtype=torch.float32)
+    original = program.copy()
+    program.add("lm_head.weight", program.read("lm_head.weight") * 2)
+    with pytest.raises(MoeccError) as error:
+        artifact.plan(program, original, Context())
+    assert str(error.value) == (
+        "a pass gave lm_head.weight a value that can't be stored: it is tied to model.embed_tokens.weight"
+    )
+
+
+def test_experts_of_another_layout_are_changed_by_what_they_are_computed_from() -> None:
+    path = "model.layers.0.mlp.experts"
+    with pytest.raises(
+        MoeccError, match=rf"{path}.gate_up is computed from {path}.gate_up_proj; give that its new value"
+    ):
+        planned("gpt_oss", lambda p, moe: p.add(f"{path}.gate_up", torch.zeros(1)))
+    plan = planned("gpt_oss", lambda p, moe: p.rewrite(f"{path}.down_proj", p.read(f"{path}.down_proj") / 2))
+    assert [r.name for r in plan.rows if r.became == "rewritten"] == [f"{path}.down_proj"]
+
+
+def test_what_passes_record_is_in_the_rows_of_plain_weights_too() -> None:
+    ctx, path = Context(), "model.layers.0.mlp.experts"
+    ctx.record("model.norm.weight", became="shifted", error=0.5, by=2)
+    ctx.record(f"{path}.gate_up", looked_at=True)
+    ctx.record("model.norm.wait", by=2)
+    rows = {r.name: r for r in planned("qwen2_moe", lambda p, moe: None, ctx).rows}
+    norm, experts = rows["model.norm.weight"], rows[f"{path}.gate_up_proj"]
+    assert (norm.became, norm.error, norm.details["by"]) == ("shifted", 0.5, 2)
+    assert (experts.became, experts.details["looked_at"]) == ("as it was", True)
+    assert ctx.notes == ["model.norm.wait: recorded, but no weight is called so: {'by': 2}"]
 
 
 def test_summary_counts_whole_bits() -> None:

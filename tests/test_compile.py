@@ -360,6 +360,39 @@ def test_what_another_run_left_is_not_touched(mixtral: Path, compile: Any, tmp_p
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_a_folder_that_another_run_writes_is_left_alone(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        got: list[Run] = []
+        stop(patch, "after saving", 2, lambda: got.append(compile(mixtral, tmp_path / "out")))
+        assert compile(mixtral, tmp_path / "out").code == 0
+    assert [g.code for g in got] == [2]
+    assert got[0].err.splitlines()[-1] == (
+        f"moecc: error: {tmp_path}/out.partial is in use by another run; wait for it, or choose another output folder"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_fault_of_our_own_leaves_nothing_behind(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+    def fault() -> None:
+        raise RuntimeError("this should not happen")
+
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, "writing", 0, fault)
+        got = compile(mixtral, tmp_path / "out")
+    assert got.code == 3 and "internal error: RuntimeError: this should not happen" in got.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_round_notes_only_what_it_changed(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, "writing", 0, interrupt)
+        assert compile(mixtral, tmp_path / "out", EVERYTHING).code == 130
+    files = [TensorFile(tmp_path / f"out.partial/journal/layer-{i}-0001.safetensors") for i in (0, 1)]
+    coded, tuned = ({n for n in file if ".experts." in n} for file in files)
+    assert {n.rpartition(".")[2] for n in coded} >= {"codes", "scale", "codebook", "mean_codes"}
+    assert tuned and not any(n.endswith(("codes", "signs")) for n in tuned)
+
+
 # ---------------------------------------------------------------- options
 
 
@@ -387,8 +420,9 @@ def test_a_run_that_goes_on_goes_on_with_its_dump(mixtral: Path, compile: Any, t
     assert (dump / "02-after-vq.txt").is_file()
 
 
-def test_an_empty_folder_of_a_killed_run_is_taken(mixtral: Path, compile: Any, tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
+@pytest.mark.parametrize("made", ["out.partial", "out.partial/journal"])
+def test_an_empty_folder_of_a_killed_run_is_taken(made: str, mixtral: Path, compile: Any, tmp_path: Path) -> None:
+    (tmp_path / made).mkdir(parents=True)
     assert compile(mixtral, tmp_path / "out").code == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -441,6 +475,20 @@ def test_a_pass_of_ones_own_by_path(mixtral: Path, compile: Any, tmp_path: Path)
     assert next(row["became"] for row in manifest["audit"] if row["name"] == name) == "rewritten"
     wrong = compile(mixtral, tmp_path / "no", f"{file}{{by=9}}")
     assert wrong.code == 2 and "shrink: by=9.0 is out of range" in wrong.err
+
+
+ROUNDED = MY_PASS.replace("layer.program.add(", "layer.program.rewrite(")
+
+
+def test_a_resumed_run_knows_what_was_rounded(compile: Any, tmp_path: Path) -> None:
+    file, model = tmp_path / "shrink.py", checkpoint(tmp_path / "model", dtype=torch.bfloat16)
+    file.write_text(ROUNDED)
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, "after saving", 1, interrupt)
+        assert compile(model, tmp_path / "out", f"{file}{{by=3}},vq{{rounds=1}}").code == 130
+    assert compile(model, tmp_path / "out", f"{file}{{by=3}},vq{{rounds=1}}").code == 0
+    stored = TensorFile(tmp_path / "out" / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+    assert stored.dtype == torch.bfloat16
 
 
 def test_a_resumed_run_keeps_what_a_pass_of_ones_own_changed(mixtral: Path, compile: Any, tmp_path: Path) -> None:

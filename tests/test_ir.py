@@ -108,6 +108,50 @@ def test_every_tensor_of_the_format_is_checked(compressed: Program, projection: 
     assert f"%{moe.node.name} (moecc.vq_experts): {named}" in message and "expected" in message
 
 
+@pytest.mark.parametrize("name", vq4.TENSORS)
+def test_every_tensor_of_the_format_has_its_type(compressed: Program, name: str) -> None:
+    program = compressed.copy()
+    moe = program.moe_layers()[0]
+    node = moe.operand(f"down_{name}")
+    assert node is not None
+    held = program.read(program.weights[node.name].name)
+    moe.node.replace_input_with(node, program.add("wrong", held.float()))
+    message = rejected(program)
+    want = {torch.uint8: "u8", torch.int8: "i8"}.get(held.dtype, "f16 or bf16")
+    assert f"%{moe.node.name} (moecc.vq_experts): down_{name} is f32[" in message and message.endswith(
+        f"expected {want}"
+    )
+
+
+def test_held_weights_are_finite(compressed: Program) -> None:
+    program = compressed.copy()
+    name = next(w.name for w in program.weights.values() if w.name.endswith("down.scale"))
+    scale = program.read(name).clone()
+    scale[0, 0] = torch.nan
+    program.add(name, scale)
+    assert rejected(program) == f"weight {name} holds 1 NaN and 0 infinite values of {scale.numel()}"
+
+
+def test_a_graph_out_of_order_is_one_line(tiny: Tiny) -> None:
+    program = tiny("MD")
+    first, last = [n for n in program.graph.nodes if n.op == "call_function"][:: len(program.graph.nodes) // 2][:2]
+    last.append(first)
+    message = rejected(program)
+    assert message.startswith("the graph isn't one: Argument ") and "\n" not in message
+
+
+def test_rewrite_rounds_to_what_the_checkpoint_stores(tiny: Tiny) -> None:
+    program = tiny("M")
+    store: Any = program.store
+    name = next(iter(store.tensors))
+    store.tensors = {n: t.bfloat16() for n, t in store.tensors.items()}
+    value = torch.full_like(program.read(name), 1.0 + 2.0**-12)
+    program.rewrite(name, value)
+    assert torch.equal(program.read(name), torch.ones_like(value)) and name in program.rounded
+    program.add(name, value)
+    assert torch.equal(program.read(name), value) and name not in program.rounded
+
+
 @pytest.mark.parametrize("name", [n for n in vq4.TENSORS if n.startswith(vq4.MEAN)])
 def test_a_mean_is_one_matrix(tiny: Tiny, batches: list[Tensor], compressed: Program, name: str) -> None:
     factored = tiny("M")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -78,6 +79,7 @@ def test_a_pipeline_is_read_with_spaces_and_a_last_comma() -> None:
         ("kbvqq", "no pass 'kbvqq'; did you mean 'kbvq'?"),
         ("vq{bitz=3}", "vq has no option 'bitz'; did you mean 'bits'?"),
         ("kbvq{zzz=3}", "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'mean', 'offset', 'rank']"),
+        ("vq{bits=2,bits=3}", "vq: option 'bits' is there twice; leave one out"),
         ("vq{bits}", "vq: option 'bits' lacks a value; write bits=VALUE"),
         ("vq{bits=5}", "vq: bits=5 is out of range; it takes 2 | 3 | 4"),
         ("vq{bits=two}", "vq: bits='two' is out of range; it takes 2 | 3 | 4"),
@@ -146,6 +148,43 @@ def test_a_pass_file_that_fails_is_named(tmp_path: Path) -> None:
         f"pass file {broken} can't be imported: ModuleNotFoundError: No module named 'not_there'"
     )
     assert error(str(empty)) == "empty.py defines 0 passes; a pass file defines one"
+
+
+HEAD = """from dataclasses import dataclass
+from moecc.base import LayerPass, option
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(LayerPass):
+"""
+RUN = "    def run_layer(self, layer, ctx):\n        return False\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (RUN, "Mine.name is None; give a word of letters, digits, '_', '-' and '.'"),
+        (f"    name = 'a/b'\n{RUN}", "Mine.name is 'a/b'; give a word of letters, digits, '_', '-' and '.'"),
+        (f"    name = 'mine'\n    requires = 'vq'\n{RUN}", "Mine.requires is 'vq'; give a frozenset of facts"),
+        (f"    name = 'mine'\n    provides = ['vq']\n{RUN}", "Mine.provides is ['vq']; give a frozenset of facts"),
+        ("    name = 'mine'\n", "Mine lacks run_layer"),
+        (f"    name = 'mine'\n    by: int\n{RUN}", "the option 'by' has no default; write option(DEFAULT, help=...)"),
+    ],
+)
+def test_a_pass_that_does_not_say_what_it_must_is_refused(body: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(HEAD + body)
+    assert error(str(tmp_path / "mine.py")) == f"mine.py: {message}"
+
+
+def test_an_option_without_a_value_by_default(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        f"{HEAD}    name = 'mine'\n    by: int | None = option(None, help='', low=0)\n{RUN}"
+    )
+    assert order(f"{tmp_path}/mine.py") == ["mine"]
+
+
+def test_a_path_may_hold_spaces(tmp_path: Path) -> None:
+    (tmp_path / "my own pass.py").write_text(f"{HEAD}    name = 'mine'\n{RUN}")
+    assert order(f"vq, {tmp_path}/my own pass.py , dense") == ["moments", "vq", "mine", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +284,46 @@ def test_facts_that_hold_already_need_no_provider() -> None:
     assert [p.name for p in resolved] == ["vsraq"] and remarks == []
 
 
+@dataclass(frozen=True, kw_only=True)
+class NeedsMoments(LayerPass):
+    """Uses what `moments` left in the layer."""
+
+    name: ClassVar[str] = "needs_moments"
+    requires: ClassVar[frozenset[str]] = frozenset({"moments"})
+
+    def run_layer(self, layer: Layer, ctx: Context) -> bool:
+        ctx.notes += [m.path for m in layer.moe if ("moments", m.path) in layer.data]
+        return False
+
+
+def test_what_lies_within_a_layer_is_measured_again_in_every_round_that_needs_it(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    parsed, _ = pipeline.parse("moments{min_tokens=2},vq")
+    passes, remarks = pipeline.resolve([*parsed, made("model", requires="vq"), NeedsMoments()])
+    names = ["moments", "vq", "model", "needs_moments"]
+    assert [p.name for p in passes] == [*names[:3], "moments", "needs_moments"]
+    assert str(passes[3]) == "moments{min_tokens=2}"
+    assert remarks == ["needs_moments requires 'moments'; 'moments' runs again before it, in its round"]
+    passes, remarks = pipeline.resolve([parsed[0], NeedsMoments(), parsed[1]])
+    assert [p.name for p in passes] == ["moments", "needs_moments", "vq"] and not remarks
+    ctx = Context()
+    passes, _ = pipeline.resolve([parsed[0], made("model", requires="moments2"), NeedsMoments()], {"moments2"})
+    pipeline.run(tiny("M"), passes, ctx, batches)
+    assert ctx.notes[-1:] == ["layers.0"]
+
+
+def test_what_lies_within_a_layer_is_nothing_for_a_round_that_has_not_begun() -> None:
+    alone = dataclass(frozen=True, kw_only=True)(type("Alone", (NeedsMoments,), {"own_round": True}))
+    for p, what in (
+        (alone(), "begins a round of its own"),
+        (made("m", requires="moments"), "works on the whole model"),
+    ):
+        message = f"requires 'moments', which holds within one layer and one round, but {p.name} {what}"
+        with pytest.raises(MoeccError, match=message):
+            pipeline.resolve([*pipeline.parse("moments")[0], p])
+
+
 def test_the_resolved_text_resolves_to_itself() -> None:
     resolved, _ = pipeline.resolve(pipeline.parse("vsraq{steps=5},kbvq{bits=3}")[0])
     text = ",".join(map(str, resolved))
@@ -342,6 +421,40 @@ def test_a_pass_that_breaks_the_graph_is_named(tiny: Tiny, batches: list[Tensor]
     )
 
 
+@pytest.mark.parametrize("returned", [None, "yes", 1])
+def test_a_pass_says_whether_it_changed_anything(tiny: Tiny, batches: list[Tensor], returned: Any) -> None:
+    kind = type("Silent", (LayerPass,), {"name": "silent", "run_layer": lambda self, layer, ctx: returned})
+    message = failure(tiny("M"), batches, dataclass(frozen=True, kw_only=True)(kind)())
+    assert message == (
+        f"silent failed in layer 0: it returned {returned!r}; return True or False, whether it changed the program"
+    )
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), float("nan"), {1: {2}}])
+def test_what_is_recorded_must_be_json(tiny: Tiny, batches: list[Tensor], value: Any) -> None:
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        ctx.record("some.weight", share=value)
+        return False
+
+    kind = dataclass(frozen=True, kw_only=True)(type("Tell", (LayerPass,), {"name": "tell", "run_layer": run_layer}))
+    message = failure(tiny("M"), batches, kind())
+    assert message.startswith("tell failed in layer 0: some.weight: can't record ['share'] (")
+    assert message.endswith("give finite numbers, text, lists or dicts")
+
+
+def test_a_layer_that_no_longer_runs_names_what_ran(tiny: Tiny, batches: list[Tensor]) -> None:
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        for node in layer.program.graph.nodes:
+            if node.name == "tanh" and node.meta["layer"] == layer.index:
+                node.target = torch.ops.aten.mm.default
+                node.args = (node.args[0], node.args[0])
+        return True
+
+    kind = dataclass(frozen=True, kw_only=True)(type("Break", (LayerPass,), {"name": "break", "run_layer": run_layer}))
+    message = failure(tiny("MD"), batches, Touch(), kind())
+    assert message.startswith("layer 1 no longer runs behind touch, break: node %tanh (aten.mm) in stage 2 failed: ")
+
+
 def test_an_interrupt_stays_an_interrupt(tiny: Tiny, batches: list[Tensor]) -> None:
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(tiny("MD"), [Touch(fail_in=1, how="interrupt")], Context(), batches)
@@ -371,7 +484,8 @@ def test_layer_passes_go_through_together_and_see_inputs_before_and_targets_afte
     # the last stage is the head, whose output for all the text nobody holds
     once = [f"{i}: inputs before {i}, targets before {min(i + 1, 3)}" for i in (1, 2, 3)]
     assert ctx.notes == once + [line for line in once for _ in range(2)]
-    first, second = [f"layer00{i}-touch" for i in (1, 2, 3)], [f"layer00{i}-touch" for i in (1, 1, 2, 2, 3, 3)]
+    first = [f"layer00{i}-touch" for i in (1, 2, 3)]
+    second = [f"layer00{i}-touch-{k}" for i in (1, 2, 3) for k in (2, 3)]  # a text of its own for each
     assert dumps == [*first, "01-after-touch", "02-after-model", *second, "04-after-touch"]
     assert layers == [1, 2, 3, 1, 2, 3]
 
@@ -389,7 +503,7 @@ def test_a_round_of_one_s_own_begins_behind_all_layers(tiny: Tiny, batches: list
     hooks = pipeline.Hooks(dump=lambda name, program, stage: dumps.append(name))
     pipeline.run(tiny("MD"), [Touch(), Late(), Touch()], Context(), batches, hooks)
     first = [f"layer00{i}-touch" for i in (1, 2, 3)]
-    second = [f"layer00{i}-{name}" for i in (1, 2, 3) for name in ("late", "touch")]
+    second = [f"layer00{i}-{name}" for i in (1, 2, 3) for name in ("late", "touch-2")]
     assert dumps == [*first, "01-after-touch", *second, "03-after-touch"]
 
 
