@@ -226,10 +226,12 @@ def _export(options: argparse.Namespace) -> Outcome:
     from moecc.compiler import require_backend
     from moecc.source import resolve
 
+    if options.bits is not None and options.profile != "qmoe":
+        raise MoeccError("--bits is of the profile qmoe; the others keep the bits that the experts have")
     backend, folder = require_backend(options.to), resolve(options.model)
     found = backend.export(
         folder, options.out or folder / options.to, profile=options.profile, opset=options.opset, dtype=options.dtype,
-        bits=options.bits, small_embeddings=options.embeddings == "int8", say=_say,
+        bits=options.bits or 4, small_embeddings=options.embeddings == "int8", say=_say,
     )  # fmt: skip
     return 0, found, backend.summary(found)
 
@@ -399,9 +401,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="portable: standard operators only (the default); native: moecc's op library beside the model; "
         "qmoe: experts as int4 or int8 in ONNX Runtime's own operator",
     )  # fmt: skip
-    parser.add_argument(
-        "--bits", type=int, default=4, choices=[4, 8], help="of experts in the profile qmoe (default: 4)"
-    )
+    parser.add_argument("--bits", type=int, choices=[4, 8], help="of experts in the profile qmoe (default: 4)")
     parser.add_argument(
         "--embeddings", choices=["int8"], help="embedding and output head as 8-bit integers (default: as the rest)"
     )

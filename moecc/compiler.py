@@ -88,7 +88,8 @@ def compile_model(
     try:
         held = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())  # by a run that goes on
         free_space(partial, least_bytes(program, resolved) - held)  # a full disk is better met now than later
-        journal = Journal(partial / "journal", vars(job))
+        same = {k: v for k, v in vars(job).items() if k != "source"}  # its digest tells; it may be typed another way
+        journal = Journal(partial / "journal", same)
         result = _run(program, resolved, batches, job, journal, partial, folder, dump, progress, say)
         (partial / "artifact").rename(out)
         journal.remove()

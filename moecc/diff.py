@@ -23,6 +23,8 @@ from moecc.source import resolve
 from moecc.tensorfiles import INDEX, SINGLE, TensorEntry, read_header, read_index, size
 
 _AT_ONCE = 64 << 20  # bytes of a tensor that are compared together
+# files of a model besides its weights
+_KINDS = ("*.json", "merges.txt", "vocab.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def diff(a: str, b: str, progress: Callable[[Iterable[Any], str], Iterable[Any]]
         if found is not None:
             different.append({"name": name, **found})
     only = [[n for n in one.entries if n not in other.entries] for one, other in ((left, right), (right, left))]
-    files = _json_files(left, right)
+    files = _other_files(left, right)
     return {
         "identical": not (different or only[0] or only[1] or files),
         "a": left.as_dict(),
@@ -140,11 +142,21 @@ def _json(file: Path) -> Any:
         raise MoeccError(f"can't read {file}: {error}; fetch it again") from error
 
 
-def _json_files(a: Side, b: Side) -> list[str]:
-    """Names of the JSON files that only one has, or whose content differs."""
-    names = {f.name for side in (a, b) for f in side.folder.glob("*.json") if f.name != INDEX}
+def _other_files(a: Side, b: Side) -> list[str]:
+    """Names of other files of a model (configurations, tokenizer, code) that only one has, or that say another thing."""
+    names = {f.name for side in (a, b) for kind in _KINDS for f in side.folder.glob(kind) if f.name != INDEX}
     both = {n for n in names if (a.folder / n).is_file() and (b.folder / n).is_file()}
-    return sorted(n for n in names if n not in both or _json(a.folder / n) != _json(b.folder / n))
+    return sorted(n for n in names if n not in both or _content(a.folder / n) != _content(b.folder / n))
+
+
+def _content(file: Path) -> Any:
+    """What a file says: of JSON whatever its layout."""
+    if file.suffix == ".json":
+        return _json(file)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
 
 
 # ---------------------------------------------------------------- for people

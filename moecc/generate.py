@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moecc.errors import MoeccError, reason
-from moecc.skeleton import QUANTIZATION, bare, quantization_method, read_config
+from moecc.skeleton import QUANTIZATION, bare, longest_row, quantization_method, read_config
 from moecc.source import resolve
 from moecc.text import tokenizer_of
 from moecc.weights import CheckpointStore, require_finite
@@ -37,6 +37,11 @@ def generate(
     if int(ids.max()) >= loaded.config.get_text_config().vocab_size:
         raise MoeccError(
             f"{model}: its tokenizer makes tokens that the model doesn't have; copy the model's own tokenizer"
+        )
+    limit = longest_row(loaded.config)
+    if limit is not None and (length := ids.shape[-1] + new_tokens) > limit:
+        raise MoeccError(
+            f"{length} tokens with the prompt's, but {model} has positions for {limit}; give fewer --max-new-tokens"
         )
     settings: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:

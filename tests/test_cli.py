@@ -46,7 +46,7 @@ def moecc(capsys: pytest.CaptureFixture[str]) -> Any:
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the example model with one float tensor a little off and one renamed."""
     folder = tmp_path_factory.mktemp("changed")
-    shutil.copytree(TINYMOE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.txt", "*.py", "*.md"))
+    shutil.copytree(TINYMOE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.txt", "*.md"))
     tensors = dict(TensorFile(folder / "model.safetensors"))
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
     for name in [n for n in tensors if "layers.2.mlp.experts" in n and "down" in n]:
@@ -84,6 +84,17 @@ BAD = {
     "generate from an empty prompt": ["generate", TINYMOE, "--prompt", ""],
     "passes with a misspelt name": ["passes", "kbvqq"],
     "passes of a missing file": ["passes", "./my_pass.py"],
+    "generate more than there are positions for": ["generate", TINYMOE, "--max-new-tokens", "100000"],
+    "export of a profile with bits that it doesn't take": [
+        "export",
+        TINYMOE,
+        "--to",
+        "onnx",
+        "--bits",
+        "8",
+        "-o",
+        "OUT",
+    ],
     "diff with one model": ["diff", TINYMOE],
     "diff with a missing model": ["diff", TINYMOE, "./nothing"],
 }
@@ -285,11 +296,14 @@ def test_diff_of_names_shapes_codes_and_files(moecc: Any, tmp_path: Path) -> Non
         tensors = {"codes": codes.to(torch.uint8), "shape": torch.ones(4), "zero": torch.zeros(2, 2), **extra}
         write_safetensors(tmp_path / name / "model.safetensors", tensors)
         (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "chat_template.jinja").write_text(f"{{{{ {name} }}}}")
+        (tmp_path / name / "merges.txt").write_text("a b")
     (tmp_path / "b" / "moecc.json").write_text(json.dumps({"pipeline": "vq", "source": "x"}))
     found = moecc("diff", tmp_path / "a", tmp_path / "b", "--json").json
     rows = {row["name"]: row for row in found["different_tensors"]}
     assert rows.keys() == {"codes", "shape"} and rows["codes"]["unequal"] == 0.25
-    assert found["only_in_a"] == ["only.a"] and found["only_in_b"] == [] and found["different_files"] == ["moecc.json"]
+    assert found["only_in_a"] == ["only.a"] and found["only_in_b"] == []
+    assert found["different_files"] == ["chat_template.jinja", "moecc.json"]
     assert "vq of x" in moecc("diff", tmp_path / "a", tmp_path / "b").out
 
 

@@ -558,6 +558,8 @@ def test_bench_says_how_fast_an_export_is(qwen: Path, tmp_path: Path, capsys: py
     assert all(r["decode_tokens_per_second"] > 0 and r["private_bytes"] > 0 for r in got.json["rows"])
     got = Run(capsys, "bench", qwen)
     assert got.code == 2 and "moecc export" in got.err
+    got = Run(capsys, "bench", tmp_path / "onnx", "--new-tokens", "1000000")
+    assert got.code == 2 and "positions; give fewer --prompt-tokens or --new-tokens" in got.err
     (tmp_path / "onnx" / exporter.DATA).write_bytes(b"x")
     got = Run(capsys, "bench", tmp_path / "onnx", "--threads", "1")
     assert got.code == 2 and "can't load it" in got.err and got.err.count("moecc") == 1

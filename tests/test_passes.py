@@ -551,6 +551,22 @@ def test_digests_tell_tensors_apart() -> None:
     assert digest(torch.zeros(3)) != digest(torch.ones(3)) and len(digest(torch.zeros(3))) == 8
 
 
+def test_the_author_s_guide_in_python_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (ROOT / "passes" / "README.md").read_text()
+    code = guide[guide.index("## In Python") :].split("```python\n")[1].split("```")[0]
+    make("qwen2_moe").save_pretrained(tmp_path)
+    for theirs, ours in (('"examples/tinymoe"', repr(str(tmp_path))), ("4096, (2, 64)", "64, (2, 8)")):
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert "= moecc.vq_experts(" in (told := capsys.readouterr().out) and "\n./examples/my_pass.py: " in told
+    torch.testing.assert_close(names["module"](input_ids=names["batches"][0])[0], names["logits"][0])
+
+
 def test_the_author_s_guide_shows_the_example_as_it_is() -> None:
     guide, example = (ROOT / "passes" / "README.md").read_text(), Path(MY_PASS).read_text()
     assert f"```python\n{example[example.index('@dataclass') :]}```" in guide

@@ -36,7 +36,22 @@ def bench(
         libraries.append(build.library())
     except MoeccError as error:
         say(f"without the op library: {error}")
-    return [_apart(model, library, n, prompt, new_tokens) for n in threads for library in libraries]
+    _require_positions(model.parent, prompt + new_tokens)
+    rows = []
+    for n in threads:
+        for library in libraries:
+            say(f"{'portable' if library is None else 'native'}, threads: {n}")
+            rows.append(_apart(model, library, n, prompt, new_tokens))
+    return rows
+
+
+def _require_positions(folder: Path, length: int) -> None:
+    """MoeccError where the model has not so many positions, by the genai_config.json beside it."""
+    config = folder / "genai_config.json"
+    if config.is_file() and length > (limit := int(json.loads(config.read_text())["model"]["context_length"])):
+        raise MoeccError(
+            f"{length} tokens, but {config} says that the model has {limit} positions; give fewer --prompt-tokens or --new-tokens"
+        )
 
 
 def _apart(model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int) -> dict[str, Any]:
