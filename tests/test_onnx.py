@@ -5,6 +5,7 @@ The op library has tests of its own (test_native.py). A sample of the families b
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -381,16 +382,19 @@ def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(family: str, tmp_path: Pat
     assert "QMoE" in ops_used and not {"VQExperts", "Experts"} & ops_used
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
-def test_embeddings_in_int8(family: str, tmp_path: Path) -> None:
-    """The first ties head and embedding or doesn't; either way both are small integers and the logits near."""
-    art = compiled(tmp_path, family, "vq")
-    made = exporter.export(art, tmp_path / "onnx", small_embeddings=True)
-    assert made["difference"] <= exporter.TOLERANCE["int8 activations"]
+@pytest.mark.parametrize(("tied", "dtype"), [(False, "float32"), (False, "float16"), (True, "float16")])
+def test_embeddings_in_int8(tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head and embedding are small integers, one tensor where they are tied, and the logits near."""
+    family = FAMILIES["qwen2_moe"]
+    config = {**family.config, "tie_word_embeddings": tied}
+    monkeypatch.setitem(FAMILIES, "qwen2_moe", dataclasses.replace(family, config=config))
+    art = compiled(tmp_path, "qwen2_moe", "vq")
+    made = exporter.export(art, tmp_path / "onnx", dtype=dtype, small_embeddings=True)
+    assert made["difference_of_most"] <= exporter.TOLERANCE["int8 activations"]
     model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
     used = [n.op_type for n in model.graph.node]
     assert used.count("GatherBlockQuantized") == used.count("MatMulNBits") == 1
-    tied = AutoConfig.from_pretrained(art).tie_word_embeddings
+    assert AutoConfig.from_pretrained(art).tie_word_embeddings == tied
     assert len([i for i in model.graph.initializer if i.name.endswith(".packed")]) == (1 if tied else 2)
     assert not [i for i in model.graph.initializer if "embed_tokens.weight" == i.name.removeprefix("model.")]
 
