@@ -31,7 +31,7 @@ from onnxscript import values
 from onnxscript.rewriter import onnx_fusions
 
 from moecc import ops
-from moecc.backends.onnx import attention, bodies, masks
+from moecc.backends.onnx import attention, bodies, masks, rotary
 from moecc.backends.onnx.cached import Cached
 from moecc.errors import MoeccError, reason
 
@@ -61,9 +61,10 @@ def translate(cached: Cached, opset: int, stored: Container[str]) -> ir.Model:
                 if _own_name(value) in stored:
                     value.const_value = None
             onnxscript.optimizer.optimize_ir(model)
+            rotary.fuse(model)
             onnx_fusions.fuse(model)  # what opset 23 has one operator for
-            CommonSubexpressionEliminationPass()(model)
             _norm_in_the_type_of_scales(model)
+            CommonSubexpressionEliminationPass()(model)
             masks.simplify(model)
             may_have_room = attention.fuse(model)
             _join_sums_and_norms(model)
@@ -199,7 +200,6 @@ _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
 # ---------------------------------------------------------------- what is left of the exporter
 
 
-def _join_sums_and_norms(model: ir.Model) -> None:
 def _norm_in_the_type_of_scales(model: ir.Model) -> None:
     """Cast what RMSNormalization is of to its scale's type: ONNX allows two types, ONNX Runtime's kernel has one."""
     for node in [n for n in model.graph if n.op_type == "RMSNormalization"]:
@@ -213,6 +213,7 @@ def _norm_in_the_type_of_scales(model: ir.Model) -> None:
             node.replace_input_with(0, cast)
 
 
+def _join_sums_and_norms(model: ir.Model) -> None:
     """RMSNormalization of a sum that is needed itself too, as the operator that gives both."""
     for node in [n for n in model.graph if n.op_type == "RMSNormalization"]:
         total, norm = node.inputs[0], node.inputs[1]
