@@ -113,7 +113,8 @@ class Matrices(NamedTuple):
             return None
         bits = 3 if signs is not None else 4 if codebook.shape[2] == 2 else 2
         table = codebook.contiguous().view(torch.int16 if bits == 4 else torch.int32).squeeze(-1)
-        return cls(bits, words, signs, table, scale.contiguous())
+        signs = None if signs is None else signs.contiguous()
+        return cls(bits, words.contiguous(), signs, table, scale.contiguous())
 
 
 class Blocks(NamedTuple):
@@ -171,7 +172,8 @@ def plan(
 
     columns, blocks, z = build.prepare(x.contiguous(), index, gate_up.get("basis"), up.words.shape[3])
     shared = build.mean("gate_up mean", gate_up, columns, rows, hidden, gated=gate != "none")
-    low = (z, gate_up.get("coef"), gate_up.get("coef_scale")) if z is not None else None
+    coef, scale = gate_up.get("coef"), gate_up.get("coef_scale")
+    low = None if z is None or coef is None or scale is None else (z, coef.contiguous(), scale.contiguous())
     summed = down.get("mean_codes") is not None and post_norm is None  # the mean then meets sum_j w_j h_j
     h, averaged = build.gate_up(
         up, gate_up.get("bias"), columns, blocks, rows, hidden, shared, low, index, weight, units, below.words.shape[3], summed,
