@@ -19,9 +19,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
 triton = pytest.importorskip("triton")
-from moecc.backends.triton import aot  # noqa: E402
-from moecc.backends.triton.aot import SHAPES, TARGETS, Report, Target, abstract_plan, compile_launch  # noqa: E402
-from moecc.backends.triton.launch import Launch  # noqa: E402
+from moecc.backends.triton import aot, around, grouped  # noqa: E402
+from moecc.backends.triton.aot import SHAPES, TARGETS, Report, Shape, Target, abstract_plan, compile_launch  # noqa: E402
+from moecc.backends.triton.launch import Launch, most_tokens  # noqa: E402
+from moecc.backends.triton.tiles import Tile  # noqa: E402
 
 MIXTRAL, QWEN = SHAPES["Mixtral-8x7B"], SHAPES["Qwen3-30B-A3B"]
 BUDGET = {2: 1.75, 3: 2.6}  # instructions per weight, one token
@@ -79,6 +80,20 @@ def test_every_kernel_fits_every_card(name: str) -> None:
 def unfinished(ptx: str) -> list[str]:
     """What waits for a product without its end, of code in which the next one's operands are written to the same registers."""
     return [wait for wait in re.findall(r"wgmma\.wait_group\S* \d+", ptx) if not wait.endswith(" 0")]
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), Shape(1024, 16, 2048, 512), Shape(2, 1, 64, 64)])
+def test_no_grid_is_too_large_however_many_tokens_come(shape: Shape, dtype: torch.dtype) -> None:
+    """CUDA's limits: 2^31 - 1 programs along the first axis, 65535 along the others."""
+    tokens = min(1_500_000, most_tokens(shape.top_k))
+    for card, norm in ((card, norm) for card in TARGETS for norm in (False, True)):
+        for launch in abstract_plan(shape, tokens, 2, card=card, dtype=dtype, norm=norm, mean=2, rank=8).launches:
+            assert launch.grid[0] < 1 << 31 and all(n <= 65535 for n in launch.grid[1:]), (
+                card,
+                launch.name,
+                launch.grid,
+            )
+
 
 
 def test_no_product_runs_into_the_next_step() -> None:

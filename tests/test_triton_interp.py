@@ -294,3 +294,11 @@ def test_the_interpreter_s_bfloat16_is_still_wrong() -> None:
 def test_the_function_runs_the_plan() -> None:
     layer = draw_layer(3)
     assert torch.equal(launch.vq_experts(*layer.packed(), **layer.attributes), run(layer).out)
+
+
+def test_more_tokens_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, sizes = draw_layer(3, tokens=5, rank=2), []
+    monkeypatch.setattr(launch, "_MOST_SLOTS", 4)
+    monkeypatch.setattr(launch, "plan", lambda x, *a, **k: sizes.append(len(x)) or plan(x, *a, **k))
+    assert_within(launch.vq_experts(*layer.packed(), **layer.attributes), layer.reference())
+    assert sizes == [2, 2, 1]

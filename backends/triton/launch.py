@@ -39,6 +39,7 @@ from moecc.backends.triton.tiles import Card, Tile, card_of, choose_tile, choose
 from moecc.errors import MoeccError
 from moecc.gates import rows_per_unit
 
+_MOST_SLOTS = 1 << 17
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes no inline assembly
 
 
@@ -134,13 +135,21 @@ def vq_experts(
 
     On CUDA and ROCm, and on the CPU where triton was imported under TRITON_INTERPRET=1. A choice outside 0..E-1 counts as zero.
     """
-    made = plan(
-        x, topk_index, topk_weight, gate_up, down, post_norm, act=act, gate=gate, alpha=alpha, limit=limit, eps=eps
-    )
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # triton launches on the current one
-        for launch in made.launches:
-            launch()
-    return made.out
+    outs: list[Tensor] = []
+    told: dict[str, Any] = dict(act=act, gate=gate, alpha=alpha, limit=limit, eps=eps)
+    pieces = [t.split(most_tokens(topk_index.shape[1])) for t in (x, topk_index, topk_weight)]
+    for some, index, weight in zip(*pieces, strict=True):
+        made = plan(some, index, weight, gate_up, down, post_norm, **told)
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # triton launches on the current one
+            for launch in made.launches:
+                launch()
+        outs.append(made.out)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def most_tokens(choices: int) -> int:
+    """Of one plan: a grid has 65535 blocks, of 8 slots or more, and what is between the products is float32 for every slot."""
+    return max(1, _MOST_SLOTS // max(1, choices))
 
 
 def plan(
