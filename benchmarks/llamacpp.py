@@ -240,7 +240,8 @@ def main() -> int:
         "# Whole models beside llama.cpp\n\n"
         f"moecc {moecc.__version__}, onnxruntime {onnxruntime.__version__}, {platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores; batch 1, prefill of 128 tokens, 64 decoded one by one, medians. KL and perplexity over "
-        f"{ROWS} x {LENGTH} tokens of held-out text. Made by `python benchmarks/llamacpp.py`.\n"
+        f"{ROWS} x {LENGTH} tokens of held-out text. llama.cpp's Q2_K and Q3_K_S are made without an importance matrix. "
+        "Made by `python benchmarks/llamacpp.py`.\n"
     )
     found: dict[str, Any] = {}
     for name in args.only:

@@ -11,6 +11,7 @@ Shapes: E experts, D hidden, F intermediate; gate_up [E, 2F or F, D], gate rows 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -173,7 +174,7 @@ class CompressedProjection(nn.Module):
     def __init__(self, specs: TensorSpecs, *, gated: bool):
         super().__init__()
         self.gated = gated
-        self.packed: ModuleType | None = None  # the backend in whose order the codes are
+        self.packed: str | None = None  # the module of the backend in whose order the codes are, by name
         self.place: str | None = None  # the type of device that this was last settled for
         self._columns = 0  # of the stored codes, while they are packed
         _register_buffers(self, vq4.TENSORS, specs)
@@ -190,7 +191,7 @@ class CompressedProjection(nn.Module):
         """Bring the codes into the order of what runs them on the device where they are now."""
         self.place = self.codes.device.type
         wanted = placement.kernels_for(self.place)
-        if wanted is not self.packed and self.place != "meta":
+        if (wanted and wanted.__name__) != self.packed and self.place != "meta":
             self.unpack()
             if wanted is not None:
                 self.pack(wanted)
@@ -199,7 +200,7 @@ class CompressedProjection(nn.Module):
         """Codes and signs in the order of `backend`, in place of the stored ones."""
         self._columns = self.codes.shape[2] * self.codebook.shape[2]
         self._replace(backend.pack_projection(dict(zip(vq4.TENSORS, self.tensors(), strict=True)), gated=self.gated))
-        self.packed = backend
+        self.packed = backend.__name__
 
     def unpack(self) -> None:
         """Codes and signs as they are stored."""
@@ -209,7 +210,8 @@ class CompressedProjection(nn.Module):
     def _stored(self) -> dict[str, Tensor | None]:
         tensors = dict(zip(vq4.TENSORS, self.tensors(), strict=True))
         if self.packed is not None:
-            tensors = self.packed.unpack_projection(tensors, self._columns, gated=self.gated)
+            backend = importlib.import_module(self.packed)
+            tensors = backend.unpack_projection(tensors, self._columns, gated=self.gated)
         return tensors
 
     def _replace(self, tensors: Mapping[str, Tensor | None]) -> None:
@@ -233,7 +235,7 @@ class CompressedProjection(nn.Module):
         self.unpack()
         super()._load_from_state_dict(*args)
         if backend is not None:
-            self.pack(backend)
+            self.pack(importlib.import_module(backend))
 
 
 def compressed_attributes(module: nn.Module) -> dict[str, Any] | None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_masks
 import torch
-from test_native import TYPES, Batch, Outcome, isas  # noqa: F401 (a fixture)
+from test_native import TYPES, Batch, Outcome, isas, sanitized  # noqa: F401 (a fixture)
 from torch import Tensor
 
 from moecc.backends.onnx import build
@@ -180,6 +181,25 @@ def test_the_function_gives_the_same(name: str, tmp_path: Path) -> None:
     check(Batch(tmp_path).run(None), "one", case, given, "standard operators")
 
 
+def test_sanitizers_find_nothing(tmp_path: Path, isas: list[str]) -> None:  # noqa: F811
+    """In attention and in masks, whose inputs each have memory that ends where they do."""
+    library, environment = sanitized()
+    batch, made = Batch(tmp_path), {name: case.made() for name, case in CASES.items()}
+    for name, case in CASES.items():
+        write(tmp_path, name, case, made[name])
+    write_wrong(tmp_path)
+    masks = [f"mask{i}" for i in range(len(test_masks.CASES))]
+    for name, (tokens, padding, total, window) in zip(masks, test_masks.CASES, strict=True):
+        onnx.save(test_masks.of_one_node(window), tmp_path / f"{name}.onnx")
+        given = test_masks.feed(tokens, padding, total)
+        np.savez(tmp_path / f"{name}.npz", **{f"run/{n}": a for n, a in given.items()})
+    for isa in isas:
+        outcome = batch.run(library, threads=2, MOECC_ISA=isa, **environment)
+        assert all(outcome.errors[name] for name in WRONG) and not any(outcome.errors[name] for name in masks)
+        for name, case in CASES.items():
+            check(outcome, name, case, made[name], f"sanitized {isa}")
+
+
 WRONG = {
     "rows": ({"rows": lambda t: t[0]}, "rows has shape [3, 184], expected [B, S, row width]"),
     "row_width": ({"rows": lambda t: t[..., :-2]}, "which leaves no whole heads of queries beside past_key [2, 2, 5, 24]"),
@@ -198,11 +218,15 @@ WRONG = {
 }  # fmt: skip
 
 
-def test_what_does_not_fit_is_an_error_that_says_so(tmp_path: Path) -> None:
+def write_wrong(folder: Path) -> None:
     case = Case(normed=True)
     for name, (changes, _) in WRONG.items():
         given = case.made()
-        write(tmp_path, name, case, given | {n: f(given[n]).contiguous() for n, f in changes.items()})
+        write(folder, name, case, given | {n: f(given[n]).contiguous() for n, f in changes.items()})
+
+
+def test_what_does_not_fit_is_an_error_that_says_so(tmp_path: Path) -> None:
+    write_wrong(tmp_path)
     outcome = Batch(tmp_path).run(build.library(), threads=2)
     for name, (_, text) in WRONG.items():
         (said,) = outcome.errors[name]

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = {p.stem: p for p in sorted((ROOT / "moecc").glob("*.py")) if p.stem != "__init__"}
 PASSES = {p.stem: p for p in sorted((ROOT / "passes").rglob("*.py")) if p.stem != "__init__"}
-BACKENDS = {p.stem: p for p in sorted((ROOT / "backends").rglob("*.py")) if p.stem != "__init__"}
+BACKENDS = {str(p.relative_to(ROOT / "backends")): p for p in sorted((ROOT / "backends").rglob("*.py"))}
 
 # What the lowest modules may import of moecc: everything else stands on them.
 FLOOR: dict[str, set[str]] = {

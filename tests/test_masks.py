@@ -46,19 +46,25 @@ CASES = [(*size, window) for size in SIZES for window in (1, 3, masks.NO_WINDOW)
 
 
 @pytest.mark.parametrize("library", (False, True))
-def test_function_and_library_give_what_it_is(library: bool, tmp_path: Path) -> None:
+def test_function_and_library_give_what_it_is(library: bool) -> None:
     for tokens, padding, total, window in CASES:
-        session = one(tmp_path, window, library)
-        given = masks._counting(padding, total)
-        y = session.run(None, {"input_ids": np.zeros((len(padding), tokens), np.int64), "attention_mask": given})[0]
+        session = one(window, library)
+        y = session.run(None, feed(tokens, padding, total))[0]
         assert y.shape == (len(padding), 1, tokens, total) and y.dtype == bool
         for b, s, t in np.ndindex(len(padding), tokens, total):
             place = total - tokens + s
             assert y[b, 0, s, t] == (padding[b] <= t <= place and place - t < window)
 
 
-def test_what_does_not_fit_is_an_error_that_says_so(tmp_path: Path) -> None:
-    session = one(tmp_path, 3, True)
+def feed(tokens: int, padding: list[int], total: int) -> dict[str, np.ndarray]:
+    return {
+        "input_ids": np.zeros((len(padding), tokens), np.int64),
+        "attention_mask": masks._counting(padding, total),
+    }
+
+
+def test_what_does_not_fit_is_an_error_that_says_so() -> None:
+    session = one(3, True)
     ids = np.zeros((2, 4), np.int64)
     for counts, text in (
         (np.ones((2, 3), np.int64), "attention_mask has shape [2, 3], which is of fewer tokens than input_ids [2, 4]"),
@@ -68,13 +74,22 @@ def test_what_does_not_fit_is_an_error_that_says_so(tmp_path: Path) -> None:
             session.run(None, {"input_ids": ids, "attention_mask": counts})
         assert text in str(failed.value)
     with pytest.raises(Exception, match="window is 0, expected 1 or more"):
-        one(tmp_path, 0, True)
+        one(0, True)
 
 
-def one(folder: Path, window: int, library: bool) -> Any:
+def one(window: int, library: bool) -> Any:
     """A session of one node."""
     if library and not any(map(shutil.which, build.COMPILERS)):
         pytest.skip("no C++ compiler")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if library:
+        options.register_custom_ops_library(str(build.library()))
+    model = of_one_node(window).SerializeToString()
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def of_one_node(window: int) -> Any:
     node = onnx.helper.make_node(masks.NAME, list(masks._INPUTS), ["y"], domain="moecc", window=window)
     info, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
     graph = onnx.helper.make_graph(
@@ -85,8 +100,4 @@ def one(folder: Path, window: int, library: bool) -> Any:
     functions = [ir.serde.serialize_function(masks.function(21))]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     onnx.checker.check_model(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if library:
-        options.register_custom_ops_library(str(build.library()))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return model

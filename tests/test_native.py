@@ -508,8 +508,8 @@ def test_too_little_memory_is_an_error(tmp_path: Path) -> None:
 # ---- the library itself
 
 
-def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path: Path, isas: list[str]) -> None:
-    """Weights are inputs here, so that each tensor has memory of its own that ends where the tensor does."""
+def sanitized() -> tuple[Path, dict[str, str]]:
+    """The library with address and undefined-behaviour sanitizers, and the environment that it needs."""
     runtime = [
         subprocess.run(
             [*build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -518,14 +518,19 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path: Path,
     ]
     if not all(map(os.path.isabs, runtime)):
         pytest.skip("the compiler has no sanitizers that can be loaded first")
+    environment = {"LD_PRELOAD": " ".join(map(str.strip, runtime)), "ASAN_OPTIONS": "detect_leaks=0"}
+    return build.library(sanitize=True), environment
+
+
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path: Path, isas: list[str]) -> None:
+    """Weights are inputs here, so that each tensor has memory of its own that ends where the tensor does."""
+    library, environment = sanitized()
     batch = Batch(tmp_path)
     for name, case in CASES.items():
         if not name.startswith(("act_", "plain_", "loud_", "chunks")) or case.act == "gelu":
             batch.expected[name] = write(tmp_path, name, replace(case, fed=True, tokens=(2, 33)))
     for name, (change, _) in WRONG.items():
         write(tmp_path, f"wrong_{name}", replace(FULL, fed=True), change)
-    library = build.library(sanitize=True)
-    environment = {"LD_PRELOAD": " ".join(map(str.strip, runtime)), "ASAN_OPTIONS": "detect_leaks=0"}
     for isa in isas:
         outcome = batch.run(library, threads=2, MOECC_ISA=isa, **environment)
         for name, expected in batch.expected.items():

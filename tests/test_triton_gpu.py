@@ -132,7 +132,9 @@ def on_card(artifact: Path) -> Any:
 
 def test_a_model_loaded_on_the_card_runs_by_the_kernels(artifact: Path, tmp_path: Path) -> None:
     reference, model = load(artifact), on_card(artifact)
-    assert projections(model) and all(p.packed is backend and p.codes.dtype == torch.int32 for p in projections(model))
+    assert projections(model) and all(
+        p.packed == backend.__name__ and p.codes.dtype == torch.int32 for p in projections(model)
+    )
     wanted = logits(reference)
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-3)
     told = dict(max_new_tokens=8, do_sample=False)

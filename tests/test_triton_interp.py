@@ -132,6 +132,20 @@ def test_operands_with_gaps() -> None:
     check(layer)
 
 
+def spread(p: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The same tensors, each every other number of one twice as long."""
+    return {name: None if t is None else torch.stack((t, t), -1)[..., 0] for name, t in p.items()}
+
+
+def test_stored_tensors_with_gaps() -> None:
+    layer = draw_layer(3, rank=3, bias=True, mean=3, norm=True)
+    x, index, weight, gate_up, down, post_norm = layer.packed()
+    gate_up, down = spread(gate_up), spread(down)
+    assert not any(t.is_contiguous() for p in (gate_up, down) for t in p.values() if t is not None)
+    out = launch.vq_experts(x, index, weight, gate_up, down, post_norm, **layer.attributes)
+    assert_within(out, layer.reference())
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_infinity_and_no_number_stay_in_their_token() -> None:
     layer = draw_layer(2, tokens=3)
@@ -280,3 +294,11 @@ def test_the_interpreter_s_bfloat16_is_still_wrong() -> None:
 def test_the_function_runs_the_plan() -> None:
     layer = draw_layer(3)
     assert torch.equal(launch.vq_experts(*layer.packed(), **layer.attributes), run(layer).out)
+
+
+def test_more_tokens_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, sizes = draw_layer(3, tokens=5, rank=2), []
+    monkeypatch.setattr(launch, "_MOST_SLOTS", 4)
+    monkeypatch.setattr(launch, "plan", lambda x, *a, **k: sizes.append(len(x)) or plan(x, *a, **k))
+    assert_within(launch.vq_experts(*layer.packed(), **layer.attributes), layer.reference())
+    assert sizes == [2, 2, 1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 import onnx_ir as ir
+from onnx_ir import tensor_adapters
 from torch import Tensor
 
 from moecc.backends.onnx import bodies
@@ -80,28 +81,16 @@ class _Tables:
             block = next((b for b in _BLOCKS if columns % b == 0), None)
             if block is None:
                 raise MoeccError(f"{name}: blocks of 16 don't divide {columns}; export without --embeddings int8")
-            shape = (rows, columns // block)
-            self.made[name] = (
-                bodies.lazy(
-                    self.model, f"{name}.packed", (*shape, block), ir.DataType.UINT8, partial(self._packed, name, block)
-                ),
-                bodies.lazy(
-                    self.model,
-                    f"{name}.scales",
-                    (*shape, 1),
-                    ir.DataType.FLOAT,
-                    partial(self._scales, name, block, (*shape, 1)),
-                ),
-            )
+            shape, make = (rows, columns // block, block), partial(self._packed, name, block)
+            packed = bodies.lazy(self.model, f"{name}.packed", shape, ir.DataType.UINT8, make)
+            self.made[name] = packed, self._scales(weight, "scales", block, (*shape[:2], 1))
         return self.made[name]
 
     def flat(self, weight: ir.Value) -> ir.Value:
         """The scales once more, [V, D / block]."""
-        name = self._name(weight)
         packed, _ = self.of(weight)
         rows, blocks, block = (int(n) for n in packed.shape)  # type: ignore[arg-type, union-attr]
-        make = partial(self._scales, name, block, (rows, blocks))
-        return bodies.lazy(self.model, f"{name}.head_scales", (rows, blocks), ir.DataType.FLOAT, make)
+        return self._scales(weight, "head_scales", block, (rows, blocks))
 
     def _name(self, weight: ir.Value) -> str:
         name = weight_name(weight)
@@ -112,8 +101,16 @@ class _Tables:
         packed: Tensor = quantize(self.store.read(name).float(), 8, block)[0].unflatten(-1, (-1, block))
         return packed
 
-    def _scales(self, name: str, block: int, shape: tuple[int, ...]) -> Tensor:
-        return quantize(self.store.read(name).float(), 8, block)[1].view(shape)
+    def _scales(self, weight: ir.Value, kind: str, block: int, shape: tuple[int, ...]) -> ir.Value:
+        """In the type of the weight, which the graph computes in."""
+        name, dtype = self._name(weight), weight.dtype
+        assert dtype is not None
+        number = tensor_adapters.to_torch_dtype(dtype)
+
+        def make() -> Tensor:
+            return quantize(self.store.read(name).float(), 8, block)[1].view(shape).to(number)
+
+        return bodies.lazy(self.model, f"{name}.{kind}", shape, dtype, make)
 
     def drop_unused(self) -> None:
         graph = self.model.graph

@@ -10,6 +10,7 @@ Written under a temporary name, loaded by ONNX Runtime, compared with the artifa
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from moecc import __version__
 from moecc.artifact import copy_small_files
@@ -36,7 +38,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 MODEL, DATA, RECORD, LIBRARY = "model.onnx", "model.onnx.data", "moecc_onnx.json", "libmoecc_ops.so"
 _TOKENS = (2, 12)  # of the comparison: rows, and tokens of each; the last third one by one
 # of the largest logit: sums in another order; float16; dense matrices whose inputs are rounded to int8; experts rounded anew
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8 activations": 5e-2, "other weights": 0.5}
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "int8 activations": 5e-2, "other weights": 0.5}
+_MOST = 0.75  # of tokens, which are to be within it, all at float32
 
 
 def export(
@@ -79,8 +82,8 @@ def export(
         library = _library(partial, say) if profile == "native" else None
         (partial / genai.FILE).write_text(json.dumps(genai.config(found, cached, folder, library), indent=1) + "\n")
         rounded = any(node.op_type in ("MatMulNBits", "QMoE", "GatherBlockQuantized") for node in model.graph)
-        tolerance = TOLERANCE["other weights" if profile == "qmoe" else "int8 activations" if rounded else dtype]
-        record = _compare(folder, partial, text_config(found.config).vocab_size, tolerance, library)
+        rounding = "other weights" if profile == "qmoe" else "int8 activations" if rounded else dtype
+        record = _compare(folder, partial, text_config(found.config).vocab_size, rounding, library)
         record |= {
             "moecc": __version__, "source": store.digest(), "opset": opset,
             "profile": "portable" if profile == "native" and library is None else profile, "dtype": dtype,
@@ -97,8 +100,8 @@ def export(
 
 def summary(record: dict[str, Any]) -> str:
     return (
-        f"{record['out']}: {size(record['bytes'])}, logits differ by {record['difference']:.1e} of the largest; "
-        f"runs in {record['runs_from']} and later"
+        f"{record['out']}: {size(record['bytes'])}, logits differ by {record['difference']:.1e} of the largest, three tokens "
+        f"in four by at most {record['difference_of_most']:.1e}; runs in {record['runs_from']} and later"
     )
 
 
@@ -122,16 +125,28 @@ def _library(partial: Path, say: Callable[[str], None]) -> Path | None:
         return None
 
 
-def _compare(folder: Path, partial: Path, vocabulary: int, tolerance: float, library: Path | None) -> dict[str, Any]:
-    """How far the file's logits are from the artifact's. MoeccError where that is more than rounding."""
+def _compare(folder: Path, partial: Path, vocabulary: int, rounding: str, library: Path | None) -> dict[str, Any]:
+    """How far the file's logits are from the artifact's. MoeccError where that is more than `rounding` explains."""
     rows, tokens = _TOKENS
     ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
     want = run_program(trace(folder, dtype=torch.float32), [ids])[0].float()
     session = run.Session(partial / MODEL, library=library)
     got = session.logits(ids, [tokens - tokens // 3, *[1] * (tokens // 3)])
-    difference = float((got - want).abs().max() / want.abs().max().clamp(min=1e-12))
-    if not difference <= tolerance:
+    largest, most = differences(got, want)
+    found, where = (largest, "") if rounding == "float32" else (most, ", in too many tokens")
+    if not found <= TOLERANCE[rounding]:
         raise MoeccError(
-            f"{folder.name}: logits of the ONNX file differ by {difference:.2g} of the largest; nothing was kept"
+            f"{folder.name}: logits of the ONNX file differ by {found:.2g} of the largest{where}; nothing was kept"
         )
-    return {"difference": difference, "runtime": run.version()}
+    return {"difference": largest, "difference_of_most": most, "runtime": run.version()}
+
+
+def differences(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """Of logits [B, S, vocabulary]: the largest error, of the largest of all; and what `_MOST` of the tokens are within, each of
+    its own largest. Rounding can send a token to another expert, and then its logits are others, though nothing is wrong."""
+    error = (got - want).abs()
+    if not bool(error.isfinite().all()):
+        return math.inf, math.inf
+    each, size = error.amax(-1).flatten(), want.abs().amax(-1).flatten().clamp(min=1e-12)
+    within = (each / size).sort().values[math.ceil(_MOST * len(each)) - 1]
+    return float(each.max() / size.max()), float(within)

@@ -31,7 +31,7 @@ from onnxscript import values
 from onnxscript.rewriter import onnx_fusions
 
 from moecc import ops
-from moecc.backends.onnx import attention, bodies, masks
+from moecc.backends.onnx import attention, bodies, masks, rotary
 from moecc.backends.onnx.cached import Cached
 from moecc.errors import MoeccError, reason
 
@@ -61,7 +61,9 @@ def translate(cached: Cached, opset: int, stored: Container[str]) -> ir.Model:
                 if _own_name(value) in stored:
                     value.const_value = None
             onnxscript.optimizer.optimize_ir(model)
+            rotary.fuse(model)
             onnx_fusions.fuse(model)  # what opset 23 has one operator for
+            _norm_in_the_type_of_scales(model)
             CommonSubexpressionEliminationPass()(model)
             masks.simplify(model)
             may_have_room = attention.fuse(model)
@@ -198,6 +200,19 @@ _TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
 # ---------------------------------------------------------------- what is left of the exporter
 
 
+def _norm_in_the_type_of_scales(model: ir.Model) -> None:
+    """Cast what RMSNormalization is of to its scale's type: ONNX allows two types, ONNX Runtime's kernel has one."""
+    for node in [n for n in model.graph if n.op_type == "RMSNormalization"]:
+        x, scale = node.inputs[:2]
+        assert x is not None and scale is not None
+        if scale.dtype is not None and x.dtype != scale.dtype:
+            op = bodies.Ops()
+            cast = op.Cast(x, to=int(scale.dtype))
+            cast.name, cast.shape, cast.type = f"{node.name}.x", x.shape, scale.type
+            model.graph.insert_before(node, *op.tape.nodes)
+            node.replace_input_with(0, cast)
+
+
 def _join_sums_and_norms(model: ir.Model) -> None:
     """RMSNormalization of a sum that is needed itself too, as the operator that gives both."""
     for node in [n for n in model.graph if n.op_type == "RMSNormalization"]:
@@ -206,9 +221,11 @@ def _join_sums_and_norms(model: ir.Model) -> None:
         last = node.attributes["axis"].as_int() == -1
         if add is None or add.op_type != "Add" or not last:
             continue
-        if total.is_graph_output() or node.outputs[0].is_graph_output():  # type: ignore[union-attr]
+        assert total is not None
+        if total.is_graph_output() or node.outputs[0].is_graph_output():
             continue
-        if norm is None or norm.producer() is not None:  # it may be computed behind the sum
+        # a scale that is computed may be so behind the sum; the operator has one type for all
+        if norm is None or norm.producer() is not None or norm.dtype != total.dtype:
             continue
         left, right = (None if v is None else v.shape for v in add.inputs)
         if left is None or len(left) != 3 or left != right:

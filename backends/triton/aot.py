@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moecc.backends.triton.launch import Launch, Plan, plan
+from moecc.backends.triton.pack import COLUMNS, tiles
 from moecc.backends.triton.tiles import Card, Tile
 from moecc.errors import MoeccError
 from moecc.gates import rows_per_unit
@@ -189,7 +190,7 @@ def abstract_plan(
     e, d, f = shape.experts, shape.hidden, shape.intermediate
 
     def coded(prefix: str, matrices: int, rows: int, columns: int, bits: int, gated: bool) -> dict[str, Tensor]:
-        down, across = -(-(rows // 2) // 32) if gated else -(-rows // 64), -(-columns // 128)
+        down, across = tiles(rows, gated=gated), -(-columns // COLUMNS)
         found = {
             "codes": torch.empty(
                 (matrices, down, 2 if bits == 4 else 1, across, 512), dtype=torch.int32, device="meta"

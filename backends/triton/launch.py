@@ -39,6 +39,7 @@ from moecc.backends.triton.tiles import Card, Tile, card_of, choose_tile, choose
 from moecc.errors import MoeccError
 from moecc.gates import rows_per_unit
 
+_MOST_SLOTS = 1 << 17
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes no inline assembly
 
 
@@ -113,7 +114,8 @@ class Matrices(NamedTuple):
             return None
         bits = 3 if signs is not None else 4 if codebook.shape[2] == 2 else 2
         table = codebook.contiguous().view(torch.int16 if bits == 4 else torch.int32).squeeze(-1)
-        return cls(bits, words, signs, table, scale.contiguous())
+        signs = None if signs is None else signs.contiguous()
+        return cls(bits, words.contiguous(), signs, table, scale.contiguous())
 
 
 class Blocks(NamedTuple):
@@ -133,13 +135,21 @@ def vq_experts(
 
     On CUDA and ROCm, and on the CPU where triton was imported under TRITON_INTERPRET=1. A choice outside 0..E-1 counts as zero.
     """
-    made = plan(
-        x, topk_index, topk_weight, gate_up, down, post_norm, act=act, gate=gate, alpha=alpha, limit=limit, eps=eps
-    )
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # triton launches on the current one
-        for launch in made.launches:
-            launch()
-    return made.out
+    outs: list[Tensor] = []
+    told: dict[str, Any] = dict(act=act, gate=gate, alpha=alpha, limit=limit, eps=eps)
+    pieces = [t.split(most_tokens(topk_index.shape[1])) for t in (x, topk_index, topk_weight)]
+    for some, index, weight in zip(*pieces, strict=True):
+        made = plan(some, index, weight, gate_up, down, post_norm, **told)
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # triton launches on the current one
+            for launch in made.launches:
+                launch()
+        outs.append(made.out)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def most_tokens(choices: int) -> int:
+    """Of one plan: a grid has 65535 blocks, of 8 slots or more, and what is between the products is float32 for every slot."""
+    return max(1, _MOST_SLOTS // max(1, choices))
 
 
 def plan(
@@ -171,7 +181,8 @@ def plan(
 
     columns, blocks, z = build.prepare(x.contiguous(), index, gate_up.get("basis"), up.words.shape[3])
     shared = build.mean("gate_up mean", gate_up, columns, rows, hidden, gated=gate != "none")
-    low = (z, gate_up.get("coef"), gate_up.get("coef_scale")) if z is not None else None
+    coef, scale = gate_up.get("coef"), gate_up.get("coef_scale")
+    low = None if z is None or coef is None or scale is None else (z, coef.contiguous(), scale.contiguous())
     summed = down.get("mean_codes") is not None and post_norm is None  # the mean then meets sum_j w_j h_j
     h, averaged = build.gate_up(
         up, gate_up.get("bias"), columns, blocks, rows, hidden, shared, low, index, weight, units, below.words.shape[3], summed,

@@ -64,6 +64,11 @@ def packed_rows(rows: int, *, gated: bool, device: torch.device | None = None) -
     return torch.where(unit < units, unit + up * units, rows)
 
 
+def _places(rows: int, *, gated: bool, device: torch.device) -> Tensor:
+    """The packed row of every stored row, i64 [rows]."""
+    return packed_rows(rows, gated=gated, device=device).argsort()[:rows]  # padding comes last
+
+
 def tiles(rows: int, *, gated: bool) -> int:
     """Row tiles of a projection: 32 units with a gate and an up row each, or 64 rows."""
     return -(-(rows // 2) // (ROWS // 2)) if gated else -(-rows // ROWS)
@@ -86,14 +91,14 @@ def pack_codes(codes: Tensor, group: int, *, gated: bool) -> Tensor:
 
 def unpack_codes(words: Tensor, group: int, rows: int, width: int, *, gated: bool) -> Tensor:
     """The inverse of `pack_codes`: u8 [E, rows, width]."""
-    experts, _, planes, across, _ = words.shape
-    order = packed_rows(rows, gated=gated, device=words.device)
+    experts, down, planes, across, _ = words.shape
+    places = _places(rows, gated=gated, device=words.device)
     codes = torch.empty((experts, rows, width), dtype=torch.uint8, device=words.device)
-    wide = torch.empty((len(order), across * COLUMNS // group), dtype=torch.uint8, device=words.device)
+    wide = torch.empty((down * ROWS, across * COLUMNS // group), dtype=torch.uint8, device=words.device)
     for packed, out in zip(words, codes, strict=True):
         for plane in range(planes):
             wide[:, plane::planes] = _from_fragments(packed[:, plane])
-        out[order[order < rows]] = wide[order < rows, :width]
+        out.copy_(wide.index_select(0, places)[:, :width])
     return codes
 
 
@@ -114,14 +119,14 @@ def pack_signs(signs: Tensor, *, gated: bool) -> Tensor:
 
 def unpack_signs(words: Tensor, rows: int, width: int, *, gated: bool) -> Tensor:
     """The inverse of `pack_signs`: u8 [E, rows, width]."""
-    experts, _, across, _ = words.shape
-    order = packed_rows(rows, gated=gated, device=words.device)
+    experts, down, across, _ = words.shape
+    places = _places(rows, gated=gated, device=words.device)
     signs = torch.empty((experts, rows, width), dtype=torch.uint8, device=words.device)
     for packed, out in zip(words, signs, strict=True):
         eights = vq4.unpack_signs(packed.contiguous().view(torch.uint8).flatten())
         parts = eights.view(-1, across, 4, 8, 4, 2, 4, 8)  # row tile, column tile, w, r, t, i, b, c
-        wide = vq4.pack_signs(parts.permute(0, 2, 5, 3, 1, 7, 4, 6).reshape(len(order), -1))
-        out[order[order < rows]] = wide[order < rows, :width]
+        wide = vq4.pack_signs(parts.permute(0, 2, 5, 3, 1, 7, 4, 6).reshape(down * ROWS, -1))
+        out.copy_(wide.index_select(0, places)[:, :width])
     return signs
 
 

@@ -5,7 +5,7 @@
 //   3. the codes of 64 rows are one register: two vpermi2b and a blend by the code's top bit look a byte up for all rows
 //   4. bytes are summed over four groups as they are, then in 16 bits over the block, and that sum goes to float with its scale
 //
-// Relative error of a product: 1.3e-5.
+// Relative error of a product: 1.3e-5 where channels are alike; of a layer with one 100 times as loud: 4e-5.
 #pragma once
 #include "avx512.h"
 

@@ -1,5 +1,6 @@
 // AVX-512 with VBMI and VNNI: codes are looked up 64 rows at a time by byte permutes, and fixed point takes float's place.
-// It is as exact as float32 where the largest value of an input is within some thousand times the others'.
+// Relative error of a layer, float32's is 5e-7: products by lookup 2e-5, and 4e-5 where one channel of x is 100 times as loud as
+// the others; those of avx512_multiply.h 5e-7, and 1.3e-6 there.
 #define LANES 16
 #include "avx512_lookup.h"
 #include "avx512_multiply.h"
