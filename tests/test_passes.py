@@ -474,6 +474,25 @@ def test_rilq_lowers_the_held_out_loss_and_merging_changes_nothing_but_rounding(
     assert all(run.ctx.audit[n]["rounding"] < 1e-12 for n in names)  # the checkpoint is float32
 
 
+def test_rilq_of_a_model_without_a_head_has_its_hidden_state_and_its_routers() -> None:
+    run = compiled(trace(make("muse_spark_text")), "vq{codebook=layer},affine,fold,rilq{steps=4,rank=2}")
+    told = next(row["rilq"] for row in run.ctx.audit.values() if "rilq" in row)
+    assert told["before"].keys() == {"loss", "hidden", "routing"} and told["before"]["loss"] == pytest.approx(2)
+    assert told["after"]["loss"] < 2
+    assert (
+        run.ctx.notes.count("rilq: the model gives no logits of its vocabulary; kl and lm are left out of the loss")
+        == 1
+    )
+    with pytest.raises(MoeccError, match="gives no logits, so kl and lm can't be measured; give hidden a weight"):
+        compiled(trace(make("muse_spark_text")), "vq{rounds=1},affine,fold,rilq{hidden=0}")
+
+
+def test_rilq_reads_the_text_s_own_next_token_only_where_it_counts(traced: Program) -> None:
+    for options, terms in (("", {"hidden", "kl", "routing"}), (",lm=1", {"hidden", "kl", "lm", "routing"})):
+        run = compiled(traced, f"vq{{rounds=1,codebook=layer}},affine,fold,rilq{{steps=1,rank=2{options}}}")
+        assert run.ctx.audit["model.layers.0.mlp.experts.down"]["rilq"]["before"].keys() == {"loss", *terms}
+
+
 def test_rilq_without_anything_to_gain_leaves_all_as_it_was(traced: Program) -> None:
     run = compiled(traced, "vq{bits=4},affine,fold,rilq{steps=1,lr=100,rank=2,patience=1},merge")
     assert not run.differed["rilq"] and not run.differed["merge"]
