@@ -8,13 +8,13 @@ activations between two layers, whatever the model's size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from moecc.ir import Program, needed_for, output_node, run_nodes, stage_nodes
+from moecc.memory import free_memory
 
 
 class StageWeights(Mapping[str, Any]):
@@ -110,17 +110,6 @@ def run_program(
     while stream.stage < program.layers:
         stream.advance(visit)
     return stream.output()
-
-
-def free_memory() -> int:
-    """Bytes of memory that this machine says can be had now."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 8 << 30
 
 
 def fits_in_memory(program: Program) -> bool:

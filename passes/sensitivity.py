@@ -31,10 +31,11 @@ from torch import Tensor
 
 from moecc.base import Context, Kept, Pass, option
 from moecc.ir import Program
+from moecc.memory import free_memory
 from moecc.passes._block import output_logits
 from moecc.passes._routing import boundary_nearness, selection_scores, standardized
 from moecc.passes._whole import Values, Whole
-from moecc.stream import StageWeights, free_memory
+from moecc.stream import StageWeights
 
 SHARPNESS = 4.0  # 1 / (standard deviations from the top-k boundary at which a score counts 1/e)
 
