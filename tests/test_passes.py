@@ -454,6 +454,13 @@ def test_gradients_layer_by_layer_are_those_of_the_whole(traced: Program) -> Non
             torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-6)
 
 
+def test_a_linear_of_zeros_has_no_error() -> None:
+    model = make("qwen2_moe")
+    name = "model.layers.0.self_attn.q_proj"
+    model.get_submodule(name).weight.data.zero_()
+    assert compiled(trace(model), "dense{group=16}").ctx.audit[f"{name}.weight"]["error"] == 0
+
+
 def test_rilq_lowers_the_held_out_loss_and_merging_changes_nothing_but_rounding(traced: Program) -> None:
     more = list(torch.randint(0, 64, (16, 4, 64), generator=torch.Generator().manual_seed(0)))
     run = compiled(traced, "vq{codebook=layer},affine,fold,rilq{steps=20,rank=4,lr=3}", batches=more)
