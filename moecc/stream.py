@@ -7,7 +7,7 @@ activations between two layers, whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,11 @@ def run_program(
     while stream.stage < program.layers:
         stream.advance(visit)
     return stream.output()
+
+
+def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first of equally large batches, up to `tokens` tokens in all (one batch at least)."""
+    return list(batches[: max(1, tokens // batches[0].numel())])
 
 
 def fits_in_memory(program: Program) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from families import make
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moecc import pipeline, vq4
-from moecc.base import Composite, Context, MoeccError
-from moecc.ir import Program, digest, output_node, run_nodes
+from moecc.base import Composite, Context, Layer, MoeccError
+from moecc.ir import Program, digest, output_node, run_nodes, stage_nodes
 from moecc.ops import KLT_EXPERTS, VQ_EXPERTS
 from moecc.passes._adapters import attached
+from moecc.passes._moments import measure, routed_tokens
 from moecc.passes._routing import selection_scores
 from moecc.passes._store import compact
 from moecc.passes._tuned import Tuned, bits_of
@@ -27,7 +31,7 @@ from moecc.passes._whole import Whole
 from moecc.passes.affine import shift
 from moecc.passes.rilq import Trained
 from moecc.passes.sensitivity import Gradients
-from moecc.stream import StageWeights, run_program
+from moecc.stream import StageWeights, Stream, first_tokens, run_program
 from moecc.trace import trace
 
 Tiny = Callable[[str], Program]
@@ -393,6 +397,55 @@ def test_sensitivity_foretells_the_divergence(traced: Program) -> None:
         logits.append(values[output_node(traced).name].double().log_softmax(-1))
     divergence = float((logits[0].exp() * (logits[0] - logits[1]).square()).sum(-1).mean()) / 2  # to second order
     assert divergence == pytest.approx(0.002**2 * float(run.ctx.sensitivity[moe.path].trace()) / 2, rel=0.1)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made while it is on take at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}  # storage -> tensors on it
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                self.count(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), 1)
+                weakref.finalize(t, self.count, t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), -1)
+        return result
+
+    def count(self, storage: int, nbytes: int, more: int) -> None:
+        before = self.held.get(storage, 0)
+        self.held[storage] = before + more
+        self.now += nbytes * ((before + more > 0) - (before > 0))
+        self.most = max(self.most, self.now)
+
+
+def test_moments_are_in_memory_once(tiny: Tiny, batches: list[Tensor]) -> None:
+    program = tiny("I")
+    stream = Stream(program, batches)
+    stream.advance()
+    layer = Layer(1, program, program, stream, stream)
+    (moe,) = layer.moe
+    routed = routed_tokens(layer, moe)
+    with Peak() as peak:
+        found = measure(layer, moe, routed, torch.eye(16))
+    weights = (layer.weight(moe, p) for p in ("gate_up", "down"))
+    size = sum(t.nbytes for t in (found.gate_up, found.down, found.output["gate_up"], *weights) if t is not None)
+    assert size <= peak.most < 1.1 * size
+
+
+def test_values_that_are_watched_come_in_the_graph_s_order(traced: Program) -> None:
+    """Their losses are added in it: a set's would depend on PYTHONHASHSEED, and with it the last bits."""
+    names = {n.name for n in traced.graph.nodes if n.op == "call_function"}
+    in_order = [[n.name for n in stage_nodes(traced, i)] for i in range(traced.layers)]
+    assert Whole(traced, set(), watch=names).watched == in_order
+
+
+def test_tokens_are_counted_in_whole_batches() -> None:
+    for tokens, count in ((1, 1), (47, 1), (48, 2), (10**6, 8)):
+        assert [id(b) for b in first_tokens(TOKENS, tokens)] == [id(b) for b in TOKENS[:count]]
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 40])
