@@ -12,6 +12,9 @@
   4. The audit has what the correction is for: how far the mean of the output was off, and its variance, before and after, over
      the variance of what is wanted.
 
+The paper has the correction, a slope and an offset per channel; that both come of a regression with a prior, and may be left out,
+is ours.
+
 Shapes: E experts, N rows; slope and offset [E, N], operands of `moecc::vq_experts` until `fold`.
 """
 
