@@ -556,6 +556,8 @@ def test_rilq_reads_the_text_s_own_next_token_only_where_it_counts(traced: Progr
 def test_rilq_without_anything_to_gain_leaves_all_as_it_was(traced: Program) -> None:
     run = compiled(traced, "vq{bits=4},affine,fold,rilq{steps=1,lr=100,rank=2,patience=1},merge")
     assert not run.differed["rilq"] and not run.differed["merge"]
+    with pytest.raises(MoeccError, match="patience=11 is out of range"):  # there are ten checks
+        pipeline.parse("rilq{patience=11}")
 
 
 def test_a_pass_of_one_s_own_takes_biases_out(traced: Program) -> None:
