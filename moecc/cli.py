@@ -180,6 +180,8 @@ def _eval(options: argparse.Namespace) -> Outcome:
             raise MoeccError(f"{path} has no *.safetensors weights; give a complete checkpoint or artifact")
         program.store.check()  # type: ignore[attr-defined]
         programs.append(program)
+    if program.restriction:
+        _say(f"note: the trace holds for {program.restriction} only")
     found = evaluate(programs[0], programs[1], ids, batch=options.batch, progress=_progress(options))
     result = {
         "model": options.model, "reference": options.reference, "rows": len(ids), "length": ids.shape[1],

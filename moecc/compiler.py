@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import os
 import platform
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from moecc.base import Context, MoeccError, Pass
 from moecc.decoded import Decoded
 from moecc.ir import Program
 from moecc.journal import Busy, Journal
-from moecc.skeleton import longest_row, read_config
+from moecc.skeleton import read_config
 from moecc.source import resolve
 from moecc.survey import least_bytes
 from moecc.tensorfiles import free_space
@@ -73,7 +72,8 @@ def compile_model(
     say(f"tracing {model}")
     program = trace(folder, dtype=torch.float32)
     _require_fresh(program, model, say)
-    _require_fitting(program, batches)
+    if batches:
+        text.require_rows(program, torch.cat(batches))
     if program.restriction:
         say(f"note: the trace holds for {program.restriction} only")
     store: Any = program.store
@@ -229,35 +229,12 @@ def _require_fresh(program: Program, model: str, say: Callable[[str], None]) -> 
         say(f"note: {left} and are left out, e.g. {store.unexpected[0]!r}")
 
 
-def _require_fitting(program: Program, batches: list[Tensor]) -> None:
-    """Rows no longer than the trace holds for and the model has positions for, of tokens that it has."""
-    length, longest = max((ids.shape[1] for ids in batches), default=0), _longest(program)
-    excluded = re.search(r"other than ([\d, ]+)", program.restriction)
-    if length > longest or (excluded and str(length) in excluded[1].split(", ")):
-        advice = f"give --length {min(longest, length + 3)}"
-        raise MoeccError(f"rows of {length} tokens, but the trace holds for {program.restriction} only; {advice}")
-    limit = longest_row(program.config)
-    if limit is not None and length > limit:
-        what = f"the model has positions for {limit} (max_position_embeddings in its config.json)"
-        raise MoeccError(f"rows of {length} tokens, but {what}; give --length {limit}")
-    highest, size = max((int(ids.max()) for ids in batches), default=0), program.config.get_text_config().vocab_size
-    if highest >= size:
-        raise MoeccError(
-            f"the tokenizer makes token {highest}, but the model has {size}; copy the model's own tokenizer files"
-        )
-
-
-def _longest(program: Program) -> int:
-    found = re.search(r"sequence <= (\d+)", program.restriction)
-    return int(found[1]) if found else 1 << 30
-
-
 def _check_ids(program: Program, batches: list[Tensor]) -> list[Tensor]:
     """Token ids for the reload check: of the calibration text, else evenly spread over the vocabulary."""
     if batches:
         return [batches[0][: CHECKED[0], : CHECKED[1]]]
     size = program.config.get_text_config().vocab_size
-    rows, length = CHECKED[0], min(CHECKED[1], _longest(program), longest_row(program.config) or CHECKED[1])
+    rows, length = CHECKED[0], min(CHECKED[1], text.longest(program))
     return [(torch.arange(rows * length) * 7919 % size).view(rows, length)]
 
 

@@ -15,7 +15,6 @@ same S - 1 positions, mean, in nats. All sums are kept in float64.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
@@ -24,10 +23,11 @@ import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind
 
+from moecc import text
 from moecc.errors import MoeccError
 from moecc.ir import MoE, Program, Weight, output_node, run_nodes, stage_nodes
 from moecc.pipeline import expert_weights
-from moecc.skeleton import longest_row, text_config
+from moecc.skeleton import text_config
 from moecc.stream import StageWeights, Stream
 from moecc.weights import Store
 
@@ -136,8 +136,10 @@ def _check(program: Program, reference: Program, rows: Tensor) -> list[tuple[MoE
             f"the compiled program has a vocabulary of {_width(program)}, the reference of {_width(reference)}; "
             f"{_OTHER_MODEL}"
         )
+    if rows.dim() != 2 or rows.shape[0] < 1 or rows.shape[1] < 2 or rows.dtype != torch.int64:
+        raise MoeccError(f"token rows must be i64 [1 or more, 2 or more], not {rows.dtype} {list(rows.shape)}")
     for side in (program, reference):
-        _check_rows(rows, side)
+        text.require_rows(side, rows)
     by_path = {m.path: m for m in ours}
     pairs = [(by_path[r.path], r) for r in theirs] if by_path.keys() == {r.path for r in theirs} else None
     pairs = pairs or list(zip(ours, theirs, strict=True))
@@ -164,28 +166,6 @@ def _check_head(program: Program, what: str) -> None:
         raise MoeccError(
             f"{what} ends in {width} values per token, not in logits over {vocabulary}; perplexity needs a causal "
             "language model with its head"
-        )
-
-
-def _check_rows(rows: Tensor, program: Program) -> None:
-    if rows.dim() != 2 or rows.shape[0] < 1 or rows.shape[1] < 2 or rows.dtype != torch.int64:
-        raise MoeccError(f"token rows must be i64 [1 or more, 2 or more], not {rows.dtype} {list(rows.shape)}")
-    longest = re.search(r"sequence <= (\d+)", program.restriction)
-    if longest and rows.shape[1] > int(longest[1]):
-        raise MoeccError(
-            f"rows of {rows.shape[1]} tokens, but this model was traced for {program.restriction}; "
-            f"give --length {longest[1]}"
-        )
-    limit = longest_row(program.config)
-    if limit is not None and rows.shape[1] > limit:
-        raise MoeccError(
-            f"rows of {rows.shape[1]} tokens, but this model has positions for {limit} (max_position_embeddings in its "
-            f"config.json); give --length {limit}"
-        )
-    if int(rows.min()) < 0 or int(rows.max()) >= _width(program):
-        raise MoeccError(
-            f"token {int(rows.max())} is outside the model's vocabulary of {_width(program)}; "
-            "give the model's own tokenizer"
         )
 
 

@@ -7,6 +7,7 @@ Many of its guards hold for every shape (min(4, S) <= S); others cut off sizes a
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ def restriction(program: ExportedProgram) -> tuple[str, bool]:
     if 0 < low <= SHORT and allowed == [s for s in SEQUENCES if low <= s <= high]:
         return f"{low} <= sequence <= {high}" if low > 1 else f"sequence <= {high}", True
     raise MoeccError(f"the trace would hold for some sequence lengths only, not for {lost[0]}")
+
+
+def holds(restriction: str, sequence: int) -> bool:
+    """Whether a text that `restriction` gave allows sequences of this length."""
+    excluded = re.search(r"other than ([\d, ]+)", restriction)
+    if excluded:
+        return str(sequence) not in excluded[1].split(", ")
+    bounds = re.search(r"(?:(\d+) <= )?sequence <= (\d+)", restriction)
+    return bounds is None or int(bounds[1] or 1) <= sequence <= int(bounds[2])
 
 
 def _highest_sequence(program: ExportedProgram) -> float:

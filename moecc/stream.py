@@ -7,14 +7,14 @@ activations between two layers, whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from moecc.ir import Program, needed_for, output_node, run_nodes, stage_nodes
+from moecc.memory import free_memory
 
 
 class StageWeights(Mapping[str, Any]):
@@ -112,15 +112,9 @@ def run_program(
     return stream.output()
 
 
-def free_memory() -> int:
-    """Bytes of memory that this machine says can be had now."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 8 << 30
+def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first of equally large batches, up to `tokens` tokens in all (one batch at least)."""
+    return list(batches[: max(1, tokens // batches[0].numel())])
 
 
 def fits_in_memory(program: Program) -> bool:

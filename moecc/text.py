@@ -16,6 +16,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -25,12 +26,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moecc import guards
 from moecc.errors import MoeccError
+from moecc.ir import Program, output_node
+from moecc.skeleton import longest_row, text_config
 
 Purpose = Literal["calibration", "evaluation"]
 _EXCERPT = 8192  # characters of one document of the default text, so that a few long ones don't fill it
 _WHOLE = 8 << 20  # bytes of a file that is read whole whatever is wanted
 _NOT_TEXT = {"encodings", "idlelib", "pydoc_data", "test"}  # tables and test suites; the topics are taken by name
+_UNBOUNDED = 1 << 30
 _SLICE = 16  # bytes per wanted token of a file too large for that; tokenizers make one token of 2 to 6 bytes
 
 
@@ -68,6 +73,29 @@ def rows(
     cut = torch.tensor(stream[: found * body], dtype=torch.int64).view(found, body)
     picked = cut[torch.tensor([i * found // take for i in range(take)])]
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(take, -1), picked], 1)
+
+
+def longest(program: Program) -> int:
+    """The most tokens of a row that the trace holds for and the model has positions for."""
+    bound = re.search(r"sequence <= (\d+)", program.restriction)
+    return min(int(bound[1]) if bound else _UNBOUNDED, longest_row(program.config) or _UNBOUNDED)
+
+
+def require_rows(program: Program, ids: Tensor) -> None:
+    """MoeccError where rows i64 [count, S] are of a length that `program` doesn't hold for, or of tokens that it doesn't have."""
+    length, most = ids.shape[1], longest(program)
+    advice = f"give --length {min(most, max(length, guards.SHORT + 1))}"
+    if not guards.holds(program.restriction, length):
+        raise MoeccError(f"rows of {length} tokens, but the trace holds for {program.restriction} only; {advice}")
+    if length > most:
+        what = f"the model has positions for {most} (max_position_embeddings in its config.json)"
+        raise MoeccError(f"rows of {length} tokens, but {what}; {advice}")
+    size = getattr(text_config(program.config), "vocab_size", None) or output_node(program).meta["val"].shape[-1]
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if len(wrong):
+        raise MoeccError(
+            f"token {int(wrong[0])} is outside the model's vocabulary of {size}; copy the model's own tokenizer files"
+        )
 
 
 def digest(ids: Tensor) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 from moecc import hf
 from moecc.errors import MoeccError
 from moecc.ir import Program
-from moecc.stream import free_memory, run_program
+from moecc.memory import free_memory
+from moecc.stream import run_program
 from moecc.trace import trace
 
 TOLERANCE = 1e-3  # of the largest logit; both sides compute in float32, in another order

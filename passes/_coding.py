@@ -21,6 +21,7 @@ float32; a fixed seed gives the same codes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from moecc.passes._store import compact
 
 AT_ONCE = 1 << 26  # numbers of one kind in memory where experts are worked on in turn
 _SAMPLE = 1 << 14  # groups that k-means looks at
+_SAMPLED_EXPERTS = 8  # that a shared codebook is fitted to where not all can be in memory
 _BLOCKS = (
     32  # of rows, coded one after the other under a metric that couples rows; in a block each as if the others stayed
 )
@@ -95,29 +97,32 @@ def encode(
     rounds: int = 3,
     feedback: bool = True,
     turns: int = 15,  # of k-means
+    book: _Book | None = None,
 ) -> Coded:
     """Code weight [E, N, K] under second moments [E, K, K] of the input and costs [E, N, N] of output errors (None: all alike).
 
-    `shared`: one codebook for all experts. feedback=False leaves steps 2 to 5 out (plain k-means), for ablation.
+    `shared`: one codebook for all experts. feedback=False leaves steps 2 to 5 out (plain k-means), for ablation. `book`: a shared
+    codebook that is used as it is.
     """
     moment = damped(moment)
     importance = moment.diagonal(dim1=-2, dim2=-1)
     importance = importance / importance.mean(-1, keepdim=True)
-    size = weight.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    size = _size(weight)
     target = weight / size
     if output is not None and feedback:
         output = damped(size * output * size.mT, OUTPUT_DAMPING)
         output = output / output.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         order = output.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True).unsqueeze(-1)
         target, output = target.take_along_dim(order, 1), output.take_along_dim(order, 1).take_along_dim(order.mT, 2)
-    book = _round(kmeans(target, importance, bits=bits, seed=seed, turns=turns), bits)
+    given = book is not None
+    book = book or _round(kmeans(target, importance, bits=bits, seed=seed, turns=turns), bits)
     table = book.integers if shared else book.integers.expand(len(weight), -1, -1)
     coder = _Coder(target, moment, importance, bits, feedback, output if feedback else None)
     state = coder.choose(table, book.step.expand(weight.shape[:2]))
     best, best_error = None, torch.full((len(weight),), torch.inf)
     for turn in range(rounds if feedback else 1):
         if feedback and turn:
-            state = coder.refit_codebook(state)
+            state = state if given else coder.refit_codebook(state)
             state = coder.choose(state.codebook, state.scale) if turn == 1 else state
         if feedback:
             state = coder.sweep(state)
@@ -131,6 +136,51 @@ def encode(
             best.codes.take_along_dim(back, 1), negative, best.codebook, best.scale.take_along_dim(back[..., 0], 1)
         )
     return Coded(best.codes, best.negative, best.codebook, best.scale * size.squeeze(-1))
+
+
+def encode_in_parts(
+    weight: Tensor,
+    moment: Tensor,
+    output: Tensor | None = None,
+    *,
+    bits: int,
+    shared: bool,
+    seed: int,
+    rounds: int = 3,
+    feedback: bool = True,
+    turns: int = 15,
+) -> Coded:
+    """`encode` of as many experts together as AT_ONCE allows.
+
+    Where these are not all, a shared codebook is fitted to every so many rows of some experts and used as it is for the rest.
+    """
+    coded = partial(encode, bits=bits, shared=shared, seed=seed, rounds=rounds, feedback=feedback, turns=turns)
+    step = max(1, AT_ONCE // weight[0].numel())
+    if len(weight) <= step:
+        return coded(weight, moment, output)
+    book = None
+    if shared:
+        some = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EXPERTS)).long()
+        rows = slice(None, None, -(-len(some) * weight[0].numel() // AT_ONCE))
+        sample = weight[:, rows][some]
+        fitted = coded(sample, moment[some], None if output is None else output[:, rows, rows][some])
+        book = _Book(fitted.codebook, (fitted.scale / _size(sample).squeeze(-1)).median().view(1, 1))
+    parts = [
+        coded(weight[part], moment[part], None if output is None else output[part], book=book)
+        for part in (slice(i, i + step) for i in range(0, len(weight), step))
+    ]
+    negative = torch.cat([p.negative for p in parts if p.negative is not None]) if bits == 3 else None
+    return Coded(
+        torch.cat([p.codes for p in parts]),
+        negative,
+        parts[0].codebook if shared else torch.cat([p.codebook for p in parts]),
+        torch.cat([p.scale for p in parts]),
+    )
+
+
+def _size(weight: Tensor) -> Tensor:
+    """Root mean square of each row: [E, N, K] -> [E, N, 1]."""
+    return weight.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def _better(best: Coded | None, best_error: Tensor, state: Coded, error: Tensor, shared: bool) -> tuple[Coded, Tensor]:

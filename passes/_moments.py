@@ -83,7 +83,11 @@ def measure(
     per_expert = 4 * experts * hidden * hidden <= _PER_EXPERT_BYTES
     output, notes = _output(moe, cost, 4 * experts * rows_of_gate_up**2 <= _PER_EXPERT_BYTES)
     average = mean_outer(routed.x)
-    first, second, outward, tokens, mass, starved = [], [], [], [], [], {}
+    inputs = gate_up.new_empty(experts, hidden, hidden) if per_expert else average.unsqueeze(0)
+    reaching = gate_up.new_empty(experts, *[down.shape[2]] * 2)
+    if "gate_up" in output:
+        output["gate_up"] = gate_up.new_empty(experts, *[rows_of_gate_up] * 2)
+    tokens, mass, starved = [], [], {}
     for e in range(experts):
         rows = routed.rows(e)
         weight = routed.weight_of(e, rows).square() if squared else None
@@ -92,21 +96,18 @@ def measure(
         if per_expert:
             own = mean_outer(routed.x[rows], weight)
             share = SHRINKAGE / (len(rows) + SHRINKAGE)
-            first.append(own * (1 - share) + average * share)
+            inputs[e] = own * (1 - share) + average * share
         if len(rows) < min(min_tokens, len(routed.x)):
             rows, weight = _sent(routed, e, min_tokens), None
             starved[e] = len(rows)
         reached = gate_up[e], None if bias is None else bias[e]
-        second.append(mean_outer(hidden_units(moe, routed.x[rows], *reached), weight))
+        reaching[e] = mean_outer(hidden_units(moe, routed.x[rows], *reached), weight)
         if "gate_up" in output:
             behind = (down[e].T @ output["down"][0] @ down[e]).repeat(2, 2)[:rows_of_gate_up, :rows_of_gate_up]
-            outward.append(behind * mean_outer(gate_slopes(moe, routed.x[rows], *reached), weight))
+            output["gate_up"][e] = behind * mean_outer(gate_slopes(moe, routed.x[rows], *reached), weight)
     for e, sent in starved.items():
         notes.append(f"{moe.path} expert {e}: {tokens[e]} routed tokens; calibrated on {sent} sent to it on purpose")
-    if outward:
-        output["gate_up"] = torch.stack(outward)
-    inputs = torch.stack(first) if per_expert else average.unsqueeze(0)
-    return Moments(torch.tensor(tokens), torch.tensor(mass), inputs, torch.stack(second), starved, output, notes)
+    return Moments(torch.tensor(tokens), torch.tensor(mass), inputs, reaching, starved, output, notes)
 
 
 def _output(moe: MoE, cost: Tensor | None, gate_up_fits: bool) -> tuple[dict[str, Tensor], list[str]]:

@@ -9,7 +9,7 @@
   4. Every tensor of the adapter must find its weight, or nothing is merged.
 
 Not read, each with an error: DoRA and other variants, adapters that came with changed base weights (PiSSA, OLoRA, ...), trained
-biases, embeddings and whole modules.
+biases, embeddings and whole modules; an update of a weight that is tied to another, which would change both.
 """
 
 from __future__ import annotations
@@ -144,6 +144,11 @@ class Adapter:
         found: dict[str, Update] = {}
         for (module, depth), pair in self.pairs.items():
             weight = self._weight(program, module, depth)
+            if others := _tied_to(program, weight):
+                raise MoeccError(
+                    f"{self.folder}: the adapter updates {weight}, which is tied to {', '.join(others)}; untie them in the model "
+                    f"(a tensor of its own for each, tie_word_embeddings=false), or leave {module} out of the adapter"
+                )
             shape = tuple(program.store.shape(weight))  # type: ignore[union-attr]
             update = Update(pair["A"], pair["B"], self._scaling(weight.removesuffix(".weight"), pair["A"], shape),
                             *((shape[0], _transposed(program, weight)) if len(shape) == 3 else ()))  # fmt: skip
@@ -177,6 +182,13 @@ class Adapter:
             raise MoeccError(f"{self.folder / _CONFIG}: no lora_alpha; save the adapter again")
         rank = len(a) // (shape[0] if len(shape) == 3 else 1)
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else max(rank, 1))
+
+
+def _tied_to(program: Program, weight: str) -> list[str]:
+    """Other names of the checkpoint's tensor behind `weight`."""
+    tied: dict[str, str] = getattr(program.store, "tied", {})
+    owner = tied.get(weight, weight)
+    return [name for name in (owner, *tied) if name != weight and tied.get(name, name) == owner]
 
 
 def _require_plain(folder: Path, config: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor
 from moecc import vq4
 from moecc.base import Context, Layer, MoeccError
 from moecc.ir import MoE
-from moecc.passes._coding import OUTPUT_DAMPING, damped, encode, pad_columns, pivots, weighted_error
+from moecc.passes._coding import OUTPUT_DAMPING, damped, encode, encode_in_parts, pad_columns, pivots, weighted_error
 from moecc.passes._moments import Moments
 
 DISTORTION = {2: 0.06, 3: 0.018, 4: 0.007}  # of the energy of a mean, what its error then costs, by bits: measured
@@ -136,7 +136,7 @@ class Case:
         remainder = self.take(mean, rank).left_of(self.weight)
         energy, output = self.energy(remainder), None if self.output is None else self.output[some]
         padded, moment = pad_columns(remainder[some], self.moment[some])
-        coded = encode(padded, moment, output, bits=bits, shared=True, seed=self.seed, rounds=1, turns=5)
+        coded = encode_in_parts(padded, moment, output, bits=bits, shared=True, seed=self.seed, rounds=1, turns=5)
         measured = (self.mass[some] * weighted_error(coded.dense() - padded, moment, output)).sum()
         return float(measured * energy.sum() / energy[some].sum().clamp(min=1e-30))
 

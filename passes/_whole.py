@@ -37,7 +37,7 @@ class Whole:
         stream = Stream(program, ())
         self.alive = [stream.needed_after(i) for i in range(program.layers)]
         self.alive[-1] = {self.output}
-        self.watched = [{n.name for n in s if n.name in watch} for s in self.stages]
+        self.watched = [[n.name for n in s if n.name in watch] for s in self.stages]  # in order, for losses are summed
         self.reads = [{i.name for n in s for i in n.all_input_nodes if i.name in trained} for s in self.stages]
         roots = [n for n in program.graph.nodes if n.name in trained]
         self.moving = {n.name for n in descendants([n for s in self.stages for n in s], roots)}
@@ -57,7 +57,7 @@ class Whole:
         self, weights: StageWeights, stage: int, values: Values, change: Callable[[str, Any], Any] = lambda _, v: v
     ) -> Values:
         """The same with these weights; `change` gives each node's value from its name and what it computed."""
-        here, wanted = dict(values), self.alive[stage] | self.watched[stage]
+        here, wanted = dict(values), self.alive[stage].union(self.watched[stage])
         for node, value in run_nodes(self.stages[stage], here, weights, keep=wanted):
             here[node.name] = change(node.name, value)
         return {k: v for k, v in here.items() if k in wanted}

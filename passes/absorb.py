@@ -150,12 +150,12 @@ def _sources(program: Program, moe: MoE) -> tuple[str, ...]:
 def _moments(layer: Layer, moe: MoE) -> dict[str, Tensor]:
     """Second moments [E, K, K] of what enters both projections; the hidden units are the float experts'."""
     routed = routed_tokens(layer, moe)
-    gate_up, bias = layer.original(moe, "gate_up"), layer.original(moe, "gate_up_bias")
-    assert gate_up is not None
-    hidden = torch.stack([
-        mean_outer(hidden_units(moe, routed.x[routed.rows(e)], gate_up[e], None if bias is None else bias[e]))
-        for e in range(len(gate_up))
-    ])  # fmt: skip
+    gate_up, bias, down = (layer.original(moe, n) for n in ("gate_up", "gate_up_bias", "down"))
+    assert gate_up is not None and down is not None
+    hidden = gate_up.new_empty(len(gate_up), *[down.shape[2]] * 2)
+    for e, weight in enumerate(gate_up):
+        units = hidden_units(moe, routed.x[routed.rows(e)], weight, None if bias is None else bias[e])
+        hidden[e] = mean_outer(units)
     unused = hidden.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     hidden[unused] = hidden.sum(0) / max(1, int((~unused).sum()))  # else it would count as much as all others
     return {"gate_up": mean_outer(routed.x).expand(len(gate_up), -1, -1), "down": hidden}

@@ -7,16 +7,20 @@
      towards 1 and 0 by `_PRIOR` tokens so that an expert with few tokens is not bent to them.
      Where output errors have costs of their own (`sensitivity`), the slopes of all channels are fitted together under them.
   3. Both are fitted on every second token and kept only where they help on the others; then refitted on all. With
-     offset=auto the offset must also be worth its 16/K bits per weight (`_rate`).
+     offset=auto the offset must also be worth its 16/K bits per weight (`_rate`); behind `budget`, which plans no offsets, none
+     is stored.
   4. The audit has what the correction is for: how far the mean of the output was off, and its variance, before and after, over
      the variance of what is wanted.
+
+The paper has the correction, a slope and an offset per channel; that both come of a regression with a prior, and may be left out,
+is ours.
 
 Shapes: E experts, N rows; slope and offset [E, N], operands of `moecc::vq_experts` until `fold`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from moecc import vq4
-from moecc.base import Context, Layer, LayerPass, option
+from moecc.base import Context, Layer, LayerPass, MoeccError, option
 from moecc.gates import apply_gate
 from moecc.ir import MoE
 from moecc.ops import VQ_EXPERTS
@@ -151,19 +155,21 @@ class AffineCorrection(LayerPass):
     provides: ClassVar[frozenset[str]] = frozenset({"affine"})
     leads_to: ClassVar[frozenset[str]] = frozenset({"folded"})
     needs_data: ClassVar[bool] = True
-    offset: str = option("auto", help="store an offset per output channel where it is worth its bits, always, never",
+    offset: str = option("auto", help="store an offset per channel where worth its bits (behind budget: never), always, never",
                          choices=("auto", "on", "off"))  # fmt: skip
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         return any([self.correct(layer, moe, ctx) for moe in layer.moe if moe.node.target is VQ_EXPERTS])
 
     def correct(self, layer: Layer, moe: MoE, ctx: Context) -> bool:
+        if ctx.plan and self.offset == "on":
+            raise MoeccError("affine: offset=on can't be planned by budget; leave it out")
         routed = layer.data.get(("routed", moe.path)) or routed_tokens(layer, moe)
         coded = {p: CodedProjection.of(layer, moe, p) for p in ("gate_up", "down")}
         dense = {n: layer.original(moe, n) for n in ("gate_up", "down", "gate_up_bias")}
         moments: Moments | None = layer.data.get(("moments", moe.path))
         costs = {p: None if moments is None else moments.output_of(p) for p in coded}
-        fits = self.fit(moe, routed, coded, dense, costs)
+        fits = (replace(self, offset="off") if ctx.plan else self).fit(moe, routed, coded, dense, costs)
         args, names = list(moe.node.args), [a.name for a in VQ_EXPERTS._schema.arguments]
         for projection, (slope, offset, moved) in fits.items():
             for name, value in (("slope", slope), ("offset", offset)):

@@ -25,7 +25,7 @@ from moecc.ir import MoE, Program
 from moecc.ops import EXPERTS
 from moecc.passes._moments import measure, routed_tokens
 from moecc.passes._shared import Case
-from moecc.stream import Stream
+from moecc.stream import Stream, first_tokens
 
 _BOOKS = {"expert": 1.0, "layer": 1.06}  # of an output, by whose the codebooks are: measured likewise, behind a mean
 _STEPS = 1 << 14  # in which what is to be spent beyond the least is counted
@@ -75,9 +75,7 @@ class PlanBits(Pass):
 
     def plan(self, program: Program, layers: list[MoE], ctx: Context, *, known: bool) -> dict[str, dict[str, Any]]:
         """By path and projection, the fields of what is planned for it."""
-        batches = list(ctx.batches)
-        batches = batches[: max(1, self.tokens // batches[0].numel())]
-        stream, offers = Stream(program, batches), {}
+        stream, offers = Stream(program, first_tokens(ctx.batches, self.tokens)), {}
         last = max((m.layer for m in layers), default=0)
         for stage in ctx.progress(range(last + 1), "budget"):
             layer = Layer(stage, program, program, stream, stream)

@@ -51,7 +51,7 @@ class QuantizeDense(LayerPass):
         ctx.record(
             name,
             became=f"{self.bits} bit, groups of {self.group}",
-            error=float(error.square().sum() / weight.square().sum()),
+            error=float(error.square().sum() / weight.square().sum().clamp(min=1e-30)),
         )
         path = name.removesuffix(".weight")
         operands = [program.add(f"{path}.{k}", t) for k, t in (("scale", scale), ("zero", zero))]

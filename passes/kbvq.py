@@ -1,4 +1,8 @@
-"""KBVQ-MoE under one name: `moments,klt,vq,affine,fold`; behind `budget` where bits is no whole number.  arXiv 2602.11184."""
+"""KBVQ-MoE under one name: `moments,klt,vq,affine,fold`; behind `budget` where bits is no whole number.  arXiv 2602.11184.
+
+Unlike in the paper, by default a layer may get no basis at all, and a shared mean instead or neither, as leaves the least error for
+the bits (`klt`); rank=R,mean=off is the paper's choice.
+"""
 
 from __future__ import annotations
 

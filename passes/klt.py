@@ -3,7 +3,8 @@
   1. A mean that all share as it is, and a basis in which each expert has coefficients (`_shared` says how both are found)
   2. auto: those whose error after coding is worth their bits (`_rate`), none allowed, by an estimate for all combinations; the
      best is coded, on a sample of experts, and taken only if it is worth its bits so too. Errors of both projections count: where
-     one is far the smaller, bits do not go there. Behind `budget`: what that has planned
+     one is far the smaller, bits do not go there. So by default there may be no basis at all, and a mean instead where that costs
+     less, which the paper has not: it shares a basis always (rank=R,mean=off). Behind `budget`: what that has planned
   3. What is left becomes the dense operand of `moecc::klt_experts`
 
 Cost in bits per weight of gate_up: mean bits / E for a mean, 8 r / D + 16 / D + 16 r / (E N) for a basis of r rows (E experts,

@@ -6,12 +6,15 @@
      biases are trained as they are stored (`_tuned`), so that merging them is exact and free. Codes stay.
   3. All are trained by Adam on
          hidden * |h - h_float|^2 / |h_float|^2 of the last hidden state        (the paper's model loss)
-       + lm * -log p(next token of the calibration text)                        (the paper's language-model loss)
+       + lm * -log p(next token of the calibration text)       (the paper's language-model loss; weight 0 by default)
        + kl * KL(float model || program) of the next token                      (ours: what is to be kept, not the text)
        + routing * misalignment of every router's scores (`_routing`: value and boundary), so that no gain is bought with flips
-     hidden, kl and routing relative to their values before training. One layer's graph is in memory at a time (`_whole`).
+     hidden, kl and routing relative to their values before training. A model without a head has no lm and no kl. One layer's
+     graph is in memory at a time (`_whole`).
   4. An eighth of the calibration batches is held out. The state with the least held-out loss is kept, the start included; when
-     `patience` checks in a row bring no better one, training ends. An interrupted run goes on from its last check.
+     `patience` checks in a row bring no better one, training ends; by default it does not, for as rates fall to zero the best
+     state comes late (behind `vsraq`, on the example, the first better one at the ninth of ten checks). An interrupted run goes on
+     from its last check.
 
 Cost in bits per weight: none.
 """
@@ -30,6 +33,7 @@ from moecc.base import Context, Kept, MoeccError, Pass, option
 from moecc.ir import Program
 from moecc.ops import VQ_EXPERTS
 from moecc.passes._adapters import attach
+from moecc.passes._block import output_logits
 from moecc.passes._linears import linears
 from moecc.passes._routing import boundary_loss, selection_scores, standardized, value_loss
 from moecc.passes._tuned import Tuned, split
@@ -59,16 +63,23 @@ class ModelLossAdapters(Pass):
     lm: float = option(0.0, help="weight of the calibration text's own next token", low=0, high=1e4)
     routing: float = option(1.0, help="weight of all routers' alignment", low=0, high=1e4)
     patience: int = option(
-        10, help="checks of 10 without a better held-out loss before training ends", low=1, high=1000
+        10, help="checks of 10 in a row without a better held-out loss before training ends; 10: never", low=1, high=10
     )
 
     def run(self, program: Program, ctx: Context) -> bool:
         if not (self.hidden or self.kl or self.lm):
             raise MoeccError("rilq: hidden, kl and lm are all 0; give one of them a weight")
+        has_head = output_logits(program) is not None
+        if not has_head:
+            if not self.hidden:
+                raise MoeccError(
+                    "rilq: the model gives no logits, so kl and lm can't be measured; give hidden a weight"
+                )
+            ctx.notes.append("rilq: the model gives no logits of its vocabulary; kl and lm are left out of the loss")
         trained = Trained(self, program, ctx)
         if not trained.parameters:
             return False
-        before, after = Training(self, program, trained, ctx).run()
+        before, after = Training(self, program, trained, ctx, has_head=has_head).run()
         for moe in program.moe_layers():
             for projection in ("gate_up", "down"):
                 ctx.record(f"{moe.path}.{projection}", rilq={"before": before, "after": after})
@@ -165,8 +176,8 @@ def _scale(start: Mapping[str, float]) -> dict[str, float]:
 class Training:
     """Steps 3 and 4."""
 
-    def __init__(self, options: ModelLossAdapters, program: Program, trained: Trained, ctx: Context):
-        self.options, self.trained, self.ctx = options, trained, ctx
+    def __init__(self, options: ModelLossAdapters, program: Program, trained: Trained, ctx: Context, *, has_head: bool):
+        self.options, self.trained, self.ctx, self.has_head = options, trained, ctx, has_head
         routers = {selection_scores(m).name: m.top_k for m in program.moe_layers() if m.logits is not None}
         self.routers = routers if options.routing else {}
         self.whole = Whole(program, trained.placeholders, watch=self.routers)
@@ -185,15 +196,19 @@ class Training:
         return self.targets[row]
 
     def terms(self, row: int, values: Values, logits: Tensor) -> dict[str, Tensor]:
-        """hidden, kl and lm of one batch."""
+        """hidden of one batch; kl, and lm where it has a weight, of a model with a head."""
         target = self.target(row)
         moving = [k for k in values if k in self.whole.moving and k not in self.routers]
         hidden = [(values[k] - target[k]).float().square().sum() / target[k].float().square().sum() for k in moving]
+        found = {"hidden": torch.stack(hidden).mean()}
+        if not self.has_head:
+            return found
         student = logits.float().log_softmax(-1)
         teacher = self.teacher.head(target, lambda wanted: {}).float().log_softmax(-1)
-        kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
-        lm = F.nll_loss(student[:, :-1].flatten(0, 1), self.batches[row][:, 1:].flatten())
-        return {"hidden": torch.stack(hidden).mean(), "kl": kl, "lm": lm}
+        found["kl"] = (teacher.exp() * (teacher - student)).sum(-1).mean()
+        if self.options.lm:
+            found["lm"] = F.nll_loss(student[:, :-1].flatten(0, 1), self.batches[row][:, 1:].flatten())
+        return found
 
     def misalignment(self, row: int, name: str, scores: Tensor) -> Tensor:
         """One router's share of the routing term."""

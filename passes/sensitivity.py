@@ -31,10 +31,11 @@ from torch import Tensor
 
 from moecc.base import Context, Kept, Pass, option
 from moecc.ir import Program
+from moecc.memory import free_memory
 from moecc.passes._block import output_logits
 from moecc.passes._routing import boundary_nearness, selection_scores, standardized
 from moecc.passes._whole import Values, Whole
-from moecc.stream import StageWeights, free_memory
+from moecc.stream import StageWeights, first_tokens
 
 SHARPNESS = 4.0  # 1 / (standard deviations from the top-k boundary at which a score counts 1/e)
 
@@ -57,15 +58,10 @@ class MeasureSensitivity(Pass):
         kinds = [k for k in ("kl", "routing") if getattr(self, k)]
         means: dict[str, Mapping[str, Tensor]] = {}
         for i, kind in enumerate(kinds):
-            batches = self.chosen(list(ctx.batches), i, len(kinds))
+            batches = first_tokens(ctx.batches[i :: len(kinds)] or ctx.batches, self.tokens)
             means[kind] = ctx.once(f"sensitivity {kind}", partial(gradients.measure, kind, batches)).tensors
         ctx.sensitivity = Combined(means.get("kl", {}), means.get("routing", {}), self.kl, self.routing)
         return False
-
-    def chosen(self, batches: list[Tensor], turn: int, of: int) -> list[Tensor]:
-        """Every `of`-th batch, up to `tokens` tokens (one batch at least)."""
-        taken = batches[turn::of] or batches
-        return taken[: max(1, self.tokens // taken[0].numel())]
 
 
 class Combined(Mapping[str, Tensor]):
@@ -188,7 +184,7 @@ class Gradients:
 
     def _losses(self, stage: int, batch: int, values: Values) -> Iterator[Tensor]:
         if self.kind == "routing":
-            for name in sorted(self.whole.watched[stage]):
+            for name in self.whole.watched[stage]:
                 if values[name].requires_grad:
                     yield self._decisions(
                         values[name].flatten(0, -2).float(), self.routers[name], self._draw(batch, name)

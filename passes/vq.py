@@ -4,7 +4,7 @@
      codebook and row scales refit for fixed codes
   2. codebook=expert gives each expert its own 256 centroids (1 KiB), layer one for all; auto takes what is worth its bits by its
      coding error alone. An expert's own is the default: on matrices of real models it costs a thousandth of a bit, and it is what
-     `vsraq` has to tune
+     `vsraq` has to tune. A layer's is fitted to a sample where its experts are too large to be in memory together
   3. scales are stored as float16 (bfloat16 where float16's range would not do); the node becomes `moecc::vq_experts`
 
 Cost in bits per weight: `bits` + 16/K for scales + 8192/(N K) per expert for codebooks.
@@ -22,7 +22,7 @@ from moecc import vq4
 from moecc.base import Context, Layer, LayerPass, option
 from moecc.ir import MoE
 from moecc.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
-from moecc.passes._coding import AT_ONCE, Coded, encode, pad_columns, weighted_error
+from moecc.passes._coding import Coded, encode_in_parts, pad_columns, weighted_error
 from moecc.passes._moments import Moments
 from moecc.passes._rate import gain
 from moecc.passes._store import compact
@@ -106,28 +106,8 @@ class VectorQuantize(LayerPass):
         return gain(one, own, price) <= 0
 
     def encode(self, weight: Tensor, moment: Tensor, output: Tensor | None, shared: bool, seed: int) -> Coded:
-        step = len(weight) if shared else max(1, AT_ONCE // weight[0].numel())
-        parts = [
-            encode(
-                weight[i : i + step],
-                moment[i : i + step],
-                None if output is None else output[i : i + step],
-                bits=self.bits,
-                shared=shared,
-                seed=seed,
-                rounds=self.rounds,
-                feedback=self.feedback,
-            )
-            for i in range(0, len(weight), step)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        negative = torch.cat([p.negative for p in parts if p.negative is not None]) if self.bits == 3 else None
-        return Coded(
-            torch.cat([p.codes for p in parts]),
-            negative,
-            torch.cat([p.codebook for p in parts]),
-            torch.cat([p.scale for p in parts]),
+        return encode_in_parts(
+            weight, moment, output, bits=self.bits, shared=shared, seed=seed, rounds=self.rounds, feedback=self.feedback
         )
 
 

@@ -355,7 +355,7 @@ def test_no_tokenizer_and_one_of_another_model(refused: Any, model: Path) -> Non
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINYMOE / name, model)
     line = refused(model)
-    assert "the model has 64" in line and "copy the model's own tokenizer" in line
+    assert "vocabulary of 64" in line and "copy the model's own tokenizer" in line
 
 
 # ---------------------------------------------------------------- the disk

@@ -98,6 +98,17 @@ def test_what_can_t_be_planned_is_refused_with_a_fraction() -> None:
         pipeline.resolve(pipeline.parse("kbvq{bits=2.5,offset=on}")[0])
 
 
+def test_offsets_do_not_exceed_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moecc.passes.affine.gain", lambda *args: 1.0)  # each would be worth its bits
+    planned, ctx = compiled("budget{bits=6,codebook=layer,mean=off,rank=0},klt,vq{codebook=layer},affine,fold", "I")
+    assert pipeline.experts_bits(planned) <= 6
+    assert {row["affine"] for row in ctx.audit.values()} <= {"slope", "none"}
+    free, _ = compiled("vq{codebook=layer},affine,fold", "I")
+    assert free.moe_layers()[0].operand("down_bias") is not None
+    with pytest.raises(MoeccError, match="affine: offset=on can't be planned by budget; leave it out"):
+        compiled("budget{bits=6,codebook=layer},kbvq{codebook=layer,offset=on}", "I")
+
+
 def test_a_small_budget_shares_codebooks_and_a_large_one_does_not() -> None:
     for bits, book in ((10.7, "layer"), (64.0, "expert")):
         offers = {

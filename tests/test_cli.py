@@ -141,6 +141,18 @@ def test_a_checkpoint_without_weights_or_tokenizer(moecc: Any, tmp_path: Path) -
     assert got.code == 2 and "has neither model.safetensors nor" in got.err and "\n" not in got.err.strip()
 
 
+def test_what_a_trace_does_not_hold_for_is_said_and_refused(moecc: Any, tmp_path: Path) -> None:
+    model = make("zaya")
+    model.config.vocab_size = 4096  # as the tokenizer's
+    model.resize_token_embeddings(4096)
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(TINYMOE, name), tmp_path)
+    got = moecc("eval", tmp_path, "--reference", tmp_path, "--rows", "1", "--length", "2")
+    assert "note: the trace holds for sequence other than 2 only\n" in got.err
+    assert got.code == 2 and "rows of 2 tokens, but the trace holds for sequence other than 2 only" in got.err
+
+
 def test_a_tokenizer_of_another_model(moecc: Any, tmp_path: Path) -> None:
     make("mixtral").save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):

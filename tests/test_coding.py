@@ -396,6 +396,45 @@ def relative(weight: Tensor, moment: Tensor, coded: Coded) -> float:
     return float(weighted_error(coded.dense() - weight, moment).sum() / weighted_error(weight, moment).sum())
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch, at_once: int) -> list[int]:
+    """Numbers of weights that are coded together from now on, at most `at_once` of them."""
+    sizes: list[int] = []
+
+    def spy(weight: Tensor, *args: Any, **options: Any) -> Coded:
+        sizes.append(weight.numel())
+        return encode(weight, *args, **options)
+
+    monkeypatch.setattr(_coding, "encode", spy)
+    monkeypatch.setattr(_coding, "AT_ONCE", at_once)
+    return sizes
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_shared_codebook_of_a_large_layer_is_fitted_to_a_sample(
+    bits: int, coupled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, moment = drawn(experts=12, rows=256, columns=32)
+    output = drawn(5, experts=12, columns=256)[1] if coupled else None
+    whole = encode(weight, moment, output, bits=bits, shared=True, seed=0)
+    sizes = recorded(monkeypatch, weight.numel() // 4)
+    got = _coding.encode_in_parts(weight, moment, output, bits=bits, shared=True, seed=0)
+    assert len(sizes) == 1 + 4 and max(sizes) <= weight.numel() // 4
+    assert got.codebook.shape == whole.codebook.shape and got.scale.shape == whole.scale.shape
+    errors = [float(weighted_error(c.dense() - weight, moment, output).sum()) for c in (whole, got)]
+    assert errors[1] < 1.06 * errors[0]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_experts_that_fit_are_coded_together(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment = drawn(experts=4, rows=32)
+    want = encode(weight, moment, bits=3, shared=shared, seed=0)
+    sizes = recorded(monkeypatch, weight.numel())
+    got = _coding.encode_in_parts(weight, moment, bits=3, shared=shared, seed=0)
+    assert sizes == [weight.numel()]
+    assert all(torch.equal(a, b) for a, b in zip(vars(want).values(), vars(got).values(), strict=True))
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @given(seed=st.integers(0, 10_000))
 def test_error_falls_as_bits_rise(shared: bool, seed: int) -> None:

@@ -198,12 +198,17 @@ def test_a_model_without_a_head_is_refused() -> None:
 
 def test_rows_that_do_not_fit_are_refused(tinymoe: Program) -> None:
     assert "outside the model's vocabulary" in refused(tinymoe, tinymoe, torch.full((1, 8), 4096))
+    assert "token -1 is outside" in refused(tinymoe, tinymoe, torch.full((1, 8), -1))
     assert "token rows must be" in refused(tinymoe, tinymoe, tokens(1, 1))
     assert "token rows must be" in refused(tinymoe, tinymoe, tokens(1, 8)[0])
     program = trace(make("minimax"))
     assert "--length 63" in refused(program, program, tokens(1, 64))
     program.config.max_position_embeddings = 32
     assert "positions for 32" in refused(program, program, tokens(1, 33))
+    program = tinymoe.copy()
+    program.restriction = "sequence other than 2"  # as zaya's
+    assert "holds for sequence other than 2 only; give --length 5" in refused(program, tinymoe, tokens(1, 2))
+    assert evaluate(program, tinymoe, tokens(1, 3)).kl == 0
 
 
 def test_logits_that_are_not_numbers_are_said() -> None:

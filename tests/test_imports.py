@@ -19,16 +19,17 @@ BACKENDS = {str(p.relative_to(ROOT / "backends")): p for p in sorted((ROOT / "ba
 FLOOR: dict[str, set[str]] = {
     "errors": set(),
     "gates": set(),
+    "memory": set(),
     "vq4": set(),
     "ops": {"errors", "gates", "vq4"},
     "ir": {"errors", "ops", "vq4"},
-    "stream": {"errors", "ir"},
+    "stream": {"errors", "ir", "memory"},
     "base": {"errors", "ir", "stream"},
     "pipeline": {"base", "errors", "ir", "ops", "stream"},
 }
 # What runs a pipeline or stands above one; nothing else in the core imports these.
 ABOVE = {"pipeline", "compiler", "survey", "evaluate", "diff", "cli", "bench", "bisect", "report", "generate"}
-FOR_PASSES = {"base", "errors", "gates", "ir", "ops", "stream", "vq4"}
+FOR_PASSES = {"base", "errors", "gates", "ir", "memory", "ops", "stream", "vq4"}
 NOT_FOR_BACKENDS = ABOVE
 # Only the module that is that target may need these.
 HEAVY = {"triton", "onnx", "onnxruntime", "ray", "matplotlib"}

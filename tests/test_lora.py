@@ -155,6 +155,19 @@ def test_what_can_t_be_merged_is_refused_in_one_line(
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize("passes", ["lora{path=%s}", "vq,affine,fold,absorb{path=%s}"])
+@pytest.mark.parametrize(("module", "other"), [("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")])
+def test_an_adapter_of_a_tied_weight_is_refused(tmp_path: Path, passes: str, module: str, other: str) -> None:
+    """The artifact stores one tensor for both, so it can't hold the update of one."""
+    model = make("qwen2_moe")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    adapter(tmp_path / "a", linear(module, 64, 32))
+    resolved, _ = pipeline.resolve(pipeline.parse(passes % (tmp_path / "a"))[0])
+    with pytest.raises(MoeccError, match=f"updates {module}.weight, which is tied to {other}.weight; untie them"):
+        pipeline.run(trace(model), resolved, Context(), IDS)
+
+
 def test_a_folder_without_an_adapter_and_no_folder(tmp_path: Path) -> None:
     model = make("qwen2_moe")
     with pytest.raises(MoeccError, match=r"no adapter_config.json; give a folder that PEFT saved"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from families import make
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moecc import pipeline, vq4
-from moecc.base import Composite, Context, MoeccError
-from moecc.ir import Program, digest, output_node, run_nodes
+from moecc.base import Composite, Context, Layer, MoeccError
+from moecc.ir import Program, digest, output_node, run_nodes, stage_nodes
 from moecc.ops import KLT_EXPERTS, VQ_EXPERTS
 from moecc.passes._adapters import attached
+from moecc.passes._moments import measure, routed_tokens
 from moecc.passes._routing import selection_scores
 from moecc.passes._store import compact
 from moecc.passes._tuned import Tuned, bits_of
@@ -27,7 +31,7 @@ from moecc.passes._whole import Whole
 from moecc.passes.affine import shift
 from moecc.passes.rilq import Trained
 from moecc.passes.sensitivity import Gradients
-from moecc.stream import StageWeights, run_program
+from moecc.stream import StageWeights, Stream, first_tokens, run_program
 from moecc.trace import trace
 
 Tiny = Callable[[str], Program]
@@ -395,6 +399,55 @@ def test_sensitivity_foretells_the_divergence(traced: Program) -> None:
     assert divergence == pytest.approx(0.002**2 * float(run.ctx.sensitivity[moe.path].trace()) / 2, rel=0.1)
 
 
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made while it is on take at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}  # storage -> tensors on it
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                self.count(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), 1)
+                weakref.finalize(t, self.count, t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), -1)
+        return result
+
+    def count(self, storage: int, nbytes: int, more: int) -> None:
+        before = self.held.get(storage, 0)
+        self.held[storage] = before + more
+        self.now += nbytes * ((before + more > 0) - (before > 0))
+        self.most = max(self.most, self.now)
+
+
+def test_moments_are_in_memory_once(tiny: Tiny, batches: list[Tensor]) -> None:
+    program = tiny("I")
+    stream = Stream(program, batches)
+    stream.advance()
+    layer = Layer(1, program, program, stream, stream)
+    (moe,) = layer.moe
+    routed = routed_tokens(layer, moe)
+    with Peak() as peak:
+        found = measure(layer, moe, routed, torch.eye(16))
+    weights = (layer.weight(moe, p) for p in ("gate_up", "down"))
+    size = sum(t.nbytes for t in (found.gate_up, found.down, found.output["gate_up"], *weights) if t is not None)
+    assert size <= peak.most < 1.1 * size
+
+
+def test_values_that_are_watched_come_in_the_graph_s_order(traced: Program) -> None:
+    """Their losses are added in it: a set's would depend on PYTHONHASHSEED, and with it the last bits."""
+    names = {n.name for n in traced.graph.nodes if n.op == "call_function"}
+    in_order = [[n.name for n in stage_nodes(traced, i)] for i in range(traced.layers)]
+    assert Whole(traced, set(), watch=names).watched == in_order
+
+
+def test_tokens_are_counted_in_whole_batches() -> None:
+    for tokens, count in ((1, 1), (47, 1), (48, 2), (10**6, 8)):
+        assert [id(b) for b in first_tokens(TOKENS, tokens)] == [id(b) for b in TOKENS[:count]]
+
+
 @pytest.mark.parametrize("memory", [0, 1 << 40])
 def test_sensitivity_is_the_same_where_weights_do_not_stay_in_memory(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, memory: int, batches: list[Tensor]
@@ -454,6 +507,13 @@ def test_gradients_layer_by_layer_are_those_of_the_whole(traced: Program) -> Non
             torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-6)
 
 
+def test_a_linear_of_zeros_has_no_error() -> None:
+    model = make("qwen2_moe")
+    name = "model.layers.0.self_attn.q_proj"
+    model.get_submodule(name).weight.data.zero_()
+    assert compiled(trace(model), "dense{group=16}").ctx.audit[f"{name}.weight"]["error"] == 0
+
+
 def test_rilq_lowers_the_held_out_loss_and_merging_changes_nothing_but_rounding(traced: Program) -> None:
     more = list(torch.randint(0, 64, (16, 4, 64), generator=torch.Generator().manual_seed(0)))
     run = compiled(traced, "vq{codebook=layer},affine,fold,rilq{steps=20,rank=4,lr=3}", batches=more)
@@ -474,9 +534,30 @@ def test_rilq_lowers_the_held_out_loss_and_merging_changes_nothing_but_rounding(
     assert all(run.ctx.audit[n]["rounding"] < 1e-12 for n in names)  # the checkpoint is float32
 
 
+def test_rilq_of_a_model_without_a_head_has_its_hidden_state_and_its_routers() -> None:
+    bare = trace(make("qwen2_moe").model)
+    more = list(torch.randint(0, 64, (16, 2, 64), generator=torch.Generator().manual_seed(0)))
+    run = compiled(bare, "vq{rounds=1,codebook=layer},affine,fold,rilq{steps=20,rank=2,lr=3}", batches=more)
+    told = run.ctx.audit[f"{bare.moe_layers()[0].path}.down"]["rilq"]
+    assert told["before"].keys() == {"loss", "hidden", "routing"} and told["before"]["loss"] == pytest.approx(2)
+    assert told["after"]["loss"] < 2
+    note = "rilq: the model gives no logits of its vocabulary; kl and lm are left out of the loss"
+    assert run.ctx.notes.count(note) == 1
+    with pytest.raises(MoeccError, match="gives no logits, so kl and lm can't be measured; give hidden a weight"):
+        compiled(bare, "vq{rounds=1,codebook=layer},affine,fold,rilq{hidden=0}")
+
+
+def test_rilq_reads_the_text_s_own_next_token_only_where_it_counts(traced: Program) -> None:
+    for options, terms in (("", {"hidden", "kl", "routing"}), (",lm=1", {"hidden", "kl", "lm", "routing"})):
+        run = compiled(traced, f"vq{{rounds=1,codebook=layer}},affine,fold,rilq{{steps=1,rank=2{options}}}")
+        assert run.ctx.audit["model.layers.0.mlp.experts.down"]["rilq"]["before"].keys() == {"loss", *terms}
+
+
 def test_rilq_without_anything_to_gain_leaves_all_as_it_was(traced: Program) -> None:
     run = compiled(traced, "vq{bits=4},affine,fold,rilq{steps=1,lr=100,rank=2,patience=1},merge")
     assert not run.differed["rilq"] and not run.differed["merge"]
+    with pytest.raises(MoeccError, match="patience=11 is out of range"):  # there are ten checks
+        pipeline.parse("rilq{patience=11}")
 
 
 def test_a_pass_of_one_s_own_takes_biases_out(traced: Program) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moecc import text
+from moecc import guards, text
 from moecc.errors import MoeccError
 
 TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
@@ -158,3 +158,17 @@ def test_a_tokenizer_that_is_code_runs_only_if_asked_for(tmp_path: Path, monkeyp
     with pytest.raises(MoeccError, match="its tokenizer is Python code; read it, then --trust-remote-code"):
         text.tokenizer_of(folder)
     assert type(text.tokenizer_of(folder, trust_remote_code=True)).__name__ == "Mine"
+
+
+@pytest.mark.parametrize(
+    ("restriction", "allowed"),
+    [
+        ("", [1, 2, 3, 4, 5, 63, 64]),
+        ("sequence other than 2", [1, 3, 4, 5, 63, 64]),
+        ("sequence other than 1, 4", [2, 3, 5, 63, 64]),
+        ("sequence <= 63", [1, 2, 3, 4, 5, 63]),
+        ("3 <= sequence <= 63", [3, 4, 5, 63]),
+    ],
+)
+def test_what_a_restriction_allows(restriction: str, allowed: list[int]) -> None:
+    assert [n for n in (1, 2, 3, 4, 5, 63, 64) if guards.holds(restriction, n)] == allowed
