@@ -34,7 +34,6 @@ class DropBias(LayerPass):
         ctx.record(f"{moe.path}.{projection}", bias_share=share)
         if share >= self.below:
             return False
-        names = [a.name for a in VQ_EXPERTS._schema.arguments]
-        moe.node.update_arg(names.index(f"{projection}_bias"), None)
+        moe.set_operands({f"{projection}_bias": None})
         layer.program.drop_unused()
         return True

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from moecc import ops, text, vq4
 from moecc.base import Context, MoeccError
 from moecc.ir import MoE, Program
+from moecc.ir import operand as operand_of
 from moecc.tensorfiles import LazyTensor, free_space, write_safetensors
 
 SHARD_BYTES = 4 << 30
@@ -271,10 +272,9 @@ Stored = dict[str, tuple[fx.Node, str]]  # short name of a stored tensor -> its 
 def _operands(program: Program, node: fx.Node, operands: Iterable[str], projection: str) -> Stored:
     """Those operands of a node that are there, by their short names."""
     found = {}
-    names = [a.name for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
     for operand in operands:
-        value = node.args[names.index(operand)]
-        if isinstance(value, fx.Node):
+        value = operand_of(node, operand)
+        if value is not None:
             short = operand.removeprefix(projection + "_") if projection else operand
             found[short] = value, program.weights[value.name].name
     return found

@@ -210,4 +210,4 @@ class Layer:
 
 def _float(program: Program, moe: MoE, name: str) -> Tensor | None:
     node = moe.operand(name)
-    return None if node is None else program.read(program.weights[node.name].name).to(torch.float32)
+    return None if node is None else program.value(node).to(torch.float32)

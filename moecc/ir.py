@@ -26,6 +26,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 
 from moecc import ops, vq4
 from moecc.errors import MoeccError
+from moecc.gates import rows_per_unit
 
 _SHORT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
@@ -112,15 +113,33 @@ class MoE:
     def attributes(self) -> dict[str, Any]:
         return dict(self.node.kwargs)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """E experts, N rows of gate_up, D hidden, F intermediate."""
+        first = self.operand("gate_up_scale" if self.node.target is ops.VQ_EXPERTS else "gate_up")
+        experts, rows = (int(n) for n in first.meta["val"].shape[:2])  # type: ignore[union-attr]
+        hidden = int(self.node.args[0].meta["val"].shape[1])  # type: ignore[union-attr]
+        return experts, rows, hidden, rows // rows_per_unit(self.node.kwargs["gate"])  # type: ignore[arg-type]
+
     def operand(self, name: str) -> fx.Node | None:
         """The operand called `name` in the op's schema, None where it is absent."""
         return operand(self.node, name)
 
+    def set_operands(self, values: Mapping[str, fx.Node | None]) -> None:
+        """Give operands by name other placeholders, or take them out (None)."""
+        names, args = operand_names(self.node), list(self.node.args)
+        for name, value in values.items():
+            args[names.index(name)] = value
+        self.node.args = tuple(args)
+
+
+def operand_names(node: fx.Node) -> list[str]:
+    """The tensors of a call of the dialect, in order."""
+    return [a.name for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+
 
 def operand(node: fx.Node, name: str) -> fx.Node | None:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [a.name for a in node.target._schema.arguments if not a.kwarg_only]
-    position = names.index(name)
+    position = operand_names(node).index(name)
     value = node.args[position] if position < len(node.args) else None
     return value if isinstance(value, fx.Node) else None
 
@@ -179,6 +198,10 @@ class Program:
         if name not in self.store:
             raise MoeccError(f"{name}: not in the checkpoint {self.source}; give a complete checkpoint")
         return self.store.read(name, dtype=self.dtype, experts=experts)
+
+    def value(self, placeholder: fx.Node) -> Tensor:
+        """The tensor that a placeholder of a weight stands for."""
+        return self.read(self.weights[placeholder.name].name)
 
     def origins(self, name: str) -> tuple[str, ...]:
         """The model parameters that the weight called `name` is computed from (itself where it is plain)."""
@@ -366,12 +389,9 @@ def check_operands(node: fx.Node) -> None:
     """Shapes of an experts node's weights against each other; MoeccError names node, operand and shape."""
     if node.target is ops.Q_LINEAR:
         return
-    val = {a.name: operand(node, a.name) for a in node.target._schema.arguments if not a.kwarg_only}  # type: ignore[union-attr]
+    val = {name: operand(node, name) for name in operand_names(node)}
     shape = {k: tuple(v.meta["val"].shape) for k, v in val.items() if isinstance(v, fx.Node)}
-    hidden = shape["x"][1]
-    first = "gate_up_scale" if node.target is ops.VQ_EXPERTS else "gate_up"
-    experts, rows = shape[first][:2]
-    intermediate = rows if node.kwargs["gate"] == "none" else rows // 2
+    experts, rows, hidden, intermediate = MoE(node, "", 0, None).sizes
     expected: dict[str, tuple[int, ...]] = {
         "gate_up": (experts, rows, hidden), "down": (experts, hidden, intermediate), "gate_up_bias": (experts, rows),
         "down_bias": (experts, hidden), "gate_up_scale": (experts, rows), "down_scale": (experts, hidden),
@@ -468,8 +488,7 @@ def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
 def fold_weight_graphs(program: Program) -> None:
     """Turn every weight-only subgraph that feeds an experts node into one derived weight, so that operands are placeholders."""
     for moe in program.moe_layers():
-        names = [a.name for a in moe.node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
-        args = list(moe.node.args)
+        names, args = operand_names(moe.node), list(moe.node.args)
         for i, (name, value) in enumerate(zip(names, args, strict=False)):
             if i > 2 and isinstance(value, fx.Node) and value.op != "placeholder":
                 args[i] = _derive(program, f"{moe.path}.{name}", value)

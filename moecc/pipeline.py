@@ -25,10 +25,9 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from moecc import ops
 from moecc.base import Composite, Context, Layer, LayerPass, MoeccError, Pass, accepted, accepts
 from moecc.errors import reason
-from moecc.ir import Program
+from moecc.ir import MoE, Program
 from moecc.stream import Stream
 
 _ITEM = re.compile(r"\s*([^,{}]*[^\s,{}])\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
@@ -445,25 +444,25 @@ def experts_bits(program: Program) -> float:
     return sum(_stored(program, m) for m in found) / weights if weights else 0.0
 
 
-def _stored(program: Program, moe: Any) -> int:
+def _stored(program: Program, moe: MoE) -> int:
     """Bits stored for one layer's routed experts."""
     operands = [n for n in moe.node.args[3:] if isinstance(n, torch.fx.Node)]
     return sum(n.meta["val"].numel() * _stored_bits(program, n) for n in operands)
 
 
 def _stored_bits(program: Program, node: torch.fx.Node) -> int:
-    val: Tensor = node.meta["val"]
     name = program.weights[node.name].name
-    if name in program.tensors or program.store is None:  # what is still dense would be stored in 16 bits
-        return min(int(val.element_size() * 8), 16)
-    origin = program.origins(name)[0]  # as the checkpoint has it, whatever the program computes in
-    return int(program.store.dtype(origin).itemsize * 8) if origin in program.store else int(val.element_size() * 8)
+    origin = program.origins(name)[0]
+    if (
+        program.store is not None and origin in program.store
+    ):  # as the checkpoint has it, whatever the program computes in
+        rewritten = origin in program.tensors and origin not in program.rounded
+        return 8 * (program.dtype if rewritten else program.stored_dtype(origin)).itemsize
+    bits = 8 * int(node.meta["val"].element_size())
+    return min(bits, 16) if name in program.tensors else bits  # what is still dense would be stored in 16 bits
 
 
-def expert_weights(moe: Any) -> int:
+def expert_weights(moe: MoE) -> int:
     """Weights that a layer's routed experts had before anything was done to them: E N D + E D F."""
-    hidden = moe.node.args[0].meta["val"].shape[1]
-    rows = moe.operand("gate_up_scale" if moe.node.target is ops.VQ_EXPERTS else "gate_up").meta["val"].shape
-    experts, n = int(rows[0]), int(rows[1])
-    intermediate = n if moe.attributes["gate"] == "none" else n // 2
-    return int(experts * (n * hidden + hidden * intermediate))
+    experts, rows, hidden, intermediate = moe.sizes
+    return experts * (rows * hidden + hidden * intermediate)

@@ -92,21 +92,13 @@ def _resolved(passes: str, bits: float | None) -> list[Pass]:
 
 
 def _layer(program: Program, moe: MoE) -> MoELayer:
-    experts, _, hidden, intermediate = _shape(moe)
+    experts, _, hidden, intermediate = moe.sizes
     attributes = moe.attributes
     gate = attributes["act"] if attributes["gate"] == "none" else f"{attributes['act']}, {attributes['gate']}"
     form = str(moe.node.target).removesuffix(".default").replace(".", "::")
     return MoELayer(
         moe.path, experts, moe.top_k, hidden, intermediate, gate, _layout(program, moe), _router(program, moe), form
     )
-
-
-def _shape(moe: MoE) -> tuple[int, int, int, int]:
-    """E, N of gate_up, D, F."""
-    hidden = int(moe.node.args[0].meta["val"].shape[1])  # type: ignore[union-attr]
-    first = moe.operand("gate_up_scale" if moe.node.target is ops.VQ_EXPERTS else "gate_up")
-    experts, rows = (int(n) for n in first.meta["val"].shape[:2])  # type: ignore[union-attr]
-    return experts, rows, hidden, rows if moe.attributes["gate"] == "none" else rows // 2
 
 
 def _layout(program: Program, moe: MoE) -> str:
@@ -215,12 +207,13 @@ def _estimate(
         "bits_per_weight": [(low + rest) / weights, (high + rest) / weights],
         "automatic_basis": not any("budget" in p.provides for p in passes)
         and any("basis" in p.provides and "auto" in (getattr(p, "rank", ""), getattr(p, "mean", "")) for p in passes),
+        "not_estimated": [p.name for p in passes if p.file],
     }
 
 
 def _experts_bits(moe: MoE, passes: Sequence[Pass]) -> tuple[float, float]:
     """Bits of one layer's routed experts in the format `vq4`, at least and at most."""
-    experts = _shape(moe)[0]
+    experts = moe.sizes[0]
     low = high = 0.0
     for n, k, input_side in _projections(moe):
         a, b = _projection_bits(experts, n, k, passes, input_side)
@@ -230,7 +223,7 @@ def _experts_bits(moe: MoE, passes: Sequence[Pass]) -> tuple[float, float]:
 
 def _absorbed_bits(moe: MoE, passes: Sequence[Pass]) -> int:
     """Bits of the rows by which an adapter of the experts, if there is one, makes the layer's bases grow."""
-    rank, experts = _option(passes, "absorbed", "rank", 0), _shape(moe)[0]
+    rank, experts = _option(passes, "absorbed", "rank", 0), moe.sizes[0]
     grown = (
         vq4.basis_bits(min(rank, k if side else n), experts, n, k, input_side=side) for n, k, side in _projections(moe)
     )
@@ -239,7 +232,7 @@ def _absorbed_bits(moe: MoE, passes: Sequence[Pass]) -> int:
 
 def _projections(moe: MoE) -> tuple[tuple[int, int, bool], ...]:
     """N, K and whether the basis is on the input's side, of gate_up and down."""
-    _, rows, hidden, intermediate = _shape(moe)
+    _, rows, hidden, intermediate = moe.sizes
     return (rows, hidden, True), (hidden, intermediate, False)
 
 
@@ -326,6 +319,7 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
         f"  about {low if low == high else f'{low} to {high}'}: {span(found['bits_per_weight_experts'], '.3f')} bits "
         f"per routed-expert weight, {span(found['bits_per_weight'], '.3f')} over everything",
         *(["  a shared mean and basis come on top where they earn their bits"] if found["automatic_basis"] else []),
+        *([f"  what {', '.join(found['not_estimated'])} would change isn't known"] if found["not_estimated"] else []),
     ]
 
 

@@ -50,9 +50,9 @@ def _why_left(node: fx.Node) -> str:
         return "not the forward of an nn.Linear"
     if len(weight.users) > 1:
         return "its weight is read more than once"
-    if weight.meta["val"].shape[0] < _FEWEST_OUTPUTS:
-        return f"fewer than {_FEWEST_OUTPUTS} outputs, like a gate"
-    return "gate" if _into_sigmoid(node) else ""
+    if _into_sigmoid(node):
+        return "gate"
+    return f"fewer than {_FEWEST_OUTPUTS} outputs" if weight.meta["val"].shape[0] < _FEWEST_OUTPUTS else ""
 
 
 def _into_sigmoid(node: fx.Node) -> bool:

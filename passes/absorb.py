@@ -109,10 +109,10 @@ class AbsorbLora(Pass):
             after = vq4.basis_part(stored[1], stored[2], stored[0], torch.float32, input_side=input_side)
             error = float(weighted_error(update - (after - before), moment).sum() / whole)
             best, lost = (stored, error) if error < lost else (best, lost)
-        args, names = list(moe.node.args), [a.name for a in VQ_EXPERTS._schema.arguments]
-        for name, tensor in zip(_PARTS, best, strict=True):
-            args[names.index(f"{projection}_{name}")] = layer.program.add(f"{moe.path}.{projection}.{name}", tensor)
-        moe.node.args = tuple(args)
+        parts = zip(_PARTS, best, strict=True)
+        moe.set_operands(
+            {f"{projection}_{name}": layer.program.add(f"{moe.path}.{projection}.{name}", t) for name, t in parts}
+        )
         return lost
 
 

@@ -170,15 +170,12 @@ class AffineCorrection(LayerPass):
         moments: Moments | None = layer.data.get(("moments", moe.path))
         costs = {p: None if moments is None else moments.output_of(p) for p in coded}
         fits = (replace(self, offset="off") if ctx.plan else self).fit(moe, routed, coded, dense, costs)
-        args, names = list(moe.node.args), [a.name for a in VQ_EXPERTS._schema.arguments]
         for projection, (slope, offset, moved) in fits.items():
-            for name, value in (("slope", slope), ("offset", offset)):
-                if value is not None:
-                    node = layer.program.add(f"{moe.path}.{projection}.{name}", value)
-                    args[names.index(f"{projection}_{name}")] = node
-            kept = "+".join(_present(slope=slope, offset=offset)) or "none"
-            ctx.record(f"{moe.path}.{projection}", affine=kept, output_shift=moved)
-        moe.node.args = tuple(args)
+            found = {k: v for k, v in (("slope", slope), ("offset", offset)) if v is not None}
+            moe.set_operands(
+                {f"{projection}_{k}": layer.program.add(f"{moe.path}.{projection}.{k}", v) for k, v in found.items()}
+            )
+            ctx.record(f"{moe.path}.{projection}", affine="+".join(found) or "none", output_shift=moved)
         return any(v is not None for fit in fits.values() for v in (fit.slope, fit.offset))
 
     def fit(
@@ -240,10 +237,6 @@ class AffineCorrection(LayerPass):
         return CoupledSums.of(v, t, weight, damped(cost.unsqueeze(0), OUTPUT_DAMPING)[0])
 
 
-def _present(**values: Tensor | None) -> list[str]:
-    return [k for k, v in values.items() if v is not None]
-
-
 @dataclass
 class CodedProjection:
     """One projection's stored tensors, for evaluating it expert by expert."""
@@ -256,7 +249,7 @@ class CodedProjection:
         tensors = {}
         for name in vq4.TENSORS:
             node = moe.operand(f"{projection}_{name}")
-            tensors[name] = None if node is None else layer.program.read(layer.program.weights[node.name].name)
+            tensors[name] = None if node is None else layer.program.value(node)
         return cls(tensors, projection == "gate_up")
 
     @property

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from moecc.base import Context, Layer, LayerPass
 from moecc.ir import MoE
 from moecc.ops import VQ_EXPERTS
@@ -25,9 +27,7 @@ class FoldAffine(LayerPass):
         return any([self.fold(layer, moe, p) for moe in found for p in ("gate_up", "down")])
 
     def fold(self, layer: Layer, moe: MoE, projection: str) -> bool:
-        names = [a.name for a in VQ_EXPERTS._schema.arguments if not a.kwarg_only]
-        args = list(moe.node.args)
-        changed = False
+        changed: dict[str, fx.Node | None] = {}
         for target, extra in (("scale", "slope"), ("bias", "offset")):
             value = layer.weight(moe, f"{projection}_{extra}")
             if value is None:
@@ -38,11 +38,8 @@ class FoldAffine(LayerPass):
                 value = old * value
             elif old is not None:
                 value = old + value
-            args[names.index(f"{projection}_{target}")] = layer.program.add(
-                f"{moe.path}.{projection}.{target}", compact(value)
-            )
-            args[names.index(f"{projection}_{extra}")] = None
-            changed = True
-        moe.node.args = tuple(args)
+            stored = layer.program.add(f"{moe.path}.{projection}.{target}", compact(value))
+            changed |= {f"{projection}_{target}": stored, f"{projection}_{extra}": None}
+        moe.set_operands(changed)
         layer.program.drop_unused()
-        return changed
+        return bool(changed)

@@ -114,4 +114,4 @@ class VectorQuantize(LayerPass):
 def _held(layer: Layer, moe: MoE, name: str) -> Tensor | None:
     """The stored tensor behind an operand, in its stored dtype."""
     node = moe.operand(name) if moe.node.target is KLT_EXPERTS else None
-    return None if node is None else layer.program.read(layer.program.weights[node.name].name)
+    return None if node is None else layer.program.value(node)

@@ -22,7 +22,7 @@ FLOOR: dict[str, set[str]] = {
     "memory": set(),
     "vq4": set(),
     "ops": {"errors", "gates", "vq4"},
-    "ir": {"errors", "ops", "vq4"},
+    "ir": {"errors", "gates", "ops", "vq4"},
     "stream": {"errors", "ir", "memory"},
     "base": {"errors", "ir", "stream"},
     "pipeline": {"base", "errors", "ir", "ops", "stream"},
