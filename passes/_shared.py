@@ -5,8 +5,9 @@ Two things can be: a matrix that all experts share as it is, and a basis in whic
               sets them apart is left to be coded (as with D2-MoE's base weights, arXiv 2502.17298). Coded at bits of its own, all
               directions alike, for its own error is made up for with the rest; computed once per token like a shared expert
 The basis is on the residual-stream side of both projections, so that it is applied once per token, whatever the experts.
-  gate_up  2. C = the layer's mean second moment, C^1/2 its square root (the Karhunen-Loeve transform of the input)
-           3. V = top-r right singular vectors of the stacked W_e C^1/2: what all experts read from
+  gate_up  2. C = the plain mean of the experts' second moments, C^1/2 its square root (the Karhunen-Loeve transform of the input)
+           3. V = top-r right singular vectors of the stacked W_e C^1/2: what all experts read from. Each expert counts alike, here
+              and in 2 and 5, whatever its part of the cost in 8
            4. basis = V^T C^-1/2 [r, D], coef_e = W_e C^1/2 V [N, r]
   down     5. U = top-r left singular vectors of the side-by-side W_e C_e^1/2: what all experts write to
            6. basis = U^T [r, D], coef_e = U^T W_e [r, F]
@@ -18,7 +19,8 @@ The basis is on the residual-stream side of both projections, so that it is appl
               on most projections
 
 Not done: a mean of least squares under the moments. It runs off in directions that few tokens use, and doubled the
-divergence.
+divergence. Nor a basis for which experts count by how much they are used: with 16 rows, of four models' divergences three fell, by
+0.3 to 4 %, and one rose by 2 %.
 
 Shapes: E experts, N rows, K columns, D hidden, F intermediate.
 """
@@ -198,7 +200,7 @@ def square_root(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factorize(weight: Tensor, moment: Tensor, rank: int, *, input_side: bool) -> Shared:
-    """Steps 2 to 7 for one projection: weight [E, N, K], moments [E, K, K]."""
+    """Steps 2 to 7 for one projection: weight [E, N, K], moments [E, K, K]. Every expert counts alike."""
     if input_side:
         root, inverse = square_root(damped(moment.mean(0, keepdim=True), 1e-3)[0])
         scaled = weight @ root
