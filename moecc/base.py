@@ -86,6 +86,10 @@ class Pass(ABC):
     def run(self, program: Program, ctx: Context) -> bool:
         """Rewrite `program` in place; return whether it changed."""
 
+    def check(self, program: Program) -> None:
+        """MoeccError where this pass can't do with `program`, the model that a run starts from; asked before any pass runs."""
+        return None
+
     def files(self) -> list[Path]:
         """Files whose contents a run depends on besides model and text: an interrupted run goes on only with the same."""
         return [Path(self.file)] if self.file else []

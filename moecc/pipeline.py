@@ -311,6 +311,8 @@ def run(
     ctx.reference, ctx.batches = reference, batches
     if not batches and (needy := next((p for p in passes if p.needs_data), None)) is not None:
         raise MoeccError(f"{needy.name} needs calibration text; give --calib FILE")
+    for p in passes:
+        p.check(program)
     done: list[Pass] = []
     for group in _groups(passes):
         try:

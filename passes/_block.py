@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from moecc.base import Layer
 from moecc.ir import MoE, Program, descendants, needed_for, output_node, run_nodes, stage_nodes, written
-from moecc.passes._coding import damped
+from moecc.passes._metric import damped
 from moecc.passes._routing import boundary_loss, flips, order_loss, selection_scores, standardized, value_loss
 from moecc.stream import StageWeights
 

@@ -28,16 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moecc import vq4
+from moecc.passes._codebooks import Book, Nearest, clamp_codebook, kmeans, rounded
+from moecc.passes._metric import AT_ONCE, OUTPUT_DAMPING, damped, feedback_factor, weighted, weighted_error
 from moecc.passes._store import compact
 
-AT_ONCE = 1 << 26  # numbers of one kind in memory where experts are worked on in turn
-_SAMPLE = 1 << 14  # groups that k-means looks at
 _SAMPLED_EXPERTS = 8  # that a shared codebook is fitted to where not all can be in memory
-_BLOCKS = (
-    32  # of rows, coded one after the other under a metric that couples rows; in a block each as if the others stayed
-)
+# of rows, coded one after the other under a metric that couples rows; in a block each as if the others stayed
+_BLOCKS = 32
 _ROWS = 16  # in a block at least
-OUTPUT_DAMPING = 0.2  # share of the mean cost of an output error that every direction has at least: 0.1 to 0.2 was best
 
 
 @dataclass
@@ -70,22 +68,6 @@ def lookup(codes: Tensor, negative: Tensor | None, codebook: Tensor) -> Tensor:
     return values if negative is None else torch.where(negative, -1 - values, values)
 
 
-def damped(moment: Tensor, share: float = 0.01) -> Tensor:
-    """Second moments [E, K, K] with `share` of their mean diagonal added, so that they can be inverted; zero ones become 1."""
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return moment + torch.eye(moment.shape[-1], device=moment.device) * torch.where(mean > 0, share * mean, 1.0)
-
-
-def weighted_error(error: Tensor, moment: Tensor, output: Tensor | None = None) -> Tensor:
-    """tr(S D H D^T) per expert, S all alike where `output` is None: [E, N, K], [E, K, K], [E, N, N] -> [E]."""
-    return (_weighted(error, moment, output) * error).sum((-2, -1))
-
-
-def _weighted(error: Tensor, moment: Tensor, output: Tensor | None) -> Tensor:
-    right = error @ moment
-    return right if output is None else output @ right
-
-
 def encode(
     weight: Tensor,
     moment: Tensor,
@@ -97,7 +79,7 @@ def encode(
     rounds: int = 3,
     feedback: bool = True,
     turns: int = 15,  # of k-means
-    book: _Book | None = None,
+    book: Book | None = None,
 ) -> Coded:
     """Code weight [E, N, K] under second moments [E, K, K] of the input and costs [E, N, N] of output errors (None: all alike).
 
@@ -115,7 +97,7 @@ def encode(
         order = output.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True).unsqueeze(-1)
         target, output = target.take_along_dim(order, 1), output.take_along_dim(order, 1).take_along_dim(order.mT, 2)
     given = book is not None
-    book = book or _round(kmeans(target, importance, bits=bits, seed=seed, turns=turns), bits)
+    book = book or rounded(kmeans(target, importance, bits=bits, seed=seed, turns=turns), bits)
     table = book.integers if shared else book.integers.expand(len(weight), -1, -1)
     coder = _Coder(target, moment, importance, bits, feedback, output if feedback else None)
     state = coder.choose(table, book.step.expand(weight.shape[:2]))
@@ -164,7 +146,7 @@ def encode_in_parts(
         rows = slice(None, None, -(-len(some) * weight[0].numel() // AT_ONCE))
         sample = weight[:, rows][some]
         fitted = coded(sample, moment[some], None if output is None else output[:, rows, rows][some])
-        book = _Book(fitted.codebook, (fitted.scale / _size(sample).squeeze(-1)).median().view(1, 1))
+        book = Book(fitted.codebook, (fitted.scale / _size(sample).squeeze(-1)).median().view(1, 1))
     parts = [
         coded(weight[part], moment[part], None if output is None else output[part], book=book)
         for part in (slice(i, i + step) for i in range(0, len(weight), step))
@@ -199,90 +181,6 @@ def _better(best: Coded | None, best_error: Tensor, state: Coded, error: Tensor,
     return merged, torch.minimum(error, best_error)
 
 
-def argmin(x: Tensor) -> Tensor:
-    """Index of the smallest along the last dimension. numpy's is vectorised: on one core 5 to 8 times as fast as PyTorch's."""
-    return torch.from_numpy(x.numpy().argmin(-1)) if x.device.type == "cpu" else x.argmin(-1)
-
-
-# ---- codebooks
-
-
-@dataclass
-class _Book:
-    integers: Tensor  # [C, 256, v] whole numbers as float32
-    step: Tensor  # [C, 1]: what one unit stands for in the normalised weights
-
-
-def _round(centroids: Tensor, bits: int) -> _Book:
-    step = (centroids.abs().amax((-2, -1)) / 127).clamp(min=1e-12).unsqueeze(-1)
-    return _Book(clamp_codebook((centroids / step.unsqueeze(-1)) - (0.5 if bits == 3 else 0.0), bits), step)
-
-
-def clamp_codebook(values: Tensor, bits: int) -> Tensor:
-    """Nearest codebook of the format: whole numbers in 0..127 at 3 bit, -127..127 otherwise."""
-    return values.round().clamp(0 if bits == 3 else -127, 127)
-
-
-def kmeans(target: Tensor, importance: Tensor, *, bits: int, seed: int, turns: int) -> Tensor:
-    """Weighted k-means over groups of v weights (their magnitudes at 3 bit): [E, N, K], [E, K] -> [1, 256, v].
-
-    One codebook for the layer: rows are normalised, so experts differ little here, and refits make it an expert's own.
-    """
-    v = vq4.group_size(bits)
-    points = (target.abs() if bits == 3 else target).unflatten(-1, (-1, v))
-    cost = importance.unflatten(-1, (-1, v)).unsqueeze(1).expand_as(points)
-    points, cost = points.reshape(-1, v), cost.reshape(-1, v)
-    generator = torch.Generator(target.device).manual_seed(seed)
-    if len(points) > _SAMPLE:
-        chosen = torch.randint(len(points), (_SAMPLE,), generator=generator, device=target.device)
-        points, cost = points[chosen], cost[chosen]
-    return _kmeans_one(points, cost, turns, generator).unsqueeze(0)
-
-
-def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Generator) -> Tensor:
-    size = vq4.CODEBOOK_SIZE
-    chance = (cost * points.square()).sum(-1) + 1e-9
-    start = torch.multinomial(chance, size, replacement=len(points) < size, generator=generator)
-    centroids = points[start].clone()
-    parts = torch.cat([cost, -2 * cost * points], 1)
-    for _ in range(turns):
-        nearest = argmin(parts @ torch.cat([centroids.square(), centroids], 1).T)
-        total = torch.zeros_like(centroids).index_add_(0, nearest, cost * points)
-        mass = torch.zeros_like(centroids).index_add_(0, nearest, cost)
-        centroids = torch.where(mass > 0, total / mass.clamp(min=1e-20), centroids)
-        empty = torch.bincount(nearest, minlength=size) == 0
-        if empty.any():
-            again = torch.randint(len(points), (int(empty.sum()),), generator=generator, device=points.device)
-            centroids[empty] = points[again]
-    return centroids
-
-
-# ---- codes
-
-
-def _feedback(metric: Tensor) -> Tensor:
-    """U with metric^-1 = U^T U: what is left of an error, and how it is carried over, read off its rows."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(metric))
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper
-
-
-def pivots(metric: Tensor, share: float = 0.01) -> Tensor:
-    """What is left of an error's cost where all later ones make up for it, the costly first: [E, K, K], damped -> [E, K]."""
-    if len(metric) > 1 and metric.stride(0) == 0:  # one for all
-        return pivots(metric[:1], share).expand(len(metric), -1)
-    few = max(1, AT_ONCE // metric[0].numel())
-    return torch.cat([_pivots(damped(part, share)) for part in metric.split(few)])
-
-
-def _pivots(metric: Tensor) -> Tensor:
-    order = metric.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-    rows = metric.gather(1, order.unsqueeze(-1).expand_as(metric))
-    permuted = rows.gather(2, order.unsqueeze(1).expand_as(metric))
-    left = _feedback(permuted).diagonal(dim1=-2, dim2=-1).square().reciprocal()
-    return torch.empty_like(left).scatter_(1, order, left)
-
-
 class _Coder:
     """Chooses codes for one projection; holds what does not change between rounds."""
 
@@ -307,13 +205,13 @@ class _Coder:
         self.order = order
         if feedback:
             permuted = torch.gather(moment, 1, self.columns.unsqueeze(-1).expand(-1, -1, columns))
-            self.upper = _feedback(torch.gather(permuted, 2, self.columns.unsqueeze(1).expand(-1, columns, -1)))
+            self.upper = feedback_factor(torch.gather(permuted, 2, self.columns.unsqueeze(1).expand(-1, columns, -1)))
             inner = moment.unflatten(-2, (-1, v)).unflatten(-1, (-1, v)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
             self.inverses, self.roots = torch.linalg.inv(inner), torch.linalg.cholesky(inner)  # [E, G, v, v]
         else:
             self.diagonal = torch.gather(importance, 1, self.columns)
         if output is not None:
-            self.row_upper = _feedback(output)
+            self.row_upper = feedback_factor(output)
 
     def error(self, state: Coded) -> Tensor:
         return weighted_error(state.dense() - self.target, self.moment, self.output)
@@ -428,7 +326,7 @@ class _Coder:
             top, bottom = (qh * self.target).sum(-1), (qh * q).sum(-1)
             scale = torch.where(bottom > 0, top / bottom.clamp(min=1e-20), state.scale)
         else:
-            top = (_weighted(self.target, self.moment, self.output) * q).sum(-1)
+            top = (weighted(self.target, self.moment, self.output) * q).sum(-1)
             scale = torch.linalg.solve(damped(self.output * (qh @ q.mT), 1e-6), top)
         return Coded(state.codes, state.negative, state.codebook, torch.where(scale > 0, scale, state.scale))
 
@@ -454,11 +352,11 @@ class _Coder:
         if self.output is not None:
             diagonal = diagonal * self.output.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         precondition = 1 / self._gather(diagonal, state.codes, books).clamp(min=1e-12)
-        residual = back(_weighted(self.target - fixed - weights_of(c), self.moment, self.output))
+        residual = back(weighted(self.target - fixed - weights_of(c), self.moment, self.output))
         z = precondition * residual
         direction, rz = z, (residual * z).sum((-2, -1), keepdim=True)
         for _ in range(turns):
-            image = back(_weighted(weights_of(direction), self.moment, self.output))
+            image = back(weighted(weights_of(direction), self.moment, self.output))
             alpha = rz / (direction * image).sum((-2, -1), keepdim=True).clamp(min=1e-20)
             c, residual = c + alpha * direction, residual - alpha * image
             z = precondition * residual
@@ -480,51 +378,6 @@ class _Coder:
         flat = w.new_zeros(books * size, self.v)
         flat.index_add_(0, (codes + offset).flatten(), w.reshape(-1, self.v))
         return flat.view(books, size, self.v)
-
-
-class Nearest:
-    """The nearest entry of a codebook under a metric; what depends on these two alone is computed once, not per row.
-
-    argmin_c |(t - c) metric|^2 for t [E, n, v], codebook [C, 256, v], metric [E, v, v]; at 3 bit among the c that have the signs
-    of t + 1/2, which is all it takes under a diagonal metric.
-    """
-
-    def __init__(self, codebook: Tensor, metric: Tensor, bits: int):
-        # At 3 bit decode is symmetric about -1/2: match |t + 1/2| against p + 1/2 with the signs of t + 1/2.
-        self.table = (codebook + 0.5 if bits == 3 else codebook).expand(len(metric), -1, -1)
-        self.metric, self.signed = metric, bits == 3
-        if not self.signed:
-            image = self.table @ metric
-            self.image, self.norms = image.mT, image.square().sum(-1).unsqueeze(1)
-            return
-        # |(t - s*p) M|^2 = const - 2 (s * (t G)) . p + p^T (G with rows and columns signed) p, G = M M^T; the last term depends
-        # on the sign pattern alone, so it is tabulated for each of the 2^v patterns.
-        v = metric.shape[-1]
-        self.gram = metric @ metric.mT
-        self.powers = torch.arange(v, device=metric.device)
-        bits_of_pattern = (torch.arange(2**v, device=metric.device).unsqueeze(-1) >> self.powers) & 1
-        signed = self.table.unsqueeze(1) * (1.0 - 2.0 * bits_of_pattern.to(metric.dtype)).unsqueeze(
-            1
-        )  # [E, 2^v, 256, v]
-        self.norms = ((signed @ self.gram.unsqueeze(1)) * signed).sum(-1)  # [E, 2^v, 256]
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Codes [E, n], at 3 bit which components are negative [E, n, v], and the chosen vectors [E, n, v]."""
-        if not self.signed:
-            code = argmin(torch.baddbmm(self.norms, t @ self.metric, self.image, alpha=-2))
-            return code, None, self._entries(code)
-        t = t + 0.5
-        negative = t < 0
-        pattern = (negative.long() << self.powers).sum(-1)
-        linear = t @ self.gram
-        linear = torch.where(negative, -linear, linear)
-        own = torch.gather(self.norms, 1, pattern.unsqueeze(-1).expand(-1, -1, self.table.shape[1]))
-        code = argmin(torch.baddbmm(own, linear, self.table.mT, alpha=-2))
-        q = self._entries(code)
-        return code, negative, torch.where(negative, -q, q) - 0.5
-
-    def _entries(self, code: Tensor) -> Tensor:
-        return torch.gather(self.table, 1, code.unsqueeze(-1).expand(-1, -1, self.table.shape[2]))
 
 
 def pad_columns(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,11 @@ def adapter_files(owner: str, path: str) -> list[Path]:
     return [Path(path) / name for name in (_CONFIG, _TENSORS)]
 
 
+def require_fitting(owner: str, path: str, program: Program) -> None:
+    """MoeccError where a tensor of the adapter finds no weight in `program`."""
+    Adapter.read(owner, path).updates(program)
+
+
 def merge_into(program: Program, weight: str, update: Update) -> None:
     """Let the program's `weight` be the sum, in float32, rounded to the type that the checkpoint stores it in."""
     dtype = program.stored_dtype(weight)

@@ -37,7 +37,8 @@ from torch import Tensor
 from moecc import vq4
 from moecc.base import Context, Layer, MoeccError
 from moecc.ir import MoE
-from moecc.passes._coding import OUTPUT_DAMPING, damped, encode, encode_in_parts, pad_columns, pivots, weighted_error
+from moecc.passes._coding import encode, encode_in_parts, pad_columns
+from moecc.passes._metric import OUTPUT_DAMPING, damped, pivots, weighted_error
 from moecc.passes._moments import Moments
 
 DISTORTION = {2: 0.06, 3: 0.018, 4: 0.007}  # of the energy of a mean, what its error then costs, by bits: measured

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moecc import vq4
 from moecc.ir import MoE, Program
-from moecc.passes._coding import clamp_codebook
+from moecc.passes._codebooks import clamp_codebook
 from moecc.passes._store import compact
 
 # kind -> learning rate at 2 bit, in units of the tensor's own (`_unit`)

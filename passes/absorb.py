@@ -27,9 +27,9 @@ from moecc import vq4
 from moecc.base import Context, Layer, MoeccError, Pass, option
 from moecc.ir import MoE, Program
 from moecc.ops import VQ_EXPERTS
-from moecc.passes._coding import weighted_error
+from moecc.passes._metric import weighted_error
 from moecc.passes._moments import hidden_units, mean_outer, routed_tokens
-from moecc.passes._peft import Adapter, Update, adapter_files, merge_into
+from moecc.passes._peft import Adapter, Update, adapter_files, merge_into, require_fitting
 from moecc.passes._shared import factorize
 from moecc.passes._store import compact
 from moecc.stream import Stream
@@ -49,6 +49,9 @@ class AbsorbLora(Pass):
 
     def files(self) -> list[Path]:
         return adapter_files(self.name, self.path)
+
+    def check(self, program: Program) -> None:
+        require_fitting(self.name, self.path, program)
 
     def run(self, program: Program, ctx: Context) -> bool:
         assert ctx.reference is not None

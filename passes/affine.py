@@ -32,7 +32,7 @@ from moecc.base import Context, Layer, LayerPass, MoeccError, option
 from moecc.gates import apply_gate
 from moecc.ir import MoE
 from moecc.ops import VQ_EXPERTS
-from moecc.passes._coding import OUTPUT_DAMPING, damped
+from moecc.passes._metric import OUTPUT_DAMPING, damped
 from moecc.passes._moments import Moments, Routed, hidden_units, routed_tokens
 from moecc.passes._rate import gain
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from moecc.base import Context, Pass, option
 from moecc.ir import Program
-from moecc.passes._peft import Adapter, adapter_files, merge_into
+from moecc.passes._peft import Adapter, adapter_files, merge_into, require_fitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,9 @@ class MergeLora(Pass):
 
     def files(self) -> list[Path]:
         return adapter_files(self.name, self.path)
+
+    def check(self, program: Program) -> None:
+        require_fitting(self.name, self.path, program)
 
     def run(self, program: Program, ctx: Context) -> bool:
         adapter = Adapter.read(self.name, self.path)

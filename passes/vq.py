@@ -22,7 +22,8 @@ from moecc import vq4
 from moecc.base import Context, Layer, LayerPass, option
 from moecc.ir import MoE
 from moecc.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
-from moecc.passes._coding import Coded, encode_in_parts, pad_columns, weighted_error
+from moecc.passes._coding import Coded, encode_in_parts, pad_columns
+from moecc.passes._metric import weighted_error
 from moecc.passes._moments import Moments
 from moecc.passes._rate import gain
 from moecc.passes._store import compact

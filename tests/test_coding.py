@@ -16,7 +16,9 @@ from torch import Tensor
 
 from moecc import vq4
 from moecc.passes import _coding
-from moecc.passes._coding import Coded, Nearest, _Coder, encode, pad_columns, weighted_error
+from moecc.passes._codebooks import Nearest
+from moecc.passes._coding import Coded, _Coder, encode, encode_in_parts, pad_columns
+from moecc.passes._metric import damped, weighted_error
 from moecc.passes._moments import Routed
 from moecc.passes._shared import factorize, square_root
 from moecc.passes.affine import CoupledSums, Sums
@@ -92,11 +94,11 @@ def test_weighted_error_against_the_loop() -> None:
 
 def test_damping_adds_a_share_of_the_mean_diagonal() -> None:
     _, h = drawn(1)
-    got = _coding.damped(h, 0.01)
+    got = damped(h, 0.01)
     for e in range(E):
         share = 0.01 * float(h[e].diagonal().mean())
         torch.testing.assert_close(got[e], h[e] + share * torch.eye(K))
-    assert bool(torch.linalg.eigvalsh(_coding.damped(torch.zeros(1, K, K))).min() > 0)
+    assert bool(torch.linalg.eigvalsh(damped(torch.zeros(1, K, K))).min() > 0)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -418,7 +420,7 @@ def test_a_shared_codebook_of_a_large_layer_is_fitted_to_a_sample(
     output = drawn(5, experts=12, columns=256)[1] if coupled else None
     whole = encode(weight, moment, output, bits=bits, shared=True, seed=0)
     sizes = recorded(monkeypatch, weight.numel() // 4)
-    got = _coding.encode_in_parts(weight, moment, output, bits=bits, shared=True, seed=0)
+    got = encode_in_parts(weight, moment, output, bits=bits, shared=True, seed=0)
     assert len(sizes) == 1 + 4 and max(sizes) <= weight.numel() // 4
     assert got.codebook.shape == whole.codebook.shape and got.scale.shape == whole.scale.shape
     errors = [float(weighted_error(c.dense() - weight, moment, output).sum()) for c in (whole, got)]
@@ -430,7 +432,7 @@ def test_experts_that_fit_are_coded_together(shared: bool, monkeypatch: pytest.M
     weight, moment = drawn(experts=4, rows=32)
     want = encode(weight, moment, bits=3, shared=shared, seed=0)
     sizes = recorded(monkeypatch, weight.numel())
-    got = _coding.encode_in_parts(weight, moment, bits=3, shared=shared, seed=0)
+    got = encode_in_parts(weight, moment, bits=3, shared=shared, seed=0)
     assert sizes == [weight.numel()]
     assert all(torch.equal(a, b) for a, b in zip(vars(want).values(), vars(got).values(), strict=True))
 

@@ -164,8 +164,10 @@ def test_an_adapter_of_a_tied_weight_is_refused(tmp_path: Path, passes: str, mod
     model.tie_weights()
     adapter(tmp_path / "a", linear(module, 64, 32))
     resolved, _ = pipeline.resolve(pipeline.parse(passes % (tmp_path / "a"))[0])
+    ctx = Context()
     with pytest.raises(MoeccError, match=f"updates {module}.weight, which is tied to {other}.weight; untie them"):
-        pipeline.run(trace(model), resolved, Context(), IDS)
+        pipeline.run(trace(model), resolved, ctx, IDS)
+    assert not ctx.ledger  # before any pass
 
 
 def test_a_folder_without_an_adapter_and_no_folder(tmp_path: Path) -> None:
