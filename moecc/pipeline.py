@@ -185,6 +185,7 @@ def read_option(owner: str, f: Field[Any], text: str) -> Any:
 
 def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pass], list[str]]:
     """The order in which the passes run, and remarks on what was inserted. `facts` hold already."""
+    passes = _once_if_renewed(passes)
     _require_once(passes)
     flat = [q for p in passes for q in _expanded(p)]
     remarks: list[str] = []
@@ -194,6 +195,12 @@ def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pas
         flat.insert(flat.index(user), provider)
         remarks.append(f"{user.name} requires {fact!r}; inserted {provider.name!r} before it")
     return _renewed(_sort(flat, set(facts)), remarks), remarks
+
+
+def _once_if_renewed(passes: Sequence[Pass]) -> list[Pass]:
+    """Without what a resolved pipeline, typed again, has in a later round once more; it is put there anew."""
+    texts = [str(p) for p in passes]
+    return [p for i, p in enumerate(passes) if not (p.within_layer and texts[i] in texts[:i])]
 
 
 def _renewed(passes: list[Pass], remarks: list[str]) -> list[Pass]:

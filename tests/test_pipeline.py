@@ -305,6 +305,7 @@ def test_what_lies_within_a_layer_is_measured_again_in_every_round_that_needs_it
     assert [p.name for p in passes] == [*names[:3], "moments", "needs_moments"]
     assert str(passes[3]) == "moments{min_tokens=2}"
     assert remarks == ["needs_moments requires 'moments'; 'moments' runs again before it, in its round"]
+    assert pipeline.resolve(passes) == (passes, remarks)
     passes, remarks = pipeline.resolve([parsed[0], NeedsMoments(), parsed[1]])
     assert [p.name for p in passes] == ["moments", "needs_moments", "vq"] and not remarks
     ctx = Context()
