@@ -116,7 +116,7 @@ def _require_storable(found: Plan, program: Program, original: Program) -> None:
 
 
 def _own_part(node: fx.Node, became: Any) -> Any:
-    """What of a node no pass may change if it is to be stored as a call of `became`: weights and attributes of a coded one are."""
+    """What of a node must be as the model has it, for a call of `became`: all, but weights and attributes of what is coded."""
     operands = {ops.VQ_EXPERTS: 3, ops.Q_LINEAR: 1}.get(became)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.name)
     return args[:operands] if operands else (node.target, args, kwargs)
@@ -124,7 +124,7 @@ def _own_part(node: fx.Node, became: Any) -> Any:
 
 def _note_unused(found: Plan, ctx: Context) -> None:
     """What was recorded of names that have no row goes to the notes."""
-    for name in ctx.audit.keys() - found.audited - {r.name for r in found.rows}:
+    for name in sorted(ctx.audit.keys() - found.audited - {r.name for r in found.rows}):
         ctx.notes.append(f"{name}: recorded, but no weight is called so: {ctx.audit[name]}")
 
 

@@ -70,9 +70,7 @@ class Pass(ABC):
     spoils: ClassVar[frozenset[str]] = frozenset()
     leads_to: ClassVar[frozenset[str]] = frozenset()  # facts that must follow before the program can be stored
     needs_data: ClassVar[bool] = False  # whether calibration text must have been given
-    within_layer: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # facts that lie in `Layer.data`, so that they hold for one layer at a time
+    within_layer: ClassVar[frozenset[str]] = frozenset()  # facts that lie in `Layer.data`, for one layer of one round
     makes_reference: ClassVar[bool] = False  # whether what it leaves is the float model that later passes compare with
 
     def __post_init__(self) -> None:

@@ -164,13 +164,14 @@ def _run(
         after_pass=lambda report, now: say(report.line()), after_layer=journal.save, restore_layer=journal.restore, dump=dumper
     )  # fmt: skip
     reports = pipeline.run(program, resolved, ctx, batches, hooks)
+    planned = artifact.plan(program, original, ctx)
     for note in ctx.notes:
         say(f"note: {note}")
     target = partial / "artifact"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     facts = _facts(job, reports, ctx)
-    rows = artifact.write(target, artifact.plan(program, original, ctx), program, folder, facts, progress)
+    rows = artifact.write(target, planned, program, folder, facts, progress)
     check = verify.reload_and_compare(target, program, _check_ids(program, batches))
     say(check.line())
     lowered = require_backend(job.backend).emit(target, program)

@@ -45,9 +45,8 @@ class Journal:
             self._lock.acquire()
         except Timeout as e:
             raise Busy(f"{folder.parent} is in use by another run; wait for it, or choose another output folder") from e
-        self.found = any(
-            f.name != "lock" for f in folder.iterdir()
-        )  # else of a run that was killed as it made the folder
+        # nothing is in the folder of a run that was killed as it made it, but the lock and drafts
+        self.found = any(f.name != "lock" and not f.name.startswith(".") for f in folder.iterdir())
         self.resuming = self.found
         self._round = self._stage = 0
         self._before = Held()  # what was held before the layer's passes ran

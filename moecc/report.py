@@ -26,15 +26,8 @@ SOURCE_BITS = 16
 _PROJECTIONS = ("gate_up", "down")  # the order in which `artifact.plan` lists them
 _MEASURES = ("reconstruction", "value", "order", "boundary", "flips")  # of vsraq
 _TERMS = ("loss", "hidden", "kl", "lm", "routing")  # of rilq
-_CHOSEN = (
-    "mean",
-    "rank",
-    "codebook",
-    "affine",
-    "errors",
-    "lora",
-    "lora_lost",
-)  # of a projection; shown where there is any
+# of a projection; a column where there is any
+_CHOSEN = ("mean", "rank", "codebook", "affine", "errors", "lora", "lora_lost")
 _ROLES = ("routed experts", "shared expert", "attention", "router", "embeddings", "dense MLP", "norm", "other")
 _NOTHING = '<p class="dim">Nothing recorded.</p>'
 _HEAT = "Calibration tokens of each expert beside the layer's mean: a step darker is twice as many; palest: under 1/4."

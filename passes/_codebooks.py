@@ -88,9 +88,8 @@ class Nearest:
         self.gram = metric @ metric.mT
         self.powers = torch.arange(v, device=metric.device)
         bits_of_pattern = (torch.arange(2**v, device=metric.device).unsqueeze(-1) >> self.powers) & 1
-        signed = self.table.unsqueeze(1) * (1.0 - 2.0 * bits_of_pattern.to(metric.dtype)).unsqueeze(
-            1
-        )  # [E, 2^v, 256, v]
+        signs = 1.0 - 2.0 * bits_of_pattern.to(metric.dtype)
+        signed = self.table.unsqueeze(1) * signs.unsqueeze(1)  # [E, 2^v, 256, v]
         self.norms = ((signed @ self.gram.unsqueeze(1)) * signed).sum(-1)  # [E, 2^v, 256]
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
