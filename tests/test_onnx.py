@@ -207,7 +207,8 @@ def test_codes_lie_in_blocks_of_rows() -> None:
 # softmax with a shared expert; sigmoid, bias and groups; biases, transposed, interleaved; sigmoid on scaled inputs and complex
 # rotations; all experts' rows in one matrix; a norm behind each expert; experts in attention; no head: a norm's output is the
 # model's
-SAMPLE = ("qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "muse_spark_text", "jetmoe", "glm4v_moe_text")
+# qwen2_moe goes through most other tests here
+SAMPLE = ("deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "muse_spark_text", "jetmoe")
 
 
 def compiled(folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bits: float = 2) -> Path:
