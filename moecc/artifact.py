@@ -28,10 +28,10 @@ from moecc import ops, text, vq4
 from moecc.base import Context, MoeccError
 from moecc.ir import MoE, Program
 from moecc.ir import operand as operand_of
+from moecc.source import SMALL_FILES
 from moecc.tensorfiles import LazyTensor, free_space, write_safetensors
 
 SHARD_BYTES = 4 << 30
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 _NOT_COPIED = ("config.json", "moecc.json", "model.safetensors.index.json")
 
 
@@ -60,7 +60,6 @@ class Plan:
     experts: dict[str, Any] = field(default_factory=dict)
     linears: dict[str, Any] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)  # names that the program has for what is stored of experts and linears
-    audited: set[str] = field(default_factory=set)  # names of the context's audit that rows tell of
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +84,7 @@ def plan(program: Program, original: Program, ctx: Context) -> Plan:
             taken.update(_plan_linear(found, program, node, ctx))
     _plan_rest(found, program, taken, ctx)
     _require_storable(found, program, original)
-    _note_unused(found, ctx)
+    _note_unused(found, program, ctx)
     return found
 
 
@@ -122,9 +121,10 @@ def _own_part(node: fx.Node, became: Any) -> Any:
     return args[:operands] if operands else (node.target, args, kwargs)
 
 
-def _note_unused(found: Plan, ctx: Context) -> None:
+def _note_unused(found: Plan, program: Program, ctx: Context) -> None:
     """What was recorded of names that have no row goes to the notes."""
-    for name in sorted(ctx.audit.keys() - found.audited - {r.name for r in found.rows}):
+    projections = {f"{m.path}.{p}" for m in program.moe_layers() for p in ("gate_up", "down")}
+    for name in sorted(ctx.audit.keys() - projections - {r.name for r in found.rows}):
         ctx.notes.append(f"{name}: recorded, but no weight is called so: {ctx.audit[name]}")
 
 
@@ -165,20 +165,20 @@ def _experts_rows(
     found: Plan, original: Program, moe: MoE, projection: str, sources: list[str], stored: Stored, weights: int,
     ctx: Context,
 ) -> None:  # fmt: skip
-    facts = _facts(found, ctx, f"{moe.path}.{projection}")
+    facts = ctx.audit.get(f"{moe.path}.{projection}", {})
     parts = {k: _nbytes(node) for k, (node, _) in stored.items()}
     nbytes = sum(parts.values())
-    details = _details(facts)
     starved = facts.get("starved") or {}
     fallback = facts.get("fallback", "")
     if starved:
         fallback = f"experts {sorted(map(int, starved))} saw too few tokens; calibrated on tokens sent to them"
     for i, name in enumerate(sources):
+        own = _details(ctx.audit.get(name, {}))
         found.rows.append(
             Row(
                 name, "routed experts", tuple(_shape(original, name)), facts.get("became", "vq4") if i == 0 else f"in {sources[0]}",
                 nbytes if i == 0 else 0, 8 * nbytes / weights if i == 0 else 0.0, facts.get("error"), facts.get("tokens"), fallback,
-                {"bytes": parts, "source_bits": _source_bits(original, name), **details} if i == 0 else {},
+                {"bytes": parts, "source_bits": _source_bits(original, name), **_details(facts), **own} if i == 0 else own,
             )
         )  # fmt: skip
 
@@ -200,7 +200,7 @@ def _plan_linear(found: Plan, program: Program, node: fx.Node, ctx: Context) -> 
     found.linears[path] = {"bits": node.kwargs["bits"], "tensors": specs}
     shape = node.args[0].meta["val"].shape[-1], stored["scale"][0].meta["val"].shape[0]  # type: ignore[union-attr]
     nbytes = sum(_nbytes(operand) for operand, _ in stored.values())
-    facts = _facts(found, ctx, f"{path}.weight")
+    facts = ctx.audit.get(f"{path}.weight", {})
     found.rows.append(
         Row(
             f"{path}.weight",
@@ -233,7 +233,7 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
         else:
             tensor = LazyTensor(shape, store.dtype(name), partial(store.read, name))
         found.put(name, tensor)
-        facts = _facts(found, ctx, name) or _facts(found, ctx, recorded.get(name, ""))
+        facts = {**ctx.audit.get(recorded.get(name, ""), {}), **ctx.audit.get(name, {})}
         reason = "no path of the trace reads it" if name in program.unreached else facts.get("fallback", "")
         details = {"source_bits": _source_bits(program, name), **_details(facts)} if rewritten or facts else {}
         bits = 8 * tensor.nbytes / max(math.prod(shape), 1)
@@ -253,12 +253,6 @@ def _dense_experts(program: Program) -> dict[str, str]:
     """The name in the context's audit by the first parameter of each projection that is left dense."""
     dense = [m for m in program.moe_layers() if m.node.target is ops.EXPERTS]
     return {_origins(program, m, p)[0]: f"{m.path}.{p}" for m in dense for p in ("gate_up", "down")}
-
-
-def _facts(found: Plan, ctx: Context, name: str) -> dict[str, Any]:
-    """What passes recorded under a name that a row tells of."""
-    found.audited.add(name)
-    return ctx.audit.get(name, {})
 
 
 def _details(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -417,15 +411,14 @@ def _check_total(folder: Path, names: list[str], rows: Iterable[Row]) -> None:
 def copy_small_files(source: Path | None, folder: Path) -> None:
     if source is None:
         return
-    for pattern in (*_COPIED, *(["*.py"] if text.has_code(source) else [])):
+    for pattern in (*SMALL_FILES, *(["*.py"] if text.has_code(source) else [])):
         for file in sorted(source.glob(pattern)):
             if (
                 file.name not in _NOT_COPIED
                 and not file.name.endswith(".index.json")
                 and file.stat().st_size < (64 << 20)
             ):
-                if pattern != "*.txt" or file.name in ("merges.txt", "vocab.txt"):
-                    shutil.copyfile(file, folder / file.name)
+                shutil.copyfile(file, folder / file.name)
 
 
 def _config(program: Program, source: Path | None, found: Plan) -> dict[str, Any]:

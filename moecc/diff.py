@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from moecc.errors import MoeccError
-from moecc.source import resolve
+from moecc.source import SMALL_FILES, resolve
 from moecc.tensorfiles import INDEX, SINGLE, TensorEntry, read_header, read_index, size
 
 _AT_ONCE = 64 << 20  # bytes of a tensor that are compared together
-# files of a model besides its weights
-_KINDS = ("*.json", "merges.txt", "vocab.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,9 @@ def _json(file: Path) -> Any:
 
 def _other_files(a: Side, b: Side) -> list[str]:
     """Names of other files of a model (configurations, tokenizer, code) that only one has, or that say another thing."""
-    names = {f.name for side in (a, b) for kind in _KINDS for f in side.folder.glob(kind) if f.name != INDEX}
+    names = {
+        f.name for side in (a, b) for kind in (*SMALL_FILES, "*.py") for f in side.folder.glob(kind) if f.name != INDEX
+    }
     both = {n for n in names if (a.folder / n).is_file() and (b.folder / n).is_file()}
     return sorted(n for n in names if n not in both or _content(a.folder / n) != _content(b.folder / n))
 

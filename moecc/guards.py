@@ -39,13 +39,19 @@ def restriction(program: ExportedProgram) -> tuple[str, bool]:
     raise MoeccError(f"the trace would hold for some sequence lengths only, not for {lost[0]}")
 
 
+def longest(restriction: str) -> int | None:
+    """The longest sequence that a text which `restriction` gave allows, None where it has no bound."""
+    bound = re.search(r"sequence <= (\d+)", restriction)
+    return int(bound[1]) if bound else None
+
+
 def holds(restriction: str, sequence: int) -> bool:
     """Whether a text that `restriction` gave allows sequences of this length."""
     excluded = re.search(r"other than ([\d, ]+)", restriction)
     if excluded:
         return str(sequence) not in excluded[1].split(", ")
-    bounds = re.search(r"(?:(\d+) <= )?sequence <= (\d+)", restriction)
-    return bounds is None or int(bounds[1] or 1) <= sequence <= int(bounds[2])
+    low = re.search(r"(\d+) <= sequence", restriction)
+    return (int(low[1]) if low else 1) <= sequence <= (longest(restriction) or sequence)
 
 
 def _highest_sequence(program: ExportedProgram) -> float:

@@ -145,7 +145,6 @@ class Journal:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()
 
     def close(self) -> None:
         """Let another run have the folder."""

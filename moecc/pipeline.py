@@ -47,6 +47,12 @@ def names() -> list[str]:
 
 def find(name: str) -> type[Pass]:
     """The pass called `name`: a path to a Python file, an installed entry point, or `moecc/passes/<name>.py`."""
+    found = _found(name)
+    _require_sound(found, Path(name).name)
+    return found
+
+
+def _found(name: str) -> type[Pass]:
     if name.endswith(".py"):
         loaded = _pass_in(_load_file(Path(name)), Path(name).name)
         loaded.file = name
@@ -87,7 +93,6 @@ def _pass_in(module: Any, where: str) -> type[Pass]:
     ]
     if len(own) != 1:
         raise MoeccError(f"{where} defines {len(own)} passes; a pass file defines one")
-    _require_sound(own[0], where)
     return own[0]
 
 

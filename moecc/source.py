@@ -10,6 +10,8 @@ from moecc.errors import MoeccError
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 # Copies of the same weights in other layouts (`original/`, `consolidated.safetensors`) would double a download.
 HUB_SKIPPED = ["*/*", "consolidated*"]
+# What a model's folder holds besides weights and code.
+SMALL_FILES = ("*.json", "merges.txt", "vocab.txt", "*.model", "*.jinja", "*.tiktoken")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 

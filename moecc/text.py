@@ -16,7 +16,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -77,8 +76,7 @@ def rows(
 
 def longest(program: Program) -> int:
     """The most tokens of a row that the trace holds for and the model has positions for."""
-    bound = re.search(r"sequence <= (\d+)", program.restriction)
-    return min(int(bound[1]) if bound else _UNBOUNDED, longest_row(program.config) or _UNBOUNDED)
+    return min(guards.longest(program.restriction) or _UNBOUNDED, longest_row(program.config) or _UNBOUNDED)
 
 
 def require_rows(program: Program, ids: Tensor) -> None:

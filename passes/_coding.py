@@ -20,8 +20,10 @@ float32; a fixed seed gives the same codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,22 +123,13 @@ def encode(
 
 
 def encode_in_parts(
-    weight: Tensor,
-    moment: Tensor,
-    output: Tensor | None = None,
-    *,
-    bits: int,
-    shared: bool,
-    seed: int,
-    rounds: int = 3,
-    feedback: bool = True,
-    turns: int = 15,
+    weight: Tensor, moment: Tensor, output: Tensor | None = None, *, shared: bool, **options: Any
 ) -> Coded:
-    """`encode` of as many experts together as AT_ONCE allows.
+    """`encode`, with its options, of as many experts together as AT_ONCE allows.
 
     Where these are not all, a shared codebook is fitted to every so many rows of some experts and used as it is for the rest.
     """
-    coded = partial(encode, bits=bits, shared=shared, seed=seed, rounds=rounds, feedback=feedback, turns=turns)
+    coded: Callable[..., Coded] = partial(encode, shared=shared, **options)
     step = max(1, AT_ONCE // weight[0].numel())
     if len(weight) <= step:
         return coded(weight, moment, output)
@@ -151,10 +144,10 @@ def encode_in_parts(
         coded(weight[part], moment[part], None if output is None else output[part], book=book)
         for part in (slice(i, i + step) for i in range(0, len(weight), step))
     ]
-    negative = torch.cat([p.negative for p in parts if p.negative is not None]) if bits == 3 else None
+    negative = [p.negative for p in parts if p.negative is not None]
     return Coded(
         torch.cat([p.codes for p in parts]),
-        negative,
+        torch.cat(negative) if negative else None,
         parts[0].codebook if shared else torch.cat([p.codebook for p in parts]),
         torch.cat([p.scale for p in parts]),
     )

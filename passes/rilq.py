@@ -258,10 +258,8 @@ class Training:
                 terms = self.held_out_terms()
                 now = {**terms, "loss": float(self.total(terms))}
                 better = now["loss"] < at.least["loss"]
-                waited = 0 if better else at.waited + 1
-                at = Reached(
-                    step + 1, waited, at.before, *((now, self.trained.state()) if better else (at.least, at.best))
-                )
+                least, best = (now, self.trained.state()) if better else (at.least, at.best)
+                at = Reached(step + 1, 0 if better else at.waited + 1, at.before, least, best)
                 self.keep(at, optimizer)
         self.trained.restore(at.best)
         return at.before, at.least

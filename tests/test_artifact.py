@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_compile import ALL, EVERYTHING, FAMILIES, QUICK, checkpoint, compile, load, logits
 from torch import fx
 
-from moecc import artifact, hf
+from moecc import artifact, hf, pipeline
 from moecc.artifact import Plan, Row, role_of, summary
 from moecc.base import Context
 from moecc.errors import MoeccError
@@ -310,6 +310,16 @@ def test_what_passes_record_is_in_the_rows_of_plain_weights_too() -> None:
     assert (norm.became, norm.error, norm.details["by"]) == ("shifted", 0.5, 2)
     assert (experts.became, experts.details["looked_at"]) == ("as it was", True)
     assert ctx.notes == ["model.norm.wait: recorded, but no weight is called so: {'by': 2}"]
+
+
+def test_what_is_recorded_of_a_parameter_is_in_the_rows_of_coded_experts(batches: list[torch.Tensor]) -> None:
+    program, ctx = trace(make("qwen2_moe"), dtype=torch.float32), Context()
+    original, name = program.copy(), "model.layers.0.mlp.experts.gate_up_proj"
+    pipeline.run(program, pipeline.resolve(pipeline.parse("vq{rounds=1}")[0])[0], ctx, batches)
+    ctx.record(name, lora="rank 2")
+    row = next(r for r in artifact.plan(program, original, ctx).rows if r.name == name)
+    assert row.became == "vq4 2 bit" and row.details["lora"] == "rank 2" and row.details["codebook"]
+    assert not [note for note in ctx.notes if "recorded, but" in note]
 
 
 def test_summary_counts_whole_bits() -> None:

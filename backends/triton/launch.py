@@ -135,16 +135,16 @@ def vq_experts(
 
     On CUDA and ROCm, and on the CPU where triton was imported under TRITON_INTERPRET=1. A choice outside 0..E-1 counts as zero.
     """
-    outs: list[Tensor] = []
     told: dict[str, Any] = dict(act=act, gate=gate, alpha=alpha, limit=limit, eps=eps)
-    pieces = [t.split(most_tokens(topk_index.shape[1])) for t in (x, topk_index, topk_weight)]
-    for some, index, weight in zip(*pieces, strict=True):
-        made = plan(some, index, weight, gate_up, down, post_norm, **told)
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # triton launches on the current one
-            for launch in made.launches:
-                launch()
-        outs.append(made.out)
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    most = most_tokens(topk_index.shape[1])
+    if len(x) > most:
+        pieces = zip(*(t.split(most) for t in (x, topk_index, topk_weight)), strict=True)
+        return torch.cat([vq_experts(s, i, w, gate_up, down, post_norm, **told) for s, i, w in pieces])
+    made = plan(x, topk_index, topk_weight, gate_up, down, post_norm, **told)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # triton launches on the current one
+        for launch in made.launches:
+            launch()
+    return made.out
 
 
 def most_tokens(choices: int) -> int:
