@@ -6,7 +6,10 @@ Shapes: T tokens, k experts per token, E experts, D hidden, F intermediate.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +20,7 @@ from moecc.backends import triton as backend
 from moecc.backends.triton import pack
 from moecc.backends.triton.aot import SHAPES as SHAPES
 from moecc.backends.triton.aot import Shape
-from moecc.backends.triton.launch import vq_experts
+from moecc.backends.triton.launch import Plan, vq_experts
 
 PRODUCTS = "torch grouped_mm, products alone"
 SILU: dict[str, Any] = dict(act="silu", gate="glu", alpha=0.0, limit=0.0, eps=0.0)
@@ -28,7 +31,7 @@ TINY = {"tiny": Shape(4, 2, 40, 24)}
 
 
 class Routed(NamedTuple):
-    """Tokens and what they chose, uniformly: x bf16 [T, D], index i64 [T, k], weight f32 [T, k]."""
+    """Tokens and what they chose, uniformly: x bf16 [T, D], index i64 [T, k], weight bf16 [T, k]."""
 
     x: Tensor
     index: Tensor
@@ -45,7 +48,34 @@ def routed(shape: Shape, tokens: int, device: str) -> Routed:
     index = torch.rand(tokens, shape.experts, generator=g).topk(shape.top_k, dim=1).indices
     weight = torch.rand(tokens, shape.top_k, generator=g).softmax(1)
     x = torch.randn(tokens, shape.hidden, generator=g)
-    return Routed(x.to(device, torch.bfloat16), index.to(device), weight.to(device))
+    return Routed(x.to(device, torch.bfloat16), index.to(device), weight.to(device, torch.bfloat16))
+
+
+# ---------------------------------------------------------------- kernels compiled beforehand
+
+
+def compile_in_parallel() -> None:
+    """Run this script by as many processes as there are cores, each with --kernels PART OF."""
+    jobs = os.cpu_count() or 1
+    parts = [[sys.executable, *sys.argv, "--kernels", str(i), str(jobs)] for i in range(jobs)]
+    for running in [subprocess.Popen(command) for command in parts]:
+        running.wait()
+
+
+def compile_kernels(plans: Iterable[Plan], part: int, of: int) -> None:
+    """This process' share of the kernels of plans on the meta device, into triton's cache."""
+    seen: set[str] = set()
+    for plan in plans:
+        for each in plan.launches:
+            key = str(
+                (each.name, each.options, [v if isinstance(v, int | str) else 0 for v in each.arguments.values()])
+            )
+            if key not in seen and len(seen) % of == part:
+                try:
+                    each.kernel.warmup(**each.arguments, grid=each.grid, **each.options)
+                except Exception as error:  # where it is run, too
+                    print(f"{each.name}: {type(error).__name__}", file=sys.stderr)
+            seen.add(key)
 
 
 # ---------------------------------------------------------------- moecc
@@ -125,7 +155,7 @@ def dense_weights(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
 
 
 def others(shape: Shape, weights: tuple[Tensor, Tensor], r: Routed) -> dict[str, Call]:
-    """transformers' implementations (one is torch's grouped_mm), and vLLM's where it is installed."""
+    """transformers' implementations (one is torch's grouped_mm), and vLLM's and gpt-oss' where they are installed."""
     from transformers import Qwen3MoeConfig
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -137,17 +167,18 @@ def others(shape: Shape, weights: tuple[Tensor, Tensor], r: Routed) -> dict[str,
         ))  # fmt: skip
     module.gate_up_proj, module.down_proj = (torch.nn.Parameter(w, requires_grad=False) for w in (up, down))
     found: dict[str, Call] = {}
-    weight = r.weight.to(r.x.dtype)
     functions: Any = ALL_EXPERTS_FUNCTIONS
     for name in ("grouped_mm", "batched_mm"):
         gathered = r.index.numel() * shape.weights * 2
         if name != "batched_mm" or gathered < 16 << 30:  # it copies the weights of every choice
-            found[f"transformers {name}"] = _bind(functions[name], module, r.x, r.index, weight)
+            found[f"transformers {name}"] = _bind(functions[name], module, *r)
     found[PRODUCTS] = _products(up, down, r)
     if importlib.util.find_spec("vllm"):
         from vllm.model_executor.layers.fused_moe import fused_experts
 
-        found["vLLM fused_experts"] = _bind(fused_experts, r.x, up, down, r.weight, r.index.int())
+        found["vLLM fused_experts"] = _bind(fused_experts, r.x, up, down, r.weight.float(), r.index.int())
+    if importlib.util.find_spec("triton_kernels") and importlib.util.find_spec("triton_kernels.matmul_ogs"):
+        found["gpt-oss triton_kernels"] = _gpt_oss(up, down, r)
     return found
 
 
@@ -160,6 +191,23 @@ def _products(up: Tensor, down: Tensor, r: Routed) -> Call:
     def run() -> Tensor:
         torch.nn.functional.grouped_mm(x, up.transpose(1, 2), offs=ends)
         return torch.nn.functional.grouped_mm(h, down.transpose(1, 2), offs=ends)
+
+    return run
+
+
+def _gpt_oss(up: Tensor, down: Tensor, r: Routed) -> Call:
+    """Its two products, on tokens whose order was made before; its gate is (u + 1) g sigmoid(g) of rows that alternate."""
+    from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, matmul_ogs
+    from triton_kernels.routing import routing
+    from triton_kernels.swiglu import swiglu_fn
+
+    logits = torch.full((len(r.x), len(up)), -torch.inf, device=r.x.device).scatter(1, r.index, r.weight.float().log())
+    data, gather, scatter = routing(logits, r.index.shape[1])
+    gate = FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit")), (1.0, 7.0), 2)
+
+    def run() -> Tensor:
+        h = matmul_ogs(r.x, up.transpose(1, 2), None, data, gather_indx=gather, fused_activation=gate)
+        return matmul_ogs(h, down.transpose(1, 2), None, data, scatter_indx=scatter, gammas=data.gate_scal)
 
     return run
 

@@ -1,7 +1,8 @@
 """moecc's Triton kernels on a GPU: correct first, then one MoE layer beside others, then a whole model. Four minutes on an H100.
 
   python benchmarks/gpu.py                        table to benchmarks/results/gpu.md, .json and .svg
-  python benchmarks/gpu.py --tokens 1 16 --shapes Mixtral-8x7B --no-model
+  python benchmarks/gpu.py --only layers          the model's rows stay as --out has them, if they are this card's
+  python benchmarks/gpu.py --tokens 1 16 --shapes Mixtral-8x7B --only layers --out DIR
   TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny --out DIR      on the CPU: that it works; its times mean nothing
 
 1. Every layer is compared with moecc's reference, at 2, 3 and 4 bit and with all that a layer can have, and must give the same
@@ -9,8 +10,9 @@
 2. Memory bandwidth is measured by a kernel that reads and writes 4 GB. The roofline of a call is the bytes of the experts that
    its tokens chose, once.
 3. A layer: routed experts alone, from tokens and choices to the sum. Each call is a CUDA graph; before each the L2 cache is
-   overwritten; medians. The others: bfloat16 weights, transformers' implementations and vLLM's where it is installed; and
-   torch's two grouped products alone, on tokens that were sorted before, without gate and sum: less than a layer needs.
+   overwritten; medians. The others: bfloat16 weights, transformers' implementations, vLLM's and gpt-oss' (triton_kernels)
+   where they are installed; and torch's two grouped products alone, on tokens that were sorted before, without gate and
+   sum: less than a layer needs.
 4. Qwen3-30B-A3B's sizes with random weights, greedy decoding at batch 1 and 16: by generate, and with the step of a token as a
    CUDA graph, as it is and with torch.compile (fullgraph) before (--compile: that takes minutes); in bfloat16 by transformers.
 """
@@ -31,6 +33,9 @@ import _gpu
 import torch
 from _gpu import Call, Routed, Shape, routed
 
+from moecc.backends.triton.aot import abstract_plan
+from moecc.backends.triton.launch import Plan
+
 RESULTS = Path(__file__).resolve().parent / "results"
 WITHIN = 1.2e-2  # of the largest output: x is rounded to bfloat16 where the layer ends
 Row = dict[str, Any]
@@ -39,19 +44,36 @@ Row = dict[str, Any]
 # ---------------------------------------------------------------- correct?
 
 
+CHECKED: tuple[tuple[int, dict[str, int]], ...] = ((2, {}), (3, {}), (4, {}), (2, dict(rank=32, mean=3)))
+BATCHES = (1, 33, 300, 3000)  # each leads to another tile
+
+
+def small(shape: Shape) -> Shape:
+    """With few experts."""
+    return shape._replace(experts=min(shape.experts, 8), top_k=min(shape.top_k, 4))
+
+
 def check(shapes: dict[str, Shape], device: str) -> list[Row]:
     """Each shape with few experts, against the reference."""
     rows = []
     for name, shape in shapes.items():
-        small = shape._replace(experts=min(shape.experts, 8), top_k=min(shape.top_k, 4))
-        for bits, optional in ((2, {}), (3, {}), (4, {}), (2, dict(rank=32, mean=3))):
-            layer = _gpu.layer(small, bits, device, **optional)
-            for tokens in (1, 9) if device == "cpu" else (1, 33, 300):
-                r = routed(small, tokens, device)
+        for bits, optional in CHECKED:
+            layer = _gpu.layer(small(shape), bits, device, **optional)
+            for tokens in (1, 9) if device == "cpu" else BATCHES:
+                r = routed(small(shape), tokens, device)
                 call, wanted = layer.call(r), layer.reference(r)
                 error, same = compare([call() for _ in range(2 if device == "cpu" else 11)], wanted)
                 rows.append(dict(shape=name, bits=bits, **optional, tokens=tokens, error=error, same=same))
     return rows
+
+
+def plans(shapes: dict[str, Shape], tokens: list[int], bits: list[int]) -> Iterator[Plan]:
+    """All that is checked and timed but the model, of tensors without memory, the largest first."""
+    for shape in shapes.values():
+        for t, b in ((t, b) for t in sorted(tokens, reverse=True) for b in bits):
+            yield abstract_plan(shape, t, b)
+        for t, (b, optional) in ((t, each) for t in reversed(BATCHES) for each in CHECKED):
+            yield abstract_plan(small(shape), t, b, **optional)
 
 
 def compare(results: list[torch.Tensor], wanted: torch.Tensor) -> tuple[float, bool]:
@@ -271,7 +293,9 @@ def report(found: dict[str, Any]) -> str:
 
 def _best(rows: list[Row], tokens: int) -> float | None:
     times = [
-        r["us"] for r in rows if r["tokens"] == tokens and "us" in r and r["what"].startswith(("transformers", "vLLM"))
+        r["us"]
+        for r in rows
+        if r["tokens"] == tokens and "us" in r and r["what"].startswith(("transformers", "vLLM", "gpt-oss"))
     ]
     return min(times, default=None)
 
@@ -310,10 +334,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=_gpu.SHAPES, default=list(_gpu.SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 4096])
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[2, 3])
-    parser.add_argument("--no-model", action="store_true", help="layers alone")
+    parser.add_argument(
+        "--only", choices=("layers", "model"), help="the other part stays as --out has it, if it is this card's"
+    )
     parser.add_argument("--compile", action="store_true", help="the model with torch.compile, too")
     parser.add_argument("--tiny", action="store_true", help="sizes for triton's interpreter, on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--kernels", nargs=2, type=int, metavar=("PART", "OF"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -330,20 +357,24 @@ def main() -> int:
         sys.exit(f"gpu.py: {error}")
     device = "cpu" if told.tiny else "cuda"
     shapes = _gpu.TINY if told.tiny else {name: _gpu.SHAPES[name] for name in told.shapes}
+    if told.kernels:
+        _gpu.compile_kernels(plans(shapes, told.tokens, told.bits), *told.kernels)
+        return 0
+    if not told.tiny:
+        _gpu.compile_in_parallel()
     checks = check(shapes, device)
     if wrong := [row for row in checks if not row["error"] < WITHIN or not row["same"]]:
         print(*wrong, "the kernels are wrong on this card; nothing was timed", sep="\n", file=sys.stderr)
         return 1
     clock = Clock(device, 2 if told.tiny else 30)
-    bandwidth = clock.bandwidth()
     found: dict[str, Any] = dict(
         device=platform.processor() or "CPU" if told.tiny else torch.cuda.get_device_name(), torch=torch.__version__,
-        triton=triton.__version__, bandwidth=bandwidth, checks=checks, model=[],
-        layers=time_layers(shapes, [1, 5] if told.tiny else told.tokens, told.bits, clock, bandwidth),
+        triton=triton.__version__, bandwidth=clock.bandwidth(), checks=checks, layers=[], model=[],
     )  # fmt: skip
+    if told.only:
+        found = kept(found, told.out) | {("layers" if told.only == "layers" else "model"): []}
     told.out.mkdir(parents=True, exist_ok=True)
-    write(found, told.out)  # so that it is there if the model fails
-    if not told.no_model:
+    if told.only != "layers":  # first, because importing vLLM changes settings of torch's
         found["model_shape"] = "tiny" if told.tiny else "Qwen3-30B-A3B"
         sizes: dict[str, Any] = dict(layers=48, vocabulary=151936, new_tokens=64, batches=(1, 16))
         if told.tiny:
@@ -355,14 +386,30 @@ def main() -> int:
                 write(found, told.out)  # a row at a time, because the next may take minutes
             if device == "cuda":
                 torch.cuda.empty_cache()
+    if told.only != "model":
+        tokens = [1, 5] if told.tiny else told.tokens
+        found["layers"] = time_layers(shapes, tokens, told.bits, clock, found["bandwidth"])
+    write(found, told.out)
     return 0
+
+
+def kept(found: dict[str, Any], out: Path) -> dict[str, Any]:
+    """With the rows of an earlier run on the same card with the same versions."""
+    try:
+        earlier = json.loads((out / "gpu.json").read_text())
+    except FileNotFoundError:
+        return found
+    if any(earlier[key] != found[key] for key in ("device", "torch", "triton")):
+        return found
+    return found | {key: earlier[key] for key in ("layers", "model", "model_shape") if key in earlier}
 
 
 def write(found: dict[str, Any], out: Path) -> None:
     (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "gpu.md").write_text(report(found))
     try:
-        plot(found, out / "gpu.svg")
+        if found["layers"]:
+            plot(found, out / "gpu.svg")
     except ImportError:
         print("no plot: pip install matplotlib", file=sys.stderr)
 

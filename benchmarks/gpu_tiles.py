@@ -11,8 +11,6 @@ by as many processes as there are cores, first. Times as in gpu.py: one CUDA gra
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import product
@@ -36,9 +34,11 @@ def candidates(tokens_per_expert: float) -> list[Tile]:
         ways = product((1, 2, 4), (2, 3, 4), (2, 3, 4, 8), (1, 16, 32))
         return [Tile(8, 1, unroll, 4, stages, waves, copies) for unroll, stages, waves, copies in ways]
     fixed = product((16, 32, 64), (1, 2, 4), (2, 3), (1, 16, 32))
-    half = product((32, 64, 128), ((1, 4), (2, 4), (2, 8)), (2, 3), (4, 8, 32))
+    sizes = ((32, 2, 4), (64, 1, 4), (64, 2, 4), (128, 1, 4), (128, 2, 4), (128, 4, 8), (256, 2, 8))
+    half = product(sizes, (2, 3), (4, 16, 32), (False, True))
     return [Tile(tokens, 1, unroll, 4, stages, 0, copies) for tokens, unroll, stages, copies in fixed] + [
-        Tile(tokens, height, 1, warps, stages, 0, copies, half=True) for tokens, (height, warps), stages, copies in half
+        Tile(*(tokens, height, 1, warps), stages, 0, copies, half=True, overlap=overlap)
+        for (tokens, height, warps), stages, copies, overlap in half
     ]
 
 
@@ -87,22 +87,12 @@ def time_case(case: Case, clock: gpu.Clock, tiles: list[Tile]) -> Iterator[tuple
             yield tile, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
 
 
-def compile_all(cases: list[tuple[str, int, int]], part: int, of: int) -> None:
-    """This process' share of all kernels, into triton's cache; of tensors without memory."""
-    seen: set[str] = set()
+def plans(cases: list[tuple[str, int, int]]) -> Iterator[launch.Plan]:
+    """Of tensors without memory."""
     for name, tokens, bits in cases:
         shape = _gpu.SHAPES[name]
         for tile in candidates(tokens * shape.top_k / shape.experts):
-            for each in abstract_plan(shape, tokens, bits, tile=tile).launches:
-                key = str(
-                    (each.name, each.options, [v if isinstance(v, int | str) else 0 for v in each.arguments.values()])
-                )
-                if key not in seen and len(seen) % of == part:
-                    try:
-                        each.kernel.warmup(**each.arguments, grid=each.grid, **each.options)
-                    except Exception as error:  # its row will say so
-                        print(f"{name}, {tokens} tokens, {tile}: {type(error).__name__}", file=sys.stderr)
-                seen.add(key)
+            yield abstract_plan(shape, tokens, bits, tile=tile)
 
 
 def main() -> int:
@@ -112,18 +102,15 @@ def main() -> int:
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[2, 3])
     parser.add_argument("--tiny", action="store_true", help="sizes for triton's interpreter, on the CPU")
     parser.add_argument("--out", type=Path, default=gpu.RESULTS)
-    parser.add_argument("--compile", nargs=2, type=int, metavar=("PART", "OF"), help=argparse.SUPPRESS)
+    parser.add_argument("--kernels", nargs=2, type=int, metavar=("PART", "OF"), help=argparse.SUPPRESS)
     told = parser.parse_args()
     names = list(_gpu.TINY) if told.tiny else told.shapes
     cases = list(product(names, [1, 20] if told.tiny else told.tokens, told.bits[:1] if told.tiny else told.bits))
-    if told.compile:
-        compile_all(cases, *told.compile)
+    if told.kernels:
+        _gpu.compile_kernels(plans(cases), *told.kernels)
         return 0
     if not told.tiny:
-        jobs = os.cpu_count() or 1
-        parts = [[sys.executable, *sys.argv, "--compile", str(i), str(jobs)] for i in range(jobs)]
-        for running in [subprocess.Popen(command) for command in parts]:
-            running.wait()
+        _gpu.compile_in_parallel()
     device = "cpu" if told.tiny else "cuda"
     clock = gpu.Clock(device, 2 if told.tiny else 15)
     lines = [

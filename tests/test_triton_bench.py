@@ -47,6 +47,16 @@ def test_it_writes_what_it_says(gpu: Any, tmp_path: Path) -> None:
     assert (tmp_path / "gpu.svg").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
+def test_what_is_not_run_is_kept_if_it_is_of_the_same_card(gpu: Any, tmp_path: Path) -> None:
+    of = dict(device="H100", torch="2.11", triton="3.6")
+    new: dict[str, Any] = dict(of, bandwidth=2, layers=[], model=[])
+    assert gpu.kept(new, tmp_path) == new
+    (tmp_path / "gpu.json").write_text(json.dumps(dict(of, bandwidth=1, layers=[1], model=[2], model_shape="tiny")))
+    assert gpu.kept(new, tmp_path) == dict(of, bandwidth=2, layers=[1], model=[2], model_shape="tiny")
+    other = dict(new, device="H200")
+    assert gpu.kept(other, tmp_path) == other
+
+
 def test_nothing_is_timed_if_the_kernels_are_wrong(
     gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:

@@ -167,18 +167,18 @@ def _int8(p, ROWS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _half(p, ROWS: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr, HOPPER: tl.constexpr):
+def _half(p, zero, ROWS: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr, HOPPER: tl.constexpr):
     """Words of four weights -> the weights as floats, exactly, [ROWS, STEP] in the order of `paired`, which takes no word from one
     thread to another. In assembly two bfloat16 at a time, because a compiler that packs them one by one takes twice as long: the
-    low seven bits of a byte after 128 are 128 + m, and with the eighth -128 is -256."""
+    low seven bits of a byte after 128 are 128 + m, and with the eighth -128 is -256. zero: i32, what these registers wait for."""
     if HOPPER:
         low, high = tl.inline_asm_elementwise(
             """{ .reg .b32 w, a, b, one; mov.b32 one, 0x3f803f80;
-            prmt.b32 w, $2, 0, 0x4140; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
+            prmt.b32 w, $2, $3, 0x4140; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
             lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $0, a, one, b;
-            prmt.b32 w, $2, 0, 0x4342; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
+            prmt.b32 w, $2, $3, 0x4342; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
             lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $1, a, one, b; }""",
-            "=&r,=r,r", [p], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+            "=&r,=&r,r,r", [p, zero], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
         h0, h1, h2, h3 = low.to(tl.int16), (low >> 16).to(tl.int16), high.to(tl.int16), (high >> 16).to(tl.int16)
         w = tl.reshape(tl.join(tl.join(h0, h2), tl.join(h1, h3)), [ROWS, STEP]).to(tl.bfloat16, bitcast=True)
@@ -201,6 +201,14 @@ def _finished(total):
     """The same, for a dot that has ended. Left to itself, triton lets wgmma run into the next step, which may write the registers
     that it still reads (PTX ISA, wgmma.wait_group, forbids that; triton's issue 9433)."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _last_finished(one):
+    """0, when the dot of the step before has ended: what is written by its help isn't read any more. one: a scalar."""
+    return tl.inline_asm_elementwise(
+        "wgmma.wait_group.sync.aligned 0; mov.u32 $0, 0;", "=r,r", [one], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -253,7 +261,8 @@ def grouped_kernel(
     alpha, limit,
     BITS: tl.constexpr, GATED: tl.constexpr, FUSED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr,
     TOKENS: tl.constexpr, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
-    SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, HOPPER: tl.constexpr, UPCAST: tl.constexpr,
+    SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr, HOPPER: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(row tiles / HEIGHT), blocks, parts)."""
     group, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -325,9 +334,10 @@ def grouped_kernel(
             if HOPPER:
                 _fence(steps)
             if HALF:
-                w = _half(p, ROWS, STEP, FLOAT, HOPPER)
+                zero = _last_finished(steps) if OVERLAP else 0  # codes were looked up while it ran
+                w = _half(p, zero, ROWS, STEP, FLOAT, HOPPER)
                 total = tl.dot(w, x.to(FLOAT), total, input_precision="ieee")
-                if HOPPER:
+                if HOPPER and not OVERLAP:
                     total = _finished(total)
             else:
                 hi_lo = tl.dot(_int8(p, ROWS, STEP), x)

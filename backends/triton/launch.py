@@ -166,10 +166,8 @@ def plan(
     if not slots:
         made.out.zero_()
         return made
-    chosen = tile or choose_tile(slots, experts, card, x.dtype)
     wide = 4 in (up.bits, below.bits) or gate_up.get("basis") is not None or down.get("basis") is not None
-    if tile is None and chosen.half and wide:  # two lookups, or a second product, take a second row tile's registers
-        chosen = chosen._replace(height=1)
+    chosen = tile or choose_tile(slots, experts, card, x.dtype, wide=wide)
     assert not (chosen.half and chosen.waves)  # its hidden units aren't added up
     build = _Builder(
         made.launches, experts, choices, slots, chosen, tile is not None, card, x.dtype,
@@ -278,6 +276,7 @@ class _Builder:
         out = into.values if into else x.values.new_empty(shape, dtype=torch.float32)
         z, coef, coef_scale = low or (None, None, None)
         column_tiles = m.words.shape[3] if m.bits != 8 else 0
+        hopper = self.card.name == "sm_90" and not INTERPRETED
         self.add(name, grouped_kernel, (groups, blocks.number, parts), dict(
             x_ptr=x.values, x_scale_ptr=x.scale, words_ptr=m.words, signs_ptr=m.signs, table_ptr=m.table, scale_ptr=m.scale,
             bias_ptr=None if bias is None else bias.contiguous(), shared_ptr=shared, z_ptr=z, coef_ptr=coef,
@@ -289,7 +288,7 @@ class _Builder:
             TOP_K=top_k, TOKENS=blocks.tile.tokens, HEIGHT=blocks.tile.height, UNROLL=x.unroll, TAIL=column_tiles % x.unroll != 0,
             RANK=32 if z is None else z.shape[2], COPIES=1 if INTERPRETED else blocks.tile.copies,
             SHARED=0 if shared is None else shared.shape[0], HALF=x.scale is None,
-            HOPPER=self.card.name == "sm_90" and not INTERPRETED, UPCAST=INTERPRETED,
+            OVERLAP=blocks.tile.overlap and hopper, HOPPER=hopper, UPCAST=INTERPRETED,
         ), warps=blocks.tile.warps, stages=blocks.tile.stages, registers=blocks.tile.registers)  # fmt: skip
         return out
 

@@ -22,13 +22,16 @@ class Tile(NamedTuple):
     waves: int  # programs per multiprocessor below which columns are split among programs; 0: never
     copies: int = 1  # of the codebook in shared memory, against bank conflicts; 1: `tl.gather`, on every card
     half: bool = False  # x as the bfloat16 that it is, not as fixed point; in float16 hidden units could overflow
+    overlap: bool = (
+        False  # of `half` on sm_90: codes are looked up while the last step's product runs, which takes registers
+    )
     registers: int = 0  # of a thread at most; 0: as the compiler likes, which is to spill a few for a round number
 
 
 # By tokens per expert, S / E: decode reads every code for a few tokens, prefill fills the matrix units. sm_90's were chosen by time
-# on an H100 (benchmarks/gpu_tiles.py; those of `half` before `grouped._finished`), the others by count of instructions among those
-# that spill no register on the card (tests/test_triton_aot.py). Fixed point is two columns for each token, and so twice the sums
-# in registers; where every weight meets many tokens those bound the tile, and with it how often x is read: `half`.
+# on an H100 (benchmarks/gpu_tiles.py), the others by count of instructions among those that spill no register on the card
+# (tests/test_triton_aot.py). Fixed point is two columns for each token, and so twice the sums in registers; where every weight
+# meets many tokens those bound the tile, and with it how often x is read and weights are decoded: `half`.
 _SMALL = Tile(tokens=8, height=1, unroll=4, warps=4, stages=2, waves=4)
 _MIDDLE = Tile(tokens=16, height=1, unroll=4, warps=4, stages=2, waves=2)
 _LARGE = Tile(tokens=32, height=1, unroll=2, warps=4, stages=2, waves=0)
@@ -40,7 +43,9 @@ TILES: dict[str, tuple[tuple[int | None, Tile], ...]] = {  # by the longest begi
         (8, _COPIED),
         (24, _COPIED._replace(tokens=16)),
         (96, _HALF),
-        (None, _HALF._replace(tokens=128, copies=4)),  # more copies: a multiprocessor has one program at 3 bit, not two
+        (512, _HALF._replace(tokens=128, copies=4)),  # more copies: a multiprocessor has one program at 3 bit, not two
+        (None, _HALF._replace(tokens=256, warps=8, copies=16, overlap=True)),
+        (None, _HALF._replace(tokens=128, copies=4)),
         (None, _LARGE._replace(tokens=64)),
     ),
     "sm_10": (
@@ -64,11 +69,17 @@ class Card(NamedTuple):
     processors: int = 132
 
 
-def choose_tile(slots: int, experts: int, card: Card, dtype: torch.dtype = torch.float32) -> Tile:
-    """The tile for `slots` rows that go to `experts` experts. dtype: of x."""
+def choose_tile(
+    slots: int, experts: int, card: Card, dtype: torch.dtype = torch.float32, *, wide: bool = False
+) -> Tile:
+    """The tile for `slots` rows that go to `experts` experts. dtype: of x. wide: two lookups for each weight, or a second product,
+    whose registers a `half` tile hasn't but in place of a second row tile."""
     table = TILES[max((name for name in TILES if card.name.startswith(name)), key=len)]
     fitting = (tile for most, tile in table if most is None or slots <= most * experts)
-    return next(tile for tile in fitting if dtype == torch.bfloat16 or not tile.half)
+    if dtype != torch.bfloat16:
+        return next(tile for tile in fitting if not tile.half)
+    chosen = next(tile for tile in fitting if not (wide and tile.overlap))
+    return chosen._replace(height=1) if wide and chosen.half else chosen
 
 
 @lru_cache
