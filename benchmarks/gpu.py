@@ -149,23 +149,21 @@ class Clock:
 
 def time_layers(
     shapes: dict[str, Shape], tokens: list[int], bits: list[int], clock: Clock, bandwidth: float
-) -> list[Row]:
-    rows: list[Row] = []
+) -> Iterator[Row]:
     for name, shape in shapes.items():
         batches = {t: routed(shape, t, clock.device) for t in tokens}
         weights = _gpu.dense_weights(shape, clock.device)
         for r in batches.values():
             for other, call in _gpu.others(shape, weights, r).items():
-                rows.append(_row(name, shape, r, other, call, clock, shape.weights * 2, bandwidth))
+                yield _row(name, shape, r, other, call, clock, shape.weights * 2, bandwidth)
         del weights
         for b in bits:
             layer = _gpu.layer(shape, b, clock.device)
             for r in batches.values():
-                rows.append(_row(name, shape, r, f"moecc {b} bit", layer.call(r), clock, layer.expert_bytes, bandwidth))
+                yield _row(name, shape, r, f"moecc {b} bit", layer.call(r), clock, layer.expert_bytes, bandwidth)
             del layer
         if clock.device == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 def _row(name: str, shape: Shape, r: Routed, what: str, call: Call, clock: Clock, each: int, bandwidth: float) -> Row:
@@ -260,7 +258,7 @@ def report(found: dict[str, Any]) -> str:
         f"{worst:.1e} of the largest output, the same bits each time.", "",
         "One MoE layer's routed experts, microseconds, medians, CUDA graph, cold L2; in brackets the share of the memory "
         "roofline. *times* is the best bfloat16 implementation's time over moecc's, and that of its two products alone.",
-        *(["", found["note"]] if "note" in found else []), "",
+        *(["", "The layers and the model are of two runs."] if found.get("kept") else []), "",
     ]  # fmt: skip
     for shape in dict.fromkeys(row["shape"] for row in found["layers"]):
         mine = [row for row in found["layers"] if row["shape"] == shape]
@@ -383,13 +381,18 @@ def main() -> int:
         for bits in (16, told.bits[0]):
             for row in time_model(shape, bits, clock, compiled=told.compile, **sizes):
                 found["model"].append(row)
-                write(found, told.out)  # a row at a time, because the next may take minutes
+                write(found, told.out)  # a row at a time: the next may take minutes
             if device == "cuda":
                 torch.cuda.empty_cache()
     if told.only != "model":
         tokens = [1, 5] if told.tiny else told.tokens
-        found["layers"] = time_layers(shapes, tokens, told.bits, clock, found["bandwidth"])
-    write(found, told.out)
+        for row in time_layers(shapes, tokens, told.bits, clock, found["bandwidth"]):
+            found["layers"].append(row)
+            write(found, told.out)
+        try:
+            plot(found, told.out / "gpu.svg")
+        except ImportError:
+            print("no plot: pip install matplotlib", file=sys.stderr)
     return 0
 
 
@@ -401,17 +404,12 @@ def kept(found: dict[str, Any], out: Path) -> dict[str, Any]:
         return found
     if any(earlier[key] != found[key] for key in ("device", "torch", "triton")):
         return found
-    return found | {key: earlier[key] for key in ("layers", "model", "model_shape") if key in earlier}
+    return found | {key: earlier[key] for key in ("layers", "model", "model_shape") if key in earlier} | {"kept": True}
 
 
 def write(found: dict[str, Any], out: Path) -> None:
     (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "gpu.md").write_text(report(found))
-    try:
-        if found["layers"]:
-            plot(found, out / "gpu.svg")
-    except ImportError:
-        print("no plot: pip install matplotlib", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_what_is_not_run_is_kept_if_it_is_of_the_same_card(gpu: Any, tmp_path: P
     new: dict[str, Any] = dict(of, bandwidth=2, layers=[], model=[])
     assert gpu.kept(new, tmp_path) == new
     (tmp_path / "gpu.json").write_text(json.dumps(dict(of, bandwidth=1, layers=[1], model=[2], model_shape="tiny")))
-    assert gpu.kept(new, tmp_path) == dict(of, bandwidth=2, layers=[1], model=[2], model_shape="tiny")
+    assert gpu.kept(new, tmp_path) == dict(of, bandwidth=2, layers=[1], model=[2], model_shape="tiny", kept=True)
     other = dict(new, device="H200")
     assert gpu.kept(other, tmp_path) == other
 
@@ -78,5 +78,5 @@ def test_tiles_are_timed_if_they_are_right(gpu: Any, monkeypatch: pytest.MonkeyP
     fast, slow = (
         [line for line in lines if ("half" in line) is half and line.endswith(" |")] for half in (False, True)
     )
-    assert slow and all(line.startswith("| error 5.0e-01 of the largest output |") for line in slow)
+    assert slow and all(line.startswith("| error 5.") for line in slow)
     assert sum(line.split()[1].replace(".", "").isdigit() for line in fast) > 3
