@@ -55,7 +55,7 @@ def test_routings(routing: str, bits: int) -> None:
 @pytest.mark.parametrize("extras", [{}, dict(rank=2, bias=True, mean=3)], ids=["plain", "everything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("tokens", [3, 25, 90, 400])
+@pytest.mark.parametrize("tokens", [3, 25, 90, 400, 1200])
 def test_every_tile_of_the_card_s_table(tokens: int, bits: int, dtype: torch.dtype, extras: dict[str, Any]) -> None:
     """Tails of rows, columns and steps, by each of the tiles that the number of tokens leads to."""
     check(draw_layer(bits, tokens=tokens, dtype=dtype, experts=3, hidden=1352, intermediate=200, **extras))
@@ -93,6 +93,29 @@ def test_whole_numbers_are_exact(bits: int) -> None:
         for step in steps.unbind(1):
             wanted += step.float()
         assert torch.equal(out[slot], wanted)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(4096, 128, 8), (4096, 128, 1), (1100, 60, 4), (16384, 1024, 8)]
+)
+def test_slots_are_sorted_into_blocks(tokens: int, experts: int, top_k: int) -> None:
+    """Of few slots and of many; some choices are no expert, and every third expert is chosen by nobody."""
+    layer = draw_layer(2, tokens=1, experts=experts, hidden=8, intermediate=8)
+    layer.index = torch.randint(-1, experts + 1, (tokens, top_k), generator=torch.Generator().manual_seed(0))
+    layer.index[layer.index % 3 == 1] += 1
+    layer.x, layer.weight = torch.ones(tokens, 8), torch.ones(tokens, top_k)
+    made = plan(*layer.to("cuda").packed(), **layer.attributes)
+    for each in made.launches[: [each.name for each in made.launches].index("prepare") + 1]:
+        each()
+    arguments = made.named("prepare").arguments
+    block, owner = arguments["TOKENS"], arguments["block_expert_ptr"].cpu()
+    wanted, owners = [], []
+    for e in range(experts):
+        mine = (layer.index.flatten() == e).nonzero().flatten()
+        wanted.append(torch.nn.functional.pad(mine, (0, -len(mine) % block), value=-1))
+        owners += [e] * (len(wanted[-1]) // block)
+    assert owner.tolist() == owners + [-1] * (len(owner) - len(owners))
+    assert torch.equal(arguments["slots_ptr"].cpu()[: len(owners) * block].long(), torch.cat(wanted))
 
 
 def test_a_cuda_graph_takes_new_tokens_and_choices() -> None:

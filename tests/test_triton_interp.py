@@ -23,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 from moecc.backends.triton import launch  # noqa: E402
+from moecc.backends.triton.aot import Shape, abstract_plan  # noqa: E402
 from moecc.backends.triton.launch import Plan, plan  # noqa: E402
 from moecc.backends.triton.tiles import Card, Tile, choose_tile, choose_unroll  # noqa: E402
 
@@ -72,6 +73,20 @@ def test_tails_by_16_bit_floats(bits: int, unroll: int) -> None:
         draw_layer(bits, tokens=3, experts=2, hidden=1352, intermediate=70, rank=2, bias=True, dtype=torch.float16),
         tile,
     )
+
+
+def test_a_block_that_is_half_empty_takes_half_the_work_to_the_same_result() -> None:
+    layer = draw_layer(3, tokens=16, dtype=torch.bfloat16, experts=4)
+    made = run(layer, HALF)
+    prepare, wanted = made.named("prepare").arguments, made.out.clone()
+    filled = (prepare["slots_ptr"].view(-1, 16) >= 0).sum(1)[prepare["block_expert_ptr"] >= 0]
+    assert filled.min() <= 8 < filled.max()
+    for name in ("gate_up", "down"):
+        assert made.named(name).arguments["NARROW"]
+        made.named(name).arguments["NARROW"] = False
+    for each in made.launches:
+        each()
+    assert torch.equal(made.out, wanted)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -244,18 +259,17 @@ def test_an_outlier_costs_its_block_and_not_the_token(unroll: int) -> None:
 # ---------------------------------------------------------------- routing
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 700])
-@pytest.mark.parametrize("block", [8, 32])
-def test_slots_are_sorted_into_blocks(tokens: int, block: int) -> None:
-    """700 tokens are more slots than one chunk; the order within an expert is that of the slots."""
-    experts, top_k = 5, 2
-    index = torch.from_numpy(slow.numbers(7, tokens, top_k) % (experts + 1)) - 1  # some are no expert
+def check_blocks(index: Tensor, experts: int, block: int) -> Plan:
+    """Each expert's slots in ascending order, in blocks of its own; what is left over is -1."""
     layer = draw_layer(2, tokens=1, experts=experts, hidden=8, intermediate=8)
-    layer.x, layer.index, layer.weight = torch.ones(tokens, 8), index, torch.ones(tokens, top_k)
+    layer.x, layer.index, layer.weight = torch.ones(len(index), 8), index, torch.ones(index.shape)
     made = plan(*layer.packed(), **layer.attributes, tile=SMALL._replace(tokens=block))
-    prepare = made.named("prepare")
-    prepare()
-    slots, owner = prepare.arguments["slots_ptr"].view(-1, block), prepare.arguments["block_expert_ptr"]
+    arguments = made.named("prepare").arguments
+    slots, owner = arguments["slots_ptr"].view(-1, block), arguments["block_expert_ptr"]
+    slots.fill_(-9), owner.fill_(-9)
+    for each in made.launches:
+        if each.name in ("count", "prepare"):
+            each()
     wanted: list[tuple[int, list[int]]] = []
     for e in range(experts):
         mine = [s for s, chosen in enumerate(index.flatten().tolist()) if chosen == e]
@@ -264,6 +278,65 @@ def test_slots_are_sorted_into_blocks(tokens: int, block: int) -> None:
     assert owner.tolist() == [e for e, _ in wanted] + [-1] * (len(owner) - len(wanted))
     for row, (_, mine) in zip(slots.tolist(), wanted, strict=False):
         assert row == mine + [-1] * (block - len(mine))
+    assert bool((slots[len(wanted) :] == -9).all())  # nobody reads them, nobody writes them
+    return made
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (7, 2), (70, 20)])
+@pytest.mark.parametrize("block", [8, 32])
+def test_slots_are_sorted_into_blocks(tokens: int, top_k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """70 tokens are more slots than one chunk; the order within an expert is that of the slots."""
+    monkeypatch.setattr(launch, "_CHUNK", 1024)
+    index = torch.from_numpy(slow.numbers(7, tokens, top_k) % 6) - 1  # some are no expert
+    made = check_blocks(index, 5, block)
+    assert made.launches[0].name == "prepare"
+
+
+MANY = {
+    "some are no expert": lambda i: i % 11 - 1,
+    "empty experts": lambda i: i % 3 * 3 + 1,
+    "one takes all": lambda i: i * 0 + 4,
+    "the last takes all": lambda i: i * 0 + 8,
+    "none is an expert": lambda i: torch.where(i % 2 == 0, -1 - i, 9 + (i << 33)),
+}
+
+
+@pytest.mark.parametrize("choices", MANY)
+@pytest.mark.parametrize("block", [8, 32])
+def test_many_slots_are_counted_before(choices: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 slots are two segments of 128 and a part of one, scanned 32 at a time."""
+    for name, value in dict(_UNCOUNTED=299, _CHUNK=128, _COUNTS=96).items():
+        monkeypatch.setattr(launch, name, value)
+    index = MANY[choices](torch.from_numpy(slow.numbers(7, 15, 20)))
+    made = check_blocks(index, 9, block)
+    assert [each.name for each in made.launches[:2]] == ["count", "prepare"] and made.launches[0].grid == (3,)
+    counts = made.named("prepare").arguments["counts_ptr"].sum(0)
+    assert counts.tolist() == [int((index == e).sum()) for e in range(32)][:9] + [0] * 23
+
+
+@pytest.mark.parametrize("experts", [1, 4, 40])
+def test_experts_that_fill_their_programs_or_do_not(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices of 32 bits, in one segment of three steps, even where that has more counts than a program would read."""
+    for name, value in dict(_UNCOUNTED=0, _CHUNK=64, _COUNTS=32).items():
+        monkeypatch.setattr(launch, name, value)
+    index = torch.from_numpy(slow.numbers(7, 15, 10)).to(torch.int32) % experts
+    assert check_blocks(index, experts, 8).named("count").grid == (1,)
+
+
+def test_a_layer_of_many_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = draw_layer(3, rank=2)
+    alone = run(layer).out
+    monkeypatch.setattr(launch, "_UNCOUNTED", 0)
+    assert torch.equal(check(layer).out, alone)
+
+
+@pytest.mark.parametrize("experts", [1, 8, 128, 384, 1024, 5000])
+def test_counts_are_few_enough_to_be_read_by_every_program(experts: int) -> None:
+    for slots in (4097, 32768, 131072):
+        layer = Shape(experts, 1, 64, 64)
+        made = abstract_plan(layer, slots, 2)
+        counts, span = made.named("count").arguments["counts_ptr"], made.named("count").arguments["span"]
+        assert counts.numel() <= max(4096, counts.shape[1]) and 0 <= len(counts) * span - slots < span
 
 
 def test_the_table_of_tiles() -> None:

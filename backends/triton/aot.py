@@ -232,7 +232,7 @@ def abstract_plan(
 def may_spill(launch: Launch) -> int:
     """Bytes of stack. None but where 64 tokens or more take every register of sm_90: then those addresses of rows of x that are
     read again in every step, which on an H100 was less than a smaller tile cost."""
-    return 96 if launch.arguments.get("HOPPER") and launch.arguments["TOKENS"] >= 64 else 0
+    return 96 if launch.arguments["HOPPER"] and launch.arguments.get("TOKENS", 0) >= 64 else 0
 
 
 class Row(NamedTuple):

@@ -1,5 +1,6 @@
 """What stands around the two grouped products of a layer: routing and fixed point before, the gate between, the sum after.
 
+  count_kernel     how many slots go to each expert, where there are many slots
   prepare_kernel   slots sorted by expert into blocks; x as fixed point; z = basis x of the shared basis
   hidden_kernel    sum over parts, the gate where the product didn't apply it, hidden units as fixed point
   sums_kernel      sum_j w_tj h_j of bfloat16 hidden units
@@ -14,8 +15,11 @@ depends on the shapes of the inputs alone, so a CUDA graph can hold all of it.
 import triton
 import triton.language as tl
 
+from moecc.backends.triton.chain import after_last, let_next_start
 from moecc.backends.triton.gates import activation, apply_gate
 from moecc.backends.triton.grouped import fixed_point, paired, peak_of
+
+GROUP = tl.constexpr(4)  # experts of one program of `_route_counted`: 16 bits each of 64
 
 
 @triton.jit
@@ -51,6 +55,64 @@ def _route(
         tl.store(block_expert_ptr + b, tl.where(b < first + own, e, -1), mask=b < last)
 
 
+@triton.jit(do_not_specialize=["slots", "span"])
+def count_kernel(
+    index_ptr,  # i64 or i32 [slots]
+    counts_ptr,  # i32 [segments, BINS]
+    slots, span, EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, HOPPER: tl.constexpr,
+):  # fmt: skip
+    """Grid segments of span slots each, a multiple of CHUNK. BINS, a power of two, is at least EXPERTS."""
+    after_last(HOPPER)
+    let_next_start(HOPPER)
+    segment, lane, bins = tl.program_id(0), tl.arange(0, CHUNK), tl.arange(0, BINS)
+    counts = tl.zeros([BINS], tl.int32)
+    for start in range(segment * span, tl.minimum((segment + 1) * span, slots), CHUNK):
+        index = tl.load(index_ptr + start + lane, mask=start + lane < slots, other=-1)
+        chosen = (index >= 0) & (index < EXPERTS)
+        counts += tl.histogram(tl.where(chosen, index, 0).to(tl.int32), BINS, chosen)
+    tl.store(counts_ptr + segment * BINS + bins, counts)
+
+
+@triton.jit
+def _route_counted(
+    group, segment, index_ptr, counts_ptr, slots_ptr, block_expert_ptr, slots, blocks, segments, span, EXPERTS: tl.constexpr,
+    BINS: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One segment's slots of GROUP experts, by what count_kernel counted. SEGMENTS, a power of two, is at least segments.
+
+    One scan ranks the slots of all of them: each expert counts in 16 bits of its own, which CHUNK doesn't overflow."""
+    e, lane, bins, own = group * GROUP, tl.arange(0, CHUNK), tl.arange(0, BINS), tl.arange(0, GROUP)
+    start, stop = segment * span, tl.minimum((segment + 1) * span, slots)  # all loads first, so that none waits
+    index = tl.load(index_ptr + start + lane, mask=start + lane < stop, other=-1)
+    part = tl.arange(0, SEGMENTS)[:, None]
+    row, inside = counts_ptr + part * BINS, part < segments
+    mine = tl.load(row + e + own[None, :], mask=inside, other=0)
+    before = tl.load(row + bins[None, :], mask=inside & (bins < e)[None, :], other=0)
+    first, count = tl.sum((tl.sum(before, 0) + TOKENS - 1) // TOKENS), tl.sum(mine, 0)
+    needed = (count + TOKENS - 1) // TOKENS
+    first += tl.sum(tl.where(own[:, None] < own[None, :], needed[:, None], 0), 0)
+    place = first * TOKENS + tl.sum(tl.where(part < segment, mine, 0), 0)
+    for here in range(start, stop, CHUNK):
+        following = tl.load(index_ptr + here + CHUNK + lane, mask=here + CHUNK + lane < stop, other=-1)
+        chosen = (index >= e) & (index < tl.minimum(e + GROUP, EXPERTS))
+        which = tl.where(chosen, index - e, 0).to(tl.int32)
+        ones = chosen.to(tl.int64) << (which * 16)
+        rank = ((tl.cumsum(ones, 0) >> (which * 16)) & 0xFFFF).to(tl.int32) - 1
+        tl.store(slots_ptr + tl.gather(place, which, 0) + rank, here + lane, mask=chosen)
+        place += ((tl.sum(ones) >> (own * 16)) & 0xFFFF).to(tl.int32)
+        index = following
+    if segment == 0:
+        t = tl.arange(0, TOKENS)[None, :]
+        rest, room = count[:, None] + t, (needed * TOKENS)[:, None]
+        tl.store(slots_ptr + (first * TOKENS)[:, None] + rest, tl.full([GROUP, TOKENS], -1, tl.int32), mask=rest < room)
+        for start in range(0, tl.max(needed), TOKENS):
+            b = start + t
+            tl.store(block_expert_ptr + first[:, None] + b, e + own[:, None] + 0 * t, mask=b < needed[:, None])
+        if e + GROUP >= EXPERTS:  # the last experts' program marks the blocks that nobody needs
+            for start in range(tl.max(first + needed), blocks, CHUNK):
+                tl.store(block_expert_ptr + start + lane, tl.full([CHUNK], -1, tl.int32), mask=start + lane < blocks)
+
+
 @triton.jit
 def _store_fixed(values, out_ptr, out_scale_ptr, row, block, steps, STEP: tl.constexpr):
     """One block f32 [STEP] of a row -> i8 [rows, 2, steps * STEP], f32 [rows, steps]."""
@@ -77,23 +139,38 @@ def _project(x_ptr, basis_ptr, z_ptr, group, part, tokens, columns, span, rank, 
     tl.store(z_ptr + at, z, mask=(t < tokens)[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "slots", "blocks", "z_parts", "z_span"])
+@triton.jit(do_not_specialize=["tokens", "slots", "blocks", "segments", "span", "z_parts", "z_span"])
 def prepare_kernel(
     x_ptr,  # [tokens, columns] of any float type
     index_ptr,  # i64 or i32 [slots]
+    counts_ptr,  # i32 [segments, BINS] of count_kernel, or None: each program counts for itself
     basis_ptr, z_ptr,  # [rank, columns] and f32 [z_parts, tokens, RANK], or None
     out_ptr, out_scale_ptr,  # i8 [tokens, 2, steps * STEP], f32 [tokens, steps]; or 16-bit [tokens, steps * STEP], None
     slots_ptr, block_expert_ptr,  # i32 [blocks * TOKENS], i32 [blocks]
-    tokens, columns, steps, slots, blocks, z_parts, z_span, rank,
-    EXPERTS: tl.constexpr, BINS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
-    RANK: tl.constexpr,
+    tokens, columns, steps, slots, blocks, segments, span, z_parts, z_span, rank,
+    EXPERTS: tl.constexpr, BINS: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+    STEP: tl.constexpr, RANK: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
-    """Grid EXPERTS + tokens * steps, and ceil(tokens / 16) * z_parts more with a basis, for z_span columns each."""
+    """Grid routes + tokens * steps, and ceil(tokens / 16) * z_parts more with a basis, for z_span columns each.
+
+    routes: EXPERTS, or with counts segments * ceil(EXPERTS / GROUP)."""
+    after_last(HOPPER)
+    let_next_start(HOPPER)
     program = tl.program_id(0)
-    if program < EXPERTS:
-        _route(program, index_ptr, slots_ptr, block_expert_ptr, slots, blocks, EXPERTS, BINS, TOKENS, CHUNK)
-    elif program < EXPERTS + tokens * steps:
-        token, block = (program - EXPERTS) // steps, (program - EXPERTS) % steps
+    if counts_ptr is None:
+        routes = EXPERTS
+    else:
+        routes = segments * ((EXPERTS + GROUP - 1) // GROUP)
+    if program < routes:
+        if counts_ptr is None:
+            _route(program, index_ptr, slots_ptr, block_expert_ptr, slots, blocks, EXPERTS, BINS, TOKENS, CHUNK)
+        else:
+            _route_counted(
+                program // segments, program % segments, index_ptr, counts_ptr, slots_ptr, block_expert_ptr, slots, blocks,
+                segments, span, EXPERTS, BINS, SEGMENTS, TOKENS, CHUNK,
+            )  # fmt: skip
+    elif program < routes + tokens * steps:
+        token, block = (program - routes) // steps, (program - routes) % steps
         place = block * STEP + tl.arange(0, STEP)
         d = place if out_scale_ptr is not None else paired(place)
         x = tl.load(x_ptr + token.to(tl.int64) * columns + d, mask=d < columns, other=0.0)
@@ -103,7 +180,7 @@ def prepare_kernel(
             tl.store(out_ptr + token.to(tl.int64) * (steps * STEP) + place, x)
     else:
         if basis_ptr is not None:
-            rest = program - EXPERTS - tokens * steps
+            rest = program - routes - tokens * steps
             _project(x_ptr, basis_ptr, z_ptr, rest // z_parts, rest % z_parts, tokens, columns, z_span, rank, RANK)
 
 
@@ -144,9 +221,11 @@ def hidden_kernel(
     out_ptr, out_scale_ptr,  # i8 [slots (+ tokens), 2, steps * STEP], f32 [slots (+ tokens), steps]
     rows, units, slots, steps, alpha, limit,
     ACT: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr, PARTS: tl.constexpr, EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr, STEP: tl.constexpr,
+    TOP_K: tl.constexpr, STEP: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots, steps); with tokens more in the first, row slots + t is sum_j w_tj h_tj of token t, for a shared mean."""
+    after_last(HOPPER)
+    let_next_start(HOPPER)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = block * STEP + tl.arange(0, STEP)
     if row < slots:
@@ -168,9 +247,11 @@ def sums_kernel(
     h_ptr,  # 16-bit [slots, width]
     index_ptr, weight_ptr,  # [slots]
     out_ptr,  # 16-bit [tokens, width]
-    width, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    width, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, ceil(width / BLOCK)): sum_j w_tj h_tj of every token, for a shared mean."""
+    after_last(HOPPER)
+    let_next_start(HOPPER)
     token, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for j in range(TOP_K):
@@ -183,29 +264,36 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["slots", "c_parts"])
 def combine_kernel(
-    rows_ptr,  # [parts, slots, columns] as grouped_kernel wrote it
+    rows_ptr,  # f32 [parts, slots, columns] as grouped_kernel wrote it; or of x's type, one part
     index_ptr, weight_ptr,  # [slots]
     shared_ptr,  # f32 [SHARED, tokens, columns] or None
     c_ptr, basis_ptr,  # f32 [c_parts, slots, rank] and [rank, columns], or None
     out_ptr,  # [tokens, columns]
     columns, slots, c_parts, rank,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, CHOICES: tl.constexpr,
-    BLOCK: tl.constexpr, RANK: tl.constexpr,
+    BLOCK: tl.constexpr, RANK: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, ceil(columns / BLOCK)). CHOICES, a power of two, is at least TOP_K."""
+    after_last(HOPPER)
     token, j = tl.program_id(0).to(tl.int64), tl.arange(0, CHOICES)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot = token * TOP_K + j
     index = tl.load(index_ptr + slot, mask=j < TOP_K, other=-1)
     chosen = (index >= 0) & (index < EXPERTS)
     weight = tl.load(weight_ptr + slot, mask=j < TOP_K, other=0.0).to(tl.float32)
-    inside = (j < TOP_K)[:, None] & (d < columns)[None, :]  # rows don't wait for the choices
-    y = tl.zeros([CHOICES, BLOCK], tl.float32)
-    for piece in tl.static_range(PARTS):
-        y += tl.load(rows_ptr + (piece * slots + slot)[:, None] * columns + d[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-    total = tl.sum(tl.where(chosen[:, None], y, 0.0) * weight[:, None], 0)
+    if rows_ptr.dtype.element_ty == tl.float32:
+        inside = (j < TOP_K)[:, None] & (d < columns)[None, :]  # rows don't wait for the choices
+        y = tl.zeros([CHOICES, BLOCK], tl.float32)
+        for piece in tl.static_range(PARTS):
+            y += tl.load(rows_ptr + (piece * slots + slot)[:, None] * columns + d[None, :], mask=inside, other=0.0)
+        total = tl.sum(tl.where(chosen[:, None], y, 0.0) * weight[:, None], 0)
+    else:  # many tokens, rounded: one choice after the other, so that a thread adds up columns of its own
+        total = tl.zeros([BLOCK], tl.float32)
+        for i in tl.static_range(TOP_K):
+            one = token * TOP_K + i
+            y = tl.load(rows_ptr + one * columns + d, mask=d < columns, other=0.0).to(tl.float32)
+            width = _width(tl.load(index_ptr + one), columns, EXPERTS)
+            total += tl.where(d < width, y, 0.0) * tl.load(weight_ptr + one).to(tl.float32)
     for piece in tl.static_range(SHARED):
         total += tl.load(shared_ptr + (piece * (slots // TOP_K) + token) * columns + d, mask=d < columns, other=0.0)
     if c_ptr is not None:
@@ -230,8 +318,10 @@ def norm_kernel(
     out_ptr,
     columns, slots, c_parts, rank, eps,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):  # fmt: skip
     """Grid tokens. BLOCK, a power of two, is at least columns. Scale, then normalise: `moecc.ops._post_norm`."""
+    after_last(HOPPER)
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = d < columns
     norm = tl.load(norm_ptr + d, mask=inside, other=0.0).to(tl.float32)

@@ -24,6 +24,7 @@ What a program writes depends on its own slots and on nothing that other program
 import triton
 import triton.language as tl
 
+from moecc.backends.triton.chain import after_last, let_next_start
 from moecc.backends.triton.gates import activation, apply_gate
 
 
@@ -123,25 +124,36 @@ def _flips(s, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, HOPPER: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS: tl.constexpr, HEIGHT: tl.constexpr,
-    UNROLL: tl.constexpr, TAIL: tl.constexpr, COPIES: tl.constexpr, HOPPER: tl.constexpr,
+def _stored(
+    words_ptr, signs_ptr, index, down, step, column_tiles, BITS: tl.constexpr, HEIGHT: tl.constexpr, UNROLL: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Words i32 [64 * HEIGHT, 32 * UNROLL] of four int8 weights, of one step from row tile `index`; what is past the last column
-    tile meets zeros in x."""
+    """What one step reads from row tile `index` on: code words, and with them, at 4 bit, the odd codes or, at 3 bit, sign words."""
     first, across = step * UNROLL, column_tiles - step * UNROLL
     if BITS == 4:
         even, stride = words_ptr + (2 * index * column_tiles + first) * 512, 1024 * column_tiles
-        odd = even + column_tiles * 512
-        p = _lookup(_words(even, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL, COPIES)
-        high = _lookup(_words(odd, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL, COPIES)
-        p = p | (high << 16)
+        words = _words(even, stride, down, across, 512, HEIGHT, UNROLL, TAIL)
+        more = _words(even + column_tiles * 512, stride, down, across, 512, HEIGHT, UNROLL, TAIL)
     else:
-        words, stride = words_ptr + (index * column_tiles + first) * 512, 512 * column_tiles
-        p = _lookup(_words(words, stride, down, across, 512, HEIGHT, UNROLL, TAIL), table, HEIGHT, UNROLL, COPIES)
+        first += index * column_tiles
+        words = _words(words_ptr + first * 512, 512 * column_tiles, down, across, 512, HEIGHT, UNROLL, TAIL)
+        more = words
         if BITS == 3:
-            signs, stride = signs_ptr + (index * column_tiles + first) * 256, 256 * column_tiles
-            p = p ^ _flips(_words(signs, stride, down, across, 256, HEIGHT, UNROLL, TAIL), HEIGHT, UNROLL, HOPPER)
+            more = _words(signs_ptr + first * 256, 256 * column_tiles, down, across, 256, HEIGHT, UNROLL, TAIL)
+    return words, more
+
+
+@triton.jit
+def _weights(
+    words, more, table, BITS: tl.constexpr, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, COPIES: tl.constexpr,
+    HOPPER: tl.constexpr,
+):  # fmt: skip
+    """-> words i32 [64 * HEIGHT, 32 * UNROLL] of four int8 weights; what is past the last column tile meets zeros in x."""
+    p = _lookup(words, table, HEIGHT, UNROLL, COPIES)
+    if BITS == 4:
+        p = p | (_lookup(more, table, HEIGHT, UNROLL, COPIES) << 16)
+    elif BITS == 3:
+        p = p ^ _flips(more, HEIGHT, UNROLL, HOPPER)
     return p
 
 
@@ -167,23 +179,29 @@ def _int8(p, ROWS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _half(p, zero, ROWS: tl.constexpr, STEP: tl.constexpr, dtype: tl.constexpr, HOPPER: tl.constexpr):
-    """Words of four weights -> the weights as floats, exactly, [ROWS, STEP] in the order of `paired`, which takes no word from one
-    thread to another. In assembly two bfloat16 at a time, because a compiler that packs them one by one takes twice as long: the
-    low seven bits of a byte after 128 are 128 + m, and with the eighth -128 is -256. zero: i32, what these registers wait for."""
-    if HOPPER:
-        low, high = tl.inline_asm_elementwise(
-            """{ .reg .b32 w, a, b, one; mov.b32 one, 0x3f803f80;
-            prmt.b32 w, $2, $3, 0x4140; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
-            lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $0, a, one, b;
-            prmt.b32 w, $2, $3, 0x4342; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
-            lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $1, a, one, b; }""",
-            "=&r,=&r,r,r", [p, zero], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        h0, h1, h2, h3 = low.to(tl.int16), (low >> 16).to(tl.int16), high.to(tl.int16), (high >> 16).to(tl.int16)
-        w = tl.reshape(tl.join(tl.join(h0, h2), tl.join(h1, h3)), [ROWS, STEP]).to(tl.bfloat16, bitcast=True)
-    else:
-        w = _int8(p, ROWS, STEP).to(dtype)
+def _pairs(p):
+    """Words of four weights -> low, high: i32, two bfloat16 each, exactly. In assembly two at a time, because a compiler that packs
+    them one by one takes twice as long: the low seven bits of a byte after 128 are 128 + m, and with the eighth -128 is -256."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 w, a, b, one; mov.b32 one, 0x3f803f80;
+        prmt.b32 w, $2, 0, 0x4140; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
+        lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $0, a, one, b;
+        prmt.b32 w, $2, 0, 0x4342; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;
+        lop3.b32 b, w, 0x00800080, 0xc300c300, 0xea; fma.rn.bf16x2 $1, a, one, b; }""",
+        "=&r,=r,r", [p], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _of_pairs(low, high, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """-> the weights, bfloat16 [ROWS, STEP] in the order of words."""
+    h0, h1, h2, h3 = low.to(tl.int16), (low >> 16).to(tl.int16), high.to(tl.int16), (high >> 16).to(tl.int16)
+    return tl.reshape(tl.join(tl.join(h0, h2), tl.join(h1, h3)), [ROWS, STEP]).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _paired(w, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """Columns in the order of `paired`, which takes no word from one thread to another."""
     return tl.reshape(tl.permute(tl.reshape(w, [ROWS, STEP // 16, 4, 2, 2]), (0, 1, 3, 2, 4)), [ROWS, STEP])
 
 
@@ -197,18 +215,75 @@ def _fence(one):
 
 
 @triton.jit
+def _fence_first(step, first):
+    """The same, in the first step alone."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.eq.s32 p, $1, $2; @p fence.proxy.async.shared::cta; mov.u32 $0, $1; }", "=r,r,r",
+        [step, first], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fence_next(one):
+    """The same for what the next step multiplies, before more is read: a fence waits for all that is on its way."""
+    tl.inline_asm_elementwise(
+        "cp.async.wait_all; fence.proxy.async.shared::cta; mov.u32 $0, $1;", "=r,r", [one], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _finished(total):
     """The same, for a dot that has ended. Left to itself, triton lets wgmma run into the next step, which may write the registers
     that it still reads (PTX ISA, wgmma.wait_group, forbids that; triton's issue 9433)."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1)
 
 
+# Of 16 words of a thread, 32 pairs: when no product runs any more, those that come next take the place of those that were
+# multiplied. By an `or` with zero, of which ptxas doesn't know that it is one: it would see through a mov, find that what is
+# multiplied next is written while a product runs, and let no product run on (its remark C7513).
+_NEXT = tl.constexpr("wgmma.wait_group.sync.aligned 0; " + " ".join(f"or.b32 ${i}, ${32 + i}, $96;" for i in range(32)))
+_NEXT_REGISTERS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 80))
+
+
 @triton.jit
-def _last_finished(one):
-    """0, when the dot of the step before has ended: what is written by its help isn't read any more. one: a scalar."""
+def _next(low, high, last_low, last_high, zero):
+    """low, high, when the dot of what they follow has ended: until then wgmma reads the registers of last_low and last_high, which
+    are operands here so that they are kept till then (PTX ISA, wgmma.wait_group). zero: a scalar."""
     return tl.inline_asm_elementwise(
-        "wgmma.wait_group.sync.aligned 0; mov.u32 $0, 0;", "=r,r", [one], dtype=tl.int32, is_pure=False, pack=1
+        _NEXT,
+        _NEXT_REGISTERS,
+        [low, high, last_low, last_high, zero],
+        dtype=(tl.int32, tl.int32),
+        is_pure=False,
+        pack=16,
     )
+
+
+@triton.jit
+def _overlapped(
+    total, x_ptrs, x_held, words_ptr, signs_ptr, table, index, down, column_tiles, steps, BITS: tl.constexpr,
+    HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, COPIES: tl.constexpr, HOPPER: tl.constexpr,
+):  # fmt: skip
+    """total and the product of all columns, in bfloat16 on sm_90: while one step's product runs, the next step's codes are looked
+    up, the codes of the one after are read, and the rows of x of that. Left to triton, decoding and products take turns."""
+    STEP: tl.constexpr = 128 * UNROLL
+    ROWS: tl.constexpr = 64 * HEIGHT
+    words, more = _stored(words_ptr, signs_ptr, index, down, 0, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
+    next_low, next_high = _pairs(_weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, HOPPER))
+    low, high = next_low, next_high
+    ahead = tl.minimum(1, steps - 1)
+    words, more = _stored(words_ptr, signs_ptr, index, down, ahead, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
+    for step in range(0, steps):
+        x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
+        _fence_first(step, 0)
+        low, high = _next(next_low, next_high, low, high, steps >> 31)
+        total = tl.dot(_paired(_of_pairs(low, high, ROWS, STEP), ROWS, STEP), x, total)
+        next_low, next_high = _pairs(_weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, HOPPER))
+        _fence_next(steps)
+        ahead = tl.minimum(step + 2, steps - 1)
+        words, more = _stored(words_ptr, signs_ptr, index, down, ahead, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
+    return total
 
 
 @triton.jit
@@ -246,40 +321,21 @@ def _low_rank(
     return y
 
 
-@triton.jit(do_not_specialize=["slots", "z_parts", "z_tokens"])
-def grouped_kernel(
-    x_ptr,  # i8 [R, 2, steps * STEP]: high and low bytes of row slot // TOP_K; HALF: floats [R, steps * STEP] by `paired`
-    x_scale_ptr,  # f32 [R, steps]; HALF: None
-    words_ptr, signs_ptr, table_ptr,  # moecc.backends.triton.pack; BITS 8: i8 [E, rows, columns], None, None
-    scale_ptr, bias_ptr,  # [E, rows] of any float type; bias or None
-    shared_ptr,  # f32 [SHARED, R, rows] or None: the part of all experts, of row slot // TOP_K
-    z_ptr, coef_ptr, coef_scale_ptr,  # f32 [z_parts, R, RANK], i8 [E, rows, rank], [E, rows], or None
-    out_ptr,  # [parts, slots, rows], with FUSED [slots, out_width]: units, with HALF by `paired`
-    slots_ptr,  # i32 [blocks * TOKENS], -1 where a block isn't full; None: slot i is row i, and all are of expert 0
-    block_expert_ptr,  # i32 [blocks], -1 for blocks that aren't needed
-    rows, columns, out_width, row_tiles, column_tiles, table_stride, steps, steps_per_part, slots, z_parts, z_tokens, rank,
-    alpha, limit,
+@triton.jit
+def _program(
+    x_ptr, x_scale_ptr, words_ptr, signs_ptr, table, scale_ptr, bias_ptr, shared_ptr, z_ptr, coef_ptr, coef_scale_ptr, out_ptr,
+    group, part, e, slot, pair_slot,  # i32 [TOKENS], [2 * TOKENS]: each twice
+    rows, columns, out_width, row_tiles, column_tiles, steps, steps_per_part, slots, z_parts, z_tokens, rank, alpha, limit,
     BITS: tl.constexpr, GATED: tl.constexpr, FUSED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr,
     TOKENS: tl.constexpr, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
     SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr, HOPPER: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(row tiles / HEIGHT), blocks, parts)."""
-    group, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """What `grouped_kernel` does for row group `group` and TOKENS slots of expert e."""
     STEP: tl.constexpr = 128 * UNROLL
     ROWS: tl.constexpr = 64 * HEIGHT
     FLOAT: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty  # the interpreter's bfloat16 is wrong
-    lane, pair = tl.arange(0, TOKENS), tl.arange(0, 2 * TOKENS)
-    if block_expert_ptr is not None:
-        e = tl.load(block_expert_ptr + block).to(tl.int64)
-        slot = tl.load(slots_ptr + block * TOKENS + lane)  # before the branch: they needn't wait for the expert
-        pair_slot = tl.load(slots_ptr + block * TOKENS + pair // 2)
-        if e < 0:
-            return
-    else:
-        e = tl.full([], 0, tl.int64)
-        slot = tl.where(block * TOKENS + lane < slots, block * TOKENS + lane, -1)
-        pair_slot = tl.where(block * TOKENS + pair // 2 < slots, block * TOKENS + pair // 2, -1)
+    pair = tl.arange(0, 2 * TOKENS)
     held = slot >= 0
     token = tl.where(held, slot // TOP_K, 0).to(tl.int64)
     pair_held = pair_slot >= 0
@@ -299,52 +355,53 @@ def grouped_kernel(
         row, real = place, place < rows
     factor = tl.load(scale_ptr + e * rows + row, mask=real, other=0.0).to(tl.float32)
 
-    table = 0
-    if BITS != 8:
-        table = tl.load(table_ptr + e * table_stride + tl.arange(0, 256)).to(tl.int32)
-        if BITS == 4:
-            table = table & 0xFFFF
-        if COPIES > 1:
-            table = _spread(table, steps, COPIES)
-
     total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for step in range(part * steps_per_part, tl.minimum((part + 1) * steps_per_part, steps)):
-        if BITS == 8:  # a column tile at a time, because nothing is gained by more and registers are lost
-            hi_lo = tl.zeros([ROWS, 2 * TOKENS], tl.int32)
-            for u in tl.static_range(UNROLL):
-                at = step * STEP + u * 128 + tl.arange(0, 128)
-                k = paired(at) if HALF else at
-                inside = (place < rows)[:, None] & (k < columns)[None, :]
-                w = tl.load(words_ptr + (e * rows + place)[:, None] * columns + k[None, :], mask=inside, other=0)
-                x = tl.load(x_ptrs + at[:, None], mask=x_held, other=0)
+    index, down = e * row_tiles + tile, row_tiles - tile
+    if OVERLAP:
+        total = _overlapped(
+            total, x_ptrs, x_held, words_ptr, signs_ptr, table, index, down, column_tiles, steps, BITS, HEIGHT, UNROLL, TAIL,
+            COPIES, HOPPER,
+        )  # fmt: skip
+    else:
+        for step in range(part * steps_per_part, tl.minimum((part + 1) * steps_per_part, steps)):
+            if BITS == 8:  # a column tile at a time, because nothing is gained by more and registers are lost
+                hi_lo = tl.zeros([ROWS, 2 * TOKENS], tl.int32)
+                for u in tl.static_range(UNROLL):
+                    at = step * STEP + u * 128 + tl.arange(0, 128)
+                    k = paired(at) if HALF else at
+                    inside = (place < rows)[:, None] & (k < columns)[None, :]
+                    w = tl.load(words_ptr + (e * rows + place)[:, None] * columns + k[None, :], mask=inside, other=0)
+                    x = tl.load(x_ptrs + at[:, None], mask=x_held, other=0)
+                    if HOPPER:
+                        _fence(steps)
+                    if HALF:
+                        total = tl.dot(w.to(FLOAT), x.to(FLOAT), total, input_precision="ieee")
+                        if HOPPER:
+                            total = _finished(total)
+                    else:
+                        hi_lo = tl.dot(w, x, hi_lo, out_dtype=tl.int32)  # triton 3.6 wants it said
+            else:
+                x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
                 if HOPPER:
                     _fence(steps)
+                words, more = _stored(words_ptr, signs_ptr, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
+                p = _weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, HOPPER)
                 if HALF:
-                    total = tl.dot(w.to(FLOAT), x.to(FLOAT), total, input_precision="ieee")
+                    if HOPPER:
+                        low, high = _pairs(p)
+                        w = _of_pairs(low, high, ROWS, STEP)
+                    else:
+                        w = _int8(p, ROWS, STEP).to(FLOAT)
+                    total = tl.dot(_paired(w, ROWS, STEP), x.to(FLOAT), total, input_precision="ieee")
                     if HOPPER:
                         total = _finished(total)
                 else:
-                    hi_lo = tl.dot(w, x, hi_lo, out_dtype=tl.int32)  # triton 3.6 wants it said
-        else:
-            index, down = e * row_tiles + tile, row_tiles - tile
-            p = _weights(
-                words_ptr, signs_ptr, table, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL, COPIES, HOPPER,
-            )  # fmt: skip
-            x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
-            if HOPPER:
-                _fence(steps)
-            if HALF:
-                zero = _last_finished(steps) if OVERLAP else 0  # codes were looked up while it ran
-                w = _half(p, zero, ROWS, STEP, FLOAT, HOPPER)
-                total = tl.dot(w, x.to(FLOAT), total, input_precision="ieee")
-                if HOPPER and not OVERLAP:
-                    total = _finished(total)
-            else:
-                hi_lo = tl.dot(_int8(p, ROWS, STEP), x)
-        if not HALF:
-            x_scale = tl.load(x_scale_ptr + token * steps + step, mask=held, other=0.0)
-            total += _exact(hi_lo, ROWS, TOKENS) * x_scale[None, :]
+                    hi_lo = tl.dot(_int8(p, ROWS, STEP), x)
+            if not HALF:
+                x_scale = tl.load(x_scale_ptr + token * steps + step, mask=held, other=0.0)
+                total += _exact(hi_lo, ROWS, TOKENS) * x_scale[None, :]
 
+    let_next_start(HOPPER)
     y = total * factor[:, None]
     if part == 0:
         if bias_ptr is not None:
@@ -372,3 +429,64 @@ def grouped_kernel(
             y = activation(y, ACT)
             row = place_of(row) if HALF else row
         tl.store(out_ptr + at[None, :] * out_width + row[:, None], y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["slots", "z_parts", "z_tokens"])
+def grouped_kernel(
+    x_ptr,  # i8 [R, 2, steps * STEP]: high and low bytes of row slot // TOP_K; HALF: floats [R, steps * STEP] by `paired`
+    x_scale_ptr,  # f32 [R, steps]; HALF: None
+    words_ptr, signs_ptr, table_ptr,  # moecc.backends.triton.pack; BITS 8: i8 [E, rows, columns], None, None
+    scale_ptr, bias_ptr,  # [E, rows] of any float type; bias or None
+    shared_ptr,  # f32 [SHARED, R, rows] or None: the part of all experts, of row slot // TOP_K
+    z_ptr, coef_ptr, coef_scale_ptr,  # f32 [z_parts, R, RANK], i8 [E, rows, rank], [E, rows], or None
+    out_ptr,  # [parts, slots, rows], with FUSED [slots, out_width]: units, with HALF by `paired`
+    slots_ptr,  # i32 [blocks * TOKENS], -1 where a block isn't full; None: slot i is row i, and all are of expert 0
+    block_expert_ptr,  # i32 [blocks], -1 for blocks that aren't needed
+    rows, columns, out_width, row_tiles, column_tiles, table_stride, steps, steps_per_part, slots, z_parts, z_tokens, rank,
+    alpha, limit,
+    BITS: tl.constexpr, GATED: tl.constexpr, FUSED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr,
+    TOKENS: tl.constexpr, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
+    SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr, HOPPER: tl.constexpr,
+    UPCAST: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Grid (ceil(row tiles / HEIGHT), blocks, parts). NARROW: a block that is at most half full takes half the work."""
+    after_last(HOPPER)
+    group, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    lane, pair = tl.arange(0, TOKENS), tl.arange(0, 2 * TOKENS)
+    if block_expert_ptr is not None:
+        e = tl.load(block_expert_ptr + block).to(tl.int64)
+        slot = tl.load(slots_ptr + block * TOKENS + lane)  # before the branch: they needn't wait for the expert
+        pair_slot = tl.load(slots_ptr + block * TOKENS + pair // 2)
+        if e < 0:
+            return
+    else:
+        e = tl.full([], 0, tl.int64)
+        slot = tl.where(block * TOKENS + lane < slots, block * TOKENS + lane, -1)
+        pair_slot = tl.where(block * TOKENS + pair // 2 < slots, block * TOKENS + pair // 2, -1)
+
+    table = 0
+    if BITS != 8:
+        table = tl.load(table_ptr + e * table_stride + tl.arange(0, 256)).to(tl.int32)
+        if BITS == 4:
+            table = table & 0xFFFF
+        if COPIES > 1:
+            table = _spread(table, steps, COPIES)
+    full = True
+    if NARROW:
+        full = tl.load(slots_ptr + block * TOKENS + TOKENS // 2) >= 0
+    if full:
+        _program(
+            x_ptr, x_scale_ptr, words_ptr, signs_ptr, table, scale_ptr, bias_ptr, shared_ptr, z_ptr, coef_ptr, coef_scale_ptr,
+            out_ptr, group, part, e, slot, pair_slot, rows, columns, out_width, row_tiles, column_tiles, steps, steps_per_part,
+            slots, z_parts, z_tokens, rank, alpha, limit, BITS, GATED, FUSED, ACT, GATE, TOP_K, TOKENS, HEIGHT, UNROLL, TAIL,
+            RANK, SHARED, COPIES, HALF, OVERLAP, HOPPER, UPCAST,
+        )  # fmt: skip
+    if NARROW and not full:
+        few = tl.load(slots_ptr + block * TOKENS + tl.arange(0, TOKENS // 2))
+        few_pairs = tl.load(slots_ptr + block * TOKENS + lane // 2)
+        _program(
+            x_ptr, x_scale_ptr, words_ptr, signs_ptr, table, scale_ptr, bias_ptr, shared_ptr, z_ptr, coef_ptr, coef_scale_ptr,
+            out_ptr, group, part, e, few, few_pairs, rows, columns, out_width, row_tiles, column_tiles, steps, steps_per_part,
+            slots, z_parts, z_tokens, rank, alpha, limit, BITS, GATED, FUSED, ACT, GATE, TOP_K, TOKENS // 2, HEIGHT, UNROLL,
+            TAIL, RANK, SHARED, COPIES, HALF, OVERLAP, HOPPER, UPCAST,
+        )  # fmt: skip

@@ -1,6 +1,6 @@
 """A layer's experts as a list of kernel launches: `plan` allocates and decides, `vq_experts` runs what it decided.
 
-  1. prepare        slots sorted by expert; x as fixed point; z = basis x
+  1. prepare        slots sorted by expert; x as fixed point; z = basis x; before it count, where the slots are many
   2. mean           once per token, where gate_up has one: the same product as 3 with one expert
   3. gate_up        grouped; the gate is applied here unless the columns are split among programs
   4. hidden         sums what was split, applies the gate then; hidden units as fixed point
@@ -32,7 +32,15 @@ import triton
 from torch import Tensor
 
 from moecc import vq4
-from moecc.backends.triton.around import combine_kernel, hidden_kernel, norm_kernel, prepare_kernel, sums_kernel
+from moecc.backends.triton.around import (
+    GROUP,
+    combine_kernel,
+    count_kernel,
+    hidden_kernel,
+    norm_kernel,
+    prepare_kernel,
+    sums_kernel,
+)
 from moecc.backends.triton.grouped import grouped_kernel
 from moecc.backends.triton.pack import COLUMNS, ROWS, Projection, tiles
 from moecc.backends.triton.tiles import Card, Tile, card_of, choose_tile, choose_unroll
@@ -40,6 +48,9 @@ from moecc.errors import MoeccError
 from moecc.gates import rows_per_unit
 
 _MOST_SLOTS = 1 << 17
+_UNCOUNTED = 4096  # slots that each of prepare's routing programs walks through, twice; more are counted before
+_CHUNK = 2048  # slots of one step of a walk, and of a segment at least
+_COUNTS = 4096  # that each of those programs reads; more where that is one segment
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes no inline assembly
 
 
@@ -187,7 +198,7 @@ def plan(
     )  # fmt: skip
     mean = build.mean("down mean", down, averaged, hidden, units, gated=False)
     c = build.coefficients(down, h, blocks, units)
-    y = build.product("down", below, h, blocks, hidden, units, bias=down.get("bias"))
+    y = build.product("down", below, h, blocks, hidden, units, bias=down.get("bias"), rounded=chosen.half)
     build.combine(y, index, weight, mean, c, down.get("basis"), post_norm, eps, made.out)
     return made
 
@@ -216,7 +227,13 @@ class _Builder:
         registers: int = 0,
     ) -> None:  # fmt: skip
         options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
-        self.launches.append(Launch(name, kernel, grid, arguments, options))
+        if self.hopper and self.launches:
+            options["launch_pdl"] = True  # `moecc.backends.triton.chain`
+        self.launches.append(Launch(name, kernel, grid, {**arguments, "HOPPER": self.hopper}, options))
+
+    @property
+    def hopper(self) -> bool:
+        return self.card.name == "sm_90" and not INTERPRETED
 
     def rows(self, like: Tensor, count: int, column_tiles: int, filled: int | None = None) -> Rows:
         """Room for `count` rows. filled: columns that a kernel writes, where those past them aren't its own to write."""
@@ -228,6 +245,18 @@ class _Builder:
             return Rows(new((count, width), dtype=self.dtype), None, unroll)
         values = like.new_empty((count, 2, width), dtype=torch.int8)
         return Rows(values, like.new_empty((count, steps), dtype=torch.float32), unroll)
+
+    def count(self, index: Tensor) -> tuple[Tensor | None, int]:
+        """How many slots of each segment go to each expert, i32 [segments, bins], and the slots of a segment. None: few slots."""
+        if self.slots <= _UNCOUNTED:
+            return None, 0
+        bins = _power(self.experts, 32)
+        span = _CHUNK * -(-self.slots // (_CHUNK * max(1, _COUNTS // bins)))
+        counts = index.new_empty((-(-self.slots // span), bins), dtype=torch.int32)
+        self.add("count", count_kernel, (counts.shape[0],), dict(
+            index_ptr=index, counts_ptr=counts, slots=self.slots, span=span, EXPERTS=self.experts, BINS=bins, CHUNK=_CHUNK,
+        ), warps=8)  # fmt: skip
+        return counts, span
 
     def prepare(
         self, x: Tensor, index: Tensor, basis: Tensor | None, column_tiles: int
@@ -241,18 +270,23 @@ class _Builder:
         blocks = Blocks(self.tile, count, slots, owners)
         rank = 0 if basis is None else basis.shape[0]
         # every program that multiplies by z adds up its parts, so that they are few where there are many tokens
-        span = 32 * -(-columns // (32 * max(1, min(made.steps, 1024 // tokens))))
-        z_parts = -(-columns // span)
+        z_span = 32 * -(-columns // (32 * max(1, min(made.steps, 1024 // tokens))))
+        z_parts = -(-columns // z_span)
         z = None if basis is None else x.new_empty((z_parts, tokens, _power(rank, 32)), dtype=torch.float32)
         width = made.values.shape[-1]
         step = COLUMNS * made.unroll if made.scale is not None else math.gcd(width, 1024)  # columns of a program
-        programs = self.experts + tokens * (width // step) + (0 if z is None else -(-tokens // 16) * z_parts)
+        counts, span = self.count(index)
+        segments, bins = counts.shape if counts is not None else (0, _power(self.experts + 1))
+        # a scan of more slots takes registers that x's programs would be short of
+        chunk = _CHUNK // 4 if segments else min(_power(self.slots, 128), _CHUNK)
+        routes = segments * -(-self.experts // GROUP.value) if segments else self.experts
+        programs = routes + tokens * (width // step) + (0 if z is None else -(-tokens // 16) * z_parts)
         self.add("prepare", prepare_kernel, (programs,), dict(
-            x_ptr=x, index_ptr=index, basis_ptr=None if basis is None else basis.contiguous(), z_ptr=z, out_ptr=made.values,
-            out_scale_ptr=made.scale, slots_ptr=slots, block_expert_ptr=owners, tokens=tokens, columns=columns,
-            steps=width // step, slots=self.slots, blocks=count, z_parts=z_parts, z_span=span, rank=rank, EXPERTS=self.experts,
-            BINS=_power(self.experts + 1), TOKENS=self.tile.tokens, CHUNK=min(_power(self.slots, 128), 2048), STEP=step,
-            RANK=_power(rank, 32),
+            x_ptr=x, index_ptr=index, counts_ptr=counts, basis_ptr=None if basis is None else basis.contiguous(), z_ptr=z,
+            out_ptr=made.values, out_scale_ptr=made.scale, slots_ptr=slots, block_expert_ptr=owners, tokens=tokens,
+            columns=columns, steps=width // step, slots=self.slots, blocks=count, segments=segments, span=span, z_parts=z_parts,
+            z_span=z_span, rank=rank, EXPERTS=self.experts, BINS=bins, SEGMENTS=_power(segments, 2), TOKENS=self.tile.tokens,
+            CHUNK=chunk, STEP=step, RANK=_power(rank, 32),
         ), warps=4)  # fmt: skip
         return made, blocks, z
 
@@ -265,18 +299,18 @@ class _Builder:
     def product(
         self, name: str, m: Matrices, x: Rows, blocks: Blocks, rows: int, columns: int, *, bias: Tensor | None = None,
         shared: Tensor | None = None, low: tuple[Tensor, Tensor, Tensor] | None = None, gated: bool = False, fuse: bool = False,
-        top_k: int = 1, slots: int | None = None, into: Rows | None = None,
+        top_k: int = 1, slots: int | None = None, into: Rows | None = None, rounded: bool = False,
     ) -> Tensor:  # fmt: skip
-        """m x -> f32 [parts, slots, rows]; fuse: [slots, units] if the columns needn't be split, or what is to be filled."""
+        """m x -> f32 [parts, slots, rows], of x's type if `rounded`; fuse: [slots, units] if the columns needn't be split, or what
+        is to be filled."""
         row_tiles, slots = tiles(rows, gated=gated), self.slots if slots is None else slots
         groups = -(-row_tiles // blocks.tile.height)
         parts, each = self.parts(x, groups, blocks)
         fused = fuse and parts == 1
         shape = (slots, rows // 2 if gated else rows) if fused else (parts, slots, rows)
-        out = into.values if into else x.values.new_empty(shape, dtype=torch.float32)
+        out = into.values if into else x.values.new_empty(shape, dtype=self.dtype if rounded else torch.float32)
         z, coef, coef_scale = low or (None, None, None)
         column_tiles = m.words.shape[3] if m.bits != 8 else 0
-        hopper = self.card.name == "sm_90" and not INTERPRETED
         self.add(name, grouped_kernel, (groups, blocks.number, parts), dict(
             x_ptr=x.values, x_scale_ptr=x.scale, words_ptr=m.words, signs_ptr=m.signs, table_ptr=m.table, scale_ptr=m.scale,
             bias_ptr=None if bias is None else bias.contiguous(), shared_ptr=shared, z_ptr=z, coef_ptr=coef,
@@ -288,7 +322,8 @@ class _Builder:
             TOP_K=top_k, TOKENS=blocks.tile.tokens, HEIGHT=blocks.tile.height, UNROLL=x.unroll, TAIL=column_tiles % x.unroll != 0,
             RANK=32 if z is None else z.shape[2], COPIES=1 if INTERPRETED else blocks.tile.copies,
             SHARED=0 if shared is None else shared.shape[0], HALF=x.scale is None,
-            OVERLAP=blocks.tile.overlap and hopper, HOPPER=hopper, UPCAST=INTERPRETED,
+            OVERLAP=blocks.tile.overlap and self.hopper and m.bits != 8, UPCAST=INTERPRETED,
+            NARROW=x.scale is None and blocks.slots is not None,
         ), warps=blocks.tile.warps, stages=blocks.tile.stages, registers=blocks.tile.registers)  # fmt: skip
         return out
 
@@ -371,8 +406,9 @@ class _Builder:
             warps = min(max(_power(columns) // 512, 4), 16)
             self.add("norm", norm_kernel, (tokens,), {**common, **norm}, warps, registers=limit)
         else:
-            shapes = dict(CHOICES=_power(self.choices), BLOCK=256, RANK=_power(rank, 16))
-            self.add("combine", combine_kernel, (tokens, -(-columns // 256)), {**common, **shapes}, warps=4)
+            block = 256 if y.dtype == torch.float32 or c is not None else 1024
+            shapes = dict(CHOICES=_power(self.choices), BLOCK=block, RANK=_power(rank, 16))
+            self.add("combine", combine_kernel, (tokens, -(-columns // block)), {**common, **shapes}, warps=4)
 
 
 assert ROWS == 64 and COLUMNS == 128  # what the kernels are written for
