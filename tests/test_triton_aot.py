@@ -43,7 +43,16 @@ def wrong(report: Report, target: Target, launch: Launch) -> list[str]:
         found.append(f"{report.shared} bytes of shared memory, {target.name} has {target.shared}")
     if "UNROLL" in launch.arguments and not report.matrix:
         found.append("no matrix instruction")
+    if target.name == "sm_90" and early(report.assembly):
+        found.append("doesn't wait for the kernel before")
     return found
+
+
+def early(ptx: str) -> bool:
+    """Whether memory is read or written before the kernel before has ended (`moecc.backends.triton.chain`)."""
+    wait, access = ptx.find("griddepcontrol.wait"), re.search(r"\b(?:ld|st)\.global\b|\bcp\.async\.c", ptx)
+    assert access
+    return wait < 0 or access.start() < wait
 
 
 def over_budget(report: Report, bits: int) -> bool:
@@ -164,6 +173,13 @@ def test_a_product_without_the_matrix_unit_is_found() -> None:
     launch = abstract_plan(MIXTRAL, 1, 2, card="sm_80").named("down")
     faults = wrong(compile_launch(launch, target), target, launch)
     assert "no matrix instruction" in faults and any("shared memory" in fault for fault in faults)
+
+
+def test_a_kernel_that_does_not_wait_for_the_one_before_is_found() -> None:
+    target, launch = TARGETS["sm_90"], abstract_plan(MIXTRAL, 1, 2).named("combine")
+    careless = launch._replace(arguments={**launch.arguments, "HOPPER": False})
+    assert not wrong(compile_launch(launch, target), target, launch)
+    assert wrong(compile_launch(careless, target), target, careless) == ["doesn't wait for the kernel before"]
 
 
 def test_too_many_instructions_are_found() -> None:

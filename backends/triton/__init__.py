@@ -4,6 +4,7 @@ pack     the order of codes on a GPU               around   routing, fixed point
 tiles    the shape of a program, by card           launch   a layer's calls, in order
 gates    the gates, in a kernel                    op       the op that a model calls
 grouped  the product of coded experts              aot      what the kernels become on a card that isn't there
+chain    when a kernel may start
 
 Nothing of it touches a device or imports triton until it is asked to run. NVIDIA from compute capability 8.0 (Ampere) on, AMD
 CDNA and RDNA 3. Compiled models need nothing but to be moved: `from_pretrained(OUT, device_map="cuda")`.

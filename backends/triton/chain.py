@@ -8,16 +8,19 @@ is spread unevenly over the card. The first kernel of a row is launched as usual
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
 def after_last(HOPPER: tl.constexpr):
     if HOPPER:
-        gdc_wait()
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
 
 
 @triton.jit
 def let_next_start(HOPPER: tl.constexpr):
     if HOPPER:
-        gdc_launch_dependents()
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip

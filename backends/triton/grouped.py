@@ -14,7 +14,8 @@ over the columns of one part (split-K, for decode, where there are too few tiles
      columns goes into a float32 sum.
 
   HALF, where a weight meets many tokens in bfloat16: 3. the int8 weights as bfloat16, which they are exactly, with x as it is and
-  hidden units rounded to bfloat16, into a float32 sum. 4. is not needed, and half as many registers are.
+  hidden units rounded to bfloat16, into a float32 sum. 4. is not needed, and half as many registers are. With the largest tile,
+  which leaves room for one program on a multiprocessor, 1. and 2. go on while 3. does (`_overlapped`).
 
   then y = scale * sum + bias + shared + coef_scale * (coef z); and with FUSED the gate, whose two rows a thread has.
 
@@ -215,11 +216,11 @@ def _fence(one):
 
 
 @triton.jit
-def _fence_first(step, first):
-    """The same, in the first step alone."""
+def _fence_first(step):
+    """The same, in step 0 alone."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.eq.s32 p, $1, $2; @p fence.proxy.async.shared::cta; mov.u32 $0, $1; }", "=r,r,r",
-        [step, first], dtype=tl.int32, is_pure=False, pack=1,
+        "{ .reg .pred p; setp.eq.s32 p, $1, 0; @p fence.proxy.async.shared::cta; mov.u32 $0, $1; }", "=r,r", [step],
+        dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -251,35 +252,30 @@ def _next(low, high, last_low, last_high, zero):
     """low, high, when the dot of what they follow has ended: until then wgmma reads the registers of last_low and last_high, which
     are operands here so that they are kept till then (PTX ISA, wgmma.wait_group). zero: a scalar."""
     return tl.inline_asm_elementwise(
-        _NEXT,
-        _NEXT_REGISTERS,
-        [low, high, last_low, last_high, zero],
-        dtype=(tl.int32, tl.int32),
-        is_pure=False,
-        pack=16,
-    )
+        _NEXT, _NEXT_REGISTERS, [low, high, last_low, last_high, zero], dtype=(tl.int32, tl.int32), is_pure=False, pack=16
+    )  # fmt: skip
 
 
 @triton.jit
 def _overlapped(
     total, x_ptrs, x_held, words_ptr, signs_ptr, table, index, down, column_tiles, steps, BITS: tl.constexpr,
-    HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, COPIES: tl.constexpr, HOPPER: tl.constexpr,
+    HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """total and the product of all columns, in bfloat16 on sm_90: while one step's product runs, the next step's codes are looked
     up, the codes of the one after are read, and the rows of x of that. Left to triton, decoding and products take turns."""
     STEP: tl.constexpr = 128 * UNROLL
     ROWS: tl.constexpr = 64 * HEIGHT
     words, more = _stored(words_ptr, signs_ptr, index, down, 0, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
-    next_low, next_high = _pairs(_weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, HOPPER))
+    next_low, next_high = _pairs(_weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, True))
     low, high = next_low, next_high
     ahead = tl.minimum(1, steps - 1)
     words, more = _stored(words_ptr, signs_ptr, index, down, ahead, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
     for step in range(0, steps):
         x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
-        _fence_first(step, 0)
+        _fence_first(step)
         low, high = _next(next_low, next_high, low, high, steps >> 31)
         total = tl.dot(_paired(_of_pairs(low, high, ROWS, STEP), ROWS, STEP), x, total)
-        next_low, next_high = _pairs(_weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, HOPPER))
+        next_low, next_high = _pairs(_weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, True))
         _fence_next(steps)
         ahead = tl.minimum(step + 2, steps - 1)
         words, more = _stored(words_ptr, signs_ptr, index, down, ahead, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
@@ -360,7 +356,7 @@ def _program(
     if OVERLAP:
         total = _overlapped(
             total, x_ptrs, x_held, words_ptr, signs_ptr, table, index, down, column_tiles, steps, BITS, HEIGHT, UNROLL, TAIL,
-            COPIES, HOPPER,
+            COPIES,
         )  # fmt: skip
     else:
         for step in range(part * steps_per_part, tl.minimum((part + 1) * steps_per_part, steps)):
