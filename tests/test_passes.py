@@ -338,7 +338,7 @@ def test_fold_is_exact_up_to_rounding(traced: Program) -> None:
     assert "slope" not in after.program.text() and "slope" in before.program.text()
     got, want = after.output(), before.output()
     error = (got - want).norm(dim=-1) / want.norm(dim=-1)
-    assert float(error.min()) < 5e-3  # what rounding sends to another expert is seen by all tokens after it
+    assert float(error.min()) < 5e-3  # one token: how far others move depends on the processor
 
 
 @pytest.mark.parametrize("before", ["", "klt{rank=0,mean=2},"])
