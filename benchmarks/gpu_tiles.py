@@ -35,10 +35,19 @@ def candidates(tokens_per_expert: float) -> list[Tile]:
         return [Tile(8, 1, unroll, 4, stages, waves, copies) for unroll, stages, waves, copies in ways]
     fixed = product((16, 32, 64), (1, 2, 4), (2, 3), (1, 16, 32))
     sizes = ((32, 2, 4), (64, 1, 4), (64, 2, 4), (128, 1, 4), (128, 2, 4), (128, 4, 8), (256, 2, 8))
-    half = product(sizes, (2, 3), (4, 16, 32), (False, True))
-    return [Tile(tokens, 1, unroll, 4, stages, 0, copies) for tokens, unroll, stages, copies in fixed] + [
-        Tile(*(tokens, height, 1, warps), stages, 0, copies, half=True, overlap=overlap)
-        for (tokens, height, warps), stages, copies, overlap in half
+    half = product(sizes, (2, 3), (4, 16, 32))
+    lasting = (
+        Tile(tokens, 2, 1, 8, stages, 0, copies, half=True, persistent=True)
+        for (tokens, most), copies in product(((32, 12), (64, 12), (128, 10), (256, 5)), (8, 16))
+        for stages in (most - most // 4, most)
+    )
+    return [
+        *(Tile(tokens, 1, unroll, 4, stages, 0, copies) for tokens, unroll, stages, copies in fixed),
+        *(
+            Tile(*(tokens, height, 1, warps), stages, 0, copies, half=True)
+            for (tokens, height, warps), stages, copies in half
+        ),
+        *lasting,
     ]
 
 

@@ -23,13 +23,14 @@ from moecc.backends import triton as backend
 if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from moecc.backends.triton.launch import plan, vq_experts
-from moecc.backends.triton.tiles import card_of, choose_tile
+from moecc.backends.triton.hopper import persistent_kernel
+from moecc.backends.triton.launch import Plan, plan, vq_experts
+from moecc.backends.triton.tiles import TILES, Tile, card_of, choose_tile
 
 
-def check(layer: Layer) -> None:
+def check(layer: Layer, tile: Tile | None = None) -> Plan:
     """Against the reference on the CPU."""
-    made = plan(*layer.to("cuda").packed(), **layer.attributes)
+    made = plan(*layer.to("cuda").packed(), **layer.attributes, tile=tile)
     results = []
     for _ in range(10):
         made.out.fill_(torch.nan)
@@ -38,6 +39,7 @@ def check(layer: Layer) -> None:
         results.append(made.out.clone())
     assert all(torch.equal(r, results[0]) for r in results)
     assert_within(results[0], layer.reference())
+    return made
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -59,6 +61,30 @@ def test_routings(routing: str, bits: int) -> None:
 def test_every_tile_of_the_card_s_table(tokens: int, bits: int, dtype: torch.dtype, extras: dict[str, Any]) -> None:
     """Tails of rows, columns and steps, by each of the tiles that the number of tokens leads to."""
     check(draw_layer(bits, tokens=tokens, dtype=dtype, experts=3, hidden=1352, intermediate=200, **extras))
+
+
+LASTING = {f"{tile.tokens} slots": tile for _, tile in TILES["sm_90"] if tile.persistent}
+
+
+@pytest.mark.skipif(card_of(torch.device("cuda", 0)).name != "sm_90", reason="a kernel of sm_90's")
+@pytest.mark.parametrize(
+    "told",
+    [
+        {}, dict(shared=True), dict(mean=3, bias=True), dict(gate="oai"), dict(gate="none", act="sigmoid", bias=True, mean=2),
+        dict(top_k=1, hidden=64, intermediate=32), dict(experts=70, top_k=4, hidden=128, intermediate=136),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("tile", LASTING.values(), ids=list(LASTING))
+def test_the_persistent_kernel(tile: Tile, bits: int, told: dict[str, Any]) -> None:
+    """Full blocks, blocks at most half full and experts without any; tails of rows and columns; more tiles than programs."""
+    for tokens in (3, 700):
+        layer = draw_layer(
+            bits, tokens=tokens, dtype=torch.bfloat16, **{**dict(experts=3, hidden=1352, intermediate=200), **told}
+        )
+        made = check(layer, tile)
+        assert all(made.named(name).kernel is persistent_kernel for name in ("gate_up", "down"))
 
 
 def test_tiles_are_chosen_for_this_card() -> None:

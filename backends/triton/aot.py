@@ -22,7 +22,9 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from moecc.backends.triton.hopper import persistent_kernel
 from moecc.backends.triton.launch import Launch, Plan, plan
 from moecc.backends.triton.pack import COLUMNS, tiles
 from moecc.backends.triton.tiles import Card, Tile
@@ -66,7 +68,8 @@ class Report:
     spills: int  # instructions that load or store a spilled register
     shared: int  # bytes
     matrix: int  # matrix instructions
-    per_weight: float | None  # instructions of the inner loop per weight and lane; None where there is no such loop
+    loop: tuple[str, ...]  # instructions of the shortest loop with a matrix instruction, if there is one
+    per_weight: float | None  # as many of them, for each weight and lane
     code: str  # of the machine
     assembly: str  # what it was made of: PTX, AMD's as code
 
@@ -96,7 +99,8 @@ def compile_launch(launch: Launch, target: Target) -> Report:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    of = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = of(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     options = {**launch.options, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.lanes), options=options)
     read = _amd if target.backend == "hip" else _nvidia
@@ -105,7 +109,8 @@ def compile_launch(launch: Launch, target: Target) -> Report:
 
 def _weights(launch: Launch) -> int:
     """Weights that a program decodes in one step; 0 where it decodes none."""
-    return 64 * launch.arguments["HEIGHT"] * 128 * launch.arguments["UNROLL"] if "UNROLL" in launch.arguments else 0
+    height, unroll = launch.arguments.get("HEIGHT", 0), launch.arguments.get("UNROLL", 1)
+    return int(64 * height * 128 * unroll)
 
 
 def _nvidia(made: Any, target: Target, weights_per_lane: float) -> Report:
@@ -117,11 +122,12 @@ def _nvidia(made: Any, target: Target, weights_per_lane: float) -> Report:
     if found is None:
         raise MoeccError(f"cuobjdump reports no registers for {target.name}: {usage.strip()[:200]!r}")
     instructions = [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(code)]
+    loop = _loop(instructions, target.matrix)
     return Report(
         registers=int(found[1]), stack=int(found[2]), spills=sum(op.split(".")[0] in ("LDL", "STL") for _, op, _ in instructions),
         shared=made.metadata.shared + sum(4 * int(n) for n in _TABLE.findall(made.asm["ptx"])),
-        matrix=len(re.findall(target.matrix, code)),
-        per_weight=_per_weight(instructions, target.matrix, weights_per_lane), code=code, assembly=made.asm["ptx"],
+        matrix=len(re.findall(target.matrix, code)), loop=loop,
+        per_weight=len(loop) / weights_per_lane if loop and weights_per_lane else None, code=code, assembly=made.asm["ptx"],
     )  # fmt: skip
 
 
@@ -129,16 +135,16 @@ _TABLE = re.compile(r"\.b32 moecc_table\[(\d+)\]")  # of grouped._spread; triton
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*?);")
 
 
-def _per_weight(instructions: list[tuple[int, str, str]], matrix: str, weights_per_lane: float) -> float | None:
-    """Instructions of the longest loop with a matrix instruction in it, for each weight of a step."""
-    lengths = []
+def _loop(instructions: list[tuple[int, str, str]], matrix: str) -> tuple[str, ...]:
+    """The shortest loop with a matrix instruction in it: the innermost one, of the block that is half full where there are two."""
+    loops = []
     for address, op, rest in instructions:
         to = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if to and int(to[1], 16) < address:
-            body = [o for a, o, _ in instructions if int(to[1], 16) <= a <= address]
+            body = tuple(o + r for a, o, r in instructions if int(to[1], 16) <= a <= address)
             if any(re.search(matrix, o) for o in body):
-                lengths.append(len(body))
-    return max(lengths) / weights_per_lane if lengths and weights_per_lane else None
+                loops.append(body)
+    return min(loops, key=len, default=())
 
 
 def _cuobjdump(*options: str) -> str:
@@ -152,7 +158,7 @@ def _amd(made: Any, target: Target, weights_per_lane: float) -> Report:
     spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
     return Report(
         registers=numbers["vgpr_count"], stack=spills, spills=len(re.findall(r"\bscratch_(?:load|store)", code)),
-        shared=made.metadata.shared, matrix=len(re.findall(target.matrix, code)), per_weight=None, code=code,
+        shared=made.metadata.shared, matrix=len(re.findall(target.matrix, code)), loop=(), per_weight=None, code=code,
         assembly=code,
     )  # fmt: skip
 
@@ -231,7 +237,9 @@ def abstract_plan(
 
 def may_spill(launch: Launch) -> int:
     """Bytes of stack. None but where 64 tokens or more take every register of sm_90: then those addresses of rows of x that are
-    read again in every step, which on an H100 was less than a smaller tile cost."""
+    read again in every step, which on an H100 was less than a smaller tile cost. `hopper` reads what it spills once in a tile."""
+    if launch.kernel is persistent_kernel:
+        return 256
     return 96 if launch.arguments["HOPPER"] and launch.arguments.get("TOKENS", 0) >= 64 else 0
 
 

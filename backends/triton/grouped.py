@@ -14,8 +14,8 @@ over the columns of one part (split-K, for decode, where there are too few tiles
      columns goes into a float32 sum.
 
   HALF, where a weight meets many tokens in bfloat16: 3. the int8 weights as bfloat16, which they are exactly, with x as it is and
-  hidden units rounded to bfloat16, into a float32 sum. 4. is not needed, and half as many registers are. With the largest tile,
-  which leaves room for one program on a multiprocessor, 1. and 2. go on while 3. does (`_overlapped`).
+  hidden units rounded to bfloat16, into a float32 sum. 4. is not needed, and half as many registers are. For large tiles sm_90 has
+  a kernel of its own, `moecc.backends.triton.hopper`.
 
   then y = scale * sum + bias + shared + coef_scale * (coef z); and with FUSED the gate, whose two rows a thread has.
 
@@ -180,7 +180,7 @@ def _int8(p, ROWS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _pairs(p):
+def pairs(p):
     """Words of four weights -> low, high: i32, two bfloat16 each, exactly. In assembly two at a time, because a compiler that packs
     them one by one takes twice as long: the low seven bits of a byte after 128 are 128 + m, and with the eighth -128 is -256."""
     return tl.inline_asm_elementwise(
@@ -216,70 +216,10 @@ def _fence(one):
 
 
 @triton.jit
-def _fence_first(step):
-    """The same, in step 0 alone."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.eq.s32 p, $1, 0; @p fence.proxy.async.shared::cta; mov.u32 $0, $1; }", "=r,r", [step],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _fence_next(one):
-    """The same for what the next step multiplies, before more is read: a fence waits for all that is on its way."""
-    tl.inline_asm_elementwise(
-        "cp.async.wait_all; fence.proxy.async.shared::cta; mov.u32 $0, $1;", "=r,r", [one], dtype=tl.int32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def _finished(total):
     """The same, for a dot that has ended. Left to itself, triton lets wgmma run into the next step, which may write the registers
     that it still reads (PTX ISA, wgmma.wait_group, forbids that; triton's issue 9433)."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1)
-
-
-# Of 16 words of a thread, 32 pairs: when no product runs any more, those that come next take the place of those that were
-# multiplied. By an `or` with zero, of which ptxas doesn't know that it is one: it would see through a mov, find that what is
-# multiplied next is written while a product runs, and let no product run on (its remark C7513).
-_NEXT = tl.constexpr("wgmma.wait_group.sync.aligned 0; " + " ".join(f"or.b32 ${i}, ${32 + i}, $96;" for i in range(32)))
-_NEXT_REGISTERS = tl.constexpr(",".join(["=&r"] * 32 + ["r"] * 80))
-
-
-@triton.jit
-def _next(low, high, last_low, last_high, zero):
-    """low, high, when the dot of what they follow has ended: until then wgmma reads the registers of last_low and last_high, which
-    are operands here so that they are kept till then (PTX ISA, wgmma.wait_group). zero: a scalar."""
-    return tl.inline_asm_elementwise(
-        _NEXT, _NEXT_REGISTERS, [low, high, last_low, last_high, zero], dtype=(tl.int32, tl.int32), is_pure=False, pack=16
-    )  # fmt: skip
-
-
-@triton.jit
-def _overlapped(
-    total, x_ptrs, x_held, words_ptr, signs_ptr, table, index, down, column_tiles, steps, BITS: tl.constexpr,
-    HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, COPIES: tl.constexpr,
-):  # fmt: skip
-    """total and the product of all columns, in bfloat16 on sm_90: while one step's product runs, the next step's codes are looked
-    up, the codes of the one after are read, and the rows of x of that. Left to triton, decoding and products take turns."""
-    STEP: tl.constexpr = 128 * UNROLL
-    ROWS: tl.constexpr = 64 * HEIGHT
-    words, more = _stored(words_ptr, signs_ptr, index, down, 0, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
-    next_low, next_high = _pairs(_weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, True))
-    low, high = next_low, next_high
-    ahead = tl.minimum(1, steps - 1)
-    words, more = _stored(words_ptr, signs_ptr, index, down, ahead, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
-    for step in range(0, steps):
-        x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
-        _fence_first(step)
-        low, high = _next(next_low, next_high, low, high, steps >> 31)
-        total = tl.dot(_paired(_of_pairs(low, high, ROWS, STEP), ROWS, STEP), x, total)
-        next_low, next_high = _pairs(_weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, True))
-        _fence_next(steps)
-        ahead = tl.minimum(step + 2, steps - 1)
-        words, more = _stored(words_ptr, signs_ptr, index, down, ahead, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
-    return total
 
 
 @triton.jit
@@ -324,7 +264,7 @@ def _program(
     rows, columns, out_width, row_tiles, column_tiles, steps, steps_per_part, slots, z_parts, z_tokens, rank, alpha, limit,
     BITS: tl.constexpr, GATED: tl.constexpr, FUSED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr,
     TOKENS: tl.constexpr, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
-    SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr, HOPPER: tl.constexpr,
+    SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, HOPPER: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What `grouped_kernel` does for row group `group` and TOKENS slots of expert e."""
@@ -353,49 +293,43 @@ def _program(
 
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     index, down = e * row_tiles + tile, row_tiles - tile
-    if OVERLAP:
-        total = _overlapped(
-            total, x_ptrs, x_held, words_ptr, signs_ptr, table, index, down, column_tiles, steps, BITS, HEIGHT, UNROLL, TAIL,
-            COPIES,
-        )  # fmt: skip
-    else:
-        for step in range(part * steps_per_part, tl.minimum((part + 1) * steps_per_part, steps)):
-            if BITS == 8:  # a column tile at a time, because nothing is gained by more and registers are lost
-                hi_lo = tl.zeros([ROWS, 2 * TOKENS], tl.int32)
-                for u in tl.static_range(UNROLL):
-                    at = step * STEP + u * 128 + tl.arange(0, 128)
-                    k = paired(at) if HALF else at
-                    inside = (place < rows)[:, None] & (k < columns)[None, :]
-                    w = tl.load(words_ptr + (e * rows + place)[:, None] * columns + k[None, :], mask=inside, other=0)
-                    x = tl.load(x_ptrs + at[:, None], mask=x_held, other=0)
-                    if HOPPER:
-                        _fence(steps)
-                    if HALF:
-                        total = tl.dot(w.to(FLOAT), x.to(FLOAT), total, input_precision="ieee")
-                        if HOPPER:
-                            total = _finished(total)
-                    else:
-                        hi_lo = tl.dot(w, x, hi_lo, out_dtype=tl.int32)  # triton 3.6 wants it said
-            else:
-                x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
+    for step in range(part * steps_per_part, tl.minimum((part + 1) * steps_per_part, steps)):
+        if BITS == 8:  # a column tile at a time, because nothing is gained by more and registers are lost
+            hi_lo = tl.zeros([ROWS, 2 * TOKENS], tl.int32)
+            for u in tl.static_range(UNROLL):
+                at = step * STEP + u * 128 + tl.arange(0, 128)
+                k = paired(at) if HALF else at
+                inside = (place < rows)[:, None] & (k < columns)[None, :]
+                w = tl.load(words_ptr + (e * rows + place)[:, None] * columns + k[None, :], mask=inside, other=0)
+                x = tl.load(x_ptrs + at[:, None], mask=x_held, other=0)
                 if HOPPER:
                     _fence(steps)
-                words, more = _stored(words_ptr, signs_ptr, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
-                p = _weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, HOPPER)
                 if HALF:
-                    if HOPPER:
-                        low, high = _pairs(p)
-                        w = _of_pairs(low, high, ROWS, STEP)
-                    else:
-                        w = _int8(p, ROWS, STEP).to(FLOAT)
-                    total = tl.dot(_paired(w, ROWS, STEP), x.to(FLOAT), total, input_precision="ieee")
+                    total = tl.dot(w.to(FLOAT), x.to(FLOAT), total, input_precision="ieee")
                     if HOPPER:
                         total = _finished(total)
                 else:
-                    hi_lo = tl.dot(_int8(p, ROWS, STEP), x)
-            if not HALF:
-                x_scale = tl.load(x_scale_ptr + token * steps + step, mask=held, other=0.0)
-                total += _exact(hi_lo, ROWS, TOKENS) * x_scale[None, :]
+                    hi_lo = tl.dot(w, x, hi_lo, out_dtype=tl.int32)  # triton 3.6 wants it said
+        else:
+            x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
+            if HOPPER:
+                _fence(steps)
+            words, more = _stored(words_ptr, signs_ptr, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
+            p = _weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, HOPPER)
+            if HALF:
+                if HOPPER:
+                    low, high = pairs(p)
+                    w = _of_pairs(low, high, ROWS, STEP)
+                else:
+                    w = _int8(p, ROWS, STEP).to(FLOAT)
+                total = tl.dot(_paired(w, ROWS, STEP), x.to(FLOAT), total, input_precision="ieee")
+                if HOPPER:
+                    total = _finished(total)
+            else:
+                hi_lo = tl.dot(_int8(p, ROWS, STEP), x)
+        if not HALF:
+            x_scale = tl.load(x_scale_ptr + token * steps + step, mask=held, other=0.0)
+            total += _exact(hi_lo, ROWS, TOKENS) * x_scale[None, :]
 
     let_next_start(HOPPER)
     y = total * factor[:, None]
@@ -442,7 +376,7 @@ def grouped_kernel(
     alpha, limit,
     BITS: tl.constexpr, GATED: tl.constexpr, FUSED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, TOP_K: tl.constexpr,
     TOKENS: tl.constexpr, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
-    SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr, HOPPER: tl.constexpr,
+    SHARED: tl.constexpr, COPIES: tl.constexpr, HALF: tl.constexpr, HOPPER: tl.constexpr,
     UPCAST: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(row tiles / HEIGHT), blocks, parts). NARROW: a block that is at most half full takes half the work."""
@@ -475,7 +409,7 @@ def grouped_kernel(
             x_ptr, x_scale_ptr, words_ptr, signs_ptr, table, scale_ptr, bias_ptr, shared_ptr, z_ptr, coef_ptr, coef_scale_ptr,
             out_ptr, group, part, e, slot, pair_slot, rows, columns, out_width, row_tiles, column_tiles, steps, steps_per_part,
             slots, z_parts, z_tokens, rank, alpha, limit, BITS, GATED, FUSED, ACT, GATE, TOP_K, TOKENS, HEIGHT, UNROLL, TAIL,
-            RANK, SHARED, COPIES, HALF, OVERLAP, HOPPER, UPCAST,
+            RANK, SHARED, COPIES, HALF, HOPPER, UPCAST,
         )  # fmt: skip
     if NARROW and not full:
         few = tl.load(slots_ptr + block * TOKENS + tl.arange(0, TOKENS // 2))
@@ -484,5 +418,5 @@ def grouped_kernel(
             x_ptr, x_scale_ptr, words_ptr, signs_ptr, table, scale_ptr, bias_ptr, shared_ptr, z_ptr, coef_ptr, coef_scale_ptr,
             out_ptr, group, part, e, few, few_pairs, rows, columns, out_width, row_tiles, column_tiles, steps, steps_per_part,
             slots, z_parts, z_tokens, rank, alpha, limit, BITS, GATED, FUSED, ACT, GATE, TOP_K, TOKENS // 2, HEIGHT, UNROLL,
-            TAIL, RANK, SHARED, COPIES, HALF, OVERLAP, HOPPER, UPCAST,
+            TAIL, RANK, SHARED, COPIES, HALF, HOPPER, UPCAST,
         )  # fmt: skip

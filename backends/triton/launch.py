@@ -42,6 +42,7 @@ from moecc.backends.triton.around import (
     sums_kernel,
 )
 from moecc.backends.triton.grouped import grouped_kernel
+from moecc.backends.triton.hopper import WARPS, persistent_kernel
 from moecc.backends.triton.pack import COLUMNS, ROWS, Projection, tiles
 from moecc.backends.triton.tiles import Card, Tile, card_of, choose_tile, choose_unroll
 from moecc.errors import MoeccError
@@ -57,7 +58,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes no inline
 def _allow_shared_memory(module: Any, function: int, name: str, group: Any, digest: str) -> None:
     """What triton calls for a kernel that it has loaded: more than 48 KB of shared memory must be asked for (CUDA driver API,
     cuFuncSetAttribute). Triton does where its own part is more, and doesn't count the table of `grouped._spread`."""
-    if name != grouped_kernel.__name__ or torch.version.hip:
+    if name not in (grouped_kernel.__name__, persistent_kernel.__name__) or torch.version.hip:
         return
     active = triton.runtime.driver.active
     most = active.utils.get_device_properties(active.get_current_device())["max_shared_mem"]
@@ -180,6 +181,7 @@ def plan(
     wide = 4 in (up.bits, below.bits) or gate_up.get("basis") is not None or down.get("basis") is not None
     chosen = tile or choose_tile(slots, experts, card, x.dtype, wide=wide)
     assert not (chosen.half and chosen.waves)  # its hidden units aren't added up
+    assert not chosen.persistent or (x.dtype == torch.bfloat16 and not wide)
     build = _Builder(
         made.launches, experts, choices, slots, chosen, tile is not None, card, x.dtype,
         dict(alpha=alpha, limit=limit), dict(ACT=act, GATE=gate),
@@ -311,18 +313,26 @@ class _Builder:
         out = into.values if into else x.values.new_empty(shape, dtype=self.dtype if rounded else torch.float32)
         z, coef, coef_scale = low or (None, None, None)
         column_tiles = m.words.shape[3] if m.bits != 8 else 0
+        common: dict[str, Any] = dict(
+            x_ptr=x.values, words_ptr=m.words, signs_ptr=m.signs, table_ptr=m.table, scale_ptr=m.scale,
+            bias_ptr=None if bias is None else bias.contiguous(), shared_ptr=shared, out_ptr=out, slots_ptr=blocks.slots,
+            block_expert_ptr=blocks.experts, rows=rows, out_width=out.shape[-1], row_tiles=row_tiles, column_tiles=column_tiles,
+            table_stride=0 if m.table is None or m.table.shape[0] == 1 else vq4.CODEBOOK_SIZE, slots=slots, **self.limits,
+            BITS=m.bits, GATED=gated, FUSED=fused, **self.gate, TOP_K=top_k, TOKENS=blocks.tile.tokens,
+            HEIGHT=blocks.tile.height, SHARED=0 if shared is None else shared.shape[0],
+            COPIES=1 if INTERPRETED else blocks.tile.copies,
+        )  # fmt: skip
+        if blocks.tile.persistent and self.hopper:
+            every = groups * blocks.number
+            self.add(name, persistent_kernel, (min(self.card.processors, every),), dict(
+                **common, groups=groups, tiles=every, STAGES=blocks.tile.stages,
+            ), warps=WARPS)  # fmt: skip
+            return out
         self.add(name, grouped_kernel, (groups, blocks.number, parts), dict(
-            x_ptr=x.values, x_scale_ptr=x.scale, words_ptr=m.words, signs_ptr=m.signs, table_ptr=m.table, scale_ptr=m.scale,
-            bias_ptr=None if bias is None else bias.contiguous(), shared_ptr=shared, z_ptr=z, coef_ptr=coef,
-            coef_scale_ptr=coef_scale, out_ptr=out, slots_ptr=blocks.slots, block_expert_ptr=blocks.experts, rows=rows,
-            columns=columns, out_width=out.shape[-1], row_tiles=row_tiles, column_tiles=column_tiles,
-            table_stride=0 if m.table is None or m.table.shape[0] == 1 else vq4.CODEBOOK_SIZE, steps=x.steps,
-            steps_per_part=each, slots=slots, z_parts=0 if z is None else z.shape[0], z_tokens=0 if z is None else z.shape[1],
-            rank=0 if coef is None else coef.shape[2], **self.limits, BITS=m.bits, GATED=gated, FUSED=fused, **self.gate,
-            TOP_K=top_k, TOKENS=blocks.tile.tokens, HEIGHT=blocks.tile.height, UNROLL=x.unroll, TAIL=column_tiles % x.unroll != 0,
-            RANK=32 if z is None else z.shape[2], COPIES=1 if INTERPRETED else blocks.tile.copies,
-            SHARED=0 if shared is None else shared.shape[0], HALF=x.scale is None,
-            OVERLAP=blocks.tile.overlap and self.hopper and m.bits != 8, UPCAST=INTERPRETED,
+            **common, x_scale_ptr=x.scale, z_ptr=z, coef_ptr=coef, coef_scale_ptr=coef_scale, columns=columns, steps=x.steps,
+            steps_per_part=each, z_parts=0 if z is None else z.shape[0], z_tokens=0 if z is None else z.shape[1],
+            rank=0 if coef is None else coef.shape[2], UNROLL=x.unroll, TAIL=column_tiles % x.unroll != 0,
+            RANK=32 if z is None else z.shape[2], HALF=x.scale is None, UPCAST=INTERPRETED,
             NARROW=x.scale is None and blocks.slots is not None,
         ), warps=blocks.tile.warps, stages=blocks.tile.stages, registers=blocks.tile.registers)  # fmt: skip
         return out
@@ -333,7 +343,10 @@ class _Builder:
         if m is None:
             return None
         count = x.values.shape[0]
-        tile = self.tile if self.forced or x.scale is None else choose_tile(count, 1, self.card)
+        if x.scale is None:
+            tile = choose_tile(count, 1, self.card, self.dtype, wide=True) if self.tile.persistent else self.tile
+        else:
+            tile = self.tile if self.forced else choose_tile(count, 1, self.card)
         blocks = Blocks(tile, -(-count // tile.tokens))
         return self.product(name, m, x, blocks, rows, columns, gated=gated, slots=count)
 

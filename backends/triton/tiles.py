@@ -22,9 +22,7 @@ class Tile(NamedTuple):
     waves: int  # programs per multiprocessor below which columns are split among programs; 0: never
     copies: int = 1  # of the codebook in shared memory, against bank conflicts; 1: `tl.gather`, on every card
     half: bool = False  # x as the bfloat16 that it is, not as fixed point; in float16 hidden units could overflow
-    overlap: bool = (
-        False  # of `half` on sm_90: codes are looked up while the last step's product runs, which takes registers
-    )
+    persistent: bool = False  # of `half` on sm_90: `moecc.backends.triton.hopper`; stages: of 64 columns
     registers: int = 0  # of a thread at most; 0: as the compiler likes, which is to spill a few for a round number
 
 
@@ -44,7 +42,7 @@ TILES: dict[str, tuple[tuple[int | None, Tile], ...]] = {  # by the longest begi
         (24, _COPIED._replace(tokens=16)),
         (96, _HALF),
         (512, _HALF._replace(tokens=128, copies=4)),  # more copies: a multiprocessor has one program at 3 bit, not two
-        (None, _HALF._replace(tokens=256, warps=8, copies=16, overlap=True)),
+        (None, _HALF._replace(tokens=256, warps=8, stages=5, copies=16, persistent=True)),
         (None, _HALF._replace(tokens=128, copies=4)),
         (None, _LARGE._replace(tokens=64)),
     ),
@@ -73,12 +71,12 @@ def choose_tile(
     slots: int, experts: int, card: Card, dtype: torch.dtype = torch.float32, *, wide: bool = False
 ) -> Tile:
     """The tile for `slots` rows that go to `experts` experts. dtype: of x. wide: two lookups for each weight, or a second product,
-    whose registers a `half` tile hasn't but in place of a second row tile."""
+    which a `persistent` tile hasn't, and whose registers a `half` tile hasn't but in place of a second row tile."""
     table = TILES[max((name for name in TILES if card.name.startswith(name)), key=len)]
     fitting = (tile for most, tile in table if most is None or slots <= most * experts)
     if dtype != torch.bfloat16:
         return next(tile for tile in fitting if not tile.half)
-    chosen = next(tile for tile in fitting if not (wide and tile.overlap))
+    chosen = next(tile for tile in fitting if not (wide and tile.persistent))
     return chosen._replace(height=1) if wide and chosen.half else chosen
 
 
