@@ -2,6 +2,7 @@
 
   python benchmarks/gpu.py                        table to benchmarks/results/gpu.md, .json and .svg
   python benchmarks/gpu.py --only layers          the model's rows stay as --out has them, if they are this card's
+  python benchmarks/gpu.py --only layers --tokens 4096              the layers of other sizes, too
   python benchmarks/gpu.py --tokens 1 16 --shapes Mixtral-8x7B --only layers --out DIR
   TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny --out DIR      on the CPU: that it works; its times mean nothing
 
@@ -258,10 +259,10 @@ def report(found: dict[str, Any]) -> str:
         f"{worst:.1e} of the largest output, the same bits each time.", "",
         "One MoE layer's routed experts, microseconds, medians, CUDA graph, cold L2; in brackets the share of the memory "
         "roofline. *times* is the best bfloat16 implementation's time over moecc's, and that of its two products alone.",
-        *(["", "The layers and the model are of two runs."] if found.get("kept") else []), "",
+        *(["", f"Of an earlier run: {' and '.join(found['kept'])}."] if found.get("kept") else []), "",
     ]  # fmt: skip
     for shape in dict.fromkeys(row["shape"] for row in found["layers"]):
-        mine = [row for row in found["layers"] if row["shape"] == shape]
+        mine = sorted((row for row in found["layers"] if row["shape"] == shape), key=lambda row: row["tokens"])
         tokens, whats = (list(dict.fromkeys(row[key] for row in mine)) for key in ("tokens", "what"))
         lines += [
             f"## {shape}",
@@ -317,7 +318,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     series = dict.fromkeys((r["shape"], r["what"]) for r in found["layers"] if r["what"].startswith("moecc"))
     for shape, what in series:
-        mine = [r for r in found["layers"] if r["shape"] == shape]
+        mine = sorted((r for r in found["layers"] if r["shape"] == shape), key=lambda r: r["tokens"])
         points = [(r["tokens"], _best(mine, r["tokens"]), r["us"]) for r in mine if r["what"] == what]
         shown = [(t, best / us) for t, best, us in points if best]
         axes.plot([t for t, _ in shown], [y for _, y in shown], marker="o", label=f"{shape}, {what}")
@@ -369,8 +370,9 @@ def main() -> int:
         device=platform.processor() or "CPU" if told.tiny else torch.cuda.get_device_name(), torch=torch.__version__,
         triton=triton.__version__, bandwidth=clock.bandwidth(), checks=checks, layers=[], model=[],
     )  # fmt: skip
+    tokens = [1, 5] if told.tiny else told.tokens
     if told.only:
-        found = kept(found, told.out) | {("layers" if told.only == "layers" else "model"): []}
+        found = kept(found, told.out, told.only, {(name, t) for name in shapes for t in tokens})
     told.out.mkdir(parents=True, exist_ok=True)
     if told.only != "layers":  # first, because importing vLLM changes settings of torch's
         found["model_shape"] = "tiny" if told.tiny else "Qwen3-30B-A3B"
@@ -385,7 +387,6 @@ def main() -> int:
             if device == "cuda":
                 torch.cuda.empty_cache()
     if told.only != "model":
-        tokens = [1, 5] if told.tiny else told.tokens
         for row in time_layers(shapes, tokens, told.bits, clock, found["bandwidth"]):
             found["layers"].append(row)
             write(found, told.out)
@@ -396,15 +397,20 @@ def main() -> int:
     return 0
 
 
-def kept(found: dict[str, Any], out: Path) -> dict[str, Any]:
-    """With the rows of an earlier run on the same card with the same versions."""
+def kept(found: dict[str, Any], out: Path, only: str, sizes: set[tuple[str, int]]) -> dict[str, Any]:
+    """With what isn't measured anew of an earlier run on the same card with the same versions. sizes: of the layers that are."""
     try:
         earlier = json.loads((out / "gpu.json").read_text())
     except FileNotFoundError:
         return found
     if any(earlier[key] != found[key] for key in ("device", "torch", "triton")):
         return found
-    return found | {key: earlier[key] for key in ("layers", "model", "model_shape") if key in earlier} | {"kept": True}
+    if only == "model":
+        return found | dict(layers=earlier["layers"], kept=["the layers"])
+    rest = [row for row in earlier["layers"] if (row["shape"], row["tokens"]) not in sizes]
+    tokens = ", ".join(str(t) for t in sorted({row["tokens"] for row in rest}))
+    names = ["the model"] + [f"layers of {tokens} tokens"] * bool(rest)
+    return found | dict(layers=rest, model=earlier["model"], model_shape=earlier.get("model_shape"), kept=names)
 
 
 def write(found: dict[str, Any], out: Path) -> None:
