@@ -19,8 +19,8 @@ TEXT = """# The Triton kernels, compiled ahead of time
 `python benchmarks/triton_aot.py`, triton {version}. {shape}, bfloat16, with the tile that the table of tiles has for the card.
 Nothing here ran on a card. *Instructions per weight* are those of the inner loop for each weight and lane, counted in the
 machine code (NVIDIA alone). Reading 2-bit weights at an H100's bandwidth leaves room for 1.7 of them, 3-bit weights for 2.6.
-*Spilled* is stack in bytes, of AMD registers. sm_90's tiles are chosen by time, not by this count; at 4096 tokens it has a kernel of
-its own (`backends/triton/hopper.py`), which takes every register and reads a few again once in a tile.
+*Spilled* is stack in bytes, of AMD registers. sm_90's tiles are chosen by time, not by this count; at 4096 tokens it has a kernel
+of its own (`backends/triton/hopper.py`), which takes every register and reads a few again once in a tile.
 
 {tables}
 """
