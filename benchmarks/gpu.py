@@ -36,6 +36,7 @@ from _gpu import Call, Routed, Shape, routed
 
 from moecc.backends.triton.aot import abstract_plan
 from moecc.backends.triton.launch import Plan
+from moecc.backends.triton.tiles import card_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WITHIN = 1.2e-2  # of the largest output: x is rounded to bfloat16 where the layer ends
@@ -70,11 +71,12 @@ def check(shapes: dict[str, Shape], device: str) -> list[Row]:
 
 def plans(shapes: dict[str, Shape], tokens: list[int], bits: list[int]) -> Iterator[Plan]:
     """All that is checked and timed but the model, of tensors without memory, the largest first."""
+    card = card_of(torch.device("cuda")).name
     for shape in shapes.values():
         for t, b in ((t, b) for t in sorted(tokens, reverse=True) for b in bits):
-            yield abstract_plan(shape, t, b)
+            yield abstract_plan(shape, t, b, card=card)
         for t, (b, optional) in ((t, each) for t in reversed(BATCHES) for each in CHECKED):
-            yield abstract_plan(small(shape), t, b, **optional)
+            yield abstract_plan(small(shape), t, b, card=card, **optional)
 
 
 def compare(results: list[torch.Tensor], wanted: torch.Tensor) -> tuple[float, bool]:
@@ -372,7 +374,8 @@ def main() -> int:
     )  # fmt: skip
     tokens = [1, 5] if told.tiny else told.tokens
     if told.only:
-        found = kept(found, told.out, told.only, {(name, t) for name in shapes for t in tokens})
+        sizes = {(name, t) for name in shapes for t in tokens}
+        found = kept(found, told.out, told.only, sizes, {f"moecc {b} bit" for b in told.bits})
     told.out.mkdir(parents=True, exist_ok=True)
     if told.only != "layers":  # first, because importing vLLM changes settings of torch's
         found["model_shape"] = "tiny" if told.tiny else "Qwen3-30B-A3B"
@@ -397,8 +400,9 @@ def main() -> int:
     return 0
 
 
-def kept(found: dict[str, Any], out: Path, only: str, sizes: set[tuple[str, int]]) -> dict[str, Any]:
-    """With what isn't measured anew of an earlier run on the same card with the same versions. sizes: of the layers that are."""
+def kept(found: dict[str, Any], out: Path, only: str, sizes: set[tuple[str, int]], ours: set[str]) -> dict[str, Any]:
+    """With what isn't measured anew of an earlier run on the same card with the same versions. sizes: shapes and tokens of the
+    layers that are, ours: moecc's rows of them."""
     try:
         earlier = json.loads((out / "gpu.json").read_text())
     except FileNotFoundError:
@@ -407,9 +411,17 @@ def kept(found: dict[str, Any], out: Path, only: str, sizes: set[tuple[str, int]
         return found
     if only == "model":
         return found | dict(layers=earlier["layers"], kept=["the layers"])
-    rest = [row for row in earlier["layers"] if (row["shape"], row["tokens"]) not in sizes]
-    tokens = ", ".join(str(t) for t in sorted({row["tokens"] for row in rest}))
-    names = ["the model"] + [f"layers of {tokens} tokens"] * bool(rest)
+    rest = [
+        row for row in earlier["layers"]
+        if (row["shape"], row["tokens"]) not in sizes or (row["what"].startswith("moecc") and row["what"] not in ours)
+    ]  # fmt: skip
+    again, names = {t for _, t in sizes}, ["the model"] * bool(earlier["model"])
+    whole = sorted({row["tokens"] for row in rest} - again)
+    if whole:
+        names.append(f"layers of {', '.join(map(str, whole))} tokens")
+    names += dict.fromkeys(
+        f"{row['what']} of {row['shape']}, {row['tokens']} tokens" for row in rest if row["tokens"] in again
+    )
     return found | dict(layers=rest, model=earlier["model"], model_shape=earlier.get("model_shape"), kept=names)
 
 

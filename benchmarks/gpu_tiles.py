@@ -23,12 +23,12 @@ from _gpu import routed
 
 from moecc.backends.triton import launch
 from moecc.backends.triton.aot import abstract_plan
-from moecc.backends.triton.tiles import Tile
+from moecc.backends.triton.tiles import Card, Tile, card_of
 
 SHOWN = 5
 
 
-def candidates(tokens_per_expert: float) -> list[Tile]:
+def candidates(tokens_per_expert: float, bits: int, card: Card) -> list[Tile]:
     """Every tile worth a try."""
     if tokens_per_expert <= 8:
         ways = product((1, 2, 4), (2, 3, 4), (2, 3, 4, 8), (1, 16, 32))
@@ -40,6 +40,7 @@ def candidates(tokens_per_expert: float) -> list[Tile]:
         Tile(tokens, 2, 1, 8, stages, 0, copies, half=True, persistent=True)
         for (tokens, most), copies in product(((32, 12), (64, 12), (128, 10), (256, 5)), (8, 16))
         for stages in (most - most // 4, most)
+        if bits < 4 and card.name == "sm_90"
     )
     return [
         *(Tile(tokens, 1, unroll, 4, stages, 0, copies) for tokens, unroll, stages, copies in fixed),
@@ -59,7 +60,7 @@ class Case:
         layer = _gpu.layer(shape, bits, device)
         self.title, self.tiles = (
             f"{name}, {tokens} tokens, {bits} bit",
-            candidates(tokens * shape.top_k / shape.experts),
+            candidates(tokens * shape.top_k / shape.experts, bits, card_of(torch.device(device))),
         )
         self.routed = routed(shape, tokens, device)
         self.packed = layer.packed()
@@ -93,15 +94,16 @@ def time_case(case: Case, clock: gpu.Clock, tiles: list[Tile]) -> Iterator[tuple
             else:
                 yield tile, clock(lambda tile=tile: [each() for each in case.plan(tile).launches])[0]
         except Exception as error:  # more shared memory than the card has, say
-            yield tile, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            yield tile, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
 
 
 def plans(cases: list[tuple[str, int, int]]) -> Iterator[launch.Plan]:
     """Of tensors without memory."""
+    card = card_of(torch.device("cuda"))
     for name, tokens, bits in cases:
         shape = _gpu.SHAPES[name]
-        for tile in candidates(tokens * shape.top_k / shape.experts):
-            yield abstract_plan(shape, tokens, bits, tile=tile)
+        for tile in candidates(tokens * shape.top_k / shape.experts, bits, card):
+            yield abstract_plan(shape, tokens, bits, tile=tile, card=card.name)
 
 
 def main() -> int:

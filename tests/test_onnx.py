@@ -410,11 +410,9 @@ def test_quantized_linears_become_matmulnbits(bits: int, opset: int, runs_from: 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
 def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(family: str, tmp_path: Path) -> None:
     art = compiled(tmp_path, family)
-    eight, four = (
-        exporter.export(art, tmp_path / f"onnx{bits}", profile="qmoe", bits=bits)["difference_of_most"]
-        for bits in (8, 4)
-    )  # of most tokens: at 4 bits one may go to another expert, on one machine and not on another
-    assert eight <= 0.05 and eight < four <= 0.4
+    eight, four = (exporter.export(art, tmp_path / f"onnx{bits}", profile="qmoe", bits=bits) for bits in (8, 4))
+    # at 4 bits a token may go to another expert, on one machine and not on another
+    assert eight["difference"] <= 0.05 and eight["difference_of_most"] < four["difference_of_most"] <= 0.4
     ops_used = {n.op_type for n in onnx.load(tmp_path / "onnx4" / "model.onnx", load_external_data=False).graph.node}
     assert "QMoE" in ops_used and not {"VQExperts", "Experts"} & ops_used
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,7 +47,10 @@ def wrong(report: Report, target: Target, launch: Launch) -> list[str]:
     if "HEIGHT" in launch.arguments and not report.matrix:
         found.append("no matrix instruction")
     if launch.kernel is hopper.persistent_kernel:
-        found += [f"in every step: {o}" for o in report.loop if re.match(r"(?:LDL|STL)\b|WARPGROUP\.DEPBAR.*, 0x0", o)]
+        slow = re.compile(r"(?:LDL|STL)\b|WARPGROUP\.DEPBAR.*, 0x0")  # a spilled register, a wait for every product
+        found += [f"in every step: {o}" for loop in report.loops for o in loop if slow.match(o)]
+        if len(report.loops) != 2:
+            found.append(f"{len(report.loops)} loops with products, not those of full and of half full blocks")
     if target.name == "sm_90" and early(report.assembly):
         found.append("doesn't wait for the kernel before")
     return found
@@ -111,27 +115,36 @@ def test_no_grid_is_too_large_however_many_tokens_come(shape: Shape, dtype: torc
             )
 
 
+def steps(ptx: str) -> list[str]:
+    """The code's loops with products in them, and with each what comes after it till all products are waited for."""
+    labels = {m[1]: m.end() for m in re.finditer(r"^(\$L__BB\w+):", ptx, re.MULTILINE)}
+    jumps = [(labels[m[1]], m.start()) for m in re.finditer(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", ptx) if m[1] in labels]
+    loops = [(start, end) for start, end in jumps if start < end and "wgmma.mma_async" in ptx[start:end]]
+    straight = [(start, end) for start, end in loops if "\n$L__BB" not in ptx[start:end]]
+    assert straight
+    for start, end in loops:  # a branch in a loop isn't followed here
+        inside = [ptx[s:e] for s, e in straight if start <= s and e <= end]
+        assert ptx[start:end].count("wgmma.mma_async") == sum(body.count("wgmma.mma_async") for body in inside)
+    return [ptx[s:e] * 2 + re.split(r"(?<=wgmma\.wait_group\.sync\.aligned 0)", ptx[e:])[0] for s, e in straight]
+
+
 def overrun(ptx: str) -> set[str]:
     """Registers that are written where a product of the code's loops may still read them: between wgmma and the wait for it."""
     found: set[str] = set()
-    labels = {m[1]: m.end() for m in re.finditer(r"^(\$L__BB\w+):", ptx, re.MULTILINE)}
-    jumps = [(labels[m[1]], m.start()) for m in re.finditer(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", ptx) if m[1] in labels]
-    loops = [ptx[start:end] for start, end in jumps if start < end and "wgmma.mma_async" in ptx[start:end]]
-    straight = [body for body in loops if "\n$L__BB" not in body]
-    for body in loops:  # a branch in a loop isn't followed here
-        assert body.count("wgmma.mma_async") == sum(b.count("wgmma.mma_async") for b in straight if b in body)
-    for body in straight:
-        running: list[set[str]] = []  # what each group of products reads that isn't known to have ended
-        for statement in re.split("[;\n]", body) * 2:  # what one step leaves running meets the next
-            statement = statement.partition("//")[0].strip()
+    for body in steps(ptx):  # twice: what one step leaves running meets the next
+        running: list[set[str]] = [
+            set()
+        ]  # what each group of products reads that isn't known to have ended; the last is open
+        for statement in re.split("[;\n]", body):
+            statement = re.sub(r"^@!?%\w+\s+", "", statement.partition("//")[0].strip())
             operands = re.findall(r"\{[^}]*\}|[^,{}]+", statement.partition(" ")[2] or statement)
             wait = re.search(r"wgmma\.wait_group\S*\s+(\d+)$", statement)
             if "wgmma.mma_async" in statement:
-                running[-1:] = [running[-1] | set(re.findall(r"%\w+", re.findall(r"\{[^}]*\}", statement)[1]))]
-            elif "wgmma.fence" in statement:
+                running[-1] = running[-1] | set(re.findall(r"%\w+", re.findall(r"\{[^}]*\}", statement)[1]))
+            elif "wgmma.commit_group" in statement:
                 running.append(set())
             elif wait:
-                running = running[len(running) - int(wait[1]) :] if int(wait[1]) else []
+                running = running[max(0, len(running) - 1 - int(wait[1])) :]
             elif operands and not operands[0].strip().startswith("["):
                 found |= set().union(*running) & set(re.findall(r"%\w+", operands[0]))
     return found
@@ -148,17 +161,32 @@ def overrun(ptx: str) -> set[str]:
 def test_no_product_runs_into_what_writes_its_operands(tokens: int, bits: int, told: dict[str, Any], name: str) -> None:
     """wgmma reads registers until it is waited for (PTX ISA); on an H100 results differed from run to run without."""
     ptx = compile_launch(abstract_plan(MIXTRAL, tokens, bits, **told).named(name), TARGETS["sm_90"]).assembly
-    assert "wgmma.mma_async" in ptx
-    assert "fence.proxy.async" in ptx  # of what cp.async has written; triton 3.6 has none of its own
+    assert all(
+        "fence.proxy.async" in step for step in steps(ptx)
+    )  # of what cp.async has written; triton 3.6 has none of its own
     assert not overrun(ptx)
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096])
 def test_a_product_that_runs_into_the_next_step_is_found(tokens: int) -> None:
-    """The control: the same code, but each wait lets one more product run."""
+    """The control: the same code, but each wait lets one more product run; or registers are read from memory meanwhile."""
     ptx = compile_launch(abstract_plan(MIXTRAL, tokens, 2).named("down"), TARGETS["sm_90"]).assembly
     careless = re.sub(r"(wgmma\.wait_group\S*\s+)(\d)", lambda m: m[1] + str(int(m[2]) + 1), ptx)
     assert not overrun(ptx) and overrun(careless)
+    product = re.search(r"wgmma\.mma_async[^{]*\{[^}]*\}, \{(%\w+),(%\w+)[^;]*;", steps(ptx)[0])
+    assert product
+    read = f"{product[0]}\n@%p1 ld.global.v2.b32 {{ {product[1]}, {product[2]} }}, [%rd1];"
+    assert overrun(ptx.replace(product[0], read)) == {product[1], product[2]}
+
+
+def test_what_the_persistent_kernel_does_in_every_step_is_looked_at() -> None:
+    target, launch = TARGETS["sm_90"], abstract_plan(MIXTRAL, 4096, 2).named("down")
+    report = compile_launch(launch, target)
+    assert not wrong(report, target, launch)
+    full, half = report.loops
+    for bad in ("LDL R1, [R2]", "WARPGROUP.DEPBAR.LE gsb0, 0x0"):
+        assert wrong(replace(report, loops=[full, [*half, bad]]), target, launch) == [f"in every step: {bad}"]
+    assert wrong(replace(report, loops=[full]), target, launch)
 
 
 @pytest.mark.skipif(

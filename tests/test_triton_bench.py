@@ -50,17 +50,22 @@ def test_it_writes_what_it_says(gpu: Any, tmp_path: Path) -> None:
 def test_what_is_not_run_is_kept_if_it_is_of_the_same_card(gpu: Any, tmp_path: Path) -> None:
     of = dict(device="H100", torch="2.11", triton="3.6")
     new: dict[str, Any] = dict(of, bandwidth=2, layers=[], model=[])
-    sizes = {("a", 1), ("b", 4)}
-    assert gpu.kept(new, tmp_path, "layers", sizes) == new
-    rows = [dict(shape=s, tokens=t) for s in "ab" for t in (1, 4)]
-    earlier = dict(of, bandwidth=1, layers=rows, model=[2], model_shape="tiny")
-    (tmp_path / "gpu.json").write_text(json.dumps(earlier))
-    assert gpu.kept(new, tmp_path, "model", sizes) == dict(new, layers=rows, kept=["the layers"])
-    kept = ["the model", "layers of 1, 4 tokens"]
-    wanted = dict(new, layers=rows[1:3], model=[2], model_shape="tiny", kept=kept)
-    assert gpu.kept(new, tmp_path, "layers", sizes) == wanted
+    told = {("a", 1), ("b", 4)}, {"moecc 2 bit"}
+    assert gpu.kept(new, tmp_path, "layers", *told) == new
+    rows = [
+        dict(shape=s, tokens=t, what=w)
+        for s in "ab"
+        for t in (1, 4, 9)
+        for w in ("torch", "moecc 2 bit", "moecc 3 bit")
+    ]
+    (tmp_path / "gpu.json").write_text(json.dumps(dict(of, bandwidth=1, layers=rows, model=[2], model_shape="tiny")))
+    assert gpu.kept(new, tmp_path, "model", *told) == dict(new, layers=rows, kept=["the layers"])
+    found = gpu.kept(new, tmp_path, "layers", *told)
+    old = [r for r in rows if (r["shape"], r["tokens"]) not in told[0] or r["what"] == "moecc 3 bit"]
+    assert found == dict(new, layers=old, model=[2], model_shape="tiny", kept=found["kept"])
+    assert found["kept"][:2] == ["the model", "layers of 9 tokens"] and "moecc 3 bit of a, 1 tokens" in found["kept"]
     other = dict(new, device="H200")
-    assert gpu.kept(other, tmp_path, "layers", sizes) == other
+    assert gpu.kept(other, tmp_path, "layers", *told) == other
 
 
 def test_nothing_is_timed_if_the_kernels_are_wrong(

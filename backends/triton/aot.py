@@ -22,9 +22,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
-from moecc.backends.triton.hopper import persistent_kernel
 from moecc.backends.triton.launch import Launch, Plan, plan
 from moecc.backends.triton.pack import COLUMNS, tiles
 from moecc.backends.triton.tiles import Card, Tile
@@ -68,8 +66,8 @@ class Report:
     spills: int  # instructions that load or store a spilled register
     shared: int  # bytes
     matrix: int  # matrix instructions
-    loop: tuple[str, ...]  # instructions of the shortest loop with a matrix instruction, if there is one
-    per_weight: float | None  # as many of them, for each weight and lane
+    loops: list[list[str]]  # instructions of the innermost loops with a matrix instruction
+    per_weight: float | None  # of the longest of them, for each weight and lane; None where there is none
     code: str  # of the machine
     assembly: str  # what it was made of: PTX, AMD's as code
 
@@ -99,7 +97,11 @@ def compile_launch(launch: Launch, target: Target) -> Report:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    of = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    of: Any = ASTSource
+    if launch.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        of = GluonASTSource
     source = of(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     options = {**launch.options, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.lanes), options=options)
@@ -122,29 +124,32 @@ def _nvidia(made: Any, target: Target, weights_per_lane: float) -> Report:
     if found is None:
         raise MoeccError(f"cuobjdump reports no registers for {target.name}: {usage.strip()[:200]!r}")
     instructions = [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(code)]
-    loop = _loop(instructions, target.matrix)
+    loops = _loops(instructions, target.matrix)
+    longest = max(map(len, loops), default=0)
     return Report(
         registers=int(found[1]), stack=int(found[2]), spills=sum(op.split(".")[0] in ("LDL", "STL") for _, op, _ in instructions),
         shared=made.metadata.shared + sum(4 * int(n) for n in _TABLE.findall(made.asm["ptx"])),
-        matrix=len(re.findall(target.matrix, code)), loop=loop,
-        per_weight=len(loop) / weights_per_lane if loop and weights_per_lane else None, code=code, assembly=made.asm["ptx"],
+        matrix=len(re.findall(target.matrix, code)), loops=loops, code=code, assembly=made.asm["ptx"],
+        per_weight=longest / weights_per_lane if longest and weights_per_lane else None,
     )  # fmt: skip
 
 
-_TABLE = re.compile(r"\.b32 moecc_table\[(\d+)\]")  # of grouped._spread; triton doesn't count it
+_TABLE = re.compile(r"\.b32 moecc_table\[(\d+)\]")  # of grouped._spread and of hopper; triton doesn't count it
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*?);")
 
 
-def _loop(instructions: list[tuple[int, str, str]], matrix: str) -> tuple[str, ...]:
-    """The shortest loop with a matrix instruction in it: the innermost one, of the block that is half full where there are two."""
-    loops = []
+def _loops(instructions: list[tuple[int, str, str]], matrix: str) -> list[list[str]]:
+    """What is in each loop with a matrix instruction, but in those that have another such loop in them. A jump into the middle of
+    a loop from behind it is none: so waiting ends that took longer than usual."""
+    spans = []
     for address, op, rest in instructions:
         to = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-        if to and int(to[1], 16) < address:
-            body = tuple(o + r for a, o, r in instructions if int(to[1], 16) <= a <= address)
-            if any(re.search(matrix, o) for o in body):
-                loops.append(body)
-    return min(loops, key=len, default=())
+        if to and (start := int(to[1], 16)) < address:
+            if any(re.search(matrix, o) for a, o, _ in instructions if start <= a <= address):
+                spans.append((start, address))
+    spans = [(s, e) for s, e in spans if not any(a < s <= b < e for a, b in spans)]
+    inner = [(s, e) for s, e in spans if not any((s, e) != (a, b) and s <= a and b <= e for a, b in spans)]
+    return [[o + r for a, o, r in instructions if s <= a <= e] for s, e in inner]
 
 
 def _cuobjdump(*options: str) -> str:
@@ -158,7 +163,7 @@ def _amd(made: Any, target: Target, weights_per_lane: float) -> Report:
     spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
     return Report(
         registers=numbers["vgpr_count"], stack=spills, spills=len(re.findall(r"\bscratch_(?:load|store)", code)),
-        shared=made.metadata.shared, matrix=len(re.findall(target.matrix, code)), loop=(), per_weight=None, code=code,
+        shared=made.metadata.shared, matrix=len(re.findall(target.matrix, code)), loops=[], per_weight=None, code=code,
         assembly=code,
     )  # fmt: skip
 
@@ -238,7 +243,7 @@ def abstract_plan(
 def may_spill(launch: Launch) -> int:
     """Bytes of stack. None but where 64 tokens or more take every register of sm_90: then those addresses of rows of x that are
     read again in every step, which on an H100 was less than a smaller tile cost. `hopper` reads what it spills once in a tile."""
-    if launch.kernel is persistent_kernel:
+    if "STAGES" in launch.arguments:
         return 256
     return 96 if launch.arguments["HOPPER"] and launch.arguments.get("TOKENS", 0) >= 64 else 0
 

@@ -42,7 +42,6 @@ from moecc.backends.triton.around import (
     sums_kernel,
 )
 from moecc.backends.triton.grouped import grouped_kernel
-from moecc.backends.triton.hopper import WARPS, persistent_kernel
 from moecc.backends.triton.pack import COLUMNS, ROWS, Projection, tiles
 from moecc.backends.triton.tiles import Card, Tile, card_of, choose_tile, choose_unroll
 from moecc.errors import MoeccError
@@ -57,8 +56,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which takes no inline
 
 def _allow_shared_memory(module: Any, function: int, name: str, group: Any, digest: str) -> None:
     """What triton calls for a kernel that it has loaded: more than 48 KB of shared memory must be asked for (CUDA driver API,
-    cuFuncSetAttribute). Triton does where its own part is more, and doesn't count the table of `grouped._spread`."""
-    if name not in (grouped_kernel.__name__, persistent_kernel.__name__) or torch.version.hip:
+    cuFuncSetAttribute). Triton does where its own part is more, and doesn't count the table that products look codes up in."""
+    if name not in ("grouped_kernel", "persistent_kernel") or torch.version.hip:
         return
     active = triton.runtime.driver.active
     most = active.utils.get_device_properties(active.get_current_device())["max_shared_mem"]
@@ -181,7 +180,9 @@ def plan(
     wide = 4 in (up.bits, below.bits) or gate_up.get("basis") is not None or down.get("basis") is not None
     chosen = tile or choose_tile(slots, experts, card, x.dtype, wide=wide)
     assert not (chosen.half and chosen.waves)  # its hidden units aren't added up
-    assert not chosen.persistent or (x.dtype == torch.bfloat16 and not wide)
+    if chosen.persistent:  # what `moecc.backends.triton.hopper` is written for
+        assert not wide and x.dtype == torch.bfloat16 and chosen.half and chosen.unroll == 1, chosen
+        assert chosen.height % 2 == 0 and chosen.stages > 2 and chosen.copies > 1, chosen
     build = _Builder(
         made.launches, experts, choices, slots, chosen, tile is not None, card, x.dtype,
         dict(alpha=alpha, limit=limit), dict(ACT=act, GATE=gate),
@@ -323,6 +324,9 @@ class _Builder:
             COPIES=1 if INTERPRETED else blocks.tile.copies,
         )  # fmt: skip
         if blocks.tile.persistent and self.hopper:
+            # here, because Gluon changes from one version of triton to the next, and other cards don't need it
+            from moecc.backends.triton.hopper import WARPS, persistent_kernel
+
             every = groups * blocks.number
             self.add(name, persistent_kernel, (min(self.card.processors, every),), dict(
                 **common, groups=groups, tiles=every, STAGES=blocks.tile.stages,

@@ -22,7 +22,7 @@ class Tile(NamedTuple):
     waves: int  # programs per multiprocessor below which columns are split among programs; 0: never
     copies: int = 1  # of the codebook in shared memory, against bank conflicts; 1: `tl.gather`, on every card
     half: bool = False  # x as the bfloat16 that it is, not as fixed point; in float16 hidden units could overflow
-    persistent: bool = False  # of `half` on sm_90: `moecc.backends.triton.hopper`; stages: of 64 columns
+    persistent: bool = False  # of `half` on sm_90: `moecc.backends.triton.hopper`, eight warps; stages: of 64 columns
     registers: int = 0  # of a thread at most; 0: as the compiler likes, which is to spill a few for a round number
 
 
