@@ -80,14 +80,17 @@ def launches(target: str) -> dict[str, Launch]:
         "prefill": (abstract_plan(MIXTRAL, 4096, 3, card=target, **EVERYTHING), ["gate_up"]),
         "prefill, 4 bit": (abstract_plan(MIXTRAL, 4096, 4, card=target), ["down"]),
         "prefill, plain": (abstract_plan(MIXTRAL, 4096, 3, card=target), ["gate_up", "down"]),
-        "prefill, mean and bias": (abstract_plan(MIXTRAL, 4096, 2, card=target, mean=3, bias=True), ["gate_up"]),
-        "prefill, less": (abstract_plan(MIXTRAL, 256, 2, card=target), ["gate_up", "down"]),
         "prefill, basis": (abstract_plan(MIXTRAL, 4096, 2, card=target, rank=32), ["down coef"]),
         "prefill, float32": (abstract_plan(MIXTRAL, 4096, 2, card=target, dtype=torch.float32), ["gate_up", "down"]),
         "prefill, mean": (abstract_plan(QWEN, 4096, 2, card=target, mean=3), ["count", "prepare", "down mean"]),
         # hidden units that are left as floats, on whatever card
         "prefill, sums": (abstract_plan(QWEN, 4096, 2, card=target, mean=3, tile=FLOATS), ["sums"]),
     }
+    if target == "sm_90":  # tiles that other cards haven't
+        plans |= {
+            "prefill, mean and bias": (abstract_plan(MIXTRAL, 4096, 2, card=target, mean=3, bias=True), ["gate_up"]),
+            "prefill, less": (abstract_plan(MIXTRAL, 256, 2, card=target), ["gate_up", "down"]),
+        }
     return {f"{label}: {name}": made.named(name) for label, (made, names) in plans.items() for name in names}
 
 
