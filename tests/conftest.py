@@ -6,6 +6,7 @@ committed.
 
 from __future__ import annotations
 
+import copy
 import os
 
 # Before transformers is imported; a test that needs a hub model must say so itself.
@@ -13,16 +14,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from moecc import capture
 from moecc.ir import Held, Program, Weight
+from moecc.skeleton import Skeleton
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -67,6 +71,31 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text()
 
     return check
+
+
+_traces: dict[object, ExportedProgram] = {}
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """One torch.export for all models of the same configuration, two thirds of what a small compilation takes. For tests of what
+    comes after: tracing itself has its own (test_trace, test_families, test_ir)."""
+    real = capture._export
+
+    def export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
+        model = found.model
+        if found.mode is None:  # a module with weights of its own
+            return real(found, batch, sequence)
+        tensors = [(n, t.shape, t.dtype) for n, t in (*model.named_parameters(), *model.named_buffers())]
+        config = {k: v for k, v in found.config.to_dict().items() if k != "_name_or_path"}
+        key = type(model), str(config), str(tensors), batch, sequence
+        if key not in _traces:
+            _traces[key] = real(found, batch, sequence)
+        return copy.deepcopy(_traces[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture, "_export", export)
+        yield
 
 
 # ---- a model of one file

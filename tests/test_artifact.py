@@ -22,6 +22,7 @@ from moecc.tensorfiles import LazyTensor, TensorFile
 from moecc.trace import trace
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("traced_once")
 SAMPLE = ("qwen2_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
 _ = compile  # a fixture, found by its name
 

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moecc import artifact, compiler, journal, tensorfiles, verify
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("traced_once")
 TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
 KBVQ = "kbvq{rank=0}"
 

@@ -18,6 +18,7 @@ from moecc.errors import MoeccError
 from moecc.tensorfiles import TensorFile, write_safetensors
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("traced_once")
 TINYMOE = str(Path(__file__).parent.parent / "examples" / "tinymoe")
 
 

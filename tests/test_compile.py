@@ -30,6 +30,7 @@ from moecc.errors import MoeccError
 from moecc.tensorfiles import TensorFile
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("traced_once")
 ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"
 SAMPLE = (
     "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "nemotron_h", "jetmoe", "muse_spark_text",

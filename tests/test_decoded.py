@@ -18,6 +18,8 @@ from moecc.errors import MoeccError
 from moecc.skeleton import skeleton
 from moecc.weights import CheckpointStore
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 BLOCK = (16, 24)  # divides not all sizes
 Tensors = dict[str, Tensor]
 

@@ -18,6 +18,7 @@ from moecc.ir import Program
 from moecc.trace import trace
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("traced_once")
 TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
 
 

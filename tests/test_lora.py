@@ -20,6 +20,8 @@ from moecc.passes._peft import Adapter
 from moecc.stream import run_program
 from moecc.trace import trace
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 IDS = [torch.arange(24).view(1, 24) % 64]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

@@ -1,47 +1,20 @@
-"""moecc::CausalMask: which masks become one, and that function and op library give what a causal mask is."""
+"""moecc::CausalMask: function and op library give what a causal mask is. Which masks become one: test_onnx.py."""
 
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from families import FAMILIES
-from test_compile import checkpoint
 
-from moecc import compiler
 from moecc.backends.onnx import build
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from moecc.backends.onnx import exporter, masks  # noqa: E402
-
-# family -> windows of its masks, None where one is no causal mask of a window
-KNOWN = {
-    "qwen2_moe": [masks.NO_WINDOW],
-    "gpt_oss": [8, masks.NO_WINDOW],
-    "llama4_text": [None],  # attention in chunks
-}
-
-
-CHECKED = [("qwen2_moe", 21), ("gpt_oss", 21), ("gpt_oss", 23), ("llama4_text", 23)]
-
-
-@pytest.mark.parametrize(("family", "opset"), [c for c in CHECKED if c[0] in FAMILIES])
-def test_a_mask_is_known_by_its_values(family: str, opset: int, tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "model", family)
-    compiler.compile_model(str(source), "vq", tmp_path / "art", bits=2, calib=None, rows=8, length=32)
-    exporter.export(tmp_path / "art", tmp_path / "onnx", opset=opset)
-    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
-    windows = [n.attribute[0].i for n in model.graph.node if n.op_type == masks.NAME]
-    assert sorted(windows) == sorted(w for w in KNOWN[family] if w)
-    left = [n for n in model.graph.node if n.op_type in ("LessOrEqual", "Less", "Range")]
-    assert bool(left) == (None in KNOWN[family])
-
+from moecc.backends.onnx import masks  # noqa: E402
 
 SIZES = ((1, [0], 1), (3, [0, 2, 9], 8), (1, [4, 0], 9), (6, [1], 6))  # new tokens, padding of each row, all tokens
 CASES = [(*size, window) for size in SIZES for window in (1, 3, masks.NO_WINDOW)]

@@ -27,11 +27,12 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moecc import compiler, gates, ops, vq4
-from moecc.backends.onnx import bodies, build, exporter, layout, run, translate, weights
+from moecc.backends.onnx import bodies, build, exporter, layout, masks, run, translate, weights
 from moecc.errors import MoeccError
 from moecc.trace import trace
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("traced_once")
 ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"
 ATTRIBUTES = {"act": "silu", "gate": "glu", "alpha": 1.7, "limit": 2.0, "eps": 1e-5}
 E, D, F, K = 6, 80, 40, 2  # no multiples of 64
@@ -224,8 +225,10 @@ def compiled(folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bit
 @pytest.mark.parametrize("family", [f for f in sorted(FAMILIES if ALL else SAMPLE) if f in FAMILIES])
 def test_a_family_is_exported(family: str, tmp_path: Path) -> None:
     art = compiled(tmp_path, family)
-    made = exporter.export(art, tmp_path / "onnx", opset=23 if sorted(FAMILIES).index(family) % 2 else 21)
+    made = exporter.export(art, tmp_path / "onnx", opset=21 if sorted(FAMILIES).index(family) % 2 else 23)
     assert made["difference"] <= 1e-4
+    if family in WINDOWS:
+        assert_masks_are_known(graph(tmp_path / "onnx"), family)
     path = tmp_path / "onnx" / "model.onnx"
     portable, native = run.Session(path), run.Session(path, library=library())
     ids = torch.randint(0, 60, (2, 11))
@@ -256,6 +259,31 @@ def greedy(session: run.Session, steps: int) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(tmp_path_factory.mktemp("qwen"), "qwen2_moe")
+
+
+@pytest.fixture(scope="module")
+def exported(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`qwen` as ONNX, for tests that only read it: exporting takes longest here."""
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    assert exporter.export(qwen, folder, profile="native")["difference"] <= 1e-4
+    return folder
+
+
+def graph(folder: Path) -> onnx.ModelProto:
+    """An exported model without its weights."""
+    return onnx.load(folder / "model.onnx", load_external_data=False)
+
+
+# family -> windows of its causal masks; one in chunks is no causal mask of a window
+WINDOWS = {"qwen2_moe": [masks.NO_WINDOW], "gpt_oss": [8, masks.NO_WINDOW], "llama4_text": []}
+
+
+def assert_masks_are_known(model: onnx.ModelProto, family: str) -> None:
+    """Each mask of a window is one CausalMask, known by its values, and nothing is left of how it was made."""
+    windows = [n.attribute[0].i for n in model.graph.node if n.op_type == masks.NAME]
+    assert sorted(windows) == WINDOWS[family]
+    left = [n for n in model.graph.node if n.op_type in ("LessOrEqual", "Less", "Range")]
+    assert bool(left) == (not windows)
 
 
 def changed(art: Path, out: Path, change: Any) -> Path:
@@ -294,7 +322,7 @@ def test_what_some_layers_lack_is_stored_empty(qwen: Path, tmp_path: Path) -> No
 
     art = changed(qwen, tmp_path / "art", strip)
     assert exporter.export(art, tmp_path / "onnx")["difference"] <= 1e-4
-    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    model = graph(tmp_path / "onnx")
     node = [n for n in model.graph.node if n.op_type == "VQExperts"][1]
     sizes = {i.name: list(i.dims) for i in model.graph.initializer}
     names = dict(zip(bodies.coded_inputs(), node.input, strict=False))
@@ -327,14 +355,18 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize("family", ATTENTION)
-def test_attention_is_one_node_whose_cache_may_have_room(family: str, tmp_path: Path) -> None:
+def test_attention_is_one_node_whose_cache_may_have_room(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """By the library and by the function alike: rows that begin later, pieces, and more tokens than there was room for."""
-    art = compiled(tmp_path, family, "vq")
-    exporter.export(art, tmp_path / "onnx")
-    path = tmp_path / "onnx" / "model.onnx"
-    model = onnx.load(path, load_external_data=False)
+    if family == "qwen2_moe":
+        folder = request.getfixturevalue("exported")
+    else:
+        folder = tmp_path / "onnx"
+        exporter.export(compiled(tmp_path, family, "vq"), folder)
+    path, model = folder / "model.onnx", graph(folder)
     names = [n.op_type for n in model.graph.node if n.op_type.startswith("CachedAttention")]
-    assert names == [ATTENTION[family]] * AutoConfig.from_pretrained(art).num_hidden_layers
+    assert names == [ATTENTION[family]] * 2
     assert not {"Attention", "Expand", "GatherND"} & {n.op_type for n in model.graph.node}
     ids = torch.randint(1, 60, (1, 300)).numpy()
     padded = np.concatenate([np.zeros((1, 7), np.int64), ids[:, :-7]], 1)
@@ -347,7 +379,7 @@ def test_attention_is_one_node_whose_cache_may_have_room(family: str, tmp_path: 
         np.testing.assert_allclose(found[1, 7:], whole[0, :-7], atol=2e-5 * np.abs(whole).max())
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "muse_spark_text"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", *["muse_spark_text"] * ALL])
 def test_float16(family: str, tmp_path: Path) -> None:
     """The first's attention is one node as at float32; the others have norms in float32."""
     art = compiled(tmp_path, family, "vq")
@@ -391,9 +423,10 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault() -> None:
 def test_experts_that_are_left_dense(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "model", "gpt_oss")
     assert exporter.export(source, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
+    assert_masks_are_known(graph(tmp_path / "onnx"), "gpt_oss")
 
 
-@pytest.mark.parametrize(("bits", "opset", "runs_from"), [(4, 21, "1.20"), (8, 21, "1.22"), (8, 23, "1.23")])
+@pytest.mark.parametrize(("bits", "opset", "runs_from"), [(4, 21, "1.20"), *[(8, 21, "1.22")] * ALL, (8, 23, "1.23")])
 def test_quantized_linears_become_matmulnbits(bits: int, opset: int, runs_from: str, tmp_path: Path) -> None:
     art = compiled(tmp_path, "qwen2_moe", f"vq{{bits=2}},dense{{bits={bits},group=16}}")
     made = exporter.export(art, tmp_path / "onnx", opset=opset)
@@ -413,11 +446,11 @@ def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(family: str, tmp_path: Pat
     eight, four = (exporter.export(art, tmp_path / f"onnx{bits}", profile="qmoe", bits=bits) for bits in (8, 4))
     # at 4 bits a token may go to another expert, on one machine and not on another
     assert eight["difference"] <= 0.05 and eight["difference_of_most"] < four["difference_of_most"] <= 0.4
-    ops_used = {n.op_type for n in onnx.load(tmp_path / "onnx4" / "model.onnx", load_external_data=False).graph.node}
+    ops_used = {n.op_type for n in graph(tmp_path / "onnx4").graph.node}
     assert "QMoE" in ops_used and not {"VQExperts", "Experts"} & ops_used
 
 
-@pytest.mark.parametrize(("tied", "dtype"), [(False, "float32"), (False, "float16"), (True, "float16")])
+@pytest.mark.parametrize(("tied", "dtype"), [(False, "float32"), *[(False, "float16")] * ALL, (True, "float16")])
 def test_embeddings_in_int8(tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Head and embedding are small integers, one tensor where they are tied, and the logits near."""
     family = FAMILIES["qwen2_moe"]
@@ -426,7 +459,7 @@ def test_embeddings_in_int8(tied: bool, dtype: str, tmp_path: Path, monkeypatch:
     art = compiled(tmp_path, "qwen2_moe", "vq")
     made = exporter.export(art, tmp_path / "onnx", dtype=dtype, small_embeddings=True)
     assert made["difference_of_most"] <= exporter.TOLERANCE["int8 activations"]
-    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    model = graph(tmp_path / "onnx")
     used = [n.op_type for n in model.graph.node]
     assert used.count("GatherBlockQuantized") == used.count("MatMulNBits") == 1
     assert AutoConfig.from_pretrained(art).tie_word_embeddings == tied
@@ -491,18 +524,16 @@ def test_a_browser_computes_the_same(bits: int, opset: int, tmp_path: Path) -> N
     assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
 
 
-def test_the_file_says_nothing_of_where_it_was_made(qwen: Path, tmp_path: Path) -> None:
-    exporter.export(qwen, tmp_path / "onnx")
-    content = (tmp_path / "onnx" / "model.onnx").read_bytes()
-    assert b"site-packages" not in content and str(tmp_path).encode() not in content
-    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+def test_the_file_says_nothing_of_where_it_was_made(exported: Path) -> None:
+    content = (exported / "model.onnx").read_bytes()
+    assert b"site-packages" not in content and str(exported.parents[1]).encode() not in content
+    model = graph(exported)
     named = {d.dim_param for v in (*model.graph.input, *model.graph.output) for d in v.type.tensor_type.shape.dim}
     assert named == {"", "batch", "sequence", "past", "total"}
 
 
-def test_codes_are_stored_once(qwen: Path, tmp_path: Path) -> None:
-    exporter.export(qwen, tmp_path / "onnx")
-    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+def test_codes_are_stored_once(qwen: Path, exported: Path) -> None:
+    model = graph(exported)
     held = sum(int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type == TensorProto.UINT8)
     codes = 0
     for entry in json.loads((qwen / "config.json").read_text())["quantization_config"]["experts"].values():
@@ -528,20 +559,20 @@ def test_the_command_writes_a_folder_and_says_how_it_compares(
     assert got.json["opset"] == 21 and got.json["difference"] <= 1e-4
     settings = json.loads((tmp_path / "made" / "genai_config.json").read_text())["model"]
     assert settings["decoder"]["num_hidden_layers"] == 2 and settings["vocab_size"] == 64
+    assert_masks_are_known(graph(tmp_path / "made"), "qwen2_moe")
     again = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made")
     assert again.code == 2 and "exists" in again.err and again.err.count("\n") == 1
 
 
 def test_the_native_profile_has_the_library_beside_the_model(
-    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if library() is None:
         pytest.skip("no C++ compiler")
-    got = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made", "--profile", "native", "--json")
-    assert got.code == 0 and got.json["difference"] <= 1e-4, got.err
-    decoder = json.loads((tmp_path / "made" / "genai_config.json").read_text())["model"]["decoder"]
+    assert json.loads((exported / exporter.RECORD).read_text())["profile"] == "native"
+    decoder = json.loads((exported / "genai_config.json").read_text())["model"]["decoder"]
     name = decoder["session_options"]["custom_ops_library"]
-    assert (tmp_path / "made" / name).is_file()
+    assert (exported / name).is_file()
     assert Run(capsys, "build-ops").out.strip() == str(library())
 
 
@@ -578,10 +609,9 @@ def test_layers_with_a_state_of_their_own_are_refused(tmp_path: Path, capsys: py
     assert got.code == 2 and "keep a state of their own" in got.err and not (tmp_path / "onnx").exists()
 
 
-def test_genai_generates_what_transformers_does(qwen: Path, tmp_path: Path) -> None:
+def test_genai_generates_what_transformers_does(qwen: Path, exported: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    exporter.export(qwen, tmp_path / "onnx")
-    model = genai.Model(str(tmp_path / "onnx"))
+    model = genai.Model(str(exported))
     settings = genai.GeneratorParams(model)
     settings.set_search_options(max_length=PROMPT.shape[1] + 8, do_sample=False)
     generator = genai.Generator(model, settings)
@@ -592,8 +622,10 @@ def test_genai_generates_what_transformers_does(qwen: Path, tmp_path: Path) -> N
     assert made == generated(load(qwen), PROMPT, 8)[0, : len(made)].tolist() and len(made) > PROMPT.shape[1]
 
 
-def test_bench_says_how_fast_an_export_is(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exporter.export(qwen, tmp_path / "onnx")
+def test_bench_says_how_fast_an_export_is(
+    qwen: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(exported, tmp_path / "onnx")
     options = ("--threads", "1", "--prompt-tokens", "8", "--new-tokens", "3")
     got = Run(capsys, "bench", tmp_path / "onnx", *options, "--json")
     assert got.code == 0, got.err

@@ -34,6 +34,8 @@ from moecc.passes.sensitivity import Gradients
 from moecc.stream import StageWeights, Stream, first_tokens, run_program
 from moecc.trace import trace
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 Tiny = Callable[[str], Program]
 ROOT = Path(__file__).parents[1]
 MY_PASS = str(ROOT / "examples" / "my_pass.py")
