@@ -84,11 +84,11 @@ def traced_once() -> Iterator[None]:
 
     def export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
         model = found.model
-        if found.mode is None:  # a module with weights of its own
-            return real(found, batch, sequence)
-        tensors = [(n, t.shape, t.dtype) for n, t in (*model.named_parameters(), *model.named_buffers())]
         config = {k: v for k, v in found.config.to_dict().items() if k != "_name_or_path"}
-        key = type(model), str(config), str(tensors), batch, sequence
+        modules = tuple((name, type(module)) for name, module in model.named_modules())
+        parameters = [(n, p.shape, p.dtype) for n, p in model.named_parameters()]
+        buffers = [(n, b.dtype, b.tolist()) for n, b in model.named_buffers()]  # of these a trace holds the values
+        key = modules, str((config, parameters, buffers)), found.mode is None, batch, sequence
         if key not in _traces:
             _traces[key] = real(found, batch, sequence)
         return copy.deepcopy(_traces[key])

@@ -440,13 +440,16 @@ def test_quantized_linears_become_matmulnbits(bits: int, opset: int, runs_from: 
     assert float((got - want).abs().max() / want.abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
-def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "also_4"), [("gpt_oss", True), ("deepseek_v3", ALL)])
+def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(family: str, also_4: bool, tmp_path: Path) -> None:
     art = compiled(tmp_path, family)
-    eight, four = (exporter.export(art, tmp_path / f"onnx{bits}", profile="qmoe", bits=bits) for bits in (8, 4))
-    # at 4 bits a token may go to another expert, on one machine and not on another
-    assert eight["difference"] <= 0.05 and eight["difference_of_most"] < four["difference_of_most"] <= 0.4
-    ops_used = {n.op_type for n in graph(tmp_path / "onnx4").graph.node}
+    eight = exporter.export(art, tmp_path / "onnx8", profile="qmoe", bits=8)
+    assert eight["difference"] <= 0.05
+    if also_4:
+        four = exporter.export(art, tmp_path / "onnx4", profile="qmoe", bits=4)
+        # a token may go to another expert, on one machine and not on another
+        assert eight["difference_of_most"] < four["difference_of_most"] <= 0.4
+    ops_used = {n.op_type for n in graph(tmp_path / ("onnx4" if also_4 else "onnx8")).graph.node}
     assert "QMoE" in ops_used and not {"VQExperts", "Experts"} & ops_used
 
 
