@@ -15,7 +15,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from moecc import capture
-from moecc.ir import Held, Program, Weight
+from moecc.ir import Held, Program, Weight, digest
 from moecc.skeleton import Skeleton
 
 torch.set_num_threads(1)
@@ -84,15 +83,14 @@ def traced_once() -> Iterator[None]:
     comes after: tracing itself has its own (test_trace, test_families, test_ir)."""
     real = capture._export
 
-    def digest(value: Tensor) -> str:
-        return "" if isinstance(value, FakeTensor) else sha256(value.flatten().view(torch.uint8).numpy()).hexdigest()
-
     def export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
         model = found.model
         config = {k: v for k, v in found.config.to_dict().items() if k != "_name_or_path"}
         modules = tuple((name, type(module)) for name, module in model.named_modules())
         parameters = [(n, p.shape, p.dtype) for n, p in model.named_parameters()]
-        buffers = [(n, b.dtype, b.shape, digest(b)) for n, b in model.named_buffers()]  # a trace holds their values
+        buffers = [  # a trace holds their values
+            (n, b.dtype, b.shape, "" if isinstance(b, FakeTensor) else digest(b)) for n, b in model.named_buffers()
+        ]
         key = modules, str((config, parameters, buffers)), found.mode is None, batch, sequence
         if key not in _traces:
             _traces[key] = real(found, batch, sequence)

@@ -181,13 +181,14 @@ def test_bits_set_the_codes_and_more_are_closer(mixtral: Path, compile: Any, tmp
 
 
 def test_the_same_seed_gives_the_same_bytes(mixtral: Path, compile: Any, tmp_path: Path) -> None:
-    runs = {"a": ("--seed", 7), "b": ("--seed", 7), "seed": ("--seed", 8)}
+    runs = {"a": ("--seed", 7), "b": ("--seed", 7), "seed": ("--seed", 8), "bits": ("--seed", 7, "--bits", 3)}
     for name, options in runs.items():
         assert compile(mixtral, tmp_path / name, EVERYTHING, *options).code == 0
     first = content(tmp_path / "a")
     assert {"config.json", "model.safetensors", "moecc.json", "report.html", "tokenizer.json"} <= first.keys()
     assert content(tmp_path / "b") == first
-    assert content(tmp_path / "seed")["model.safetensors"] != first["model.safetensors"]
+    for name in ("seed", "bits"):
+        assert content(tmp_path / name)["model.safetensors"] != first["model.safetensors"]
 
 
 @pytest.fixture(scope="module")

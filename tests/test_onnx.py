@@ -386,7 +386,7 @@ def test_float16(family: str, tmp_path: Path) -> None:
     made = exporter.export(art, tmp_path / "onnx", dtype="float16")
     assert 1e-6 < made["difference_of_most"] <= exporter.TOLERANCE["float16"]
     path = tmp_path / "onnx" / "model.onnx"
-    model = onnx.load(path, load_external_data=False)
+    model = graph(path.parent)
     names = [n.op_type for n in model.graph.node if n.op_type.startswith("CachedAttention")]
     assert names == ([ATTENTION[family]] * 2 if family in ATTENTION else [])
     ids = torch.randint(0, 60, (4, 20))
@@ -485,7 +485,7 @@ def test_qmoe_wants_a_new_runtime(qwen: Path, tmp_path: Path, monkeypatch: pytes
 
 def exact_copy(path: Path) -> Path:
     """The same model with float32 activations in MatMulNBits."""
-    model = onnx.load(path, load_external_data=False)
+    model = graph(path.parent)
     nodes = [n for n in model.graph.node if n.op_type == "MatMulNBits"]
     assert nodes
     for node in nodes:
