@@ -37,10 +37,11 @@ format: $(READY)
 clean:
 	rm -rf .venv out build dist
 
-# torch goes first, so that the version that the tests were written with is taken, not the newest that moecc allows.
+# torch goes first, so that the version that the tests were written with is taken, not the newest that moecc allows. What is
+# never imported isn't byte-compiled: that took longer than the rest of the installation.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moecc needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test]'
 	touch $@

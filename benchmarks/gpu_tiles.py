@@ -65,6 +65,7 @@ class Case:
         self.routed = routed(shape, tokens, device)
         self.packed = layer.packed()
         self.layer = layer
+        self.runs = 2 if device == "cpu" else 4
 
     def plan(self, tile: Tile) -> launch.Plan:
         return launch.plan(*self.routed, *self.packed, None, **_gpu.SILU, tile=tile)
@@ -72,7 +73,7 @@ class Case:
     def wrong(self, tile: Tile, wanted: torch.Tensor) -> str:
         """What is wrong with a tile's results; nothing if nothing is."""
         results = []
-        for _ in range(4):
+        for _ in range(self.runs):
             made = self.plan(tile)
             made.out.fill_(torch.nan)
             for each in made.launches:
@@ -123,7 +124,7 @@ def main() -> int:
     if not told.tiny:
         _gpu.compile_in_parallel()
     device = "cpu" if told.tiny else "cuda"
-    clock = gpu.Clock(device, 2 if told.tiny else 15)
+    clock = gpu.Clock(device, 1 if told.tiny else 15)
     lines = [
         f"# Tiles, {'CPU' if told.tiny else torch.cuda.get_device_name()}",
         "",

@@ -69,10 +69,10 @@ SMALLER: dict[str, dict[str, Any]] = {
 }
 
 
-def checkpoint(folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.float32) -> Path:
-    """A tiny model of a family, as a checkpoint with its tokenizer."""
+def checkpoint(folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """A tiny model of a family, as a checkpoint with its tokenizer. config: what is to be other than in tests/families.py."""
     entry = FAMILIES[family]
-    smaller = replace(entry, config={**entry.config, **SMALLER.get(family, {})})
+    smaller = replace(entry, config={**entry.config, **SMALLER.get(family, {}), **config})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, family, smaller)
         make(family, dtype).save_pretrained(folder)

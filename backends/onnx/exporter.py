@@ -64,6 +64,8 @@ def export(
     free_space(out, 2 * store.nbytes)  # what is bfloat16 in the artifact is float32 here
     say(f"tracing {folder}")
     cached = capture_cached(found)
+    if profile == "qmoe":
+        qmoe.require_known(cached.program.graph)
     model = translate(cached, opset, store)
     if profile == "qmoe":
         qmoe.lower(model, store, bits)

@@ -19,12 +19,13 @@ from typing import Any
 import onnx_ir as ir
 import onnxruntime
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from moecc import vq4
+from moecc import ops, vq4
 from moecc.backends.onnx import bodies
 from moecc.backends.onnx.translate import weight_name
 from moecc.errors import MoeccError
+from moecc.ir import MoE
 from moecc.weights import CheckpointStore
 
 DOMAIN, OLDEST = "com.microsoft", (1, 31)
@@ -41,8 +42,19 @@ def require() -> None:
         )
 
 
+def require_known(graph: fx.Graph) -> None:
+    """MoeccError for experts of a traced graph that the kernel doesn't know, before the graph is translated, which takes minutes."""
+    for node in graph.nodes:
+        if node.target in ops.MOE_OPS:
+            experts = MoE(node, "", 0, None)
+            _activation(experts.attributes)
+            if experts.operand("post_norm") is not None:
+                raise MoeccError("QMoE knows no norm behind an expert; export with --profile portable")
+            _block(*experts.sizes[2:])
+
+
 def lower(model: ir.Model, store: CheckpointStore, bits: int) -> None:
-    """Replace the experts nodes of a translated graph. MoeccError for what the kernel doesn't know."""
+    """Replace the experts nodes of a translated graph, which are `require_known`. MoeccError for weights that are computed."""
     for node in [n for n in model.graph if n.domain == bodies.DOMAIN and n.op_type in ("VQExperts", "Experts")]:
         _Experts(model, node, store).lower(bits)
 
@@ -57,8 +69,6 @@ class _Experts:
         self.attributes = {k: a.value for k, a in node.attributes.items()}
         self.activation = _activation(self.attributes)
         self.origins = {n: weight_name(v) for n, v in self.given.items() if n not in bodies.ROUTED}
-        if "post_norm" in self.given:
-            raise MoeccError("QMoE knows no norm behind an expert; export with --profile portable")
         if computed := [n for n, origin in self.origins.items() if origin is None]:
             raise MoeccError(
                 f"{computed[0]} is stored in another order than QMoE wants; compile the model, then export it"
@@ -72,9 +82,7 @@ class _Experts:
         return tuple(int(n) for n in value.shape[:2])  # type: ignore[index, arg-type]
 
     def lower(self, bits: int) -> None:
-        block = next((b for b in _BLOCKS if self.hidden % b == 0 == self.units % b), None)
-        if block is None:
-            raise MoeccError(f"QMoE wants sizes that blocks of 16 divide, not {self.hidden} and {self.units}")
+        block = _block(self.hidden, self.units)
         x, index, weight = (self.given[n] for n in bodies.ROUTED)
         op = bodies.Ops()
         rows = op.Cast(x, to=int(ir.DataType.FLOAT))
@@ -138,6 +146,14 @@ class _Experts:
         for value in self.given.values():
             if weight_name(value) is not None and not value.uses():
                 del self.model.graph.initializers[value.name]  # type: ignore[arg-type]
+
+
+def _block(hidden: int, units: int) -> int:
+    """Weights that share a scale."""
+    found = next((b for b in _BLOCKS if hidden % b == 0 == units % b), None)
+    if found is None:
+        raise MoeccError(f"QMoE wants sizes that blocks of 16 divide, not {hidden} and {units}")
+    return found
 
 
 def _activation(attributes: dict[str, Any]) -> dict[str, Any]:
