@@ -8,6 +8,8 @@ READY := .venv/.ready
 OUT := out/tinymoe-2bit
 PYTEST := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all lint format clean
 
 demo: $(READY)
@@ -37,8 +39,8 @@ format: $(READY)
 clean:
 	rm -rf .venv out build dist
 
-# torch goes first, so that the version that the tests were written with is taken, not the newest that moecc allows. What is
-# never imported isn't byte-compiled: that took longer than the rest of the installation.
+# torch goes first, so that the version that the tests were written with is taken, not the newest that moecc allows. Byte code is
+# written for what is imported, when it is: for everything it takes longer than the rest of the installation.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "moecc needs Python 3.11 or newer; try make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
