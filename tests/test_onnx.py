@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moecc import compiler, gates, ops, vq4
 from moecc.backends.onnx import bodies, build, exporter, layout, masks, run, translate, weights
+from moecc.backends.onnx.cached import Cached
 from moecc.errors import MoeccError
+from moecc.skeleton import Skeleton
 from moecc.trace import trace
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = pytest.mark.usefixtures("traced_once", "translated_once")
 ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"
 ATTRIBUTES = {"act": "silu", "gate": "glu", "alpha": 1.7, "limit": 2.0, "eps": 1e-5}
 E, D, F, K = 6, 80, 40, 2  # no multiples of 64
@@ -204,6 +207,32 @@ def test_codes_lie_in_blocks_of_rows() -> None:
 
 # ---------------------------------------------------------------- whole models
 
+
+@pytest.fixture(scope="module")
+def translated_once() -> Iterator[None]:
+    """One graph for all exports of an artifact at a dtype and opset: it has no weights yet, and making it takes longest."""
+    capture, translated = exporter.capture_cached, exporter.translate
+    captured: dict[Any, Cached] = {}
+    graphs: dict[tuple[int, int], ir.Model] = {}
+
+    def capture_once(found: Skeleton) -> Cached:
+        key = found.folder, found.model.dtype
+        if key not in captured:
+            captured[key] = capture(found)
+        return captured[key]
+
+    def translate_once(cached: Cached, opset: int, stored: Container[str]) -> ir.Model:
+        key = id(cached), opset
+        if key not in graphs:
+            graphs[key] = translated(cached, opset, stored)
+        return graphs[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "capture_cached", capture_once)
+        patch.setattr(exporter, "translate", translate_once)
+        yield
+
+
 # softmax with a shared expert; sigmoid, bias and groups; biases, transposed, interleaved; sigmoid on scaled inputs and complex
 # rotations; all experts' rows in one matrix; a norm behind each expert; experts in attention; no head: a norm's output is the
 # model's
@@ -220,9 +249,7 @@ def one_layer(family: str) -> dict[str, Any]:
     return {"n_layers" if family == "dbrx" else "num_hidden_layers": 1}
 
 
-def compiled(
-    folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bits: float = 2, **config: Any
-) -> Path:
+def compiled(folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bits: float = 2, **config: Any) -> Path:
     """A small artifact of a family."""
     source = checkpoint(folder / "model", family, **config)
     compiler.compile_model(

@@ -112,9 +112,15 @@ def compiled(
 # ---- the contract
 
 
-@pytest.mark.parametrize("text", CASES)
-def test_a_pass_says_honestly_whether_it_changed_anything_and_leaves_a_legal_graph(traced: Program, text: str) -> None:
-    run = compiled(traced, text)
+@pytest.fixture(scope="module", params=CASES)
+def text_and_run(request: pytest.FixtureRequest, traced: Program) -> tuple[str, Run]:
+    return request.param, compiled(traced, request.param, seed=7)
+
+
+def test_a_pass_says_honestly_whether_it_changed_anything_and_leaves_a_legal_graph(
+    traced: Program, text_and_run: tuple[str, Run]
+) -> None:
+    run = text_and_run[1]
     run.program.verify()
     said = dict(zip(run.differed, (r.changed for r in run.reports), strict=True))
     assert said == run.differed
@@ -122,9 +128,9 @@ def test_a_pass_says_honestly_whether_it_changed_anything_and_leaves_a_legal_gra
     assert out.shape == torch.cat(run_program(traced, TOKENS)).shape and bool(torch.isfinite(out).all())
 
 
-@pytest.mark.parametrize("text", CASES)
-def test_the_same_seed_gives_the_same_bytes(traced: Program, text: str) -> None:
-    first, again = (compiled(traced, text, seed=7) for _ in range(2))
+def test_the_same_seed_gives_the_same_bytes(traced: Program, text_and_run: tuple[str, Run]) -> None:
+    text, first = text_and_run
+    again = compiled(traced, text, seed=7)
     assert first.program.text() == again.program.text()
     assert first.ctx.audit == again.ctx.audit and first.ctx.notes == again.ctx.notes
 

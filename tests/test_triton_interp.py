@@ -112,8 +112,9 @@ def test_every_gate(gate: str, act: str) -> None:
     """In the product, and in the kernel that sums split columns."""
     made = check(draw_layer(2, tokens=2, experts=2, hidden=16, intermediate=8, act=act, gate=gate, bias=True))
     assert made.named("gate_up").arguments["FUSED"]  # one step can't be split
-    made = check(draw_layer(2, tokens=1, experts=2, hidden=520, intermediate=8, act=act, gate=gate, bias=True))
-    assert not made.named("gate_up").arguments["FUSED"]
+    if act == "silu" or gate == "glu":  # both are one function of two, wherever it is called
+        made = check(draw_layer(2, tokens=1, experts=2, hidden=520, intermediate=8, act=act, gate=gate, bias=True))
+        assert not made.named("gate_up").arguments["FUSED"]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

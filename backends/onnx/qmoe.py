@@ -43,7 +43,7 @@ def require() -> None:
 
 
 def require_known(graph: fx.Graph) -> None:
-    """MoeccError for experts of a traced graph that the kernel doesn't know, before the graph is translated, which takes minutes."""
+    """MoeccError for experts of a traced graph that the kernel doesn't know; the translation that is spared takes minutes."""
     for node in graph.nodes:
         if node.target in ops.MOE_OPS:
             experts = MoE(node, "", 0, None)

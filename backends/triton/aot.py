@@ -68,7 +68,7 @@ class Report:
     matrix: int  # matrix instructions
     loops: list[list[str]]  # instructions of the innermost loops with a matrix instruction
     per_weight: float | None  # of the longest of them, for each weight and lane; None where there is none
-    code: str  # of the machine
+    code: str  # of the machine; empty for a kernel of an NVIDIA card without product and stack: reading it takes half a second
     assembly: str  # what it was made of: PTX, AMD's as code
 
 
@@ -119,10 +119,11 @@ def _nvidia(made: Any, target: Target, weights_per_lane: float) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage, code = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise MoeccError(f"cuobjdump reports no registers for {target.name}: {usage.strip()[:200]!r}")
+        usage = _cuobjdump("-res-usage", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise MoeccError(f"cuobjdump reports no registers for {target.name}: {usage.strip()[:200]!r}")
+        code = _cuobjdump("-sass", file.name) if weights_per_lane or int(found[2]) else ""
     instructions = [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(code)]
     loops = _loops(instructions, target.matrix)
     longest = max(map(len, loops), default=0)
