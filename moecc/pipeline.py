@@ -78,10 +78,16 @@ def _load_file(path: Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
+    before, sys.dont_write_bytecode = (
+        sys.dont_write_bytecode,
+        True,
+    )  # nothing is left beside the file, and no old code is run
     try:
         spec.loader.exec_module(module)
     except Exception as e:
         raise MoeccError(f"pass file {path} can't be imported: {type(e).__name__}: {e}") from e
+    finally:
+        sys.dont_write_bytecode = before
     return module
 
 

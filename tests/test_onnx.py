@@ -233,20 +233,19 @@ def translated_once() -> Iterator[None]:
         yield
 
 
-# softmax with a shared expert; sigmoid, bias and groups; biases, transposed, interleaved; sigmoid on scaled inputs and complex
-# rotations; all experts' rows in one matrix; a norm behind each expert; experts in attention; no head: a norm's output is the
-# model's
-# qwen2_moe goes through most other tests here
-SAMPLE = ("deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "muse_spark_text", "jetmoe")
+# sigmoid, bias and groups; biases, transposed, interleaved; sigmoid on scaled inputs and complex rotations; a norm behind each
+# expert, and no head: a norm's output is the model's; experts in attention
+# qwen2_moe, with a softmax and a shared expert, goes through most other tests here
+SAMPLE = ("deepseek_v3", "gpt_oss", "llama4_text", "muse_spark_text", "jetmoe")
 # One layer, where another would be like it and what it adds to a graph (its cache, shared masks) is asked of others.
-ALIKE = () if ALL else ("deepseek_v3", "dbrx", "muse_spark_text", "jetmoe")
+ALIKE = () if ALL else ("deepseek_v3", "llama4_text", "muse_spark_text", "jetmoe")
 
 
 def one_layer(family: str) -> dict[str, Any]:
     """The configuration of a model of one decoder layer."""
     if family == "gpt_oss":
         return {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
-    return {"n_layers" if family == "dbrx" else "num_hidden_layers": 1}
+    return {"num_hidden_layers": 1}
 
 
 def compiled(folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bits: float = 2, **config: Any) -> Path:
@@ -265,7 +264,7 @@ def test_a_family_is_exported(family: str, tmp_path: Path) -> None:
     made = exporter.export(art, tmp_path / "onnx", opset=21 if sorted(FAMILIES).index(family) % 2 else 23)
     assert made["difference"] <= 1e-4
     if family in WINDOWS:
-        assert_masks_are_known(graph(tmp_path / "onnx"), family)
+        assert_masks_are_known(graph(tmp_path / "onnx"), WINDOWS[family])
     path = tmp_path / "onnx" / "model.onnx"
     portable, native = run.Session(path), run.Session(path, library=library())
     ids = torch.randint(0, 60, (2, 11))
@@ -306,6 +305,13 @@ def exported(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def artifact(family: str, folder: Path, request: pytest.FixtureRequest) -> Path:
+    """The one that there is of qwen2_moe, one of a single layer of others."""
+    if family == "qwen2_moe":
+        return Path(request.getfixturevalue("qwen"))
+    return compiled(folder, family, **one_layer(family))
+
+
 def graph(folder: Path) -> onnx.ModelProto:
     """An exported model without its weights."""
     return onnx.load(folder / "model.onnx", load_external_data=False)
@@ -315,10 +321,10 @@ def graph(folder: Path) -> onnx.ModelProto:
 WINDOWS = {"qwen2_moe": [masks.NO_WINDOW], "gpt_oss": [8, masks.NO_WINDOW], "llama4_text": []}
 
 
-def assert_masks_are_known(model: onnx.ModelProto, family: str) -> None:
+def assert_masks_are_known(model: onnx.ModelProto, windows: list[int]) -> None:
     """Each mask of a window is one CausalMask, known by its values, and nothing is left of how it was made."""
-    windows = [n.attribute[0].i for n in model.graph.node if n.op_type == masks.NAME]
-    assert sorted(windows) == WINDOWS[family]
+    found = [n.attribute[0].i for n in model.graph.node if n.op_type == masks.NAME]
+    assert sorted(found) == windows
     left = [n for n in model.graph.node if n.op_type in ("LessOrEqual", "Less", "Range")]
     assert bool(left) == (not windows)
 
@@ -389,9 +395,13 @@ ATTENTION = {
     "qwen3_moe": "CachedAttentionNormRope",
     "mixtral": "CachedAttentionRope",
 }
+SLIDING = {
+    "qwen3_moe": dict(use_sliding_window=True, sliding_window=8),
+    "mixtral": dict(sliding_window=8),
+}  # in every layer
 
 
-@pytest.mark.parametrize("family", ATTENTION)
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", *["mixtral"] * ALL])
 def test_attention_is_one_node_whose_cache_may_have_room(
     family: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -400,8 +410,9 @@ def test_attention_is_one_node_whose_cache_may_have_room(
         folder = request.getfixturevalue("exported")
     else:
         folder = tmp_path / "onnx"
-        exporter.export(compiled(tmp_path, family, "vq", **one_layer(family)), folder)
+        exporter.export(compiled(tmp_path, family, "vq", **one_layer(family), **SLIDING[family]), folder)
     path, model = folder / "model.onnx", graph(folder)
+    assert_masks_are_known(model, [8] if family in SLIDING else [masks.NO_WINDOW])
     names = [n.op_type for n in model.graph.node if n.op_type.startswith("CachedAttention")]
     assert names == [ATTENTION[family]] * len([n for n in model.graph.node if n.op_type == "VQExperts"])
     assert not {"Attention", "Expand", "GatherND"} & {n.op_type for n in model.graph.node}
@@ -417,9 +428,9 @@ def test_attention_is_one_node_whose_cache_may_have_room(
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", *["muse_spark_text"] * ALL])
-def test_float16(family: str, tmp_path: Path) -> None:
+def test_float16(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The first's attention is one node as at float32; the others have norms in float32."""
-    art = compiled(tmp_path, family, "vq", **one_layer(family))
+    art = artifact(family, tmp_path, request)
     made = exporter.export(art, tmp_path / "onnx", dtype="float16")
     assert 1e-6 < made["difference_of_most"] <= exporter.TOLERANCE["float16"]
     path = tmp_path / "onnx" / "model.onnx"
@@ -458,9 +469,9 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault() -> None:
 
 
 def test_experts_that_are_left_dense(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "model", "gpt_oss")
+    source = checkpoint(tmp_path / "model", "gpt_oss", **one_layer("gpt_oss"))
     assert exporter.export(source, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
-    assert_masks_are_known(graph(tmp_path / "onnx"), "gpt_oss")
+    assert_masks_are_known(graph(tmp_path / "onnx"), [8])
 
 
 @pytest.mark.parametrize(("bits", "opset", "runs_from"), [(4, 21, "1.20"), *[(8, 21, "1.22")] * ALL, (8, 23, "1.23")])
@@ -477,16 +488,17 @@ def test_quantized_linears_become_matmulnbits(bits: int, opset: int, runs_from: 
     assert float((got - want).abs().max() / want.abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize(("family", "also_4"), [("gpt_oss", True), ("deepseek_v3", ALL)])
-def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(family: str, also_4: bool, tmp_path: Path) -> None:
-    art = compiled(tmp_path, family, **one_layer(family))
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe", *["deepseek_v3"] * ALL])
+def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    art = artifact(family, tmp_path, request)
     eight = exporter.export(art, tmp_path / "onnx8", profile="qmoe", bits=8)
     assert eight["difference"] <= 0.05
-    if also_4:
-        four = exporter.export(art, tmp_path / "onnx4", profile="qmoe", bits=4)
-        # a token may go to another expert, on one machine and not on another
-        assert eight["difference_of_most"] < four["difference_of_most"] <= 0.4
-    ops_used = {n.op_type for n in graph(tmp_path / ("onnx4" if also_4 else "onnx8")).graph.node}
+    four = exporter.export(art, tmp_path / "onnx4", profile="qmoe", bits=4)
+    # a token may go to another expert, on one machine and not on another
+    assert eight["difference_of_most"] < four["difference_of_most"] <= 0.4
+    ops_used = {n.op_type for n in graph(tmp_path / "onnx4").graph.node}
     assert "QMoE" in ops_used and not {"VQExperts", "Experts"} & ops_used
 
 
@@ -606,7 +618,7 @@ def test_the_command_writes_a_folder_and_says_how_it_compares(
     assert got.json["opset"] == 21 and got.json["difference"] <= 1e-4
     settings = json.loads((tmp_path / "made" / "genai_config.json").read_text())["model"]
     assert settings["decoder"]["num_hidden_layers"] == 2 and settings["vocab_size"] == 64
-    assert_masks_are_known(graph(tmp_path / "made"), "qwen2_moe")
+    assert_masks_are_known(graph(tmp_path / "made"), [masks.NO_WINDOW])
     again = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made")
     assert again.code == 2 and "exists" in again.err and again.err.count("\n") == 1
 

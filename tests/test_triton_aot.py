@@ -68,8 +68,9 @@ def over_budget(report: Report, bits: int) -> bool:
 
 
 ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"
-# Cards of an instruction set that another here has too: one launch of each kernel, with as much in it as there can be.
-TWINS = () if ALL else ("sm_86", "sm_89", "gfx90a")
+WHOLE = (
+    tuple(TARGETS) if ALL else ("sm_80", "sm_90")
+)  # other cards compile one launch of each kernel, with as much in it as can be
 
 
 def launches(target: str) -> dict[str, Launch]:
@@ -97,9 +98,7 @@ def launches(target: str) -> dict[str, Launch]:
             "prefill, less": (abstract_plan(MIXTRAL, 256, 2, card=target), ["gate_up", "down"]),
         }
     found = {f"{label}: {name}": made.named(name) for label, (made, names) in plans.items() for name in names}
-    if target not in TWINS:
-        return found
-    return {label: launch for label, launch in found.items() if label in MOST}
+    return {label: launch for label, launch in found.items() if target in WHOLE or label in MOST}
 
 
 MOST = {

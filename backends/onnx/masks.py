@@ -46,13 +46,15 @@ def simplify(model: ir.Model) -> None:
 
 
 def _count_by_mask(model: ir.Model, ids: ir.Value, counts: ir.Value) -> None:
-    """Sizes of batch and past from `_INPUTS`: a cache may have room for more than the past, and a mask is not to depend on it."""
-    caches = [v for v in model.graph.inputs if v.name.startswith("past_key_values.")]  # type: ignore[union-attr]
-    for node in [n for v in caches for n, _ in v.uses() if n.op_type == "Shape"]:
+    """Sizes of batch, new and past from `_INPUTS`: a cache may have room for more than the past, a mask is not to depend on it."""
+    others = [v for v in model.graph.inputs if v is not ids and v is not counts]
+    for value, node in [(v, n) for v in others for n, _ in v.uses() if n.op_type == "Shape"]:
         op, dimensions = Ops(), (node.attributes["start"].as_int(), node.attributes["end"].as_int())
         if dimensions == (0, 1):
             put_instead(model, node, op, op.size(ids, 0))
-        elif dimensions == (2, 3):
+        elif value.name == "position_ids" and dimensions == (1, 2):
+            put_instead(model, node, op, op.size(ids, 1))
+        elif value.name != "position_ids" and dimensions == (2, 3):
             put_instead(model, node, op, op.Sub(op.size(counts, 1), op.size(ids, 1)))
 
 
