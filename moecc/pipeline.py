@@ -78,10 +78,8 @@ def _load_file(path: Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
-    before, sys.dont_write_bytecode = (
-        sys.dont_write_bytecode,
-        True,
-    )  # nothing is left beside the file, and no old code is run
+    before = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # nothing is left beside the file, and no old code is run
     try:
         spec.loader.exec_module(module)
     except Exception as e:

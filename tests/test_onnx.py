@@ -395,10 +395,8 @@ ATTENTION = {
     "qwen3_moe": "CachedAttentionNormRope",
     "mixtral": "CachedAttentionRope",
 }
-SLIDING = {
-    "qwen3_moe": dict(use_sliding_window=True, sliding_window=8),
-    "mixtral": dict(sliding_window=8),
-}  # in every layer
+# windows in every layer
+SLIDING = {"qwen3_moe": dict(use_sliding_window=True, sliding_window=8), "mixtral": dict(sliding_window=8)}
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", *["mixtral"] * ALL])

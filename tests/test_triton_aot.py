@@ -68,9 +68,8 @@ def over_budget(report: Report, bits: int) -> bool:
 
 
 ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"
-WHOLE = (
-    tuple(TARGETS) if ALL else ("sm_80", "sm_90")
-)  # other cards compile one launch of each kernel, with as much in it as can be
+# Cards that compile every launch; for others it is one of each kernel, with as much in it as there can be.
+WHOLE = tuple(TARGETS) if ALL else ("sm_80", "sm_90")
 
 
 def launches(target: str) -> dict[str, Launch]:
