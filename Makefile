@@ -21,11 +21,11 @@ demo: $(READY)
 # Triton's interpreter is chosen for a whole process, so what runs in it is a run of its own.
 test: $(READY)
 	env -u MOECC_ALL_FAMILIES -u TRITON_INTERPRET $(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) -m interp tests/test_triton_*.py
+	TRITON_INTERPRET=1 env -u MOECC_ALL_FAMILIES $(PYTEST) -m interp tests/test_triton_*.py
 
 test-all: $(READY)
 	MOECC_ALL_FAMILIES=1 $(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) -m interp tests/test_triton_*.py
+	MOECC_ALL_FAMILIES=1 TRITON_INTERPRET=1 $(PYTEST) -m interp tests/test_triton_*.py
 
 lint: $(READY)
 	$(BIN)/ruff check

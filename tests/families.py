@@ -7,6 +7,7 @@ Names are transformers' model types; a family that the installed transformers la
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from transformers import AutoConfig
 
 from moecc.skeleton import model_class
+
+ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"  # `make test-all`: every case of every test
 
 # What a configuration class doesn't know is left out, so one set serves all families.
 COMMON: dict[str, Any] = dict(

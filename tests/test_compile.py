@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, make
+from families import ALL, FAMILIES, make
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -31,7 +31,6 @@ from moecc.tensorfiles import TensorFile
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
-ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"
 SAMPLE = (
     "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "nemotron_h", "jetmoe", "muse_spark_text",
 )  # fmt: skip

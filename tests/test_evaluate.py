@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import SAMPLE, make
+from families import ALL, SAMPLE, make
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralModel
 
@@ -79,9 +78,7 @@ def test_an_experts_layer_of_zeros_has_output_error_one(tinymoe: Program) -> Non
 @pytest.mark.family
 @pytest.mark.parametrize(
     "family",
-    SAMPLE
-    if os.environ.get("MOECC_ALL_FAMILIES") == "1"
-    else ("qwen2_moe", "gpt_oss", "nemotron_h", "muse_spark_text"),
+    SAMPLE if ALL else ("qwen2_moe", "gpt_oss", "nemotron_h", "muse_spark_text"),
 )
 @torch.no_grad()
 def test_every_family_has_a_perplexity(family: str) -> None:

@@ -5,13 +5,12 @@ A sample by default; MOECC_ALL_FAMILIES=1 runs all of tests/families.py.
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers
-from families import FAMILIES, SAMPLE, Family, make
+from families import ALL, FAMILIES, SAMPLE, Family, make
 from packaging.version import Version
 from torch import fx
 from torch.export import ExportedProgram
@@ -24,7 +23,7 @@ from moecc.gates import rows_per_unit
 from moecc.skeleton import Skeleton, skeleton
 
 torch.set_num_threads(1)
-NAMES = sorted(FAMILIES) if os.environ.get("MOECC_ALL_FAMILIES") == "1" else SAMPLE
+NAMES = sorted(FAMILIES) if ALL else SAMPLE
 pytestmark = pytest.mark.family
 TRACED = (2, 12)
 LATEST = Version("5.23.0")  # of the releases that the table was made with

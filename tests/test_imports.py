@@ -145,5 +145,7 @@ def test_importing_moecc_and_its_backends_brings_in_no_target_and_asks_for_no_de
     """torch and transformers may bring one in themselves."""
     no_device = "import torch; torch.cuda.is_available = torch.cuda.device_count = lambda: 1 / 0; "
     before = loaded("import torch, transformers")
-    after = loaded(no_device + "import moecc, moecc.pipeline, moecc.backends.triton; moecc.pipeline.names()")
+    after = loaded(
+        no_device + "import moecc, moecc.experts, moecc.pipeline, moecc.backends.triton; moecc.pipeline.names()"
+    )
     assert not (after - before) & HEAVY

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import types
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import ALL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoConfig, LlamaConfig, MixtralConfig, T5Config
@@ -76,7 +76,7 @@ def test_a_28_gb_model_is_traced_in_1_5_gb() -> None:
     assert result["rss"] < 1.5e9
 
 
-@pytest.mark.skipif(os.environ.get("MOECC_ALL_FAMILIES") != "1", reason="a minute; MOECC_ALL_FAMILIES=1 runs it")
+@pytest.mark.skipif(not ALL, reason="a minute; MOECC_ALL_FAMILIES=1 runs it")
 def test_deepseek_v3_is_traced_in_1_5_gb() -> None:
     result = measure(DEEPSEEK_V3)
     assert (result["nodes"], result["layers"]) == (58, 61)

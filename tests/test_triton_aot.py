@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import ALL
 
 pytestmark = pytest.mark.aot
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -67,9 +68,12 @@ def over_budget(report: Report, bits: int) -> bool:
     return report.per_weight is None or report.per_weight > BUDGET[bits]
 
 
-ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"
 # Cards that compile every launch; for others it is one of each kernel, with as much in it as there can be.
 WHOLE = tuple(TARGETS) if ALL else ("sm_80", "sm_90")
+MOST = {
+    "decode: prepare", "decode: gate_up", "decode: hidden", "decode: combine", "norm: down", "norm: norm", "prefill: gate_up",
+    "prefill, float32: down", "prefill, mean: count", "prefill, sums: sums",
+}  # fmt: skip
 
 
 def launches(target: str) -> dict[str, Launch]:
@@ -98,12 +102,6 @@ def launches(target: str) -> dict[str, Launch]:
         }
     found = {f"{label}: {name}": made.named(name) for label, (made, names) in plans.items() for name in names}
     return {label: launch for label, launch in found.items() if target in WHOLE or label in MOST}
-
-
-MOST = {
-    "decode: prepare", "decode: gate_up", "decode: hidden", "decode: combine", "norm: down", "norm: norm", "prefill: gate_up",
-    "prefill, float32: down", "prefill, mean: count", "prefill, sums: sums",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -54,7 +54,7 @@ def _count_by_mask(model: ir.Model, ids: ir.Value, counts: ir.Value) -> None:
             put_instead(model, node, op, op.size(ids, 0))
         elif value.name == "position_ids" and dimensions == (1, 2):
             put_instead(model, node, op, op.size(ids, 1))
-        elif value.name != "position_ids" and dimensions == (2, 3):
+        elif dimensions == (2, 3):
             put_instead(model, node, op, op.Sub(op.size(counts, 1), op.size(ids, 1)))
 
 

@@ -68,6 +68,7 @@ class _Experts:
         self.given = {n: v for n, v in zip(names, node.inputs, strict=False) if v is not None}
         self.attributes = {k: a.value for k, a in node.attributes.items()}
         self.activation = _activation(self.attributes)
+        assert "post_norm" not in self.given, "the graph isn't require_known"
         self.origins = {n: weight_name(v) for n, v in self.given.items() if n not in bodies.ROUTED}
         if computed := [n for n, origin in self.origins.items() if origin is None]:
             raise MoeccError(
