@@ -1,28 +1,20 @@
-"""The reference backend: the artifact runs in eager PyTorch through transformers, and its numbers define the others'.
+"""The reference target: the artifact runs in eager PyTorch through transformers, and its numbers define the others'.
 
-There is nothing to lower: `moecc.ops` is the implementation. `runtime` gives the model that runs an artifact.
+There is nothing to lower: `moecc.ir.ops` is the implementation, and `AutoModelForCausalLM.from_pretrained` loads the artifact.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import torch
-
-from moecc import hf
-from moecc.ir import Program
+from moecc.target import Emitted, Say, Target
 
 
-def require() -> None:
-    """What a backend needs besides moecc, or a MoeccError: this one needs nothing."""
+@dataclass(frozen=True, kw_only=True)
+class ReferenceTarget(Target):
+    name: ClassVar[str] = "reference"
 
-
-def emit(folder: Path, program: Program) -> dict[str, Any]:
-    """What this backend adds to an artifact: nothing; a summary for the compile report."""
-    return {"name": "reference", "files": []}
-
-
-def runtime(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """The transformers model that runs an artifact."""
-    return hf.load(str(folder), dtype)
+    def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
+        return Emitted(summary=f"{artifact}: transformers runs it as it is, by the reference")

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moecc import ops, vq4
 from moecc.backends import triton as backend
 from moecc.backends.triton import pack
 from moecc.backends.triton.aot import SHAPES as SHAPES
 from moecc.backends.triton.aot import Shape
 from moecc.backends.triton.launch import Plan, vq_experts
+from moecc.ir import ops, vq4
 
 PRODUCTS = "torch grouped_mm, products alone"
 SILU: dict[str, Any] = dict(act="silu", gate="glu", alpha=0.0, limit=0.0, eps=0.0)
@@ -92,7 +92,7 @@ def projection(
     mean: int = 0,
     input_side: bool = True,
 ) -> dict[str, Tensor | None]:
-    """The stored tensors (`moecc.vq4`) of one projection, of random numbers that are drawn on the device."""
+    """The stored tensors (`moecc.ir.vq4`) of one projection, of random numbers that are drawn on the device."""
     v, wide = vq4.group_size(bits), vq4.padded(columns)
 
     def whole(low: int, high: int, dtype: torch.dtype, *size: int) -> Tensor:
@@ -224,7 +224,7 @@ def model(shape: Shape, bits: int, device: str, *, layers: int, vocabulary: int)
     from torch import nn
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-    from moecc import experts
+    from moecc.frontend import experts
 
     e, k, d, f = shape
     head = 128 if d >= 1024 else 8

@@ -29,8 +29,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moecc
-from moecc import text, vq4
+from moecc.commands.rows import token_rows, tokenizer_of
 from moecc.errors import MoeccError
+from moecc.ir import vq4
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -75,7 +76,7 @@ def speed_rows(label: str, exported: Path, threads: list[int]) -> list[dict[str,
 def example(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]]:
     from moecc.backends.onnx.run import Session
 
-    ids = text.rows(text.tokenizer_of(EXAMPLE), EXAMPLE / "valid.txt", count=ROWS, length=LENGTH)
+    ids = token_rows(tokenizer_of(EXAMPLE), EXAMPLE / "valid.txt", count=ROWS, length=LENGTH)
     np.save(work / "ids.npy", ids.numpy())
     reference = _reference(ids)
     rows: list[dict[str, Any]] = []
@@ -85,7 +86,7 @@ def example(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]
         compiled = command(
             "compile", EXAMPLE, "--passes", passes, "--bits", bits, "--calib", EXAMPLE / "calib.txt", "-o", art
         )
-        command("export", art, "--to", "onnx", "--embeddings", "int8")
+        command("export", art, "--to", "onnx{embeddings=int8}")
         session = Session(art / "onnx" / "model.onnx")
         quality = _quality(
             reference, torch.cat([session.logits(row[None], [LENGTH]) for row in ids]).log_softmax(-1), ids
@@ -192,7 +193,7 @@ def random_artifact(folder: Path, **changes: int) -> Path:
 
 def random(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]]:
     art = random_artifact(work / "random")
-    command("export", art, "--to", "onnx", "--embeddings", "int8")
+    command("export", art, "--to", "onnx{embeddings=int8}")
     rows = speed_rows("moecc 2 bit, dense 4 bit", art / "onnx", threads)
     for ftype in ("Q2_K",):
         for n in threads:
@@ -203,7 +204,7 @@ def random(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]]
 
 def large(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]]:
     art = random_artifact(work / "large", num_experts=128, num_hidden_layers=16)
-    command("export", art, "--to", "onnx", "--embeddings", "int8")
+    command("export", art, "--to", "onnx{embeddings=int8}")
     return speed_rows("moecc 2 bit, dense 4 bit", art / "onnx", threads)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import moecc
-from moecc import text
+from moecc.commands.rows import token_rows, tokenizer_of
 from moecc.errors import MoeccError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -293,7 +293,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         ids = work / "ids.npy"
-        np.save(ids, text.rows(text.tokenizer_of(args.model), args.calib, count=args.rows, length=args.length).numpy())
+        np.save(ids, token_rows(tokenizer_of(args.model), args.calib, count=args.rows, length=args.length).numpy())
         for group in args.only:
             groups[group] = []
             for label, method, bits in METHODS[group]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.base import Context, Layer, LayerPass, option
-from moecc.ir import MoE
-from moecc.ops import VQ_EXPERTS
+from moecc.ir.moe import MoE
+from moecc.ir.ops import VQ_EXPERTS
+from moecc.options import option
+from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
 """`python -m moecc` is the command `moecc`."""
 
-from moecc_start import main
+from moecc.cli import main
 
 raise SystemExit(main())

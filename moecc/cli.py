@@ -1,4 +1,4 @@
-"""The command line: `moecc compile | inspect | eval | generate | passes | diff`.
+"""The command line: arguments are read first, and the packages that a command needs are imported after.
 
 Results go to stdout (with --json exactly one object), remarks and progress to stderr. Exit codes: 0 done; 1 `diff`
 found a difference; 2 bad input, in one line; 3 a fault of moecc's own; 130 interrupted, 143 terminated. MOECC_DEBUG=1 shows
@@ -17,7 +17,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -128,187 +127,114 @@ Outcome = tuple[int, Any, str]
 
 
 def _compile(options: argparse.Namespace) -> Outcome:
-    from moecc.compiler import compile_model
+    from moecc.checkpoint.files import size
+    from moecc.commands.compile import compile_model
 
     result = compile_model(
-        options.model, options.passes, options.out, bits=options.bits, calib=options.calib, rows=options.rows,
-        length=options.length, backend=options.backend, seed=options.seed, dump=options.dump,
-        trust_remote_code=options.trust_remote_code, progress=_progress(options), say=_say,
-    )  # fmt: skip
-    return 0, result, _compiled_text(result)
-
-
-def _compiled_text(result: dict[str, Any]) -> str:
-    from moecc.tensorfiles import size
-
+        options.model,
+        options.passes,
+        options.out,
+        bits=options.bits,
+        calib=options.calib,
+        rows=options.rows,
+        length=options.length,
+        backend=options.backend,
+        seed=options.seed,
+        dump=options.dump,
+        trust_remote_code=options.trust_remote_code,
+        progress=_progress(options),
+        say=_say,
+    )
     bits = [
         f"{result[key]:.3f} bits per {what}"
         for key, what in (("bits_per_weight_experts", "routed-expert weight"), ("bits_per_weight", "weight"))
-        if result.get(key) is not None
+        if result[key] is not None
     ]
-    written = size(result["bytes"]) if "bytes" in result else ""
-    return f"{result['out']}: " + ", ".join(filter(None, (written, *bits)))
+    return 0, result, f"{result['out']}: " + ", ".join([size(result["bytes"]), *bits])
 
 
 def _inspect(options: argparse.Namespace) -> Outcome:
-    from moecc.survey import survey, table
+    from moecc.commands.inspect import inspect_model, table
 
     if options.bits is not None and options.passes is None:
         raise MoeccError("--bits says something about passes; give --passes too")
-    found = survey(options.model, passes=options.passes, bits=options.bits)
+    found = inspect_model(options.model, passes=options.passes, bits=options.bits)
     return 0, found, table(found)
 
 
 def _eval(options: argparse.Namespace) -> Outcome:
-    import torch
+    from moecc.commands.evaluate import evaluate_models, table
 
-    from moecc import text
-    from moecc.evaluate import evaluate
-    from moecc.source import resolve
-    from moecc.trace import trace
-
-    folder, reference = resolve(options.model), resolve(options.reference)
-    tokenizer = text.tokenizer_of(reference, trust_remote_code=options.trust_remote_code)
-    ids = text.rows(tokenizer, options.text, count=options.rows, length=options.length, purpose="evaluation", say=_say)
-    if _calibrated_on(folder) == text.digest(ids):
-        _say(f"note: {options.model} was calibrated on these very rows; they say little about others")
-    programs = []
-    for path in (folder, reference):
-        _say(f"tracing {path}")
-        program = trace(path, dtype=torch.float32)
-        if program.store is None:
-            raise MoeccError(f"{path} has no *.safetensors weights; give a complete checkpoint or artifact")
-        program.store.check()  # type: ignore[attr-defined]
-        programs.append(program)
-    if program.restriction:
-        _say(f"note: the trace holds for {program.restriction} only")
-    found = evaluate(programs[0], programs[1], ids, batch=options.batch, progress=_progress(options))
-    result = {
-        "model": options.model, "reference": options.reference, "rows": len(ids), "length": ids.shape[1],
-        "rows_digest": text.digest(ids), **found.as_dict(),
-    }  # fmt: skip
-    return 0, result, _eval_text(result)
-
-
-def _calibrated_on(folder: Path) -> str | None:
-    try:
-        return str(json.loads((folder / "moecc.json").read_text())["calibration_digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _eval_text(found: dict[str, Any]) -> str:
-    lines = [
-        f"perplexity      {found['perplexity']:.4f}   reference {found['reference_perplexity']:.4f}",
-        f"KL              {found['kl']:.5f} nats per token, over {found['tokens']} tokens",
-        f"experts chosen  {100 * found['agreement']:.2f} % the same, whole set {100 * found['exact_agreement']:.2f} %",
-        f"bits per weight {found['bits_per_weight_experts']:.3f} over routed experts, "
-        f"{found['bits_per_weight']:.3f} over everything",
-        "",
-    ]
-    width = max(len(row["path"]) for row in found["per_layer"])
-    lines.append(f"{'layer':<{width}}  same experts  whole set  output error")
-    for row in found["per_layer"]:
-        chosen = f"{100 * row['agreement']:10.2f} %  {100 * row['exact_agreement']:7.2f} %"
-        lines.append(f"{row['path']:<{width}}  {chosen}  {row['output_error']:12.5f}")
-    return "\n".join(lines)
+    found = evaluate_models(
+        options.model,
+        options.reference,
+        text=options.text,
+        rows=options.rows,
+        length=options.length,
+        batch=options.batch,
+        trust_remote_code=options.trust_remote_code,
+        progress=_progress(options),
+        say=_say,
+    )
+    return 0, found, table(found)
 
 
 def _generate(options: argparse.Namespace) -> Outcome:
-    from moecc.generate import generate
+    from moecc.commands.generate import generate
 
     found = generate(
-        options.model, options.prompt, new_tokens=options.max_new_tokens, temperature=options.temperature,
-        seed=options.seed, trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
+        options.model,
+        options.prompt,
+        new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
+    )
     return 0, found, found["prompt"] + found["text"]
 
 
 def _export(options: argparse.Namespace) -> Outcome:
-    from moecc.compiler import require_backend
-    from moecc.source import resolve
+    from moecc.commands.export import export_artifact
 
-    if options.bits is not None and options.profile != "qmoe":
-        raise MoeccError("--bits is of the profile qmoe; the others keep the bits that the experts have")
-    backend, folder = require_backend(options.to), resolve(options.model)
-    found = backend.export(
-        folder, options.out or folder / options.to, profile=options.profile, opset=options.opset, dtype=options.dtype,
-        bits=options.bits or 4, small_embeddings=options.embeddings == "int8", say=_say,
-    )  # fmt: skip
-    return 0, found, backend.summary(found)
+    found = export_artifact(options.model, options.to, options.out, say=_say)
+    return 0, {"out": None if found.out is None else str(found.out), **found.facts}, found.summary
 
 
 def _bench(options: argparse.Namespace) -> Outcome:
-    from moecc.compiler import require_backend
+    from moecc.commands.export import bench_export
 
-    backend = require_backend("onnx")
-    rows = backend.bench(
+    target, rows = bench_export(
         Path(options.model),
         threads=options.threads,
         prompt=options.prompt_tokens,
         new_tokens=options.new_tokens,
         say=_say,
     )
-    return 0, {"model": options.model, "rows": rows}, backend.table(rows)
+    return 0, {"model": options.model, "rows": rows}, target.table(rows)
 
 
 def _build_ops(options: argparse.Namespace) -> Outcome:
-    from moecc.compiler import require_backend
+    from moecc.commands.export import build_libraries
 
-    path = str(require_backend("onnx").library())
-    return 0, {"library": path}, path
+    found = [str(path) for path in build_libraries(_say)]
+    return 0, {"libraries": found}, "\n".join(found)
 
 
 def _diff(options: argparse.Namespace) -> Outcome:
-    from moecc.diff import diff, table
+    from moecc.commands.diff import compare_models, table
 
-    found = diff(options.a, options.b, _progress(options))
+    found = compare_models(options.a, options.b, _progress(options))
     return int(not found["identical"]), found, table(found)
 
 
 def _passes(options: argparse.Namespace) -> Outcome:
-    from moecc import pipeline
+    from moecc.commands.passes import describe_pass, describe_passes, pass_line, pass_text
 
     if options.name is not None:
-        found = _described(options.name)
-        return 0, found, _pass_text(found)
-    every = [_described(name) for name in pipeline.names()]
-    return 0, {"passes": every}, "\n".join(_pass_line(p) for p in every)
-
-
-def _described(name: str) -> dict[str, Any]:
-    from moecc import base, pipeline
-
-    cls = pipeline.find(name)
-    summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().split("\n")[0]
-    scope = "layer" if issubclass(cls, base.LayerPass) else "model"
-    options = [
-        {"name": f.name, "default": f.default, "takes": base.accepted(f), "help": f.metadata.get("help", "")}
-        for f in fields(cls)
-    ]
-    return {
-        "name": cls.name, "summary": summary, "scope": "composite" if issubclass(cls, base.Composite) else scope,
-        "needs": sorted(cls.requires), "after": sorted(cls.after), "gives": sorted(cls.provides),
-        "spoils": sorted(cls.spoils), "needs_data": cls.needs_data, "options": options,
-        "expands": ",".join(map(str, cls().expand())) if issubclass(cls, base.Composite) else None,
-    }  # fmt: skip
-
-
-def _pass_line(p: dict[str, Any]) -> str:
-    return f"{p['name']:<10} {p['summary']}\n{'':<10} {', '.join(p['needs']) or '-'} -> {', '.join(p['gives']) or '-'}"
-
-
-def _pass_text(p: dict[str, Any]) -> str:
-    lines = [_pass_line(p)]
-    if p["expands"]:
-        lines.append(f"{'':<10} stands for {p['expands']}")
-    for key, what in (("after", "comes after"), ("spoils", "spoils")):
-        if p[key]:
-            lines.append(f"{'':<10} {what} {', '.join(p[key])}")
-    for o in p["options"]:
-        lines.append(f"  {o['name']}={str(o['default']).lower() if isinstance(o['default'], bool) else o['default']}")
-        lines.append(f"      {o['help']} ({o['takes']})")
-    return "\n".join(lines if p["options"] else [*lines, "  no options"])
+        found = describe_pass(options.name)
+        return 0, found, pass_text(found)
+    every = describe_passes()
+    return 0, {"passes": every}, "\n".join(map(pass_line, every))
 
 
 # ---------------------------------------------------------------- arguments
@@ -331,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(_command(commands, "generate", _generate, "continue a prompt", tokenizer=True))
     _add_export(_command(commands, "export", _export, "an artifact as a folder for another runtime"))
     _add_bench(_command(commands, "bench", _bench, "tokens per second and memory of an exported model"))
-    _command(commands, "build-ops", _build_ops, "compile the op library for ONNX Runtime ahead of its first use")
+    _command(commands, "build-ops", _build_ops, "compile the native libraries of all targets ahead of their first use")
     passes = _command(commands, "passes", _passes, "what passes there are; NAME shows one's options")
     passes.add_argument("name", nargs="?", metavar="NAME", help="a pass, or the path of a file that defines one")
     diff = _command(commands, "diff", _diff, "compare two artifacts or checkpoints; exit code 1 if they differ")
@@ -366,7 +292,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calib", type=Path, metavar="FILE", help="calibration text (default: text of this Python)")
     _add_rows(parser)
     parser.add_argument(
-        "--backend", default="reference", metavar="NAME", help="what runs the result (default: reference)"
+        "--backend", metavar="TARGET", help="write the result in this form too, e.g. onnx{profile=native}"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is random (default: 0)")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the program's text after every pass into DIR")
@@ -396,22 +322,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="OUT", help="artifact or checkpoint: folder or hub id")
-    parser.add_argument("--to", required=True, choices=["onnx"], help="the runtime's format")
-    parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder to write (default: OUT/onnx)")
     parser.add_argument(
-        "--profile", default="portable", choices=["portable", "native", "qmoe"],
-        help="portable: standard operators only (the default); native: moecc's op library beside the model; "
-        "qmoe: experts as int4 or int8 in ONNX Runtime's own operator",
-    )  # fmt: skip
-    parser.add_argument("--bits", type=int, choices=[4, 8], help="of experts in the profile qmoe (default: 4)")
-    parser.add_argument(
-        "--embeddings", choices=["int8"], help="embedding and output head as 8-bit integers (default: as the rest)"
+        "--to", required=True, metavar="TARGET", help="e.g. onnx or 'onnx{profile=native}'; see backends/README.md"
     )
     parser.add_argument(
-        "--opset", type=int, default=23, choices=[21, 23], help="21 for ONNX Runtime before 1.23 (default: 23)"
-    )
-    parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "float16"], help="of activations (default: float32)"
+        "-o", "--out", type=Path, metavar="DIR", help="folder to write (default: OUT/NAME of the target)"
     )
 
 

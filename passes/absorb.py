@@ -3,9 +3,9 @@
 PEFT trains one of dense matrices on the compressed model as transformers loads it; one of routed experts on a model that holds
 their decoded weights.
 
-  1. Dense matrices get their update exactly, rounded to the type they are stored in (`_peft`).
+  1. Dense matrices get their update exactly, rounded to the type they are stored in (`_tune.peft`).
   2. What the experts' updates have in common becomes `rank` more rows of the layer's shared basis: top singular vectors under the
-     second moments of what enters, as `klt` finds its own (`_shared`, steps 2 to 7). Codes stay.
+     second moments of what enters, as `klt` finds its own (`_code.basis`, steps 2 to 7). Codes stay.
   3. The audit has, per projection, which share of the update's effect is lost: |U - stored|^2 / |U|^2 under those moments, U
      [E, N, K] the update; the rounding of the basis that was there already is counted in.
 
@@ -23,16 +23,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moecc import vq4
-from moecc.base import Context, Layer, MoeccError, Pass, option
-from moecc.ir import MoE, Program
-from moecc.ops import VQ_EXPERTS
-from moecc.passes._metric import weighted_error
-from moecc.passes._moments import hidden_units, mean_outer, routed_tokens
-from moecc.passes._peft import Adapter, Update, adapter_files, merge_into, require_fitting
-from moecc.passes._shared import factorize
-from moecc.passes._store import compact
-from moecc.stream import Stream
+from moecc.errors import MoeccError
+from moecc.ir import vq4
+from moecc.ir.moe import MoE
+from moecc.ir.ops import VQ_EXPERTS
+from moecc.ir.program import Program
+from moecc.options import option
+from moecc.passes._code.basis import factorize
+from moecc.passes._code.half import compact
+from moecc.passes._code.metric import weighted_error
+from moecc.passes._code.moments import hidden_units, mean_outer, routed_tokens
+from moecc.passes._tune.peft import Adapter, Update, adapter_files, merge_into, require_fitting
+from moecc.pipeline.passes import Context, Layer, Pass
+from moecc.pipeline.stream import Stream
 
 _PARTS = ("basis", "coef", "coef_scale")
 

@@ -7,7 +7,7 @@
      towards 1 and 0 by `_PRIOR` tokens so that an expert with few tokens is not bent to them.
      Where output errors have costs of their own (`sensitivity`), the slopes of all channels are fitted together under them.
   3. Both are fitted on every second token and kept only where they help on the others; then refitted on all. With
-     offset=auto the offset must also be worth its 16/K bits per weight (`_rate`); behind `budget`, which plans no offsets, none
+     offset=auto the offset must also be worth its 16/K bits per weight (`_code.rate`); behind `budget`, which plans no offsets, none
      is stored.
   4. The audit has what the correction is for: how far the mean of the output was off, and its variance, before and after, over
      the variance of what is wanted.
@@ -27,14 +27,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from moecc import vq4
-from moecc.base import Context, Layer, LayerPass, MoeccError, option
-from moecc.gates import apply_gate
-from moecc.ir import MoE
-from moecc.ops import VQ_EXPERTS
-from moecc.passes._metric import OUTPUT_DAMPING, damped
-from moecc.passes._moments import Moments, Routed, hidden_units, routed_tokens
-from moecc.passes._rate import gain
+from moecc.errors import MoeccError
+from moecc.ir import vq4
+from moecc.ir.gates import apply_gate
+from moecc.ir.moe import MoE
+from moecc.ir.ops import VQ_EXPERTS
+from moecc.options import option
+from moecc.passes._code.metric import OUTPUT_DAMPING, damped
+from moecc.passes._code.moments import Moments, Routed, hidden_units, routed_tokens
+from moecc.passes._code.rate import gain
+from moecc.pipeline.passes import Context, Layer, LayerPass
 
 _PRIOR = 32.0
 _MOST_TOKENS = 2048  # of one expert, spread over the calibration text

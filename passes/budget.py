@@ -1,8 +1,8 @@
 """How the bits of a budget are spent: more where an error costs more.
 
-  1. On a sample of the calibration text, for the float model: every projection's moments (`_moments`), and from them what its error
+  1. On a sample of the calibration text, for the float model: every projection's moments (`_code.moments`), and from them what its error
      will cost at 2, 3 and 4 bits, with codebooks for experts or for the layer, with and without a mean and a basis taken out
-     (`_shared`, step 8). With `sensitivity` costs are in one unit, the model's output and its routers, so that layers and
+     (`_code.basis`, step 8). With `sensitivity` costs are in one unit, the model's output and its routers, so that layers and
      projections can be compared
   2. Of all plans within the budget the one whose errors cost least in sum, by dynamic programming over what may be spent (the
      multiple-choice knapsack problem)
@@ -19,13 +19,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moecc import vq4
-from moecc.base import Context, Kept, Layer, MoeccError, Pass, option
-from moecc.ir import MoE, Program
-from moecc.ops import EXPERTS
-from moecc.passes._moments import measure, routed_tokens
-from moecc.passes._shared import Case
-from moecc.stream import Stream, first_tokens
+from moecc.errors import MoeccError
+from moecc.ir import vq4
+from moecc.ir.moe import MoE
+from moecc.ir.ops import EXPERTS
+from moecc.ir.program import Program
+from moecc.options import option
+from moecc.passes._code.basis import Case
+from moecc.passes._code.moments import measure, routed_tokens
+from moecc.pipeline.passes import Context, Kept, Layer, Pass
+from moecc.pipeline.stream import Stream, first_tokens
 
 _BOOKS = {"expert": 1.0, "layer": 1.06}  # of an output, by whose the codebooks are: measured likewise, behind a mean
 _STEPS = 1 << 14  # in which what is to be spent beyond the least is counted

@@ -1,6 +1,6 @@
 """Group-quantizes what every token goes through: the linears of attention and of shared experts, at 8 or 4 bit.
 
-  1. A layer's linears are all `aten.linear` nodes on a plain weight whose module is an nn.Linear (`_linears`).
+  1. A layer's linears are all `aten.linear` nodes on a plain weight whose module is an nn.Linear (`_tune.linears`).
   2. Left in float, each with its reason in the audit: routers, gates, weights that something else reads too, and linears whose
      input size no group divides.
   3. Each row's groups of `group` neighbouring weights are rounded to `bits` bits between their least and greatest value.
@@ -16,11 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from moecc.base import Context, Layer, LayerPass, option
-from moecc.ir import Program
-from moecc.ops import Q_LINEAR, dequantize_linear
-from moecc.passes._linears import linears
-from moecc.passes._store import compact
+from moecc.ir.ops import Q_LINEAR, dequantize_linear
+from moecc.ir.program import Program
+from moecc.options import option
+from moecc.passes._code.half import compact
+from moecc.passes._tune.linears import linears
+from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
 @dataclass(frozen=True, kw_only=True)

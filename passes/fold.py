@@ -10,10 +10,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from moecc.base import Context, Layer, LayerPass
-from moecc.ir import MoE
-from moecc.ops import VQ_EXPERTS
-from moecc.passes._store import compact
+from moecc.ir.moe import MoE
+from moecc.ir.ops import VQ_EXPERTS
+from moecc.passes._code.half import compact
+from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,19 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.base import Composite, MoeccError, Pass, option
+from moecc.errors import MoeccError
+from moecc.options import option
 from moecc.passes.affine import AffineCorrection
 from moecc.passes.budget import PlanBits
 from moecc.passes.fold import FoldAffine
 from moecc.passes.klt import SharedBasis
 from moecc.passes.moments import MeasureMoments
 from moecc.passes.vq import VectorQuantize
+from moecc.pipeline.passes import Composite, Pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class KBVQ(Composite):
     name: ClassVar[str] = "kbvq"
     provides: ClassVar[frozenset[str]] = frozenset({"moments", "basis", "vq", "affine", "folded"})
+    parts: ClassVar[tuple[type[Pass], ...]] = (
+        PlanBits,
+        MeasureMoments,
+        SharedBasis,
+        VectorQuantize,
+        AffineCorrection,
+        FoldAffine,
+    )
     bits: int | float = option(
         2, help="bits per weight of codes and signs; a fraction: of all that is stored, spent by `budget`", low=2, high=4
     )  # fmt: skip
@@ -41,7 +51,7 @@ class KBVQ(Composite):
         choices=("auto", "on", "off"),
     )
 
-    def expand(self) -> list[Pass]:
+    def stands_for(self) -> list[Pass]:
         budget: list[Pass] = []
         bits, offset = int(self.bits), self.offset
         codebook = "expert" if self.codebook == "auto" else self.codebook

@@ -1,7 +1,7 @@
 """KBVQ-MoE, first part: what the experts of a layer have in common is taken out before coding.  arXiv 2602.11184.
 
-  1. A mean that all share as it is, and a basis in which each expert has coefficients (`_shared` says how both are found)
-  2. auto: those whose error after coding is worth their bits (`_rate`), none allowed, by an estimate for all combinations; the
+  1. A mean that all share as it is, and a basis in which each expert has coefficients (`_code.basis` says how both are found)
+  2. auto: those whose error after coding is worth their bits (`_code.rate`), none allowed, by an estimate for all combinations; the
      best is coded, on a sample of experts, and taken only if it is worth its bits so too. Errors of both projections count: where
      one is far the smaller, bits do not go there. So by default there may be no basis at all, and a mean instead where that costs
      less, which the paper has not: it shares a basis always (rank=R,mean=off). Behind `budget`: what that has planned
@@ -19,13 +19,14 @@ from typing import ClassVar
 
 from torch import fx
 
-from moecc import vq4
-from moecc.base import Context, Layer, LayerPass, option
-from moecc.ir import MoE
-from moecc.ops import EXPERTS, KLT_EXPERTS
-from moecc.passes._moments import Moments
-from moecc.passes._rate import gain
-from moecc.passes._shared import Case, Choice, Shared
+from moecc.ir import vq4
+from moecc.ir.moe import MoE
+from moecc.ir.ops import EXPERTS, KLT_EXPERTS
+from moecc.options import option
+from moecc.passes._code.basis import Case, Choice, Shared
+from moecc.passes._code.moments import Moments
+from moecc.passes._code.rate import gain
+from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
 @dataclass(frozen=True, kw_only=True)

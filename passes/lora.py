@@ -1,6 +1,6 @@
 """Merges a PEFT LoRA adapter into the float weights it adapts, routed experts included, before anything is coded.
 
-`_peft` reads the adapter. Every tensor of it must find its weight, or nothing is merged. A merged weight is computed whenever it
+`_tune.peft` reads the adapter. Every tensor of it must find its weight, or nothing is merged. A merged weight is computed whenever it
 is read, in float32, and rounded to the type that the checkpoint stores it in. Passes behind it take the merged model for the float
 one.
 """
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from moecc.base import Context, Pass, option
-from moecc.ir import Program
-from moecc.passes._peft import Adapter, adapter_files, merge_into, require_fitting
+from moecc.ir.program import Program
+from moecc.options import option
+from moecc.passes._tune.peft import Adapter, adapter_files, merge_into, require_fitting
+from moecc.pipeline.passes import Context, Pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.base import Context, Pass
-from moecc.ir import Program
-from moecc.passes._adapters import attached, merge
+from moecc.ir.program import Program
+from moecc.passes._tune.low_rank import attached, merge
+from moecc.pipeline.passes import Context, Pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.base import Context, Layer, LayerPass, option
-from moecc.ops import EXPERTS
-from moecc.passes._moments import MIN_TOKENS, measure, routed_tokens
+from moecc.ir.ops import EXPERTS
+from moecc.options import option
+from moecc.passes._code.moments import MIN_TOKENS, measure, routed_tokens
+from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
 @dataclass(frozen=True, kw_only=True)

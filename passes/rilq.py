@@ -1,16 +1,16 @@
 """RILQ: what is left of the error is made up for by all layers together, under a loss of the whole model.  arXiv 2412.01129.
 
-  1. Every float matrix that each token meets in a decoder layer (attention, shared expert; no router, no gate: `_linears`) gets
+  1. Every float matrix that each token meets in a decoder layer (attention, shared expert; no router, no gate: `_tune.linears`) gets
      an adapter W + B A of `rank` rows, B zero at first. `merge` folds them in afterwards; they cost no bits.
   2. The experts' adapters live in what is stored of them: coefficients in the shared basis, the basis, codebooks, scales and
-     biases are trained as they are stored (`_tuned`), so that merging them is exact and free. Codes stay.
+     biases are trained as they are stored (`_tune.tuned`), so that merging them is exact and free. Codes stay.
   3. All are trained by Adam on
          hidden * |h - h_float|^2 / |h_float|^2 of the last hidden state        (the paper's model loss)
        + lm * -log p(next token of the calibration text)       (the paper's language-model loss; weight 0 by default)
        + kl * KL(float model || program) of the next token                      (ours: what is to be kept, not the text)
-       + routing * misalignment of every router's scores (`_routing`: value and boundary), so that no gain is bought with flips
+       + routing * misalignment of every router's scores (`_tune.routing`: value and boundary), so that no gain is bought with flips
      hidden, kl and routing relative to their values before training. A model without a head has no lm and no kl. One layer's
-     graph is in memory at a time (`_whole`).
+     graph is in memory at a time (`_tune.whole`).
   4. An eighth of the calibration batches is held out. The state with the least held-out loss is kept, the start included; when
      `patience` checks in a row bring no better one, training ends; by default it does not, for as rates fall to zero the best
      state comes late (behind `vsraq`, on the example, the first better one at the ninth of ten checks). An interrupted run goes on
@@ -29,16 +29,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from moecc.base import Context, Kept, MoeccError, Pass, option
-from moecc.ir import Program
-from moecc.ops import VQ_EXPERTS
-from moecc.passes._adapters import attach
-from moecc.passes._block import output_logits
-from moecc.passes._linears import linears
-from moecc.passes._routing import boundary_loss, selection_scores, standardized, value_loss
-from moecc.passes._tuned import Tuned, split
-from moecc.passes._whole import Values, Whole
-from moecc.stream import StageWeights, fits_in_memory
+from moecc.errors import MoeccError
+from moecc.ir.ops import VQ_EXPERTS
+from moecc.ir.program import Program
+from moecc.options import option
+from moecc.passes._tune.block import output_logits
+from moecc.passes._tune.linears import linears
+from moecc.passes._tune.low_rank import attach
+from moecc.passes._tune.routing import boundary_loss, selection_scores, standardized, value_loss
+from moecc.passes._tune.tuned import Tuned, split
+from moecc.passes._tune.whole import Values, Whole
+from moecc.pipeline.passes import Context, Kept, Pass
+from moecc.pipeline.stream import StageWeights, fits_in_memory
 
 _CHECKS = 10  # evaluations of the held-out loss
 _WARM_UP = 20  # steps

@@ -11,7 +11,7 @@
   2. kl is measured on even calibration batches and routing on odd ones, up to `tokens` tokens of each; routing is scaled to
      weigh `routing` times what kl does over all layers that have a router behind them.
 
-Layer by layer, forward and backward, as `_whole` does. Memory: one layer, the activations between all layers for the batches that
+Layer by layer, forward and backward, as `_tune.whole` does. Memory: one layer, the activations between all layers for the batches that
 go through together, and while a kind is measured two S [D, D] per layer, one for the experts and one for what leaves the layer;
 a kind that is measured is kept on disk. Where the weights don't stay in memory, batches go together, and a layer is read once for
 all of them.
@@ -29,13 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moecc.base import Context, Kept, Pass, option
-from moecc.ir import Program
-from moecc.memory import free_memory
-from moecc.passes._block import output_logits
-from moecc.passes._routing import boundary_nearness, selection_scores, standardized
-from moecc.passes._whole import Values, Whole
-from moecc.stream import StageWeights, first_tokens
+from moecc.checkpoint.memory import free_memory
+from moecc.ir.program import Program
+from moecc.options import option
+from moecc.passes._tune.block import output_logits
+from moecc.passes._tune.routing import boundary_nearness, selection_scores, standardized
+from moecc.passes._tune.whole import Values, Whole
+from moecc.pipeline.passes import Context, Kept, Pass
+from moecc.pipeline.stream import StageWeights, first_tokens
 
 SHARPNESS = 4.0  # 1 / (standard deviations from the top-k boundary at which a score counts 1/e)
 

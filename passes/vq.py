@@ -1,6 +1,6 @@
-"""KBVQ-MoE, second part: what is left of each expert is coded with a vector codebook.  arXiv 2602.11184; format: `moecc.vq4`.
+"""KBVQ-MoE, second part: what is left of each expert is coded with a vector codebook.  arXiv 2602.11184; format: `moecc.ir.vq4`.
 
-  1. `_coding.encode` codes each projection under its experts' second moments: importance-weighted k-means, error feedback,
+  1. `_code.coding.encode` codes each projection under its experts' second moments: importance-weighted k-means, error feedback,
      codebook and row scales refit for fixed codes
   2. codebook=expert gives each expert its own 256 centroids (1 KiB), layer one for all; auto takes what is worth its bits by its
      coding error alone. An expert's own is the default: on matrices of real models it costs a thousandth of a bit, and it is what
@@ -18,15 +18,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from moecc import vq4
-from moecc.base import Context, Layer, LayerPass, option
-from moecc.ir import MoE
-from moecc.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
-from moecc.passes._coding import Coded, encode_in_parts, pad_columns
-from moecc.passes._metric import weighted_error
-from moecc.passes._moments import Moments
-from moecc.passes._rate import gain
-from moecc.passes._store import compact
+from moecc.ir import vq4
+from moecc.ir.moe import MoE
+from moecc.ir.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
+from moecc.options import option
+from moecc.passes._code.coding import Coded, encode_in_parts, pad_columns
+from moecc.passes._code.half import compact
+from moecc.passes._code.metric import weighted_error
+from moecc.passes._code.moments import Moments
+from moecc.passes._code.rate import gain
+from moecc.pipeline.passes import Context, Layer, LayerPass
 
 _SAMPLED_EXPERTS = 8
 

@@ -5,8 +5,8 @@
   2. Codebooks and coefficients (rounded on the way, straight-through), row scales, biases and bases are trained by Adam on
          reconstruction of the block's output, errors weighted by `sensitivity`
        + value * sensitivity-weighted alignment of the next router's scores
-       + order * alignment of the order of its chosen experts  +  boundary * alignment of its top-k boundary   (`_routing`)
-       + head * divergence of the logits, in the last layer with experts, which has no router behind it   (`_block`)
+       + order * alignment of the order of its chosen experts  +  boundary * alignment of its top-k boundary   (`_tune.routing`)
+       + head * divergence of the logits, in the last layer with experts, which has no router behind it   (`_tune.block`)
      Each term is divided by its value before tuning, so that weights mean the same on any model; 0 switches a term off.
   3. An eighth of the calibration batches (at least one) is held out. The state with the least held-out loss is kept, the start
      included, so tuning never makes a layer worse on text it did not see.
@@ -23,10 +23,11 @@ from typing import ClassVar
 
 import torch
 
-from moecc.base import Context, Layer, LayerPass, option
-from moecc.ops import VQ_EXPERTS
-from moecc.passes._block import Block
-from moecc.passes._tuned import Tuned, split
+from moecc.ir.ops import VQ_EXPERTS
+from moecc.options import option
+from moecc.passes._tune.block import Block
+from moecc.passes._tune.tuned import Tuned, split
+from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import os
 
+from moecc.frontend import capture
+
 # Before transformers is imported; a test that needs a hub model must say so itself.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,9 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from moecc import capture
-from moecc.ir import Held, Program, Weight, digest
-from moecc.skeleton import Skeleton
+from moecc.frontend.skeleton import Skeleton
+from moecc.ir.program import Program, Weight
+from moecc.ir.tensors import Held, digest
 
 torch.set_num_threads(1)
 settings.register_profile(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from moecc.skeleton import model_class
+from moecc.frontend.config import model_class
 
 ALL = os.environ.get("MOECC_ALL_FAMILIES") == "1"  # `make test-all`: every case of every test
 

@@ -9,9 +9,9 @@ import slow_vq4 as slow
 import torch
 from torch import Tensor
 
-from moecc import ops, vq4
 from moecc.backends.triton import pack
-from moecc.gates import rows_per_unit
+from moecc.ir import ops, vq4
+from moecc.ir.gates import rows_per_unit
 
 Projection = dict[str, Tensor | None]
 

@@ -1,4 +1,4 @@
-"""The format `vq4`, version 1, read index by index: written from the format alone, nothing shared with `moecc.vq4`.
+"""The format `vq4`, version 1, read index by index: written from the format alone, nothing shared with `moecc.ir.vq4`.
 
 A projection is a dict of arrays by name; an absent tensor is None. E experts, N rows, K columns, r basis rows:
   codes u8 [E, N, Kp/v]; signs u8 [E, N, Kp/8]; codebook i8 [E or 1, 256, v]; scale, bias [E, N]; basis [r, D];

@@ -13,13 +13,17 @@ from safetensors.torch import load_file, save_file
 from test_compile import ALL, EVERYTHING, FAMILIES, QUICK, checkpoint, compile, load, logits
 from torch import fx
 
-from moecc import artifact, hf, pipeline
-from moecc.artifact import Plan, Row, role_of, summary
-from moecc.base import Context
+from moecc.artifact import hf
+from moecc.artifact.audit import Plan, Row, plan, role_of, summary
+from moecc.checkpoint.files import LazyTensor, TensorFile
 from moecc.errors import MoeccError
-from moecc.ir import MoE, Program
-from moecc.tensorfiles import LazyTensor, TensorFile
-from moecc.trace import trace
+from moecc.frontend.trace import trace
+from moecc.ir.moe import MoE
+from moecc.ir.program import Program
+from moecc.pipeline.order import resolve
+from moecc.pipeline.parse import parse_passes
+from moecc.pipeline.passes import Context
+from moecc.pipeline.run import run_passes
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -159,7 +163,7 @@ def test_sharded_files_load_and_add_up(made: Any, monkeypatch: pytest.MonkeyPatc
     whole = made("mixtral", EVERYTHING)
     want = logits(load(whole.out))
     whole.out.rename(tmp_path / "whole")
-    monkeypatch.setattr(artifact, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr("moecc.artifact.write.SHARD_BYTES", 20_000)
     got = made("mixtral", EVERYTHING)
     files = sorted(f.name for f in got.out.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -210,11 +214,11 @@ def test_code_beside_a_known_family_is_for_its_tokenizer(
 
 
 def test_two_tensors_of_one_name_are_refused() -> None:
-    plan = Plan()
+    found = Plan()
     one = LazyTensor((1,), torch.float32, lambda: torch.ones(1))
-    plan.put("a", one)
+    found.put("a", one)
     with pytest.raises(MoeccError, match="two tensors of the artifact have this name"):
-        plan.put("a", one)
+        found.put("a", one)
 
 
 def test_a_rewritten_tensor_stays_on_disk_until_it_is_written(tmp_path: Path) -> None:
@@ -222,10 +226,10 @@ def test_a_rewritten_tensor_stays_on_disk_until_it_is_written(tmp_path: Path) ->
     original, name, read = program.copy(), "model.norm.weight", []
     program.add(name, torch.ones(32))
     program.tensors.spill(name, lambda: read.append(name) or torch.ones(32))
-    plan = artifact.plan(program, original, Context())
-    assert not read and plan.tensors[name].nbytes == 128
-    assert [row.became for row in plan.rows if row.name == name] == ["rewritten"]
-    assert torch.equal(plan.tensors[name].read(), torch.ones(32)) and read
+    found = plan(program, original, Context())
+    assert not read and found.tensors[name].nbytes == 128
+    assert [row.became for row in found.rows if row.name == name] == ["rewritten"]
+    assert torch.equal(found.tensors[name].read(), torch.ones(32)) and read
 
 
 def planned(family: str, change: Any, ctx: Context | None = None) -> Plan:
@@ -234,7 +238,7 @@ def planned(family: str, change: Any, ctx: Context | None = None) -> Plan:
     original = program.copy()
     change(program, program.moe_layers()[0])
     program.verify()
-    return artifact.plan(program, original, ctx or Context())
+    return plan(program, original, ctx or Context())
 
 
 def refused(family: str, change: Any) -> str:
@@ -285,7 +289,7 @@ def test_weights_that_have_no_place_are_refused() -> None:
     original = program.copy()
     program.add("lm_head.weight", program.read("lm_head.weight") * 2)
     with pytest.raises(MoeccError) as error:
-        artifact.plan(program, original, Context())
+        plan(program, original, Context())
     assert str(error.value) == (
         "a pass gave lm_head.weight a value that can't be stored: it is tied to model.embed_tokens.weight"
     )
@@ -316,9 +320,9 @@ def test_what_passes_record_is_in_the_rows_of_plain_weights_too() -> None:
 def test_what_is_recorded_of_a_parameter_is_in_the_rows_of_coded_experts(batches: list[torch.Tensor]) -> None:
     program, ctx = trace(make("qwen2_moe"), dtype=torch.float32), Context()
     original, name = program.copy(), "model.layers.0.mlp.experts.gate_up_proj"
-    pipeline.run(program, pipeline.resolve(pipeline.parse("vq{rounds=1}")[0])[0], ctx, batches)
+    run_passes(program, resolve(parse_passes("vq{rounds=1}")[0])[0], ctx, batches)
     ctx.record(name, lora="rank 2")
-    row = next(r for r in artifact.plan(program, original, ctx).rows if r.name == name)
+    row = next(r for r in plan(program, original, ctx).rows if r.name == name)
     assert row.became == "vq4 2 bit" and row.details["lora"] == "rank 2" and row.details["codebook"]
     assert not [note for note in ctx.notes if "recorded, but" in note]
 

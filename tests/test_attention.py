@@ -147,7 +147,7 @@ def write(folder: Path, name: str, case: Case, given: Tensors, *, functions: boo
     if functions:
         import onnx_ir as ir
 
-        from moecc.backends.onnx import attention
+        from moecc.backends.onnx.rewrites import attention
 
         model.functions.append(ir.serde.serialize_function(attention.function(case.name)))
         onnx.checker.check_model(model)

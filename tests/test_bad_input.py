@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from test_compile import QUICK, checkpoint, cli, interrupt, stop
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moecc import artifact, compiler, journal, tensorfiles, verify
+from moecc.artifact import verify
+from moecc.checkpoint import files
+from moecc.pipeline import journal
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -304,7 +306,7 @@ def test_a_place_where_nothing_can_be_written_is_met_before_the_trace(
     refused: Any, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(compiler, "trace", full)
+    monkeypatch.setattr("moecc.commands.compile.trace", full)
     for out in ("file/out", "file/deeper/out"):
         assert f"{out} can't be made: {tmp_path}/file is not a folder; choose" in refused(good, out=out)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -383,7 +385,7 @@ def test_what_is_asked_of_the_disk_first_is_what_is_on_it_at_the_end(
     passes: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(compiler, "free_space", lambda path, count: asked.append(count))
+    monkeypatch.setattr("moecc.commands.compile.free_space", lambda path, count: asked.append(count))
     remove, held = journal.Journal.remove, []
 
     def removing(self: Any) -> None:
@@ -410,7 +412,7 @@ def test_a_disk_that_fills_up_while_writing(
     """At the first layer of the journal, at the second, and at the artifact's weights."""
     counted = iter(range(calls))
     sync = os.fsync
-    monkeypatch.setattr(tensorfiles.os, "fsync", lambda fd: sync(fd) if next(counted, None) is not None else full())
+    monkeypatch.setattr(files.os, "fsync", lambda fd: sync(fd) if next(counted, None) is not None else full())
     line = refused(good)
     assert "No space left on device" in line and "free some space or write elsewhere" in line
 
@@ -419,7 +421,7 @@ def test_a_disk_that_fills_up_while_writing(
 def test_a_disk_that_fills_up_at_the_small_files(
     name: str, refused: Any, good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact, name, full)
+    monkeypatch.setattr(f"moecc.artifact.write.{name}", full)
     line = refused(good)
     assert "writing out failed: No space left on device; make room or choose another place" in line
 

@@ -9,10 +9,15 @@ import pytest
 import torch
 from conftest import tiny_program
 
-from moecc import pipeline, vq4
-from moecc.base import Context, MoeccError
-from moecc.ir import Program
+from moecc.errors import MoeccError
+from moecc.ir import vq4
+from moecc.ir.program import Program
 from moecc.passes.budget import Planned, spend
+from moecc.pipeline.bits import experts_bits
+from moecc.pipeline.order import resolve
+from moecc.pipeline.parse import parse_passes
+from moecc.pipeline.passes import Context
+from moecc.pipeline.run import run_passes
 
 BATCHES = [torch.randint(0, 16, (2, 6), generator=torch.Generator().manual_seed(i)) for i in range(8)]
 
@@ -50,8 +55,8 @@ def test_a_budget_below_the_least_has_no_plan() -> None:
 
 def compiled(text: str, kinds: str = "MM", batches: list[torch.Tensor] = BATCHES) -> tuple[Program, Context]:
     program, ctx = tiny_program(kinds), Context()
-    passes, _ = pipeline.resolve(pipeline.parse(text)[0])
-    pipeline.run(program, passes, ctx, batches)
+    passes, _ = resolve(parse_passes(text)[0])
+    run_passes(program, passes, ctx, batches)
     return program, ctx
 
 
@@ -87,21 +92,21 @@ def test_too_small_a_budget_says_what_the_least_is() -> None:
 
 
 def test_a_fraction_of_bits_plans_them_and_brings_sensitivity_along() -> None:
-    passes, remarks = pipeline.resolve(pipeline.parse("kbvq", bits=2.5)[0])
+    passes, remarks = resolve(parse_passes("kbvq", bits=2.5)[0])
     assert ",".join(map(str, passes)) == "sensitivity,budget,moments,klt,vq,affine{offset=off},fold"
     assert remarks == ["budget requires 'sensitivity'; inserted 'sensitivity' before it"]
-    assert [str(p) for p in pipeline.parse("kbvq{bits=3}")[0]] == ["kbvq{bits=3}"]
+    assert [str(p) for p in parse_passes("kbvq{bits=3}")[0]] == ["kbvq{bits=3}"]
 
 
 def test_what_can_t_be_planned_is_refused_with_a_fraction() -> None:
     with pytest.raises(MoeccError, match="kbvq: offset=on can't be planned"):
-        pipeline.resolve(pipeline.parse("kbvq{bits=2.5,offset=on}")[0])
+        resolve(parse_passes("kbvq{bits=2.5,offset=on}")[0])
 
 
 def test_offsets_do_not_exceed_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moecc.passes.affine.gain", lambda *args: 1.0)  # each would be worth its bits
     planned, ctx = compiled("budget{bits=6,codebook=layer,mean=off,rank=0},klt,vq{codebook=layer},affine,fold", "I")
-    assert pipeline.experts_bits(planned) <= 6
+    assert experts_bits(planned) <= 6
     assert {row["affine"] for row in ctx.audit.values()} <= {"slope", "none"}
     free, _ = compiled("vq{codebook=layer},affine,fold", "I")
     assert free.moe_layers()[0].operand("down_bias") is not None
@@ -123,7 +128,7 @@ def test_bits_of_all_layers_follow_sensitivity_where_the_costs_of_gate_up_do_not
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Then errors are relative to the outputs, and what an output costs sets them against those of other layers."""
-    monkeypatch.setattr("moecc.passes._moments._PER_EXPERT_BYTES", 4000)
+    monkeypatch.setattr("moecc.passes._code.moments._PER_EXPERT_BYTES", 4000)
     monkeypatch.setattr(
         vq4, "coded_bits", lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits
     )

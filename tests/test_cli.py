@@ -13,9 +13,9 @@ import pytest
 import torch
 from families import config, make
 
-from moecc import cli, survey
+from moecc import cli
+from moecc.checkpoint.files import TensorFile, write_safetensors
 from moecc.errors import MoeccError
-from moecc.tensorfiles import TensorFile, write_safetensors
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -179,7 +179,7 @@ def test_exit_codes_of_what_goes_wrong(moecc: Any, monkeypatch: pytest.MonkeyPat
     cases = [(KeyboardInterrupt(), 130, "interrupted"), (MoeccError("two\nlines"), 2, "error: two lines"),
              (RuntimeError("a fault"), 3, "internal error: RuntimeError: a fault")]  # fmt: skip
     for error, code, line in cases:
-        monkeypatch.setattr(survey, "survey", _raising(error))
+        monkeypatch.setattr("moecc.commands.inspect.inspect_model", _raising(error))
         got = moecc("inspect", TINYMOE, "--json")
         assert got.code == code and got.out == ""
         assert f"moecc: {line}" in got.err and "Traceback" not in got.err
@@ -203,14 +203,14 @@ def test_as_a_process() -> None:
 
 def test_an_interrupt_while_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; from moecc_start import main; sys.exit(main())"
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; from moecc.cli import main; sys.exit(main())"
     root = Path(__file__).parents[1]
     got = subprocess.run([sys.executable, "-c", code, "passes"], capture_output=True, text=True, cwd=root)
     assert (got.returncode, got.stdout, got.stderr) == (130, "", "moecc: interrupted\n")
 
 
 def test_the_command_runs_what_it_imports() -> None:
-    code = "import sys; from moecc_start import main; sys.exit(main())"
+    code = "import sys; from moecc.cli import main; sys.exit(main())"
     root = Path(__file__).parents[1]
     got = subprocess.run([sys.executable, "-c", code, "passes", "vq"], capture_output=True, text=True, cwd=root)
     assert got.returncode == 0 and "moments -> vq" in got.stdout
@@ -290,7 +290,7 @@ def test_diff_of_a_folder_with_itself(moecc: Any) -> None:
 
 
 def test_diff_says_which_tensors_and_how_far(moecc: Any, changed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecc.diff._AT_ONCE", 10_000)  # several parts per tensor
+    monkeypatch.setattr("moecc.commands.diff._AT_ONCE", 10_000)  # several parts per tensor
     got = moecc("diff", TINYMOE, changed, "--json")
     assert got.code == 1 and not got.json["identical"]
     rows = {row["name"]: row for row in got.json["different_tensors"]}
@@ -328,7 +328,7 @@ def test_diff_with_an_index_that_names_no_files(moecc: Any, tmp_path: Path) -> N
 
 
 def test_diff_of_codes_is_a_share_of_all_entries(moecc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecc.diff._AT_ONCE", 64)  # the last part has 2 rows of 10
+    monkeypatch.setattr("moecc.commands.diff._AT_ONCE", 64)  # the last part has 2 rows of 10
     for name, code in (("a", 0), ("b", 1)):
         (tmp_path / name).mkdir()
         codes = torch.zeros(10, 16, dtype=torch.uint8)

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moecc import vq4
-from moecc.passes import _coding
-from moecc.passes._codebooks import Nearest
-from moecc.passes._coding import Coded, _Coder, encode, encode_in_parts, pad_columns
-from moecc.passes._metric import damped, weighted_error
-from moecc.passes._moments import Routed
-from moecc.passes._shared import factorize, square_root
+from moecc.ir import vq4
+from moecc.passes._code import coding
+from moecc.passes._code.basis import factorize, square_root
+from moecc.passes._code.codebooks import Nearest
+from moecc.passes._code.coding import Coded, _Coder, encode, encode_in_parts, pad_columns
+from moecc.passes._code.metric import damped, weighted_error
+from moecc.passes._code.moments import Routed
 from moecc.passes.affine import CoupledSums, Sums
 
 E, N, K = 2, 6, 16
@@ -406,8 +406,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, at_once: int) -> list[int]:
         sizes.append(weight.numel())
         return encode(weight, *args, **options)
 
-    monkeypatch.setattr(_coding, "encode", spy)
-    monkeypatch.setattr(_coding, "AT_ONCE", at_once)
+    monkeypatch.setattr(coding, "encode", spy)
+    monkeypatch.setattr(coding, "AT_ONCE", at_once)
     return sizes
 
 

@@ -25,9 +25,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from moecc import artifact, cli, compiler, experts, journal, verify
+from moecc import cli
+from moecc.artifact import verify
+from moecc.checkpoint.files import TensorFile, write_safetensors
+from moecc.commands.compile import compile_model
 from moecc.errors import MoeccError
-from moecc.tensorfiles import TensorFile
+from moecc.frontend import experts
+from moecc.pipeline import journal
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -200,7 +204,7 @@ def whole(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 def stop(patch: pytest.MonkeyPatch, where: str, stage: int, how: Any) -> None:
     """Have the next run stop by calling `how` at some point of its way."""
-    save, write = journal.Journal.save, artifact.write_safetensors
+    save, write = journal.Journal.save, write_safetensors
 
     def saving(self: Any, at: int, *rest: Any) -> None:
         if where == "before saving" and at == stage:
@@ -210,7 +214,7 @@ def stop(patch: pytest.MonkeyPatch, where: str, stage: int, how: Any) -> None:
             how()
 
     patch.setattr(journal.Journal, "save", saving)
-    patch.setattr(artifact, "write_safetensors", lambda *args: how() if where == "writing" else write(*args))
+    patch.setattr("moecc.artifact.write.write_safetensors", lambda *args: how() if where == "writing" else write(*args))
 
 
 def interrupt() -> None:
@@ -431,7 +435,7 @@ MY_PASS = '''"""Halves the first layer's norm."""
 
 from dataclasses import dataclass
 
-from moecc.base import LayerPass, option
+from moecc.pipeline.passes import LayerPass, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,7 +455,7 @@ MY_MODEL_PASS = '''"""Changes nothing, once."""
 
 from dataclasses import dataclass
 
-from moecc.base import Pass
+from moecc.pipeline.passes import Pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -520,14 +524,12 @@ def test_a_resumed_run_keeps_what_a_pass_of_ones_own_changed(mixtral: Path, comp
 
 def test_from_python(mixtral: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    got = compiler.compile_model(
-        str(mixtral), QUICK, tmp_path / "out", bits=4, rows=4, length=16, seed=3, say=said.append
-    )
+    got = compile_model(str(mixtral), QUICK, tmp_path / "out", bits=4, rows=4, length=16, seed=3, say=said.append)
     assert got["out"] == str(tmp_path / "out") and got["reload_difference"] <= verify.TOLERANCE
     assert said[0].startswith("vq requires 'moments'") and any(line.startswith("pipeline: ") for line in said)
     assert 4 < got["bits_per_weight_experts"] < 7
     with pytest.raises(MoeccError, match=r"exists; choose another"):
-        compiler.compile_model(str(mixtral), QUICK, tmp_path / "out", say=said.append)
+        compile_model(str(mixtral), QUICK, tmp_path / "out", say=said.append)
 
 
 def test_dense_alone_needs_no_text(tmp_path: Path, mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:

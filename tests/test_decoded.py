@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_compile import checkpoint
 from torch import Tensor
 
-from moecc import compiler
+from moecc.checkpoint.store import CheckpointStore
+from moecc.commands.compile import compile_model
 from moecc.errors import MoeccError
-from moecc.skeleton import skeleton
-from moecc.weights import CheckpointStore
+from moecc.frontend.skeleton import skeleton
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -90,8 +90,8 @@ def test_fp8_is_read_block_by_block(tmp_path: Path) -> None:
 def test_blocks_are_as_transformers_has_them(tmp_path: Path) -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    from moecc.decoded import decoded
-    from moecc.tensorfiles import read_header
+    from moecc.checkpoint.files import read_header
+    from moecc.checkpoint.low_bit import decoded
 
     tensors = {
         "a.weight": torch.randn(32, 64).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.rand(2, 4),
@@ -139,7 +139,7 @@ def test_it_compiles_to_the_artifact_of_what_it_stands_for(
     told: dict[str, Any] = dict(bits=2, calib=None, rows=4, length=16)
     for source, out in ((folder, "a"), (plain, "b")):
         said: list[str] = []
-        compiler.compile_model(str(source), "kbvq", tmp_path / out, say=said.append, **told)
+        compile_model(str(source), "kbvq", tmp_path / out, say=said.append, **told)
         assert any("are stored in 8 or 4 bits and read as bfloat16" in line for line in said) == (source == folder)
     a, b = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)

@@ -12,10 +12,10 @@ from families import ALL, SAMPLE, make
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralModel
 
+from moecc.commands.evaluate import _Totals, bits_on_disk, compare_sets, evaluate, experts_bits_on_disk
 from moecc.errors import MoeccError
-from moecc.evaluate import _Totals, bits_on_disk, compare_sets, evaluate, experts_bits_on_disk
-from moecc.ir import Program
-from moecc.trace import trace
+from moecc.frontend.trace import trace
+from moecc.ir.program import Program
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -142,7 +142,7 @@ def test_identity_experts_are_not_expert_0() -> None:
 
 
 def test_kl_is_the_sum_over_the_vocabulary_and_skips_masked_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecc.evaluate._PROBABILITIES_AT_ONCE", 16)  # several chunks per row
+    monkeypatch.setattr("moecc.commands.evaluate._PROBABILITIES_AT_ONCE", 16)  # several chunks per row
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 2, 6, 7, generator=generator)
     ours[..., 6] = theirs[..., 6] = -torch.inf

@@ -15,12 +15,13 @@ from packaging.version import Version
 from torch import fx
 from torch.export import ExportedProgram
 
-from moecc import experts, ops
-from moecc.adapters import adapted
-from moecc.capture import capture
 from moecc.errors import MoeccError
-from moecc.gates import rows_per_unit
-from moecc.skeleton import Skeleton, skeleton
+from moecc.frontend import experts
+from moecc.frontend.capture import capture
+from moecc.frontend.families import adapted
+from moecc.frontend.skeleton import Skeleton, skeleton
+from moecc.ir import ops
+from moecc.ir.gates import rows_per_unit
 
 torch.set_num_threads(1)
 NAMES = sorted(FAMILIES) if ALL else SAMPLE

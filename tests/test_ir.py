@@ -11,12 +11,18 @@ import torch
 from families import make
 from torch import Tensor
 
-from moecc import ops, pipeline, vq4
-from moecc.base import Context
 from moecc.errors import MoeccError
-from moecc.ir import Program, digest, router_logits, run_nodes, stage_nodes
-from moecc.stream import Stream, run_program
-from moecc.trace import trace
+from moecc.frontend.trace import trace
+from moecc.ir import ops, vq4
+from moecc.ir.graph import run_nodes
+from moecc.ir.moe import router_logits
+from moecc.ir.program import Program, stage_nodes
+from moecc.ir.tensors import digest
+from moecc.pipeline.order import resolve
+from moecc.pipeline.parse import parse_passes
+from moecc.pipeline.passes import Context
+from moecc.pipeline.run import run_passes
+from moecc.pipeline.stream import Stream, run_program
 
 Tiny = Callable[[str], Program]
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -32,9 +38,9 @@ def qwen() -> tuple[Any, Program]:
 def compressed(qwen: tuple[Any, Program]) -> Program:
     """qwen2_moe after every kind of rewrite: shared basis and mean, codes with signs, folded affine correction."""
     program = qwen[1].copy()
-    passes = pipeline.resolve(pipeline.parse("klt{rank=2,mean=3},vq{bits=3},affine{offset=on},fold")[0])[0]
+    passes = resolve(parse_passes("klt{rank=2,mean=3},vq{bits=3},affine{offset=on},fold")[0])[0]
     batches = [torch.randint(0, 64, (1, 16), generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    pipeline.run(program, passes, Context(), batches)
+    run_passes(program, passes, Context(), batches)
     return program
 
 
@@ -155,7 +161,7 @@ def test_rewrite_rounds_to_what_the_checkpoint_stores(tiny: Tiny) -> None:
 @pytest.mark.parametrize("name", [n for n in vq4.TENSORS if n.startswith(vq4.MEAN)])
 def test_a_mean_is_one_matrix(tiny: Tiny, batches: list[Tensor], compressed: Program, name: str) -> None:
     factored = tiny("M")
-    pipeline.run(factored, pipeline.resolve(pipeline.parse("klt{rank=0,mean=3}")[0])[0], Context(), batches)
+    run_passes(factored, resolve(parse_passes("klt{rank=0,mean=3}")[0])[0], Context(), batches)
     for program, op in ((compressed.copy(), "vq_experts"), (factored, "klt_experts")):
         moe = program.moe_layers()[0]
         for projection in ("gate_up", "down"):

@@ -13,12 +13,18 @@ from families import make
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moecc import pipeline, survey, vq4
-from moecc.base import Context, MoeccError
-from moecc.ir import Program
-from moecc.passes._peft import Adapter
-from moecc.stream import run_program
-from moecc.trace import trace
+from moecc.commands.inspect import inspect_model
+from moecc.errors import MoeccError
+from moecc.frontend.trace import trace
+from moecc.ir import vq4
+from moecc.ir.program import Program
+from moecc.passes._tune.peft import Adapter
+from moecc.pipeline.bits import experts_bits
+from moecc.pipeline.order import resolve
+from moecc.pipeline.parse import find_pass, parse_passes
+from moecc.pipeline.passes import Context
+from moecc.pipeline.run import run_passes
+from moecc.pipeline.stream import run_program
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -43,7 +49,7 @@ def linear(module: str, rows: int, columns: int, rank: int = 2) -> dict[str, tup
 
 def merge(model: Any, folder: Path) -> tuple[Program, Context]:
     program, ctx = trace(model), Context()
-    pipeline.run(program, [pipeline.find("lora")(path=str(folder))], ctx)  # type: ignore[call-arg]
+    run_passes(program, [find_pass("lora")(path=str(folder))], ctx)  # type: ignore[call-arg]
     return program, ctx
 
 
@@ -99,11 +105,11 @@ def test_merged_experts_are_what_is_coded(tmp_path: Path) -> None:
     """Passes behind it see the merged weights, and compare with the merged model."""
     model = make("qwen2_moe")
     adapter(tmp_path / "a", linear("model.layers.0.mlp.experts", 32, 16, 8), target_parameters=EXPERTS[1:])
-    resolved, _ = pipeline.resolve(pipeline.parse(f"vq{{bits=4}},lora{{path={tmp_path / 'a'}}}")[0])
+    resolved, _ = resolve(parse_passes(f"vq{{bits=4}},lora{{path={tmp_path / 'a'}}}")[0])
     assert [p.name for p in resolved] == ["lora", "moments", "vq"]
     program, ctx = trace(model), Context()
     merged = logits(merge(model, tmp_path / "a")[0])
-    pipeline.run(program, resolved, ctx, IDS)
+    run_passes(program, resolved, ctx, IDS)
     assert ctx.reference is not None
     torch.testing.assert_close(logits(ctx.reference), merged)
     far, near = (float((logits(program) - x).norm()) for x in (logits(trace(model)), merged))
@@ -165,10 +171,10 @@ def test_an_adapter_of_a_tied_weight_is_refused(tmp_path: Path, passes: str, mod
     model.config.tie_word_embeddings = True
     model.tie_weights()
     adapter(tmp_path / "a", linear(module, 64, 32))
-    resolved, _ = pipeline.resolve(pipeline.parse(passes % (tmp_path / "a"))[0])
+    resolved, _ = resolve(parse_passes(passes % (tmp_path / "a"))[0])
     ctx = Context()
     with pytest.raises(MoeccError, match=f"updates {module}.weight, which is tied to {other}.weight; untie them"):
-        pipeline.run(trace(model), resolved, ctx, IDS)
+        run_passes(trace(model), resolved, ctx, IDS)
     assert not ctx.ledger  # before any pass
 
 
@@ -177,7 +183,7 @@ def test_a_folder_without_an_adapter_and_no_folder(tmp_path: Path) -> None:
     with pytest.raises(MoeccError, match=r"no adapter_config.json; give a folder that PEFT saved"):
         merge(model, tmp_path)
     with pytest.raises(MoeccError, match=r"write lora\{path=FOLDER\}"):
-        pipeline.run(trace(model), [pipeline.find("lora")()], Context())
+        run_passes(trace(model), [find_pass("lora")()], Context())
     adapter(tmp_path, {})
     (tmp_path / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(MoeccError, match="not a safetensors file"):
@@ -199,9 +205,9 @@ def absorbed(
     adapter(tmp_path / "a", shapes, target_parameters=EXPERTS, lora_alpha=8 * size)
     plain, ctx = trace(model), Context()
     program = plain.copy()
-    pipeline.run(plain, pipeline.resolve(pipeline.parse(before)[0])[0], Context(), IDS)
+    run_passes(plain, resolve(parse_passes(before)[0])[0], Context(), IDS)
     text = f"{before},absorb{{path={tmp_path / 'a'}{options}}}"
-    pipeline.run(program, pipeline.resolve(pipeline.parse(text)[0])[0], ctx, IDS)
+    run_passes(program, resolve(parse_passes(text)[0])[0], ctx, IDS)
     return plain, program, ctx
 
 
@@ -248,9 +254,9 @@ def test_transposed_experts_take_an_adapter_in_as_they_are_stored(tmp_path: Path
     adapter(tmp_path / "a", linear(path, n, k, 2 * e), target_parameters=EXPERTS[1:])
     plain, program = trace(model), trace(model)
     text = "vq,affine,fold"
-    pipeline.run(plain, pipeline.resolve(pipeline.parse(text)[0])[0], Context(), IDS)
+    run_passes(plain, resolve(parse_passes(text)[0])[0], Context(), IDS)
     absorbing = f"{text},absorb{{path={tmp_path / 'a'},rank=32}}"
-    pipeline.run(program, pipeline.resolve(pipeline.parse(absorbing)[0])[0], Context(), IDS)
+    run_passes(program, resolve(parse_passes(absorbing)[0])[0], Context(), IDS)
     update = Adapter.read("lora", str(tmp_path / "a")).updates(trace(model))[f"{path}.down_proj"].delta().mT
     moved = decoded(program, 0, "down") - decoded(plain, 0, "down")
     assert float((moved - update).norm() / update.norm()) < 0.02
@@ -262,10 +268,10 @@ def test_inspect_counts_the_rows_that_an_adapter_of_the_experts_may_bring(tmp_pa
     make("qwen2_moe").save_pretrained(tmp_path / "model")
 
     def most(passes: str) -> float:
-        return float(survey.survey(str(tmp_path / "model"), passes=passes)["estimate"]["bits_per_weight_experts"][1])
+        return float(inspect_model(str(tmp_path / "model"), passes=passes)["estimate"]["bits_per_weight_experts"][1])
 
     taken = f"{before},absorb{{path={tmp_path / 'a'},rank=4}}"
-    assert most(before) < pipeline.experts_bits(program) <= most(taken)
+    assert most(before) < experts_bits(program) <= most(taken)
     assert most(taken.replace("rank=4", "rank=8")) > most(taken)
 
 

@@ -14,7 +14,7 @@ onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from moecc.backends.onnx import masks  # noqa: E402
+from moecc.backends.onnx.rewrites import masks  # noqa: E402
 
 SIZES = ((1, [0], 1), (3, [0, 2, 9], 8), (1, [4, 0], 9), (6, [1], 6))  # new tokens, padding of each row, all tokens
 CASES = [(*size, window) for size in SIZES for window in (1, 3, masks.NO_WINDOW)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moecc.memory import free_memory
+from moecc.checkpoint.memory import free_memory
 
 MEBI = 1 << 20
 MACHINE = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    8388608 kB\n"}  # 8 GiB

@@ -25,10 +25,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moecc import gates, vq4
 from moecc.backends.onnx import build, layout
 from moecc.errors import MoeccError
-from moecc.ops import VQ_EXPERTS
+from moecc.ir import gates, vq4
+from moecc.ir.ops import VQ_EXPERTS
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

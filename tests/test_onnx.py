@@ -26,17 +26,24 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from moecc import compiler, gates, ops, vq4
-from moecc.backends.onnx import bodies, build, exporter, layout, masks, run, translate, weights
+from moecc.backends.onnx import OnnxTarget, bodies, build, exporter, layout, run, translate, weights
 from moecc.backends.onnx.cached import Cached
+from moecc.backends.onnx.rewrites import masks
+from moecc.commands.compile import compile_model
 from moecc.errors import MoeccError
-from moecc.skeleton import Skeleton
-from moecc.trace import trace
+from moecc.frontend.skeleton import Skeleton
+from moecc.frontend.trace import trace
+from moecc.ir import gates, ops, vq4
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once", "translated_once")
 ATTRIBUTES = {"act": "silu", "gate": "glu", "alpha": 1.7, "limit": 2.0, "eps": 1e-5}
 E, D, F, K = 6, 80, 40, 2  # no multiples of 64
+
+
+def export(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """The record of `moecc export FOLDER --to onnx{options} -o OUT`."""
+    return exporter.export(folder, out, OnnxTarget(**options))
 
 
 # ---------------------------------------------------------------- stored tensors of a layer
@@ -256,9 +263,7 @@ def one_layer(family: str) -> dict[str, Any]:
 def compiled(folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bits: float = 2, **config: Any) -> Path:
     """A small artifact of a family."""
     source = checkpoint(folder / "model", family, **config)
-    compiler.compile_model(
-        str(source), passes, folder / "art", bits=bits, calib=None, rows=8, length=32, backend="reference"
-    )
+    compile_model(str(source), passes, folder / "art", bits=bits, calib=None, rows=8, length=32, backend=None)
     return folder / "art"
 
 
@@ -266,7 +271,7 @@ def compiled(folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bit
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - REFUSED if ALL else SAMPLE))
 def test_a_family_is_exported(family: str, tmp_path: Path) -> None:
     art = compiled(tmp_path, family, **one_layer(family) if family in ALIKE else {})
-    made = exporter.export(art, tmp_path / "onnx", opset=21 if sorted(FAMILIES).index(family) % 2 else 23)
+    made = export(art, tmp_path / "onnx", opset=21 if sorted(FAMILIES).index(family) % 2 else 23)
     assert made["difference"] <= 1e-4
     if family in WINDOWS:
         assert_masks_are_known(graph(tmp_path / "onnx"), WINDOWS[family])
@@ -306,7 +311,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`qwen` as ONNX, for tests that only read it: exporting takes longest here."""
     folder = tmp_path_factory.mktemp("exported") / "onnx"
-    assert exporter.export(qwen, folder, profile="native")["difference"] <= 1e-4
+    assert export(qwen, folder, profile="native")["difference"] <= 1e-4
     return folder
 
 
@@ -369,7 +374,7 @@ def test_what_some_layers_lack_is_stored_empty(qwen: Path, tmp_path: Path) -> No
                 tensors[name] = tensors[name][..., :2].contiguous()
 
     art = changed(qwen, tmp_path / "art", strip)
-    assert exporter.export(art, tmp_path / "onnx")["difference"] <= 1e-4
+    assert export(art, tmp_path / "onnx")["difference"] <= 1e-4
     model = graph(tmp_path / "onnx")
     node = [n for n in model.graph.node if n.op_type == "VQExperts"][1]
     sizes = {i.name: list(i.dims) for i in model.graph.initializer}
@@ -381,8 +386,8 @@ def test_what_some_layers_lack_is_stored_empty(qwen: Path, tmp_path: Path) -> No
 def test_three_bits_below_some_layers(tmp_path: Path) -> None:
     """A budget may give layers different bits: then the function asks whether there are signs."""
     source = checkpoint(tmp_path / "model", "mixtral")
-    compiler.compile_model(str(source), "vq", tmp_path / "two", bits=2, calib=None, rows=8, length=32)
-    compiler.compile_model(str(source), "vq", tmp_path / "three", bits=3, calib=None, rows=8, length=32)
+    compile_model(str(source), "vq", tmp_path / "two", bits=2, calib=None, rows=8, length=32)
+    compile_model(str(source), "vq", tmp_path / "three", bits=3, calib=None, rows=8, length=32)
     from safetensors.torch import load_file
 
     three = load_file(tmp_path / "three" / "model.safetensors")
@@ -392,7 +397,7 @@ def test_three_bits_below_some_layers(tmp_path: Path) -> None:
             tensors.update({n: t for n, t in three.items() if n.startswith(f"{path}.gate_up.")})
 
     art = changed(tmp_path / "two", tmp_path / "art", mix)
-    assert exporter.export(art, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
+    assert export(art, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
 
 
 ATTENTION = {
@@ -413,7 +418,7 @@ def test_attention_is_one_node_whose_cache_may_have_room(
         folder = request.getfixturevalue("exported")
     else:
         folder = tmp_path / "onnx"
-        exporter.export(compiled(tmp_path, family, "vq", **one_layer(family), **SLIDING[family]), folder)
+        export(compiled(tmp_path, family, "vq", **one_layer(family), **SLIDING[family]), folder)
     path, model = folder / "model.onnx", graph(folder)
     assert_masks_are_known(model, [8] if family in SLIDING else [masks.NO_WINDOW])
     names = [n.op_type for n in model.graph.node if n.op_type.startswith("CachedAttention")]
@@ -434,7 +439,7 @@ def test_attention_is_one_node_whose_cache_may_have_room(
 def test_float16(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The first's attention is one node as at float32; the others have norms in float32."""
     art = artifact(family, tmp_path, request)
-    made = exporter.export(art, tmp_path / "onnx", dtype="float16")
+    made = export(art, tmp_path / "onnx", dtype="float16")
     assert 1e-6 < made["difference_of_most"] <= exporter.TOLERANCE["float16"]
     path = tmp_path / "onnx" / "model.onnx"
     model = graph(path.parent)
@@ -453,7 +458,7 @@ def test_a_layer_a_tenth_off_is_refused_at_float16(qwen: Path, tmp_path: Path, m
     other = changed(qwen, tmp_path / "other", scale)
     monkeypatch.setattr(exporter, "trace", lambda folder, **told: trace(other, **told))
     with pytest.raises(MoeccError, match=r"differ by .* of the largest, in too many tokens; nothing was kept"):
-        exporter.export(qwen, tmp_path / "onnx", dtype="float16")
+        export(qwen, tmp_path / "onnx", dtype="float16")
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
 
 
@@ -473,14 +478,14 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault() -> None:
 
 def test_experts_that_are_left_dense(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "model", "gpt_oss", **one_layer("gpt_oss"))
-    assert exporter.export(source, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
+    assert export(source, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
     assert_masks_are_known(graph(tmp_path / "onnx"), [8])
 
 
 @pytest.mark.parametrize(("bits", "opset", "runs_from"), [(4, 21, "1.20"), *[(8, 21, "1.22")] * ALL, (8, 23, "1.23")])
 def test_quantized_linears_become_matmulnbits(bits: int, opset: int, runs_from: str, tmp_path: Path) -> None:
     art = compiled(tmp_path, "qwen2_moe", f"vq{{bits=2}},dense{{bits={bits},group=16}}", **one_layer("qwen2_moe"))
-    made = exporter.export(art, tmp_path / "onnx", opset=opset)
+    made = export(art, tmp_path / "onnx", opset=opset)
     assert made["difference_of_most"] <= exporter.TOLERANCE["int8 activations"]
     assert made["runs_from"] == f"onnxruntime {runs_from}"
     exact = exact_copy(tmp_path / "onnx" / "model.onnx")
@@ -496,9 +501,9 @@ def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(
     family: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     art = artifact(family, tmp_path, request)
-    eight = exporter.export(art, tmp_path / "onnx8", profile="qmoe", bits=8)
+    eight = export(art, tmp_path / "onnx8", profile="qmoe", bits=8)
     assert eight["difference"] <= 0.05
-    four = exporter.export(art, tmp_path / "onnx4", profile="qmoe", bits=4)
+    four = export(art, tmp_path / "onnx4", profile="qmoe", bits=4)
     # a token may go to another expert, on one machine and not on another
     assert eight["difference_of_most"] < four["difference_of_most"] <= 0.4
     ops_used = {n.op_type for n in graph(tmp_path / "onnx4").graph.node}
@@ -509,7 +514,7 @@ def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(
 def test_embeddings_in_int8(tied: bool, dtype: str, tmp_path: Path) -> None:
     """Head and embedding are small integers, one tensor where they are tied, and the logits near."""
     art = compiled(tmp_path, "qwen2_moe", "vq", tie_word_embeddings=tied, **one_layer("qwen2_moe"))
-    made = exporter.export(art, tmp_path / "onnx", dtype=dtype, small_embeddings=True)
+    made = export(art, tmp_path / "onnx", dtype=dtype, embeddings="int8")
     assert made["difference_of_most"] <= exporter.TOLERANCE["int8 activations"]
     model = graph(tmp_path / "onnx")
     used = [n.op_type for n in model.graph.node]
@@ -522,8 +527,8 @@ def test_embeddings_in_int8(tied: bool, dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "config", "why"),
     [
-        ("muse_spark_text", {}, "no norm behind an expert; export with --profile portable"),
-        ("qwen2_moe", {"hidden_act": "gelu"}, "no gate glu of gelu; export with --profile portable"),
+        ("muse_spark_text", {}, "no norm behind an expert; export with profile=portable"),
+        ("qwen2_moe", {"hidden_act": "gelu"}, "no gate glu of gelu; export with profile=portable"),
         ("qwen2_moe", {"moe_intermediate_size": 24}, "blocks of 16 divide, not 32 and 24"),
     ],
 )
@@ -532,14 +537,14 @@ def test_qmoe_refuses_what_it_does_not_know_before_it_translates(
 ) -> None:
     monkeypatch.setattr(exporter, "translate", lambda *told: pytest.fail("translated"))
     with pytest.raises(MoeccError, match=why):
-        exporter.export(checkpoint(tmp_path / "model", family, **config), tmp_path / "onnx", profile="qmoe")
+        export(checkpoint(tmp_path / "model", family, **config), tmp_path / "onnx", profile="qmoe")
     assert not (tmp_path / "onnx").exists()
 
 
 def test_qmoe_wants_a_new_runtime(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", "1.30.1")
     with pytest.raises(MoeccError, match=r"needs onnxruntime 1\.31 or newer, this is 1\.30\.1"):
-        exporter.export(qwen, tmp_path / "onnx", profile="qmoe")
+        export(qwen, tmp_path / "onnx", profile="qmoe")
 
 
 def exact_copy(path: Path) -> Path:
@@ -577,7 +582,7 @@ console.log(JSON.stringify(Array.from(logits.data)));
 def test_a_browser_computes_the_same(bits: int, opset: int, tmp_path: Path) -> None:
     """onnxruntime-web under node: MOECC_ONNX_WEB is the folder in which `npm install onnxruntime-web` was run."""
     art = compiled(tmp_path, "qwen3_moe", "vq", bits)
-    exporter.export(art, tmp_path / "onnx", opset=opset)
+    export(art, tmp_path / "onnx", opset=opset)
     ids = list(range(5, 16))
     command = ["node", "--input-type=module", "-e", WEB, str(tmp_path / "onnx"), json.dumps(ids)]
     done = subprocess.run(command, cwd=os.environ["MOECC_ONNX_WEB"], capture_output=True, text=True, check=True)
@@ -614,7 +619,7 @@ def test_codes_are_stored_once(qwen: Path, exported: Path) -> None:
 def test_the_command_writes_a_folder_and_says_how_it_compares(
     qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    got = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made", "--opset", "21", "--json")
+    got = Run(capsys, "export", qwen, "--to", "onnx{opset=21}", "-o", tmp_path / "made", "--json")
     assert got.code == 0, got.err
     names = {f.name for f in (tmp_path / "made").iterdir()}
     assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", exporter.RECORD} <= names
@@ -642,7 +647,7 @@ def test_without_a_compiler_the_export_is_portable_and_says_so(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    got = Run(capsys, "export", qwen, "--to", "onnx", "-o", tmp_path / "made", "--profile", "native", "--json")
+    got = Run(capsys, "export", qwen, "--to", "onnx{profile=native}", "-o", tmp_path / "made", "--json")
     assert got.code == 0 and "no op library: CXX is '/no/such/compiler'" in got.err
     assert got.json["profile"] == "portable" and not (tmp_path / "made" / exporter.LIBRARY).exists()
     assert Run(capsys, "build-ops").code == 2
@@ -661,7 +666,7 @@ def test_compile_can_export_at_once(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_file_that_is_wrong_is_not_kept(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "blocked_codes", lambda codes, v: layout.blocked_codes(codes ^ 1, v))
     with pytest.raises(MoeccError, match=r"differ by .* of the largest; nothing was kept"):
-        exporter.export(qwen, tmp_path / "onnx")
+        export(qwen, tmp_path / "onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from moecc import gates, ops
+from moecc.ir import gates, ops
 
 E, D, F = 4, 8, 6  # experts, hidden, intermediate
 ATTRIBUTES: dict[str, Any] = dict(act="silu", gate="glu", alpha=1.7, limit=0.8, eps=1e-6)

@@ -57,7 +57,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     source.mkdir()
     for name in ("moecc", "passes", "backends"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("moecc_start.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for file in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         if (ROOT / file).is_file():
             shutil.copy(ROOT / file, source / file)
     code = "import setuptools.build_meta as b; b.build_sdist('../dist')"
@@ -75,8 +75,7 @@ def run(command: list[str], where: Path) -> None:
 
 def wanted() -> set[str]:
     """Every source file as it is installed."""
-    modules = {f"{name}.py" for name in SETUPTOOLS["py-modules"]}
-    return modules | {
+    return {
         "/".join([*package.split("."), path.name])
         for package, folder in folders().items()
         for path in (ROOT / folder).glob("*.py")
@@ -93,12 +92,12 @@ def test_a_wheel_through_the_sdist_holds_every_module_once(built: tuple[Path, Pa
 def test_the_sdist_holds_the_sources(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as archive:
         names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
-    assert {"passes/vq.py", "passes/__init__.py", "backends/__init__.py", "moecc/ops.py", "pyproject.toml"} <= names
+    assert {"passes/vq.py", "passes/__init__.py", "backends/__init__.py", "moecc/ir/ops.py", "pyproject.toml"} <= names
 
 
 def test_the_wheel_s_passes_are_found_without_the_checkout(built: tuple[Path, Path], tmp_path: Path) -> None:
     zipfile.ZipFile(built[1]).extractall(tmp_path)
-    code = "import moecc.pipeline as p, moecc; print(moecc.__file__, *p.names(), p.find('kbvq').__module__)"
+    code = "import moecc.pipeline.parse as p, moecc; print(moecc.__file__, *p.pass_names(), p.find_pass('kbvq').__module__)"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

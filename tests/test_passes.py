@@ -18,21 +18,28 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moecc import pipeline, vq4
-from moecc.base import Composite, Context, Layer, MoeccError
-from moecc.ir import MoE, Program, digest, operand_names, output_node, run_nodes, stage_nodes
-from moecc.ops import KLT_EXPERTS, VQ_EXPERTS
-from moecc.passes._adapters import attached
-from moecc.passes._moments import measure, routed_tokens
-from moecc.passes._routing import selection_scores
-from moecc.passes._store import compact
-from moecc.passes._tuned import Tuned, bits_of
-from moecc.passes._whole import Whole
+from moecc.errors import MoeccError
+from moecc.frontend.trace import trace
+from moecc.ir import vq4
+from moecc.ir.graph import run_nodes
+from moecc.ir.moe import MoE, operand_names
+from moecc.ir.ops import KLT_EXPERTS, VQ_EXPERTS
+from moecc.ir.program import Program, output_node, stage_nodes
+from moecc.ir.tensors import digest
+from moecc.passes._code.half import compact
+from moecc.passes._code.moments import measure, routed_tokens
+from moecc.passes._tune.low_rank import attached
+from moecc.passes._tune.routing import selection_scores
+from moecc.passes._tune.tuned import Tuned, bits_of
+from moecc.passes._tune.whole import Whole
 from moecc.passes.affine import shift
 from moecc.passes.rilq import Trained
 from moecc.passes.sensitivity import Gradients
-from moecc.stream import StageWeights, Stream, first_tokens, run_program
-from moecc.trace import trace
+from moecc.pipeline.order import require_whole, resolve
+from moecc.pipeline.parse import find_pass, parse_passes, pass_names
+from moecc.pipeline.passes import Composite, Context, Layer
+from moecc.pipeline.run import Hooks, PassReport, run_passes
+from moecc.pipeline.stream import StageWeights, Stream, first_tokens, run_program
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -57,7 +64,7 @@ OPTIONS: dict[str, list[str]] = {
     "dense": ["dense{group=16}", "dense{group=16,bits=4}", "dense{group=128}"],
     MY_PASS: [f"affine{{offset=on}},{MY_PASS}{{below=100}}", f"{MY_PASS}{{below=0}}"],
 }
-CASES = [text for name in [*pipeline.names(), MY_PASS] for text in OPTIONS.get(name, [name])]
+CASES = [text for name in [*pass_names(), MY_PASS] for text in OPTIONS.get(name, [name])]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +79,7 @@ class Run:
 
     program: Program
     ctx: Context
-    reports: list[pipeline.PassReport]
+    reports: list[PassReport]
     differed: dict[str, bool] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)  # by "layer001-vq" and the like, "before" the first
 
@@ -85,7 +92,7 @@ def compiled(
 ) -> Run:
     """`text` run over a copy of `program`, with an eye on what each pass changed."""
     program = program.copy()
-    passes, _ = pipeline.resolve(pipeline.parse(text)[0], facts)
+    passes, _ = resolve(parse_passes(text)[0], facts)
     found = Run(program, Context(seed=seed), [], {p.name: False for p in passes}, {"before": program.text()})
     last = found.texts["before"]
 
@@ -99,13 +106,13 @@ def compiled(
             found.texts[label] = now.text()
             look(label.split("-", 1)[1], found.texts[label])
 
-    def after_pass(report: pipeline.PassReport, now: Program) -> None:
+    def after_pass(report: PassReport, now: Program) -> None:
         p = next(p for p in passes if str(p) == report.text)
         if f"layer001-{p.name}" not in found.texts:  # a model pass
             look(p.name, now.text())
 
-    hooks = pipeline.Hooks(dump=dump, after_pass=after_pass)
-    found.reports = pipeline.run(program, passes, found.ctx, TOKENS if batches is None else batches, hooks)
+    hooks = Hooks(dump=dump, after_pass=after_pass)
+    found.reports = run_passes(program, passes, found.ctx, TOKENS if batches is None else batches, hooks)
     return found
 
 
@@ -141,9 +148,9 @@ def test_passes_leave_the_program_they_copied_from_alone(traced: Program) -> Non
     assert traced.text() == before
 
 
-@pytest.mark.parametrize("name", pipeline.names())
+@pytest.mark.parametrize("name", pass_names())
 def test_options_out_of_range_are_refused(name: str) -> None:
-    cls = pipeline.find(name)
+    cls = find_pass(name)
     for f in fields(cls):
         for wrong in out_of_range(f):
             with pytest.raises(MoeccError, match=f"{name}: {f.name}=.* is out of range; it takes "):
@@ -162,9 +169,9 @@ def out_of_range(f: Any) -> Iterator[Any]:
             yield max(choices) + 1
 
 
-@pytest.mark.parametrize("name", pipeline.names())
+@pytest.mark.parametrize("name", pass_names())
 def test_facts_are_declared(name: str) -> None:
-    cls = pipeline.find(name)
+    cls = find_pass(name)
     for attribute in ("requires", "after", "provides", "spoils"):
         facts = getattr(cls, attribute)
         assert isinstance(facts, frozenset) and all(isinstance(f, str) for f in facts)
@@ -176,7 +183,7 @@ def test_facts_are_declared(name: str) -> None:
 
 def test_a_model_without_experts_is_left_alone(tiny: Tiny, batches: list[Tensor]) -> None:
     program = tiny("DD")
-    for name in (n for n in pipeline.names() if OPTIONS.get(n) != []):
+    for name in (n for n in pass_names() if OPTIONS.get(n) != []):
         run = compiled(program, OPTIONS.get(name, [name])[0], batches=batches)
         if name not in ("dense", "rilq", "merge"):  # which work on what every token goes through
             assert not any(run.differed.values()) and not any(r.changed for r in run.reports), name
@@ -397,7 +404,7 @@ def test_the_correction_takes_the_shift_of_the_mean_and_brings_the_variance_near
 def test_tuning_lowers_the_held_out_loss_or_leaves_all_as_it_was(traced: Program) -> None:
     run = compiled(traced, "vq{codebook=layer},vsraq{steps=40}")
     terms = run.ctx.audit["model.layers.0.mlp.experts.gate_up"]["tuned"]
-    options: Any = pipeline.find("vsraq")()
+    options: Any = find_pass("vsraq")()
     kinds = [k for k in ("reconstruction", "value", "order", "boundary") if k in terms["before"]]
     ratio = {k: terms["after"][k] / max(terms["before"][k], 1e-12) for k in kinds}
     assert sum(getattr(options, k) * (ratio[k] - 1) for k in kinds) <= 1e-9
@@ -495,7 +502,7 @@ def test_sensitivity_is_the_same_where_weights_do_not_stay_in_memory(
 ) -> None:
     program = tiny("MMM")
     want = {k: Gradients(program, Context()).measure(k, batches).tensors for k in ("kl", "routing")}
-    monkeypatch.setattr("moecc.passes._whole.fits_in_memory", lambda program: False)
+    monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: False)
     monkeypatch.setattr("moecc.passes.sensitivity.free_memory", lambda: memory)  # batches one by one, and all together
     got = {k: Gradients(program, Context()).measure(k, batches).tensors for k in want}
     for kind, found in want.items():
@@ -523,7 +530,7 @@ def test_without_sensitivity_all_output_channels_count_alike(traced: Program) ->
 
 def test_gradients_layer_by_layer_are_those_of_the_whole(traced: Program) -> None:
     program = compiled(traced, "kbvq{rank=2}").program
-    trained = Trained(pipeline.find("rilq")(rank=3), program, Context())  # type: ignore[call-arg, arg-type]
+    trained = Trained(find_pass("rilq")(rank=3), program, Context())  # type: ignore[call-arg, arg-type]
     with torch.no_grad():
         for b in trained.b.values():
             b.normal_(std=0.05)
@@ -566,10 +573,10 @@ def test_rilq_lowers_the_held_out_loss_and_merging_changes_nothing_but_rounding(
     assert not any("mlp.gate." in n or "shared_expert_gate" in n or "lm_head" in n for n in names)
     assert run.ctx.audit["model.layers.0.mlp.gate.weight"]["adapter"] == "none: router"
     with pytest.raises(MoeccError, match="rilq leaves what can't be stored before 'merged'"):
-        pipeline.require_whole(pipeline.resolve(pipeline.parse("rilq")[0])[0])
+        require_whole(resolve(parse_passes("rilq")[0])[0])
 
     before, program = run.output(), run.program
-    pipeline.run(program, [pipeline.find("merge")()], run.ctx)
+    run_passes(program, [find_pass("merge")()], run.ctx)
     assert not attached(program) and "lora" not in program.text() and not any("lora" in n for n in program.tensors)
     torch.testing.assert_close(torch.cat(run_program(program, TOKENS)), before, rtol=1e-4, atol=1e-5)
     assert all(run.ctx.audit[n]["rounding"] < 1e-12 for n in names)  # the checkpoint is float32
@@ -598,7 +605,7 @@ def test_rilq_without_anything_to_gain_leaves_all_as_it_was(traced: Program) -> 
     run = compiled(traced, "vq{bits=4},affine,fold,rilq{steps=1,lr=100,rank=2,patience=1},merge")
     assert not run.differed["rilq"] and not run.differed["merge"]
     with pytest.raises(MoeccError, match="patience=11 is out of range"):  # there are ten checks
-        pipeline.parse("rilq{patience=11}")
+        parse_passes("rilq{patience=11}")
 
 
 def test_a_pass_of_one_s_own_takes_biases_out(traced: Program) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,21 +13,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moecc import pipeline
-from moecc.base import Composite, Context, Layer, LayerPass, MoeccError, Pass, accepted, option
-from moecc.ir import Program
+from moecc.errors import MoeccError
+from moecc.ir.program import Program
+from moecc.options import accepted, option
+from moecc.pipeline.bits import experts_bits
+from moecc.pipeline.order import require_whole, resolve
+from moecc.pipeline.parse import find_pass, parse_passes, pass_names
+from moecc.pipeline.passes import Composite, Context, Layer, LayerPass, Pass
+from moecc.pipeline.run import Hooks, run_passes
 
 MY_PASS = Path(__file__).parents[1] / "examples" / "my_pass.py"
 Tiny = Callable[[str], Program]
 
 
 def order(text: str, **options: Any) -> list[str]:
-    return [p.name for p in pipeline.resolve(pipeline.parse(text, **options)[0])[0]]
+    return [p.name for p in resolve(parse_passes(text, **options)[0])[0]]
 
 
 def error(text: str, **options: Any) -> str:
     with pytest.raises(MoeccError) as found:
-        pipeline.resolve(pipeline.parse(text, **options)[0])
+        resolve(parse_passes(text, **options)[0])
     assert "\n" not in str(found.value)
     return str(found.value)
 
@@ -49,27 +54,27 @@ def values(f: Any) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", pipeline.names())
+@pytest.mark.parametrize("name", pass_names())
 @given(data=st.data())
 def test_the_text_of_a_pass_builds_it_again(name: str, data: st.DataObject) -> None:
-    cls = pipeline.find(name)
-    p = cls(**{f.name: data.draw(st.sampled_from(values(f)), label=f.name) for f in fields(cls)})
-    parsed, remarks = pipeline.parse(str(p))
+    cls = find_pass(name)
+    p = cls(**{f.name: data.draw(st.sampled_from(values(f)), label=f.name) for f in cls.options()})
+    parsed, remarks = parse_passes(str(p))
     assert parsed == [p] and str(parsed[0]) == str(p) and remarks == []
 
 
-@pytest.mark.parametrize("name", pipeline.names())
+@pytest.mark.parametrize("name", pass_names())
 def test_every_pass_explains_itself(name: str) -> None:
-    cls = pipeline.find(name)
+    cls = find_pass(name)
     assert cls.name == name and (cls.__doc__ or cls.__module__)
-    for f in fields(cls):
+    for f in cls.options():
         assert f.metadata["help"], f.name
         assert accepted(f)
     assert str(cls()) == name
 
 
 def test_a_pipeline_is_read_with_spaces_and_a_last_comma() -> None:
-    parsed, _ = pipeline.parse(" klt{ rank=8 , bits=3 } , vq,")
+    parsed, _ = parse_passes(" klt{ rank=8 , bits=3 } , vq,")
     assert [str(p) for p in parsed] == ["klt{rank=8,bits=3}", "vq"]
 
 
@@ -104,16 +109,16 @@ def test_what_can_t_be_read_says_why(text: str, message: str) -> None:
 
 
 def test_an_unknown_name_unlike_any_other_lists_what_there_is() -> None:
-    assert error("xyzzy") == f"no pass 'xyzzy'; there are {', '.join(pipeline.names())}"
+    assert error("xyzzy") == f"no pass 'xyzzy'; there are {', '.join(pass_names())}"
 
 
 def test_bits_is_the_default_of_every_option_of_that_name() -> None:
-    parsed, remarks = pipeline.parse("kbvq,moments,vq{bits=4}", bits=3)
+    parsed, remarks = parse_passes("kbvq,moments,vq{bits=4}", bits=3)
     assert [str(p) for p in parsed] == ["kbvq{bits=3}", "moments", "vq{bits=4}"] and remarks == []
 
 
 def test_a_pass_that_does_not_take_the_bits_keeps_its_own_and_says_so() -> None:
-    parsed, remarks = pipeline.parse("dense,kbvq", bits=8)
+    parsed, remarks = parse_passes("dense,kbvq", bits=8)
     assert [str(p) for p in parsed] == ["dense", "kbvq"]
     assert remarks == ["kbvq keeps bits=2 (it takes 2 <= number <= 4, not 8)"]
 
@@ -126,16 +131,16 @@ def test_bits_that_no_pass_takes_are_an_error() -> None:
 
 def test_an_option_out_of_range_is_refused_in_python_too() -> None:
     with pytest.raises(MoeccError, match=r"vq: bits=7 is out of range; it takes 2 \| 3 \| 4"):
-        pipeline.find("vq")(bits=7)  # type: ignore[call-arg]
+        find_pass("vq")(bits=7)  # type: ignore[call-arg]
 
 
 # ---- passes of one's own
 
 
 def test_a_pass_by_path_and_its_text() -> None:
-    parsed, _ = pipeline.parse(f"{MY_PASS}{{below=0.5}}")
+    parsed, _ = parse_passes(f"{MY_PASS}{{below=0.5}}")
     assert parsed[0].name == "drop_bias" and str(parsed[0]) == f"{MY_PASS}{{below=0.5}}"
-    again, _ = pipeline.parse(str(parsed[0]))
+    again, _ = parse_passes(str(parsed[0]))
     assert str(again[0]) == str(parsed[0])
     assert order(f"{MY_PASS},kbvq") == ["moments", "klt", "vq", "affine", "fold", "drop_bias"]
 
@@ -151,7 +156,7 @@ def test_a_pass_file_that_fails_is_named(tmp_path: Path) -> None:
 
 
 HEAD = """from dataclasses import dataclass
-from moecc.base import LayerPass, option
+from moecc.pipeline.passes import LayerPass, option
 
 @dataclass(frozen=True, kw_only=True)
 class Mine(LayerPass):
@@ -218,14 +223,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[type[Pass]]]:
         assert group == "moecc.passes"
         return [EntryPoint(c) for c in found if name in (None, c.name)]
 
-    monkeypatch.setattr(pipeline, "entry_points", entry_points)
+    monkeypatch.setattr("moecc.registry.entry_points", entry_points)
     yield found
 
 
 def test_a_pass_by_entry_point(installed: list[type[Pass]]) -> None:
     installed.append(Fake)
-    assert "fake" in pipeline.names()
-    assert pipeline.parse("fake{bits=3}")[0] == [Fake(bits=3)]
+    assert "fake" in pass_names()
+    assert parse_passes("fake{bits=3}")[0] == [Fake(bits=3)]
     assert error("fakee") == "no pass 'fakee'; did you mean 'fake'?"
 
 
@@ -243,8 +248,8 @@ def test_what_the_user_wishes_for_becomes_an_order() -> None:
 
 
 def test_a_composite_stands_for_its_passes_with_its_options() -> None:
-    parsed, _ = pipeline.parse("kbvq{bits=3,rank=8,codebook=layer,offset=off}")
-    resolved, remarks = pipeline.resolve(parsed)
+    parsed, _ = parse_passes("kbvq{bits=3,rank=8,codebook=layer,offset=off}")
+    resolved, remarks = resolve(parsed)
     assert [str(p) for p in resolved] == [
         "moments", "klt{rank=8,bits=3}", "vq{bits=3,codebook=layer}", "affine{offset=off}", "fold",
     ]  # fmt: skip
@@ -267,10 +272,10 @@ def test_a_pass_that_gives_facts_stands_there_once(text: str, message: str) -> N
 
 
 def test_missing_providers_are_put_in_front_and_said() -> None:
-    resolved, remarks = pipeline.resolve(pipeline.parse("vq,klt{rank=4}")[0])
+    resolved, remarks = resolve(parse_passes("vq,klt{rank=4}")[0])
     assert [str(p) for p in resolved] == ["moments", "klt{rank=4}", "vq"]
     assert remarks == ["vq requires 'moments'; inserted 'moments' before it"]
-    resolved, remarks = pipeline.resolve(pipeline.parse("vsraq")[0])
+    resolved, remarks = resolve(parse_passes("vsraq")[0])
     assert [p.name for p in resolved] == ["sensitivity", "moments", "vq", "affine", "fold", "vsraq"]
     assert remarks[:-1] == [
         "vsraq requires 'folded'; inserted 'fold' before it", "fold requires 'affine'; inserted 'affine' before it",
@@ -280,7 +285,7 @@ def test_missing_providers_are_put_in_front_and_said() -> None:
 
 
 def test_facts_that_hold_already_need_no_provider() -> None:
-    resolved, remarks = pipeline.resolve(pipeline.parse("vsraq")[0], facts={"folded", "sensitivity"})
+    resolved, remarks = resolve(parse_passes("vsraq")[0], facts={"folded", "sensitivity"})
     assert [p.name for p in resolved] == ["vsraq"] and remarks == []
 
 
@@ -299,18 +304,18 @@ class NeedsMoments(LayerPass):
 def test_what_lies_within_a_layer_is_measured_again_in_every_round_that_needs_it(
     tiny: Tiny, batches: list[Tensor]
 ) -> None:
-    parsed, _ = pipeline.parse("moments{min_tokens=2},vq")
-    passes, remarks = pipeline.resolve([*parsed, made("model", requires="vq"), NeedsMoments()])
+    parsed, _ = parse_passes("moments{min_tokens=2},vq")
+    passes, remarks = resolve([*parsed, made("model", requires="vq"), NeedsMoments()])
     names = ["moments", "vq", "model", "needs_moments"]
     assert [p.name for p in passes] == [*names[:3], "moments", "needs_moments"]
     assert str(passes[3]) == "moments{min_tokens=2}"
     assert remarks == ["needs_moments requires 'moments'; 'moments' runs again before it, in its round"]
-    assert pipeline.resolve(passes) == (passes, remarks)
-    passes, remarks = pipeline.resolve([parsed[0], NeedsMoments(), parsed[1]])
+    assert resolve(passes) == (passes, remarks)
+    passes, remarks = resolve([parsed[0], NeedsMoments(), parsed[1]])
     assert [p.name for p in passes] == ["moments", "needs_moments", "vq"] and not remarks
     ctx = Context()
-    passes, _ = pipeline.resolve([parsed[0], made("model", requires="moments2"), NeedsMoments()], {"moments2"})
-    pipeline.run(tiny("M"), passes, ctx, batches)
+    passes, _ = resolve([parsed[0], made("model", requires="moments2"), NeedsMoments()], {"moments2"})
+    run_passes(tiny("M"), passes, ctx, batches)
     assert ctx.notes[-1:] == ["layers.0"]
 
 
@@ -322,13 +327,13 @@ def test_what_lies_within_a_layer_is_nothing_for_a_round_that_has_not_begun() ->
     ):
         message = f"requires 'moments', which holds within one layer and one round, but {p.name} {what}"
         with pytest.raises(MoeccError, match=message):
-            pipeline.resolve([*pipeline.parse("moments")[0], p])
+            resolve([*parse_passes("moments")[0], p])
 
 
 def test_the_resolved_text_resolves_to_itself() -> None:
-    resolved, _ = pipeline.resolve(pipeline.parse("vsraq{steps=5},kbvq{bits=3}")[0])
+    resolved, _ = resolve(parse_passes("vsraq{steps=5},kbvq{bits=3}")[0])
     text = ",".join(map(str, resolved))
-    again, remarks = pipeline.resolve(pipeline.parse(text)[0])
+    again, remarks = resolve(parse_passes(text)[0])
     assert ",".join(map(str, again)) == text and remarks == []
 
 
@@ -346,7 +351,7 @@ def made(name: str, *, requires: str = "", provides: str = "", after: str = "", 
 
 
 def sorted_names(*passes: Pass) -> list[str]:
-    return [p.name for p in pipeline.resolve(passes)[0]]
+    return [p.name for p in resolve(passes)[0]]
 
 
 def test_ties_stay_as_typed() -> None:
@@ -368,12 +373,12 @@ def test_after_and_spoils_order_without_inserting() -> None:
 def test_passes_that_need_each_other() -> None:
     a, b = made("a", requires="y", provides="x"), made("b", requires="x", provides="y")
     with pytest.raises(MoeccError, match=r"these passes need each other: (a -> b|b -> a); leave one out"):
-        pipeline.resolve([a, b])
+        resolve([a, b])
 
 
 def test_a_fact_that_nothing_provides() -> None:
     with pytest.raises(MoeccError, match="user requires 'magic'; provided by no known pass; name one of them"):
-        pipeline.resolve([made("user", requires="magic")])
+        resolve([made("user", requires="magic")])
 
 
 # ---- running
@@ -402,12 +407,12 @@ class Touch(LayerPass):
 
 def failure(program: Program, batches: list[Tensor], *passes: Pass) -> str:
     with pytest.raises(MoeccError) as found:
-        pipeline.run(program, passes, Context(), batches)
+        run_passes(program, passes, Context(), batches)
     return str(found.value)
 
 
 def test_a_failure_names_pass_layer_and_what_ran_before(tiny: Tiny, batches: list[Tensor]) -> None:
-    moments = pipeline.find("moments")()
+    moments = find_pass("moments")()
     message = failure(tiny("MD"), batches, moments, Touch(fail_in=2))
     assert message == "touch{fail_in=2} failed in layer 1 (after moments): RuntimeError: boom"
     assert failure(tiny("MD"), batches, Touch(fail_in=1, how="moecc")) == (
@@ -458,7 +463,7 @@ def test_a_layer_that_no_longer_runs_names_what_ran(tiny: Tiny, batches: list[Te
 
 def test_an_interrupt_stays_an_interrupt(tiny: Tiny, batches: list[Tensor]) -> None:
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(tiny("MD"), [Touch(fail_in=1, how="interrupt")], Context(), batches)
+        run_passes(tiny("MD"), [Touch(fail_in=1, how="interrupt")], Context(), batches)
 
 
 def test_a_model_pass_that_fails_names_no_layer(tiny: Tiny) -> None:
@@ -470,18 +475,18 @@ def test_a_model_pass_that_fails_names_no_layer(tiny: Tiny) -> None:
 
 
 def test_a_pass_that_needs_data_asks_for_it(tiny: Tiny) -> None:
-    assert failure(tiny("M"), [], pipeline.find("moments")()) == "moments needs calibration text; give --calib FILE"
+    assert failure(tiny("M"), [], find_pass("moments")()) == "moments needs calibration text; give --calib FILE"
 
 
 def test_layer_passes_go_through_together_and_see_inputs_before_and_targets_after(
     tiny: Tiny, batches: list[Tensor]
 ) -> None:
     ctx, dumps, layers = Context(), [], []
-    hooks = pipeline.Hooks(
+    hooks = Hooks(
         dump=lambda name, program, stage: dumps.append(name),
         after_layer=lambda stage, program, ctx: layers.append(stage),
     )
-    pipeline.run(tiny("MD"), [Touch(), made("model"), Touch(), Touch()], ctx, batches, hooks)
+    run_passes(tiny("MD"), [Touch(), made("model"), Touch(), Touch()], ctx, batches, hooks)
     # the last stage is the head, whose output for all the text nobody holds
     once = [f"{i}: inputs before {i}, targets before {min(i + 1, 3)}" for i in (1, 2, 3)]
     assert ctx.notes == once + [line for line in once for _ in range(2)]
@@ -501,8 +506,8 @@ class Late(Touch):
 
 def test_a_round_of_one_s_own_begins_behind_all_layers(tiny: Tiny, batches: list[Tensor]) -> None:
     dumps: list[str] = []
-    hooks = pipeline.Hooks(dump=lambda name, program, stage: dumps.append(name))
-    pipeline.run(tiny("MD"), [Touch(), Late(), Touch()], Context(), batches, hooks)
+    hooks = Hooks(dump=lambda name, program, stage: dumps.append(name))
+    run_passes(tiny("MD"), [Touch(), Late(), Touch()], Context(), batches, hooks)
     first = [f"layer00{i}-touch" for i in (1, 2, 3)]
     second = [f"layer00{i}-{name}" for i in (1, 2, 3) for name in ("late", "touch-2")]
     assert dumps == [*first, "01-after-touch", *second, "03-after-touch"]
@@ -521,37 +526,37 @@ class Seen(LayerPass):
 
 def test_the_float_model_stays_the_float_model_behind_a_model_pass(tiny: Tiny, batches: list[Tensor]) -> None:
     ctx = Context()
-    coded = pipeline.resolve(pipeline.parse("vq")[0])[0]
-    pipeline.run(tiny("M"), [*coded, made("model"), Seen()], ctx, batches)
+    coded = resolve(parse_passes("vq")[0])[0]
+    run_passes(tiny("M"), [*coded, made("model"), Seen()], ctx, batches)
     assert [note for note in ctx.notes if note.startswith("moecc")] == ["moecc.experts.default"]
 
 
 @pytest.mark.parametrize(("text", "lack"), [("klt", "vq"), ("vq,affine", "folded")])
 def test_a_pipeline_that_nothing_can_store_is_refused_before_it_runs(text: str, lack: str) -> None:
-    resolved, _ = pipeline.resolve(pipeline.parse(text)[0])
+    resolved, _ = resolve(parse_passes(text)[0])
     with pytest.raises(MoeccError, match=f"can't be stored before '{lack}'"):
-        pipeline.require_whole(resolved)
-    pipeline.require_whole(pipeline.resolve(pipeline.parse("klt,vq,affine,fold")[0])[0])
+        require_whole(resolved)
+    require_whole(resolve(parse_passes("klt,vq,affine,fold")[0])[0])
 
 
 def test_a_layer_that_was_restored_is_not_worked_on_again(tiny: Tiny, batches: list[Tensor]) -> None:
     ctx = Context()
-    hooks = pipeline.Hooks(restore_layer=lambda stage, program, ctx: stage < 2)
-    pipeline.run(tiny("MD"), [Touch()], ctx, batches, hooks)
+    hooks = Hooks(restore_layer=lambda stage, program, ctx: stage < 2)
+    run_passes(tiny("MD"), [Touch()], ctx, batches, hooks)
     assert [note[0] for note in ctx.notes] == ["2", "3"]
 
 
 def test_facts_hold_after_a_run(tiny: Tiny) -> None:
     program = tiny("M")
-    pipeline.run(program, [made("a", provides="x y"), made("b", spoils="x", provides="z")], Context())
+    run_passes(program, [made("a", provides="x y"), made("b", spoils="x", provides="z")], Context())
     assert program.facts == {"y", "z"}
 
 
 def test_reports_say_what_each_pass_did(tiny: Tiny, batches: list[Tensor]) -> None:
     seen: list[str] = []
-    hooks = pipeline.Hooks(after_pass=lambda report, program: seen.append(report.text))
-    resolved, _ = pipeline.resolve(pipeline.parse("klt{rank=2},vq{codebook=layer}")[0])
-    result = pipeline.run(tiny("MD"), resolved, Context(), batches, hooks)
+    hooks = Hooks(after_pass=lambda report, program: seen.append(report.text))
+    resolved, _ = resolve(parse_passes("klt{rank=2},vq{codebook=layer}")[0])
+    result = run_passes(tiny("MD"), resolved, Context(), batches, hooks)
     assert [r.text for r in result] == seen == ["moments", "klt{rank=2}", "vq{codebook=layer}"]
     assert [r.changed for r in result] == [False, True, True]
     lines = [r.line() for r in result]
@@ -569,8 +574,8 @@ def test_a_pass_that_stands_there_twice_has_two_reports(tiny: Tiny, batches: lis
         return seen.count(layer.index) == 1
 
     once = dataclass(frozen=True, kw_only=True)(type("Once", (LayerPass,), {"name": "once", "run_layer": first_time}))()
-    passes, _ = pipeline.resolve([made("model"), once, once, made("model")])
-    reports = pipeline.run(tiny("MD"), passes, Context(), batches)
+    passes, _ = resolve([made("model"), once, once, made("model")])
+    reports = run_passes(tiny("MD"), passes, Context(), batches)
     assert [(r.text, r.changed) for r in reports] == [
         ("model", False), ("once", True), ("once", False), ("model", False),
     ]  # fmt: skip
@@ -578,18 +583,18 @@ def test_a_pass_that_stands_there_twice_has_two_reports(tiny: Tiny, batches: lis
 
 def test_bits_of_float_experts_are_what_the_checkpoint_stores(tiny: Tiny) -> None:
     program = tiny("M")
-    assert pipeline.experts_bits(program) == 32.0
+    assert experts_bits(program) == 32.0
     store: Any = program.store
     store.tensors = {name: t.bfloat16() for name, t in store.tensors.items()}
-    assert pipeline.experts_bits(program) == 16.0
+    assert experts_bits(program) == 16.0
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_bits_of_compressed_experts_count_every_tensor(tiny: Tiny, batches: list[Tensor], bits: int) -> None:
     program = tiny("M")
-    resolved, _ = pipeline.resolve(pipeline.parse(f"klt{{rank=2}},vq{{bits={bits}}},affine{{offset=on}},fold")[0])
-    pipeline.run(program, resolved, Context(), batches)
+    resolved, _ = resolve(parse_passes(f"klt{{rank=2}},vq{{bits={bits}}},affine{{offset=on}},fold")[0])
+    run_passes(program, resolved, Context(), batches)
     moe = program.moe_layers()[0]
     held = [program.read(program.weights[n.name].name) for n in moe.node.all_input_nodes if n.name in program.weights]
     stored = sum(8 * t.numel() * t.element_size() for t in held)
-    assert pipeline.experts_bits(program) == stored / (4 * 16 * 16 + 4 * 16 * 8)
+    assert experts_bits(program) == stored / (4 * 16 * 16 + 4 * 16 * 8)

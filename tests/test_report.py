@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from moecc import report
-from moecc.artifact import Row, summary
+from moecc.artifact.audit import Row, summary
+from moecc.commands import report
 
 EVIL = "<script>alert('x')</script>&\""
 FACTS: dict[str, Any] = {

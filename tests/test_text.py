@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from moecc import guards, text
+from moecc.commands import rows
+from moecc.commands.rows import default_text, rows_digest, token_rows, tokenizer_of
 from moecc.errors import MoeccError
+from moecc.frontend import shapes
 
 TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
 
@@ -30,7 +32,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return text.tokenizer_of(TINYMOE)
+    return tokenizer_of(TINYMOE)
 
 
 def written(folder: Path, content: str | bytes) -> Path:
@@ -41,7 +43,7 @@ def written(folder: Path, content: str | bytes) -> Path:
 
 def refused(*args: Any, **kwargs: Any) -> str:
     with pytest.raises(MoeccError) as error:
-        text.rows(*args, **kwargs)
+        token_rows(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -51,7 +53,7 @@ def refused(*args: Any, **kwargs: Any) -> str:
 
 def test_rows_are_evenly_spaced(tmp_path: Path) -> None:
     file = written(tmp_path, "".join(chr(0x100 + i) * 4 for i in range(10)) + "xyz")
-    got = text.rows(Letters(), file, count=4, length=4)
+    got = token_rows(Letters(), file, count=4, length=4)
     assert got.dtype == torch.int64 and got.shape == (4, 4)
     assert got[:, 0].tolist() == [0x100 + i * 10 // 4 for i in range(4)]
     assert (got == got[:, :1]).all()
@@ -59,61 +61,61 @@ def test_rows_are_evenly_spaced(tmp_path: Path) -> None:
 
 def test_fewer_rows_than_asked_are_all_taken_and_said(tmp_path: Path) -> None:
     said: list[str] = []
-    got = text.rows(Letters(), written(tmp_path, "abcdefghij"), count=9, length=3, say=said.append)
+    got = token_rows(Letters(), written(tmp_path, "abcdefghij"), count=9, length=3, say=said.append)
     assert got.tolist() == [[ord(c) for c in part] for part in ("abc", "def", "ghi")]
     assert len(said) == 1 and "3 rows of 3 tokens, not 9" in said[0]
 
 
 def test_every_row_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
-    got = text.rows(Letters(begins=True), written(tmp_path, "abcdef"), count=2, length=4)
+    got = token_rows(Letters(begins=True), written(tmp_path, "abcdef"), count=2, length=4)
     assert got.tolist() == [[1, *map(ord, "abc")], [1, *map(ord, "def")]]
 
 
 @pytest.mark.parametrize("end", [0, None])
 def test_nul_separates_documents(tmp_path: Path, end: int | None) -> None:
-    got = text.rows(Letters(end=end), written(tmp_path, "ab\0\0cd" + "e" * 2000), count=1, length=5)
+    got = token_rows(Letters(end=end), written(tmp_path, "ab\0\0cd" + "e" * 2000), count=1, length=5)
     assert got.tolist() == [[*map(ord, "ab"), *([0] if end == 0 else []), *map(ord, "cde")][:5]]
 
 
 def test_a_huge_file_is_sliced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "_WHOLE", 4000)
+    monkeypatch.setattr(rows, "_WHOLE", 4000)
     for line in ("0123456789\n", "日本語テキスト"):
         file, tokenizer = written(tmp_path, line * 5000), Letters()
-        got = text.rows(tokenizer, file, count=4, length=20)
+        got = token_rows(tokenizer, file, count=4, length=20)
         assert got.shape == (4, 20) and tokenizer.characters < 3000
-        assert torch.equal(got, text.rows(tokenizer, file, count=4, length=20))
+        assert torch.equal(got, token_rows(tokenizer, file, count=4, length=20))
 
 
 def test_rows_of_the_example_text(tokenizer: Any) -> None:
-    got = text.rows(tokenizer, TINYMOE / "valid.txt", count=5, length=100)
-    again = text.rows(tokenizer, TINYMOE / "valid.txt", count=5, length=100)
+    got = token_rows(tokenizer, TINYMOE / "valid.txt", count=5, length=100)
+    again = token_rows(tokenizer, TINYMOE / "valid.txt", count=5, length=100)
     assert got.shape == (5, 100) and int(got.max()) < 4096
-    assert text.digest(got) == text.digest(again) != text.digest(got[:4])
+    assert rows_digest(got) == rows_digest(again) != rows_digest(got[:4])
 
 
 # ---- the text that comes with Python
 
 
 def test_calibration_and_evaluation_share_no_document() -> None:
-    ours, theirs = ({name for name, _ in text.default_text(p)} for p in ("calibration", "evaluation"))
+    ours, theirs = ({name for name, _ in default_text(p)} for p in ("calibration", "evaluation"))
     assert not ours & theirs
     assert min(len(ours), len(theirs)) > 50
     assert any(name.startswith("topic ") for name in ours | theirs)
 
 
 def test_default_rows_are_the_same_every_time_and_read_little(tokenizer: Any) -> None:
-    got = text.rows(tokenizer, count=4, length=64)
-    assert torch.equal(got, text.rows(tokenizer, count=4, length=64))
-    assert not torch.equal(got, text.rows(tokenizer, count=4, length=64, purpose="evaluation"))
+    got = token_rows(tokenizer, count=4, length=64)
+    assert torch.equal(got, token_rows(tokenizer, count=4, length=64))
+    assert not torch.equal(got, token_rows(tokenizer, count=4, length=64, purpose="evaluation"))
     letters = Letters()
-    text.rows(letters, count=2, length=100)
+    token_rows(letters, count=2, length=100)
     assert letters.characters < 20_000
 
 
 def test_whole_documents_follow_where_excerpts_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = {"a": "a" * 20_000, "b": "b" * 20_000}
-    monkeypatch.setattr(text, "default_text", lambda purpose: iter(documents.items()))
-    got = text.rows(Letters(end=None), count=3, length=10_000, say=lambda line: None)
+    monkeypatch.setattr(rows, "default_text", lambda purpose: iter(documents.items()))
+    got = token_rows(Letters(end=None), count=3, length=10_000, say=lambda line: None)
     assert got.shape == (3, 10_000)
     assert set(got[2].tolist()) == {ord("a"), ord("b")}
 
@@ -139,10 +141,10 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     for prepare in (lambda: None, lambda: shutil.copy(TINYMOE / "config.json", tmp_path)):
         prepare()
         with pytest.raises(MoeccError, match="has no tokenizer"):
-            text.tokenizer_of(tmp_path)
+            tokenizer_of(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"})[:-3])
     with pytest.raises(MoeccError, match="its tokenizer can't be used"):
-        text.tokenizer_of(tmp_path)
+        tokenizer_of(tmp_path)
 
 
 def test_a_tokenizer_that_is_code_runs_only_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +158,8 @@ def test_a_tokenizer_that_is_code_runs_only_if_asked_for(tmp_path: Path, monkeyp
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"model_type": "mine"}))
     with pytest.raises(MoeccError, match="its tokenizer is Python code; read it, then --trust-remote-code"):
-        text.tokenizer_of(folder)
-    assert type(text.tokenizer_of(folder, trust_remote_code=True)).__name__ == "Mine"
+        tokenizer_of(folder)
+    assert type(tokenizer_of(folder, trust_remote_code=True)).__name__ == "Mine"
 
 
 @pytest.mark.parametrize(
@@ -171,4 +173,4 @@ def test_a_tokenizer_that_is_code_runs_only_if_asked_for(tmp_path: Path, monkeyp
     ],
 )
 def test_what_a_restriction_allows(restriction: str, allowed: list[int]) -> None:
-    assert [n for n in (1, 2, 3, 4, 5, 63, 64) if guards.holds(restriction, n)] == allowed
+    assert [n for n in (1, 2, 3, 4, 5, 63, 64) if shapes.holds(restriction, n)] == allowed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoConfig, LlamaConfig, MixtralConfig, T5Config
 
-from moecc import experts, ops, probe
-from moecc.capture import capture
 from moecc.errors import MoeccError
-from moecc.skeleton import skeleton
+from moecc.frontend import experts, probe
+from moecc.frontend.capture import capture
+from moecc.frontend.skeleton import skeleton
+from moecc.ir import ops
 
 torch.set_num_threads(1)
 
@@ -45,9 +45,9 @@ MEASURE = """
 import json, resource, sys, torch
 torch.set_num_threads(1)
 from transformers import AutoConfig
-from moecc import ops
-from moecc.capture import capture
-from moecc.skeleton import skeleton
+from moecc.frontend.capture import capture
+from moecc.frontend.skeleton import skeleton
+from moecc.ir import ops
 config = json.loads(sys.argv[1])
 found = skeleton(AutoConfig.for_model(config.pop("model_type"), **config))
 program = capture(found)
@@ -240,7 +240,7 @@ def test_a_gate_that_fails_alone_is_an_error() -> None:
 
 
 def test_the_probe_reads_rounding_clamp_and_order() -> None:
-    from moecc.gates import apply_gate
+    from moecc.ir.gates import apply_gate
 
     for gate, limit in (("glu", 0.0), ("f32", 0.0), ("clamp", 7.0), ("clamp_f32", 7.0), ("clamp_after", 7.0)):
         module = Gated(lambda rows, g=gate, m=limit: apply_gate(rows, "silu", g, 1.0, m), limit=limit)
@@ -297,10 +297,7 @@ def test_a_compressed_module_runs_its_stored_tensors() -> None:
 
 
 def test_a_compressed_checkpoint_is_traced_without_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    stub = types.ModuleType("moecc.hf")
-    stub.prepare = lambda model, config: compressed(model)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "moecc.hf", stub)
-    monkeypatch.setattr("moecc.hf", stub, raising=False)
+    monkeypatch.setattr("moecc.frontend.skeleton.prepare", lambda model, found: compressed(model))
     found = skeleton(MixtralConfig(**TINY, quantization_config={"quant_method": "moecc"}))
     buffers = dict(found.model.named_buffers())
     assert isinstance(buffers["model.layers.0.mlp.experts.down.codes"], FakeTensor)

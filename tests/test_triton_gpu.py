@@ -95,7 +95,7 @@ def test_tiles_are_chosen_for_this_card() -> None:
 @pytest.mark.parametrize("bits", [2, 3])
 def test_whole_numbers_are_exact(bits: int) -> None:
     """What tensor cores add up is what PyTorch adds up in 64 bits on the CPU."""
-    from moecc import vq4
+    from moecc.ir import vq4
 
     layer = draw_layer(bits, tokens=9, experts=3, hidden=512, intermediate=72, act="identity", gate="none")
     tile = choose_tile(18, 3, card_of(torch.device("cuda", 0)))._replace(waves=0)  # one part, one sum
@@ -182,7 +182,7 @@ def on_card(artifact: Path) -> Any:
 def test_a_model_loaded_on_the_card_runs_by_the_kernels(artifact: Path, tmp_path: Path) -> None:
     reference, model = load(artifact), on_card(artifact)
     assert projections(model) and all(
-        p.packed == backend.__name__ and p.codes.dtype == torch.int32 for p in projections(model)
+        p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32 for p in projections(model)
     )
     wanted = logits(reference)
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-3)

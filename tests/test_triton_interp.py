@@ -15,7 +15,7 @@ from families import ALL
 from layers import FEATURES, ROUTINGS, Layer, assert_within, draw_layer, draw_routed
 from torch import Tensor
 
-from moecc import gates, vq4
+from moecc.ir import gates, vq4
 
 pytestmark = pytest.mark.interp
 if os.environ.get("TRITON_INTERPRET") != "1":

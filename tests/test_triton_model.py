@@ -20,9 +20,12 @@ from test_compile import ROWS, checkpoint, load
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from moecc import cli, compiler, experts, placement, vq4
+from moecc import cli, target
 from moecc.backends import triton as backend
+from moecc.commands.compile import compile_model
 from moecc.errors import MoeccError
+from moecc.frontend import experts
+from moecc.ir import vq4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = [pytest.mark.interp, pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")]
@@ -50,7 +53,7 @@ def projections(model: nn.Module) -> list[experts.CompressedProjection]:
 
 def packed(model: Any) -> Any:
     for projection in projections(model):
-        projection.pack(backend)
+        projection.pack(backend.KERNELS)
     return model
 
 
@@ -70,7 +73,7 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("artifact", ["mixtral", "gpt_oss"], indirect=True)
 def test_a_model_by_the_kernels_gives_the_reference_s_answers(artifact: Path) -> None:
     reference, model = load(artifact), backend.runtime(artifact, torch.float32)
-    assert all(p.packed == backend.__name__ and p.codes.dtype == torch.int32 for p in projections(model))
+    assert all(p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32 for p in projections(model))
     wanted = logits(reference)
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-3)
     told = dict(max_new_tokens=4, do_sample=False)
@@ -101,7 +104,7 @@ def test_stored_tensors_are_loaded_into_a_packed_model(artifact: Path) -> None:
         for p in projections(model):
             p.codes.zero_()
     model.load_state_dict(reference.state_dict())
-    assert all(p.packed == backend.__name__ for p in projections(model))
+    assert all(p.packed == backend.KERNELS.name for p in projections(model))
     assert all(torch.equal(value, reference.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -118,7 +121,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dum
 def test_a_packed_model_can_be_copied(artifact: Path, way: str) -> None:
     model = packed(load(artifact))
     again = COPIES[way](model)
-    assert all(p.packed == backend.__name__ and p.codes.dtype == torch.int32 for p in projections(again))
+    assert all(p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32 for p in projections(again))
     assert torch.equal(logits(again), logits(model))
     wanted = model.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in again.state_dict().items())
@@ -131,7 +134,7 @@ def test_a_packed_model_without_numbers(artifact: Path) -> None:
     shapes = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
     assert shapes == {name: (t.shape, t.dtype) for name, t in wanted.items()}
     model.load_state_dict(wanted, assign=True)
-    assert all(p.packed == backend.__name__ and not p.codes.is_meta for p in projections(model))
+    assert all(p.packed == backend.KERNELS.name and not p.codes.is_meta for p in projections(model))
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
 
 
@@ -146,15 +149,15 @@ def test_packing_takes_no_second_copy(artifact: Path) -> None:
 
 def test_a_model_follows_the_device(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a backend has kernels for a device, codes come into its order by .to(), and back."""
-    model, found = load(artifact), {"cpu": backend}
-    monkeypatch.setattr(placement, "kernels_for", found.get)
+    model, found = load(artifact), {"cpu": backend.KERNELS}
+    monkeypatch.setattr(target, "kernels_for", found.get)
     model.to("cpu")
-    assert all(p.packed == backend.__name__ for p in projections(model))
+    assert all(p.packed == backend.KERNELS.name for p in projections(model))
     found.clear()
     model.to(torch.float32)
     assert all(p.packed is None and p.codes.dtype == torch.uint8 for p in projections(model))
-    found["cpu"] = backend
-    assert all(p.packed == backend.__name__ for p in projections(load(artifact)))
+    found["cpu"] = backend.KERNELS
+    assert all(p.packed == backend.KERNELS.name for p in projections(load(artifact)))
 
 
 def test_experts_that_are_lent_to_a_device_are_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +166,7 @@ def test_experts_that_are_lent_to_a_device_are_refused(artifact: Path, monkeypat
     for p in projections(model):
         p.place = "meta"
     assert bool(logits(model).isfinite().all())  # no kernels for this device: nothing is slow behind one's back
-    monkeypatch.setattr(placement, "kernels_for", {"cpu": backend}.get)
+    monkeypatch.setattr(target, "kernels_for", {"cpu": backend.KERNELS}.get)
     with pytest.raises(
         MoeccError, match=r"^experts that were loaded on meta are lent to cpu for a moment, .*MOECC_KERNELS=ref"
     ):
@@ -174,15 +177,15 @@ def test_experts_that_are_lent_to_a_device_are_refused(artifact: Path, monkeypat
 
 
 def test_the_backend_with_kernels_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(placement.VARIABLE, raising=False)
+    monkeypatch.delenv(target.VARIABLE, raising=False)
     monkeypatch.setattr(backend, "require_device", lambda: None)
-    assert placement.kernels_for("cuda") is backend
-    assert placement.kernels_for("cpu") is None and placement.kernels_for("xpu") is None
-    monkeypatch.setenv(placement.VARIABLE, "reference")
-    assert placement.kernels_for("cuda") is None
-    monkeypatch.setenv(placement.VARIABLE, "fast")
+    assert target.kernels_for("cuda") is backend.KERNELS
+    assert target.kernels_for("cpu") is None and target.kernels_for("xpu") is None
+    monkeypatch.setenv(target.VARIABLE, "reference")
+    assert target.kernels_for("cuda") is None
+    monkeypatch.setenv(target.VARIABLE, "fast")
     with pytest.raises(MoeccError, match=r"^MOECC_KERNELS is 'fast'; it takes auto or reference$"):
-        placement.kernels_for("cpu")
+        target.kernels_for("cpu")
 
 
 @pytest.fixture
@@ -209,7 +212,7 @@ def test_what_is_missing_is_named(asked: Any, monkeypatch: pytest.MonkeyPatch) -
     pytest.importorskip("triton")
     asked((9, 0), (8, 0))
     asked((7, 5), hip="6.4")  # the number means another thing there
-    with pytest.raises(MoeccError, match=r"^the Triton backend needs a CUDA or ROCm device, and torch sees none$"):
+    with pytest.raises(MoeccError, match=r"^the target triton needs a CUDA or ROCm device, and torch sees none$"):
         asked()
     with pytest.raises(
         MoeccError, match=r"^.*8\.0, and card 1 has 7\.5; MOECC_KERNELS=reference runs the reference on it$"
@@ -227,8 +230,8 @@ def test_it_is_compiled_for_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
     source, made = checkpoint(tmp_path / "model"), {}
     for name in ("triton", "reference"):
         told = dict(bits=2, calib=None, rows=4, length=16, backend=name)
-        made[name] = compiler.compile_model(str(source), "vq", tmp_path / name, **told)
-    assert made["triton"]["backend"] == {"name": "triton", "files": []}
+        made[name] = compile_model(str(source), "vq", tmp_path / name, **told)
+    assert made["triton"]["backend"] == {"name": "triton", "target": "triton", "files": []}
     files = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in made]
     assert files[0] == files[1]
     assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in made}) == 1

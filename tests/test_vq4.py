@@ -1,4 +1,4 @@
-"""The format: `moecc.vq4` and `moecc::vq_experts` against a decoder written index by index, and the bytes on disk.
+"""The format: `moecc.ir.vq4` and `moecc::vq_experts` against a decoder written index by index, and the bytes on disk.
 
 `python tests/test_vq4.py --regenerate` writes tests/golden/ again; only a new case or a new version of the format is a reason to.
 """
@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moecc import vq4
-from moecc.ops import VQ_EXPERTS
+from moecc.ir import vq4
+from moecc.ir.ops import VQ_EXPERTS
 from moecc.passes.affine import CodedProjection
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moecc.checkpoint.files import LazyTensor, TensorEntry, TensorFile, free_space, write_safetensors
+from moecc.checkpoint.module import ModuleStore
+from moecc.checkpoint.source import checkpoint_folder
+from moecc.checkpoint.store import CheckpointStore, require_finite
 from moecc.errors import MoeccError
-from moecc.source import resolve
-from moecc.tensorfiles import LazyTensor, TensorEntry, TensorFile, free_space, write_safetensors
-from moecc.weights import CheckpointStore, ModuleStore, require_finite
 
 COMMON: dict[str, Any] = dict(
     **dict(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2),
@@ -218,7 +219,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "tinymoe"
 
 @pytest.mark.skipif(not (EXAMPLE / "config.json").exists(), reason="no example model")
 def test_the_example_model() -> None:
-    folder = resolve(str(EXAMPLE))
+    folder = checkpoint_folder(str(EXAMPLE))
     store = CheckpointStore(folder, skeleton(folder))
     store.check()
     want = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
@@ -380,19 +381,19 @@ def test_one_bad_value_anywhere_is_seen(dtype: torch.dtype, at: int) -> None:
 
 
 def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fails(lambda: resolve(str(tmp_path / "nowhere")), "no folder", "nowhere")
-    fails(lambda: resolve(str(tmp_path)), "config.json")
+    fails(lambda: checkpoint_folder(str(tmp_path / "nowhere")), "no folder", "nowhere")
+    fails(lambda: checkpoint_folder(str(tmp_path)), "config.json")
     (tmp_path / "config.json").write_text("{}")
-    fails(lambda: resolve(str(tmp_path / "config.json")), "is a file")
-    assert resolve(str(tmp_path)) == tmp_path
+    fails(lambda: checkpoint_folder(str(tmp_path / "config.json")), "is a file")
+    assert checkpoint_folder(str(tmp_path)) == tmp_path
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    fails(lambda: resolve(str(tmp_path)), "pytorch_model.bin", "never loads", "safetensors")
+    fails(lambda: checkpoint_folder(str(tmp_path)), "pytorch_model.bin", "never loads", "safetensors")
 
     def offline(*args: Any, **kwargs: Any) -> str:
         raise OSError("no network\nand a long explanation")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    fails(lambda: resolve("some/model"), "some/model", "no network")
+    fails(lambda: checkpoint_folder("some/model"), "some/model", "no network")
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
@@ -408,7 +409,7 @@ def test_hub_ids_ask_for_safetensors_only(tmp_path: Path, monkeypatch: pytest.Mo
         return str(saved(tmp_path))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert resolve("some/model", revision="v1") == tmp_path
+    assert checkpoint_folder("some/model", revision="v1") == tmp_path
     assert (asked["repo"], asked["revision"]) == ("some/model", "v1")
     assert not any(".bin" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
 

@@ -1,50 +1,77 @@
-"""The ONNX backend: one file that any ONNX Runtime runs, fast where moecc's op library is loaded.
+"""The ONNX target: one file that any ONNX Runtime runs, fast where moecc's op library is loaded.
 
 cached      the artifact traced with its cache                      weights   reads them when they are written, in file order
 translate   the trace as an ONNX graph                              exporter  all of it, and the comparison with the artifact
-bodies      what moecc's operators mean in standard ones            run       a model in ONNX Runtime
+rewrites/   parts of the graph that ONNX has an operator for        bodies    what moecc's operators mean in standard ones
+run         a model in ONNX Runtime                                 speed     its benchmark
 layout      the order of codes in the file                          native/   the op library's sources; `build` compiles them
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from moecc.errors import MoeccError
-from moecc.ir import Program
+from moecc.options import option
+from moecc.target import Emitted, Say, Target
 
-_OFFERED = {"export": "exporter", "summary": "exporter", "bench": "speed", "table": "speed", "library": "build"}
 _NEEDS = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
-def require() -> None:
-    """MoeccError where a package that this backend needs isn't there."""
-    for name in _NEEDS:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
+@dataclass(frozen=True, kw_only=True)
+class OnnxTarget(Target):
+    name: ClassVar[str] = "onnx"
+    profile: str = option(
+        "portable",
+        help="portable: standard operators only; native: moecc's op library beside the model; "
+        "qmoe: experts as integers in ONNX Runtime's own operator",
+        choices=("portable", "native", "qmoe"),
+    )
+    opset: int = option(23, help="21 for ONNX Runtime before 1.23", choices=(21, 23))
+    dtype: str = option("float32", help="of activations and dense weights", choices=("float32", "float16"))
+    bits: int | str = option("auto", help="of experts in the profile qmoe; auto: 4", choices=("auto", 4, 8))
+    embeddings: str = option(
+        "float",
+        help="embedding and output head as the other dense weights, or as 8-bit integers",
+        choices=("float", "int8"),
+    )
+
+    def require(self) -> None:
+        if self.bits != "auto" and self.profile != "qmoe":
             raise MoeccError(
-                f"the ONNX backend needs {name}, which can't be imported ({error}); pip install 'moecc[onnx]'"
-            ) from None
+                "onnx: bits is of the profile qmoe; the others keep the bits that the experts have; leave it out"
+            )
+        for name in _NEEDS:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                advice = f"pip install 'moecc[{self.name}]'"
+                raise MoeccError(f"the target onnx needs {name}, which can't be imported ({error}); {advice}") from None
 
+    def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
+        from moecc.backends.onnx.exporter import export, summary
 
-def emit(folder: Path, program: Program) -> dict[str, Any]:
-    """Export the artifact in `folder` to its subfolder `onnx`."""
-    from moecc.backends.onnx.exporter import export
+        record = export(artifact, out, self, say=say)
+        return Emitted(out, record, summary(out, record))
 
-    record = export(folder, folder / "onnx")
-    return {
-        "name": "onnx",
-        "files": sorted(f"onnx/{f.name}" for f in (folder / "onnx").iterdir()),
-        **record,
-        "out": "onnx",
-    }
+    def build(self, say: Say) -> list[Path]:
+        from moecc.backends.onnx.build import library
 
+        return [library()]
 
-def __getattr__(name: str) -> Any:
-    """What the command line calls, imported when it does: their packages take seconds."""
-    if name not in _OFFERED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_OFFERED[name]}"), name)
+    def exported(self, folder: Path) -> bool:
+        return (folder / "model.onnx").exists()
+
+    def bench(self, folder: Path, *, threads: Sequence[int], prompt: int, new_tokens: int, say: Say) -> Any:
+        from moecc.backends.onnx.speed import bench
+
+        return bench(folder, threads=threads, prompt=prompt, new_tokens=new_tokens, say=say)
+
+    def table(self, rows: Any) -> str:
+        from moecc.backends.onnx.speed import table
+
+        return table(rows)

@@ -10,7 +10,7 @@ A runtime without moecc's op library runs these. There are two forms, chosen by 
 One function serves all layers of a model. What some layers have and others lack is stored empty there: no rows, zeros stand in
 for. The decoding depends on what is routed, so that no runtime folds it into dense weights.
 
-Shapes as in `moecc.ops`; codes and signs in the order of `layout`; scales, biases and bases float32.
+Shapes as in `moecc.ir.ops`; codes and signs in the order of `layout`; scales, biases and bases float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from onnx_ir import tensor_adapters
 from onnx_ir.tape import Tape
 from torch import Tensor
 
-from moecc import vq4
+from moecc.ir import vq4
 
 DOMAIN, VERSION = "moecc", 1
 FEW_ROUTES = 16  # above, an expert that several tokens chose is worth reading once
@@ -477,7 +477,7 @@ class _Layer:
 
 
 def gate(op: Ops, rows: ir.Value, attributes: dict[str, Any]) -> ir.Value:
-    """`moecc.gates.apply_gate` in float32."""
+    """`moecc.ir.gates.apply_gate` in float32."""
     act, gate = ACTIVATIONS[attributes["act"]], attributes["gate"]
     if gate == "none":
         return act(op, rows)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from moecc.capture import simplify, traceable
 from moecc.errors import MoeccError
-from moecc.skeleton import Skeleton, text_config
+from moecc.frontend.capture import simplify, traceable
+from moecc.frontend.config import text_config
+from moecc.frontend.skeleton import Skeleton
 
 _KEPT = (
     "full_attention",

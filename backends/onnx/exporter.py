@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,19 @@ import torch
 from torch import Tensor
 
 from moecc import __version__
-from moecc.artifact import copy_small_files
-from moecc.backends.onnx import build, embeddings, genai, joined, qmoe, run
+from moecc.artifact.write import copy_small_files
+from moecc.backends.onnx import OnnxTarget, build, genai, run
 from moecc.backends.onnx.cached import capture_cached
-from moecc.backends.onnx.translate import OPSETS, translate
+from moecc.backends.onnx.rewrites import embeddings, joined, qmoe
+from moecc.backends.onnx.translate import translate
 from moecc.backends.onnx.weights import Weights
+from moecc.checkpoint.files import free_space, size
+from moecc.checkpoint.store import CheckpointStore
 from moecc.errors import MoeccError
-from moecc.skeleton import skeleton, text_config
-from moecc.stream import run_program
-from moecc.tensorfiles import free_space, size
-from moecc.trace import trace
-from moecc.weights import CheckpointStore
+from moecc.frontend.config import text_config
+from moecc.frontend.skeleton import skeleton
+from moecc.frontend.trace import trace
+from moecc.pipeline.stream import run_program
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 MODEL, DATA, RECORD, LIBRARY = "model.onnx", "model.onnx.data", "moecc_onnx.json", "libmoecc_ops.so"
@@ -43,17 +45,14 @@ _MOST = 0.75  # of tokens, which are to be within it, all at float32
 
 
 def export(
-    folder: Path, out: Path, *, profile: str = "portable", opset: int = 23, dtype: str = "float32", bits: int = 4,
-    small_embeddings: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path, out: Path, options: OnnxTarget | None = None, *, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Export the artifact (or checkpoint) `folder` to the new folder `out`; what was written and how it compares.
 
-    profile: portable (standard operators only), native (moecc's op library beside the model), or qmoe (experts as
-    integers of `bits` bits in ONNX Runtime's own operator). small_embeddings: embedding and output head as 8-bit integers.
+    MoeccError in one line, with nothing left behind, where that can't be done.
     """
-    if opset not in OPSETS:
-        raise MoeccError(f"opset {opset} isn't one of {', '.join(map(str, OPSETS))}")
+    options = options or OnnxTarget()
+    profile, opset, dtype = options.profile, options.opset, options.dtype
     if out.exists():
         raise MoeccError(f"{out} exists; give another folder or remove it")
     if profile == "qmoe":
@@ -68,8 +67,8 @@ def export(
         qmoe.require_known(cached.program.graph)
     model = translate(cached, opset, store)
     if profile == "qmoe":
-        qmoe.lower(model, store, bits)
-    if small_embeddings:
+        qmoe.lower(model, store, 4 if options.bits == "auto" else int(options.bits))
+    if options.embeddings == "int8":
         embeddings.lower(model, store)
     Weights(model, store).fill()
     joined.join(model)
@@ -97,12 +96,13 @@ def export(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return {"out": str(out), **record}
+    return record
 
 
-def summary(record: dict[str, Any]) -> str:
+def summary(out: Path, record: Mapping[str, Any]) -> str:
+    """The record of an export in one line."""
     return (
-        f"{record['out']}: {size(record['bytes'])}, logits differ by {record['difference']:.1e} of the largest, three tokens "
+        f"{out}: {size(record['bytes'])}, logits differ by {record['difference']:.1e} of the largest, three tokens "
         f"in four by at most {record['difference_of_most']:.1e}; runs in {record['runs_from']} and later"
     )
 

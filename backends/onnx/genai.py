@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moecc.backends.onnx.cached import Cached
-from moecc.skeleton import Skeleton, longest_row, text_config
+from moecc.frontend.config import longest_row, text_config
+from moecc.frontend.skeleton import Skeleton
 
 FILE = "genai_config.json"
 

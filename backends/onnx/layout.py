@@ -6,7 +6,7 @@
   signs  u8 [E, N, K'/8]  -> u8 [E, Kp/64, Np/64, 16, 32]   four bits a row, one of each column of a group (byte i: row i in its
                                                           low bits, row i + 32 in its high ones), then the next four columns
 
-Stored (`moecc.vq4`) on the left, K' = K rounded up to 8. Padding is zero; columns beyond K meet inputs of zero, rows beyond N are
+Stored (`moecc.ir.vq4`) on the left, K' = K rounded up to 8. Padding is zero; columns beyond K meet inputs of zero, rows beyond N are
 cut off.
 """
 

@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from moecc.backends.onnx.attention import ROOM
+from moecc.backends.onnx.rewrites.attention import ROOM
 from moecc.errors import MoeccError, reason
 
 _LEAST_ROOM = 256  # tokens

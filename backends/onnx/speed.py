@@ -25,12 +25,10 @@ def bench(
     folder: Path, *, threads: Iterable[int] = (1, 2), prompt: int = 128, new_tokens: int = 64,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each number of threads, without and (where it can be built) with the op library."""
+    """A row for each number of threads, without and (where it can be built) with the op library. folder: as `export` wrote it."""
     from moecc.backends.onnx import build
 
-    model = next((p for p in (folder / "model.onnx", folder / "onnx" / "model.onnx") if p.exists()), None)
-    if model is None:
-        raise MoeccError(f"{folder}: no model.onnx in it or its onnx folder; run `moecc export {folder} --to onnx`")
+    model = folder / "model.onnx"
     libraries: list[Path | None] = [None]
     try:
         libraries.append(build.library())

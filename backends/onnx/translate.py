@@ -30,10 +30,11 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnxscript import values
 from onnxscript.rewriter import onnx_fusions
 
-from moecc import ops
-from moecc.backends.onnx import attention, bodies, masks, rotary
+from moecc.backends.onnx import bodies
 from moecc.backends.onnx.cached import Cached
+from moecc.backends.onnx.rewrites import attention, masks, rotary
 from moecc.errors import MoeccError, reason
+from moecc.ir import ops
 
 OPSETS = {21: 10, 23: 11}  # opset -> version of the file format that goes with it
 # what the open sizes of an input or output are called, by the first part of its name

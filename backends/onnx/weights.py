@@ -18,13 +18,13 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import Tensor
 
-from moecc import vq4
 from moecc.backends.onnx import bodies
 from moecc.backends.onnx.layout import BLOCK, blocked_codes, blocked_signs, blocks
 from moecc.backends.onnx.translate import weight_name
+from moecc.checkpoint.store import CheckpointStore
 from moecc.errors import MoeccError
-from moecc.gates import rows_per_unit
-from moecc.weights import CheckpointStore
+from moecc.ir import vq4
+from moecc.ir.gates import rows_per_unit
 
 Make = Callable[[Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""The Triton backend: the artifact runs in transformers on a GPU, its experts by kernels that read the codes as they are.
+"""The Triton target: the artifact runs in transformers on a GPU, its experts by kernels that read the codes as they are.
 
 pack     the order of codes on a GPU               around   routing, fixed point, gate and sum
 tiles    the shape of a program, by card           launch   a layer's calls, in order
@@ -14,47 +14,71 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from moecc import experts, hf
-from moecc.backends.triton import op
+from moecc.artifact import hf
+from moecc.backends.triton import op as op  # defines the op that a packed model calls
 from moecc.backends.triton.pack import pack_projection, unpack_projection
 from moecc.errors import MoeccError
-from moecc.ir import Program
+from moecc.frontend import experts
+from moecc.target import Emitted, Kernels, Say, Target
 
 DEVICE = "cuda"  # what torch calls ROCm's devices too
 LEAST = (8, 0)  # compute capability: the first with int8 products as the kernels use them
 
 
-def require() -> None:
-    """What `emit` needs: nothing, so that a machine without a GPU compiles for one that has it."""
+@dataclass(frozen=True, kw_only=True)
+class TritonTarget(Target):
+    name: ClassVar[str] = "triton"
+
+    def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
+        return Emitted(summary=f"{artifact}: transformers runs it by Triton kernels once it is on a GPU")
+
+    def kernels(self) -> Kernels:
+        return KERNELS
+
+
+class TritonKernels(Kernels):
+    """The kernels of this target, and the order of codes that they take."""
+
+    device, name = DEVICE, TritonTarget.name
+
+    def require_device(self) -> None:
+        require_device()
+
+    def pack(self, tensors: Mapping[str, Tensor | None], *, gated: bool) -> dict[str, Tensor | None]:
+        return pack_projection(tensors, gated=gated)
+
+    def unpack(self, tensors: Mapping[str, Tensor | None], columns: int, *, gated: bool) -> dict[str, Tensor | None]:
+        return unpack_projection(tensors, columns, gated=gated)
+
+
+KERNELS = TritonKernels()
 
 
 @lru_cache
 def require_device() -> None:
     """MoeccError in one line where triton or a card for it isn't there. Under TRITON_INTERPRET=1 none is needed."""
     if importlib.util.find_spec("triton") is None:
-        raise MoeccError("the Triton backend needs triton, which isn't installed; pip install 'moecc[triton]'")
+        raise MoeccError("the target triton needs triton, which isn't installed; pip install 'moecc[triton]'")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return
     if not torch.cuda.is_available():
-        raise MoeccError("the Triton backend needs a CUDA or ROCm device, and torch sees none")
+        raise MoeccError("the target triton needs a CUDA or ROCm device, and torch sees none")
     for i in range(torch.cuda.device_count()):
         if torch.version.hip is None and torch.cuda.get_device_capability(i) < LEAST:
             major, minor = torch.cuda.get_device_capability(i)
             raise MoeccError(
-                f"the Triton backend needs compute capability {LEAST[0]}.{LEAST[1]}, and {torch.cuda.get_device_name(i)} has "
+                f"the target triton needs compute capability {LEAST[0]}.{LEAST[1]}, and {torch.cuda.get_device_name(i)} has "
                 f"{major}.{minor}; MOECC_KERNELS=reference runs the reference on it"
             )
-
-
-def emit(folder: Path, program: Program) -> dict[str, Any]:
-    """What this backend adds to an artifact: nothing, codes are put into order when a model comes to a GPU."""
-    return {"name": "triton", "files": []}
 
 
 def runtime(folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -63,12 +87,7 @@ def runtime(folder: Path, dtype: torch.dtype | None = None) -> Any:
     model = hf.load(str(folder), dtype)
     if os.environ.get("TRITON_INTERPRET") != "1":
         return model.to(DEVICE)
-    import sys
-
     for module in model.modules():
         if isinstance(module, experts.CompressedProjection):
-            module.pack(sys.modules[__name__])
+            module.pack(KERNELS)
     return model
-
-
-__all__ = ["DEVICE", "emit", "op", "pack_projection", "require", "require_device", "runtime", "unpack_projection"]

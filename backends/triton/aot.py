@@ -27,7 +27,7 @@ from moecc.backends.triton.launch import Launch, Plan, plan
 from moecc.backends.triton.pack import COLUMNS, tiles
 from moecc.backends.triton.tiles import Card, Tile
 from moecc.errors import MoeccError
-from moecc.gates import rows_per_unit
+from moecc.ir.gates import rows_per_unit
 
 
 class Target(NamedTuple):

@@ -320,7 +320,7 @@ def norm_kernel(
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
     HOPPER: tl.constexpr,
 ):  # fmt: skip
-    """Grid tokens. BLOCK, a power of two, is at least columns. Scale, then normalise: `moecc.ops._post_norm`."""
+    """Grid tokens. BLOCK, a power of two, is at least columns. Scale, then normalise: `moecc.ir.ops._post_norm`."""
     after_last(HOPPER)
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = d < columns

@@ -1,4 +1,4 @@
-"""The gates of `moecc.gates` inside a kernel, in float32. Every kernel that applies one calls `apply_gate`."""
+"""The gates of `moecc.ir.gates` inside a kernel, in float32. Every kernel that applies one calls `apply_gate`."""
 
 import triton
 import triton.language as tl

@@ -31,7 +31,6 @@ import torch
 import triton
 from torch import Tensor
 
-from moecc import vq4
 from moecc.backends.triton.around import (
     GROUP,
     combine_kernel,
@@ -45,7 +44,8 @@ from moecc.backends.triton.grouped import grouped_kernel
 from moecc.backends.triton.pack import COLUMNS, ROWS, Projection, tiles
 from moecc.backends.triton.tiles import Card, Tile, card_of, choose_tile, choose_unroll
 from moecc.errors import MoeccError
-from moecc.gates import rows_per_unit
+from moecc.ir import vq4
+from moecc.ir.gates import rows_per_unit
 
 _MOST_SLOTS = 1 << 17
 _UNCOUNTED = 4096  # slots that each of prepare's routing programs walks through, twice; more are counted before

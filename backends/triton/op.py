@@ -3,7 +3,7 @@
   moecc::vq_experts_packed(x, topk_index, topk_weight, gate_up's vq4.TENSORS, down's, post_norm, *, act, gate, alpha, limit, eps)
 
 The kernels on CUDA and ROCm, and on the CPU under TRITON_INTERPRET=1; elsewhere the definition: put the codes back into their
-order, then `moecc.ops.vq_experts_reference`, whose derivatives are this op's. To torch.compile and torch.export it is one node.
+order, then `moecc.ir.ops.vq_experts_reference`, whose derivatives are this op's. To torch.compile and torch.export it is one node.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moecc import ops, vq4
 from moecc.backends.triton import pack
-from moecc.gates import rows_per_unit
+from moecc.ir import ops, vq4
+from moecc.ir.gates import rows_per_unit
 
 
 def _projections(operands: tuple[Tensor | None, ...]) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:

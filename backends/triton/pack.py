@@ -1,4 +1,4 @@
-"""The order in which codes and signs lie on a GPU, and the way back: what `moecc.vq4` stores, permuted and padded, nothing else.
+"""The order in which codes and signs lie on a GPU, and the way back: what `moecc.ir.vq4` stores, permuted and padded, nothing else.
 
 A tile is 64 packed rows of 128 columns. Its words are in the order in which the threads of a tensor-core instruction want the
 left operand (PTX ISA, mma.m16n8k32, the fragment of A): thread r * 4 + t of warp w holds, of rows r and r + 8 of the warp's
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moecc import vq4
+from moecc.ir import vq4
 
 ROWS, COLUMNS = 64, 128  # of a tile
 _GROUPS = COLUMNS // 4

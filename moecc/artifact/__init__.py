@@ -1,0 +1,1 @@
+"""What compile leaves: a folder that transformers loads, with an account of every weight."""

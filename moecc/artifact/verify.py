@@ -1,0 +1,71 @@
+"""The reload check: what was written is loaded again as a user would load it, and its logits compared with the program's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moecc.artifact import hf
+from moecc.checkpoint.memory import free_memory
+from moecc.errors import MoeccError
+from moecc.frontend.trace import trace
+from moecc.ir.program import Program
+from moecc.pipeline.stream import run_program
+
+TOLERANCE = 1e-3  # of the largest logit; both sides compute in float32, in another order
+_EXPANSION = 3  # memory that transformers takes to load an artifact in float32, in sizes of its float32 program
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the reloaded model's logits are from the program's, relative to the largest of them."""
+
+    difference: float
+    loaded_by: str
+
+    def line(self) -> str:
+        return f"reloaded by {self.loaded_by}: logits differ by {self.difference:.1e} of the largest"
+
+
+def reload_and_compare(
+    folder: Path, program: Program, batches: Sequence[Tensor], memory: int | None = None
+) -> Comparison:
+    """Compare logits on `batches` (token ids [B, S]). MoeccError where they differ by more than rounding.
+
+    Through transformers where the model fits in `memory` bytes (by default what is free), else layer by layer through a new trace.
+    """
+    want = run_program(program, batches)
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) * 2
+    fits = size * _EXPANSION < (free_memory() if memory is None else memory)
+    got = _reloaded(folder, batches, fits)
+    largest = max(float(w.abs().max()) for w in want)
+    difference = max(float((w - g).abs().max()) for w, g in zip(want, got, strict=True)) / max(largest, 1e-12)
+    found = Comparison(difference, "transformers" if fits else "moecc, layer by layer")
+    if not difference <= TOLERANCE:
+        raise MoeccError(
+            f"{folder.name}: the reloaded model's logits differ by {difference:.2g} of the largest; nothing was kept"
+        )
+    return found
+
+
+def _reloaded(folder: Path, batches: Sequence[Tensor], by_transformers: bool) -> list[Tensor]:
+    try:
+        if by_transformers:
+            return _by_transformers(folder, batches)
+        return run_program(trace(folder, dtype=torch.float32), batches)
+    except MoeccError:
+        raise
+    except Exception as error:  # whatever the family's code makes of weights that don't fit it
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MoeccError(f"{folder.name}: what was written can't be loaded again: {why}; nothing was kept") from error
+
+
+@torch.no_grad()
+def _by_transformers(folder: Path, batches: Sequence[Tensor]) -> list[Tensor]:
+    model = hf.load(str(folder), torch.float32)
+    model.config.use_cache = False
+    return [model(input_ids=ids)[0].float() for ids in batches]

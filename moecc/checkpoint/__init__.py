@@ -1,0 +1,1 @@
+"""Tensors on disk, read when they are asked for."""

@@ -1,0 +1,140 @@
+"""Which gate an experts module applies, found by running it on random numbers.
+
+transformers' flags say whether there is a gate, not which: `_apply_gate` is free code. It needs no weights, so it can
+be run on a model that has none and compared with all of `moecc.ir.gates`. What matches none of them is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moecc.errors import MoeccError
+from moecc.ir import ops
+from moecc.ir.gates import ACTIVATIONS, apply_gate
+
+ADVICE = "add the function to moecc/gates.py, or report the family"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The gate of an experts module, and how its parameters are stored.
+
+    interleaved: gate and up rows alternate. transposed: [E, in, out] instead of [E, out, in].
+    """
+
+    act: str
+    gate: str = "glu"
+    alpha: float = 1.0
+    limit: float = 0.0
+    interleaved: bool = False
+    transposed: bool = False
+
+    def gate_attributes(self) -> dict[str, Any]:
+        """act, gate, alpha, limit, as the op takes them."""
+        return {key: value for key, value in asdict(self).items() if key in ("act", "gate", "alpha", "limit")}
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """The gate on rows [n, 2F] in the module's own order."""
+        if self.interleaved:
+            rows = torch.cat((rows[..., ::2], rows[..., 1::2]), -1)
+        return apply_gate(rows, **self.gate_attributes())
+
+
+def _samples(width: int) -> Tensor:
+    """Rows at scales 0.5 to 2000: small ones tell activations apart, large ones reach any clamp."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    scales = torch.tensor([0.5, 1.0, 4.0, 20.0, 200.0, 2000.0], device="cpu").repeat_interleave(16)
+    return torch.randn(len(scales), width, generator=generator, device="cpu", dtype=torch.float32) * scales[:, None]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def activation_name(act: Callable[[Tensor], Tensor] | None) -> str | None:
+    """The name of an elementwise activation in `moecc.ir.gates.ACTIVATIONS`, None if it is none of them."""
+    if act is None:
+        return None
+    x = _samples(32)
+    try:
+        y = act(x)
+    except TypeError:  # an activation of two arguments (inkling2)
+        return None
+    return next((name for name, f in ACTIVATIONS.items() if _close(f(x), y)), None)
+
+
+def plain_layout(owner: str, act: Callable[[Tensor], Tensor], *, gate: str = "glu", transposed: bool = False) -> Layout:
+    """A layout whose gate function is known from the class and whose activation is identified."""
+    name = activation_name(act)
+    if name is None:
+        raise MoeccError(f"{owner}: activation {type(act).__name__} isn't known; {ADVICE}")
+    return Layout(name, gate, transposed=transposed)
+
+
+def _numbers(module: nn.Module, *names: str) -> list[float]:
+    values = (getattr(module, name, None) for name in names)
+    return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+
+
+def _candidates(module: Any) -> Iterator[Layout]:
+    """Likely layouts first, so that the plain gate is found at once."""
+    named = activation_name(getattr(module, "act_fn", None))
+    acts = sorted(ACTIVATIONS, key=lambda name: name != named)
+    limits = _numbers(module, "limit", "swiglu_limit")
+    alphas = _numbers(module, "alpha", "swiglu_alpha") or [1.0]
+    for interleaved in (False, True):
+        yield from (Layout(act, interleaved=interleaved) for act in acts)
+        for limit in limits:
+            yield from (Layout("silu", "oai", alpha, limit, interleaved) for alpha in alphas)
+            for gate in ("clamp", "clamp_after"):
+                yield from (Layout(act, gate, 1.0, limit, interleaved) for act in acts)
+    act: Any = getattr(module, "act_fn", None)
+    if hasattr(act, "gate_softcap") and hasattr(act, "up_softcap"):
+        yield Layout("silu", "softcap", float(act.gate_softcap.softcap), float(act.up_softcap.softcap))
+
+
+def _with_rounding(module: Any, layout: Layout, rows: Tensor) -> Layout:
+    """The fp32 variant of `layout` if it, and not the plain one, gives the module's bfloat16 numbers."""
+    wide = {"glu": "f32", "clamp": "clamp_f32"}.get(layout.gate)
+    if wide is None:
+        return layout
+    rows = rows.bfloat16()
+    expected, other = module._apply_gate(rows), replace(layout, gate=wide)
+    is_wide = not torch.equal(layout.apply(rows), expected) and torch.equal(other.apply(rows), expected)
+    return other if is_wide else layout
+
+
+@torch.no_grad()
+def probe_gate(module: Any) -> Layout:
+    """The layout of a module of transformers' experts interface. Run outside fake mode; no weight is touched."""
+    owner, transposed = type(module).__name__, bool(getattr(module, "is_transposed", False))
+    if not getattr(module, "has_gate", True):
+        return plain_layout(owner, module.act_fn, gate="none", transposed=transposed)
+    rows = _samples(32)
+    try:
+        expected = module._apply_gate(rows)
+    except Exception as error:
+        raise MoeccError(f"{owner}: its gate can't be run on its own ({error}); {ADVICE}") from error
+    for layout in _candidates(module):
+        if _close(layout.apply(rows), expected):
+            return replace(_with_rounding(module, layout, rows), transposed=transposed)
+    raise MoeccError(f"{owner}: its gate function isn't one that moecc knows; {ADVICE}")
+
+
+@torch.no_grad()
+def probe_post_norm(norm: nn.Module, owner: str) -> float:
+    """Epsilon of the norm on an expert's output, after checking that it is scale by 1 + weight, then normalise."""
+    eps = next(iter(_numbers(norm, "eps", "variance_epsilon")), None)
+    weight, x = _samples(32)[20] * 0.1, _samples(32)[:48]
+    if eps is not None and hasattr(norm, "weight"):
+        got = torch.func.functional_call(norm, {"weight": weight}, (x,))
+        if _close(got, ops._post_norm(x, 1.0 + weight, eps)):
+            return eps
+    raise MoeccError(f"{owner}: the norm on its experts' outputs ({type(norm).__name__}) isn't known; {ADVICE}")

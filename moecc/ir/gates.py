@@ -1,0 +1,81 @@
+"""The closed set of activations and gate functions that MoE experts use.
+
+A gate turns the rows of the first projection into hidden units: [n, 2F] -> [n, F] with a gate, [n, F] -> [n, F] without one.
+Rows are canonical: all gate rows first, then all up rows. The set was collected from the `_apply_gate` methods of
+transformers 5; a function outside it is an error (see `moecc.frontend.probe.probe_gate`), never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+
+def _clamped(g: Tensor, u: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    return g.clamp(max=limit), u.clamp(-limit, limit)
+
+
+def _clamp(g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float) -> Tensor:
+    g, u = _clamped(g, u, limit)
+    return act(g) * u
+
+
+def _clamp_f32(g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float) -> Tensor:
+    return _clamp(_up(g), _up(u), act, alpha, limit).to(g.dtype)
+
+
+def _clamp_after(g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float) -> Tensor:
+    return act(g).clamp(max=limit) * u.clamp(-limit, limit)
+
+
+def _oai(g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float) -> Tensor:
+    g, u = _clamped(g, u, limit)
+    return (u + 1) * (g * torch.sigmoid(g * alpha))
+
+
+def _softcap(g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float) -> Tensor:
+    gf, uf = _up(g), _up(u)
+    return (torch.tanh(gf / alpha) * alpha * torch.sigmoid(gf) * (torch.tanh(uf / limit) * limit)).to(g.dtype)
+
+
+def _up(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# name -> f(gate rows, up rows, activation, alpha, limit); what each option means is in the function itself.
+GATES: dict[str, Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], float, float], Tensor]] = {
+    "glu": lambda g, u, act, alpha, limit: act(g) * u,
+    "f32": lambda g, u, act, alpha, limit: (act(_up(g)) * _up(u)).to(g.dtype),
+    "clamp": _clamp,  # deepseek_v4, glm5_next, hy_v4
+    "clamp_f32": _clamp_f32,
+    "clamp_after": _clamp_after,  # step3p7
+    "oai": _oai,  # gpt_oss, openai_privacy_filter, minimax_m3_vl
+    "softcap": _softcap,  # inkling2: alpha caps the gate, limit caps up
+}
+
+
+def rows_per_unit(gate: str) -> int:
+    """Rows of the first projection per hidden unit: 2 with a gate, 1 without (N = rows_per_unit * F)."""
+    return 1 if gate == "none" else 2
+
+
+def apply_gate(rows: Tensor, act: str, gate: str, alpha: float, limit: float) -> Tensor:
+    """Hidden units from the first projection's output. rows [..., N] -> [..., F]."""
+    if gate == "none":
+        return ACTIVATIONS[act](rows)
+    g, u = rows.chunk(2, dim=-1)
+    return GATES[gate](g, u, ACTIVATIONS[act], alpha, limit)

@@ -1,0 +1,1 @@
+"""What passes are, in which order they run, and running them."""

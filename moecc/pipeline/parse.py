@@ -1,0 +1,68 @@
+"""From `--passes vsraq,kbvq{bits=2}` to passes: find each by name, entry point or path, and read its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moecc.errors import MoeccError
+from moecc.options import accepted, accepts, items
+from moecc.pipeline.passes import Pass
+from moecc.registry import Registry
+
+FACTS = ("requires", "after", "provides", "spoils", "leads_to", "within_layer")
+
+
+def _require_facts(cls: type[Pass], where: str) -> None:
+    for kind in FACTS:
+        facts = getattr(cls, kind)
+        if not isinstance(facts, set | frozenset) or not all(isinstance(f, str) for f in facts):
+            raise MoeccError(f"{where}: {cls.__name__}.{kind} is {facts!r}; give a frozenset of facts")
+
+
+PASSES: Registry[Pass] = Registry(Pass, "moecc.passes", "pass", "passes", _require_facts)  # type: ignore[type-abstract]
+
+
+def pass_names() -> list[str]:
+    """Every pass that can be named without a path."""
+    return PASSES.names()
+
+
+def find_pass(name: str) -> type[Pass]:
+    """The pass called `name`: a path to a Python file, an installed entry point, or `moecc/passes/<name>.py`."""
+    return PASSES.find(name)
+
+
+def parse_passes(text: str, **defaults: Any) -> tuple[list[Pass], list[str]]:
+    """The passes that `text` names, and remarks.
+
+    defaults: by option name, the value for every pass that has such an option, takes the value and is not given another. None
+    stands for no default. MoeccError where no pass takes one of them.
+    """
+    if not text.strip():
+        raise MoeccError("no passes given; try --passes kbvq, or `moecc passes` for what there is")
+    wanted = {k: int(v) if isinstance(v, float) and v == int(v) else v for k, v in defaults.items() if v is not None}
+    found: list[Pass] = []
+    remarks: list[str] = []
+    for name, options in items(text):
+        cls = find_pass(name)
+        found.append(cls.build_from(options, _taken(cls, options, wanted, remarks)))
+    for key, value in wanted.items():
+        if not any(getattr(p, key, None) == value for p in found):
+            why = f": {'; '.join(remarks)}" if remarks else ""
+            raise MoeccError(f"no pass of {text!r} takes --{key} {value}{why}")
+    return found, remarks
+
+
+def _taken(cls: type[Pass], options: str, wanted: Mapping[str, Any], remarks: list[str]) -> dict[str, Any]:
+    """Those of the wanted defaults that a pass takes; a remark for one that it has but does not take."""
+    known, given, taken = {f.name: f for f in cls.options()}, cls.read(options), {}
+    for key, value in wanted.items():
+        if key not in known or key in given:
+            continue
+        if accepts(known[key], value):
+            taken[key] = value
+        else:
+            what = f"it takes {accepted(known[key])}, not {value}"
+            remarks.append(f"{cls.name} keeps {key}={known[key].default} ({what})")
+    return taken

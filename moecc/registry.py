@@ -1,0 +1,109 @@
+"""Finding passes and targets: by the name of a module in their package, by entry point, or by the path of a Python file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Generic, TypeVar
+
+from moecc.errors import MoeccError
+from moecc.options import Options
+
+T = TypeVar("T", bound=Options)
+
+
+def _any(cls: type[Options], where: str) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Registry(Generic[T]):
+    """The classes of one `kind` that can be asked for by name.
+
+    Each module of `package` that does not begin with an underscore defines one; entry points of the group `package` name more.
+    `word` and `plural` are what messages call them. `require` is a further check of a class and of where it was found.
+    """
+
+    kind: type[T]
+    package: str
+    word: str
+    plural: str
+    require: Callable[[type[T], str], None] = field(default=_any)
+
+    def names(self) -> list[str]:
+        """Every name that can be asked for without a path."""
+        package = importlib.import_module(self.package)
+        local = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+        return sorted({*local, *(ep.name for ep in entry_points(group=self.package))})
+
+    def find(self, name: str) -> type[T]:
+        """The class called `name`; MoeccError where there is none or it is not what a class of this kind must be."""
+        found = self._found(name)
+        self._require_sound(found, Path(name).name)
+        return found
+
+    def _found(self, name: str) -> type[T]:
+        if name.endswith(".py"):
+            loaded = self._only(self._load(Path(name)), Path(name).name)
+            loaded.file = name
+            return loaded
+        for ep in entry_points(group=self.package, name=name):
+            found: type[T] = ep.load()
+            return found
+        if name not in self.names():
+            raise MoeccError(self._unknown(name))
+        return self._only(importlib.import_module(f"{self.package}.{name}"), name)
+
+    def _unknown(self, name: str) -> str:
+        if "/" in name or Path(name).is_file():
+            path = f"the path of a {self.word} file ends in .py, e.g. ./my_{self.word}.py"
+            return f"{name} is no {self.word}: {path}"
+        near = difflib.get_close_matches(name, self.names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.names())}"
+        return f"no {self.word} {name!r}; {hint}"
+
+    def _load(self, path: Path) -> ModuleType:
+        if not path.is_file():
+            raise MoeccError(f"no {self.word} file {path}; give the path of a Python file that defines a {self.word}")
+        key = f"moecc_{self.word}_{path.stem}"
+        spec = importlib.util.spec_from_file_location(key, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module
+        before = sys.dont_write_bytecode
+        sys.dont_write_bytecode = True  # nothing is left beside the file, and no old code is run
+        try:
+            spec.loader.exec_module(module)
+        except Exception as e:
+            raise MoeccError(f"{self.word} file {path} can't be imported: {type(e).__name__}: {e}") from e
+        finally:
+            sys.dont_write_bytecode = before
+        return module
+
+    def _only(self, module: ModuleType, where: str) -> type[T]:
+        classes = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, self.kind)]
+        own = [c for c in classes if c.__module__ == module.__name__]
+        if len(own) != 1:
+            raise MoeccError(f"{where} defines {len(own)} {self.plural}; a {self.word} file defines one")
+        return own[0]
+
+    def _require_sound(self, cls: type[T], where: str) -> None:
+        name = getattr(cls, "name", None)
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+            raise MoeccError(
+                f"{where}: {cls.__name__}.name is {name!r}; give a word of letters, digits, '_', '-' and '.'"
+            )
+        self.require(cls, where)
+        if cls.__abstractmethods__:
+            raise MoeccError(f"{where}: {cls.__name__} lacks {' and '.join(sorted(cls.__abstractmethods__))}")
+        if bare := next((f.name for f in fields(cls) if f.default is MISSING), None):
+            raise MoeccError(f"{where}: the option {bare!r} has no default; write option(DEFAULT, help=...)")

@@ -1,0 +1,130 @@
+"""What an artifact can be lowered to, and what runs a compressed module where it lies.
+
+A `Target` is a frozen dataclass with options, as a pass is: `onnx{profile=native,opset=21}`. It is found by name in
+`moecc.backends`, by entry point, or by the path of a Python file. `backends/README.md` says how to write one.
+
+A target may also bring `Kernels` for a type of device. They want codes in an order of their own, in which a module keeps them while
+it is on such a device; what a module saves is always as `moecc.ir.vq4` says. They are looked for when tensors come to a device that
+is not the CPU. MOECC_KERNELS=reference makes the reference run on every device; without it, a card that the kernels do not
+support is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moecc.errors import MoeccError
+from moecc.options import Options, items
+from moecc.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VARIABLE = "MOECC_KERNELS"
+_CHOICES = ("auto", "reference")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What a target wrote: the folder (None where the artifact itself is what runs), facts that JSON holds, and a line."""
+
+    out: Path | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(Options, ABC):
+    """One form in which an artifact runs. Its fields are its options (`moecc.options.option`)."""
+
+    def require(self) -> None:
+        """MoeccError, before any work, where a package that `emit` needs is not installed."""
+        return None
+
+    @abstractmethod
+    def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
+        """Write the artifact in the folder `artifact` as the new folder `out`, whole or not at all; `say` takes remarks."""
+
+    def build(self, say: Say) -> list[Path]:
+        """Compile, ahead of their first use, the native libraries that this target has; where they are."""
+        return []
+
+    def exported(self, folder: Path) -> bool:
+        """Whether `folder` holds what this target wrote."""
+        return False
+
+    def bench(self, folder: Path, *, threads: Sequence[int], prompt: int, new_tokens: int, say: Say) -> Any:
+        """Rows of how fast and how large what `emit` wrote is on this machine, as JSON holds them."""
+        raise MoeccError(f"{self.name} has no benchmark")
+
+    def table(self, rows: Any) -> str:
+        """The rows of `bench` for people."""
+        raise MoeccError(f"{self.name} has no benchmark")
+
+    def kernels(self) -> Kernels | None:
+        """The kernels that this target brings for a type of device, None where it has none."""
+        return None
+
+
+class Kernels(ABC):
+    """Code that runs compressed experts on one type of device."""
+
+    device: str  # the type, as torch calls it: "cuda"
+    name: str  # of the target
+
+    @abstractmethod
+    def require_device(self) -> None:
+        """MoeccError in one line where a package or a card that the kernels need is not there."""
+
+    @abstractmethod
+    def pack(self, tensors: Mapping[str, Tensor | None], *, gated: bool) -> dict[str, Tensor | None]:
+        """The tensors of `vq4.TENSORS` with codes and signs in the kernels' order. gated: gate rows, then as many up rows."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor | None], columns: int, *, gated: bool) -> dict[str, Tensor | None]:
+        """The way back; `columns` is the K of the stored codes."""
+
+
+TARGETS: Registry[Target] = Registry(Target, "moecc.backends", "target", "targets")  # type: ignore[type-abstract]
+
+
+def parse_target(text: str) -> Target:
+    """The target that `text` names, such as `onnx{profile=native}`; MoeccError where it can't be had."""
+    found = items(text)
+    if len(found) != 1:
+        raise MoeccError(f"{text!r} names {len(found)} targets; give one of {', '.join(TARGETS.names())}")
+    name, options = found[0]
+    target = TARGETS.find(name).build_from(options)
+    target.require()
+    return target
+
+
+def kernels_for(device: str) -> Kernels | None:
+    """The kernels for tensors on a type of device; None where the reference runs.
+
+    MoeccError in one line where a target has kernels for it but the machine lacks what they need.
+    """
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in _CHOICES:
+        raise MoeccError(f"{VARIABLE} is {choice!r}; it takes {' or '.join(_CHOICES)}")
+    if device in ("cpu", "meta") or choice == "reference":
+        return None
+    for name in TARGETS.names():
+        found = TARGETS.find(name)().kernels()
+        if found is not None and found.device == device:
+            found.require_device()
+            return found
+    return None
+
+
+def kernels_called(name: str) -> Kernels:
+    """The kernels of the target `name`, in whose order a module's codes are."""
+    found = TARGETS.find(name)().kernels()
+    assert found is not None, f"{name} has no kernels"
+    return found

@@ -1,0 +1,1 @@
+"""How weights are coded: moments, metric, codebooks, what experts share."""

@@ -1,0 +1,1 @@
+"""How what is stored is tuned: blocks, the whole model, adapters."""

@@ -1,0 +1,153 @@
+"""One layer's block behind the compressed earlier layers, and what is wanted of it: the float model's output and routing.
+
+The objective's terms (VSRAQ, arXiv 2606.05688): reconstruction of the block's output, an error d costing d^T S d (`sensitivity`)
+and that relative to what the spread of the float model's output would cost; and the terms of `_tune.routing` on the next router, reached
+through the next layer's own attention and norm. Behind the last experts there is no router; what chooses there is the model's
+head, so its term is KL(float logits || logits) per token in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moecc.ir.graph import descendants, needed_for, run_nodes, written
+from moecc.ir.moe import MoE
+from moecc.ir.program import Program, output_node, stage_nodes
+from moecc.passes._code.metric import damped
+from moecc.passes._tune.routing import boundary_loss, flips, order_loss, selection_scores, standardized, value_loss
+from moecc.pipeline.passes import Layer
+from moecc.pipeline.stream import StageWeights
+
+# Every direction costs at least this share of the mean: what was not seen to matter on a sample of tokens still may.
+_DAMPING = 0.05
+ROUTING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "value": value_loss,
+    "order": order_loss,
+    "boundary": boundary_loss,
+}
+
+
+class Block:
+    """One layer's block of the program and the way on to the next router, with the float model's values as targets."""
+
+    def __init__(self, layer: Layer, routing: Iterable[str], sensitivity: Mapping[str, Tensor], *, head: bool):
+        """routing: which of the terms of `_tune.routing` are wanted; without any the router isn't reached. head: that term too.
+
+        sensitivity: [D, D] by name of a value between layers; errors of one that has none count alike in all directions.
+        """
+        self.layer, self.routing = layer, tuple(routing)
+        program = layer.program
+        self.inputs = layer.inputs.values
+        self.targets = layer.targets.values
+        body = stage_nodes(program, layer.index)
+        changed = descendants(body, [m.node for m in layer.moe])
+        live = layer.inputs.needed_after(layer.index)
+        self.outputs = [n.name for n in body if n in changed and n.name in live and n.meta["val"].is_floating_point()]
+        body = needed_for(body, live)  # the way on may read values that the experts have no part in
+        self.before = [n for n in body if n not in changed]
+        self.body = [n for n in body if n in changed]
+        following = next_router(program, layer.index)
+        self.router = following if self.routing else None
+        self.head = output_logits(program) if head and following is None else None
+        goal = self.router[1] if self.router else self.head
+        self.goal = "" if goal is None else goal.name
+        self.onward = [] if goal is None else _path_to(program, layer.index, goal)
+        self.weights = StageWeights(program)
+        self.reference_weights = StageWeights(layer.reference)
+        self.roots = {
+            n: torch.linalg.cholesky(damped(sensitivity[n].unsqueeze(0), _DAMPING)[0])
+            for n in self.outputs
+            if n in sensitivity
+        }
+        self.spread = {
+            n: torch.stack([self._cost(n, v[n] - v[n].mean()) for v in self.targets]).mean() for n in self.outputs
+        }
+        nodes = {n.name: n for n in layer.reference.graph.nodes}
+        self.reference_onward = [nodes[n.name] for n in self.onward]
+        self.kept: dict[int, dict[str, Any]] = {}
+        self.scores = [self._teacher(row) for row in range(len(self.targets))] if self.router else []
+
+    @torch.no_grad()
+    def _teacher(self, row: int) -> Tensor:
+        """The float model's scores or logits of one batch, [T, E] or [T, vocabulary]."""
+        return self._reach(self.reference_onward, dict(self.targets[row]), self.reference_weights)
+
+    def _reach(self, onward: list[fx.Node], values: dict[str, Any], weights: StageWeights) -> Tensor:
+        for _ in run_nodes(onward, values, weights):
+            pass
+        reached: Tensor = values[self.goal]
+        return reached.flatten(0, -2).float()
+
+    def terms(self, rows: list[int], overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every term of the objective, averaged over calibration batches."""
+        sums: dict[str, Tensor] = {}
+        for row in rows:
+            for name, value in self._row(row, overrides).items():
+                sums[name] = sums.get(name, torch.zeros(())) + value / len(rows)
+        return sums
+
+    @torch.no_grad()
+    def _before(self, row: int) -> dict[str, Any]:
+        """The values of one batch that the experts' tensors have no part in: computed once, copied where they are written into."""
+        if row not in self.kept:
+            values = dict(self.inputs[row])
+            read = {i.name for n in (*self.body, *self.onward) for i in n.all_input_nodes}
+            for _ in run_nodes(self.before, values, self.weights, keep=read):
+                pass
+            self.kept[row] = {k: v for k, v in values.items() if k in read}
+        into = {i.name for n in (*self.body, *self.onward) for i in written(n)}
+        return {k: v.clone() if k in into else v for k, v in self.kept[row].items()}
+
+    def _row(self, row: int, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = self._before(row)
+        weights = StageWeights.sharing(self.weights, overrides)
+        for _ in run_nodes(self.body, values, weights):
+            pass
+        errors = [self._cost(n, values[n] - self.targets[row][n]) / self.spread[n] for n in self.outputs]
+        found = {"reconstruction": torch.stack(errors).sum()}
+        if self.head is not None:
+            teacher = self._teacher(row).log_softmax(-1)  # not kept: a vocabulary is wide
+            student = self._reach(self.onward, values, weights).log_softmax(-1)
+            found["head"] = (teacher.exp() * (teacher - student)).sum(-1).mean()
+        if self.router is None:
+            return found
+        k = self.router[0].top_k
+        s, t = standardized(self._reach(self.onward, values, weights), self.scores[row])
+        for name in self.routing:
+            found[name] = ROUTING[name](s, t, k)
+        found["flips"] = flips(s.detach(), t, k)
+        return found
+
+    def _cost(self, name: str, error: Tensor) -> Tensor:
+        """Mean over tokens of d^T S d, S the identity for a value without one."""
+        d = error.float()
+        return (d @ self.roots[name] if name in self.roots else d).square().mean()
+
+    @torch.no_grad()
+    def losses(self, rows: list[int], stored: Mapping[str, Tensor]) -> dict[str, float]:
+        """The terms as plain numbers, on tensors as they would be stored."""
+        return {k: float(v) for k, v in self.terms(rows, stored).items()}
+
+
+def next_router(program: Program, stage: int) -> tuple[MoE, fx.Node] | None:
+    """The first router after `stage`, and the node whose values its top-k compares (its logits where that is a softmax)."""
+    for moe in program.moe_layers():
+        if moe.layer > stage and moe.logits is not None:
+            return moe, selection_scores(moe)
+    return None
+
+
+def output_logits(program: Program) -> fx.Node | None:
+    """The program's logits, None for a model without a head."""
+    node = output_node(program)
+    part = program.config.get_text_config() if hasattr(program.config, "get_text_config") else program.config
+    return node if node.meta["val"].shape[-1] == getattr(part, "vocab_size", None) else None
+
+
+def _path_to(program: Program, stage: int, target: fx.Node) -> list[fx.Node]:
+    later = [n for n in program.graph.nodes if n.op == "call_function" and n.meta["layer"] > stage]
+    return needed_for(later, {target.name})

@@ -1,0 +1,126 @@
+"""The stored tensors of a layer's compressed experts as values that an optimizer can move.
+
+Codebooks and coefficients are whole numbers in the format: their gradient goes straight through the rounding. Codes and signs have
+none and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecc.ir import vq4
+from moecc.ir.moe import MoE
+from moecc.ir.program import Program
+from moecc.passes._code.codebooks import clamp_codebook
+from moecc.passes._code.half import compact
+
+# kind -> learning rate at 2 bit, in units of the tensor's own (`_unit`)
+RATES = {
+    "codebook": 0.15, "scale": 2e-3, "bias": 2e-2, "basis": 5e-3, "coef": 0.3, "coef_scale": 2e-3,
+    "mean_codebook": 0.15, "mean_scale": 2e-3,
+}  # fmt: skip
+_WHOLE = ("codebook", "mean_codebook", "coef")  # whole numbers in the format
+
+
+def split(batches: int) -> tuple[list[int], list[int]]:
+    """Which calibration batches train, and which are held out: an eighth, at least one, and of a single one the same."""
+    held_out = list(range(7, batches, 8)) or [batches - 1]
+    return [i for i in range(batches) if i not in held_out] or held_out, held_out
+
+
+class Tuned:
+    """The tensors behind the compressed experts nodes `found`, by placeholder; each trained in units of its own size."""
+
+    def __init__(self, program: Program, found: list[MoE]):
+        self.program = program
+        self.names: dict[str, str] = {}  # placeholder -> weight name
+        self.kinds: dict[str, str] = {}
+        self.bits: dict[str, int] = {}
+        values: dict[str, Tensor] = {}
+        for moe in found:
+            for projection in ("gate_up", "down"):
+                for kind in RATES:
+                    node = moe.operand(f"{projection}_{kind}")
+                    if node is None:
+                        continue
+                    self.names[node.name], self.kinds[node.name] = program.weights[node.name].name, kind
+                    self.bits[node.name] = bits_of(moe, projection, vq4.MEAN if kind.startswith(vq4.MEAN) else "")
+                    values[node.name] = program.read(self.names[node.name]).float().clone()
+        self.unit = {k: _unit(self.kinds[k], v) for k, v in values.items()}
+        self.parameters = {k: (v / self.unit[k]).requires_grad_() for k, v in values.items()}
+
+    def groups(self, factor: float) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer, rates multiplied by `factor`.
+
+        A bit more leaves less to correct, and the steps are a third: larger ones lowered the flips of the
+        routers at 3 bit and raised the divergence.
+        """
+        rates = {k: RATES[self.kinds[k]] * factor * 3.0 ** (2 - self.bits[k]) for k in self.parameters}
+        return [{"params": [p], "lr": rates[k]} for k, p in self.parameters.items()]
+
+    def rounded(self, wanted: Container[str] | None = None) -> dict[str, Tensor]:
+        """Differentiable values by placeholder (those `wanted`), integer tensors rounded with a straight-through gradient."""
+        found: dict[str, Tensor] = {}
+        for k, p in self.parameters.items():
+            if wanted is not None and k not in wanted:
+                continue
+            value = p * self.unit[k]
+            rounding = self._rounding(k)
+            found[k] = value if rounding is None else value + (rounding(value) - value).detach()
+        return found
+
+    @torch.no_grad()
+    def stored(self, wanted: Container[str] | None = None) -> dict[str, Tensor]:
+        """The tensors (those `wanted`) exactly as `store` writes them."""
+        found: dict[str, Tensor] = {}
+        for k, p in self.parameters.items():
+            if wanted is not None and k not in wanted:
+                continue
+            value = (p * self.unit[k]).detach()
+            rounding = self._rounding(k)
+            found[k] = compact(value) if rounding is None else rounding(value).to(torch.int8)
+        return found
+
+    def _rounding(self, placeholder: str) -> Callable[[Tensor], Tensor] | None:
+        kind, bits = self.kinds[placeholder], self.bits[placeholder]
+        if kind.endswith("codebook"):
+            return lambda value: clamp_codebook(value, bits)
+        return (lambda value: value.round().clamp(-127, 127)) if kind == "coef" else None
+
+    def state(self) -> dict[str, Tensor]:
+        return {k: p.detach().clone() for k, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for k, p in self.parameters.items():
+            p.copy_(state[k])
+
+    def store(self) -> bool:
+        """Write what differs from the program's tensors; whether anything did."""
+        changed = False
+        for placeholder, value in self.stored().items():
+            held = self.program.read(self.names[placeholder])
+            if held.dtype != value.dtype or not torch.equal(held, value):
+                self.program.add(self.names[placeholder], value)
+                changed = True
+        return changed
+
+
+def bits_of(moe: MoE, projection: str, part: str = "") -> int:
+    """Bits per weight of a projection's codes and signs; `part` vq4.MEAN: of those that its experts share."""
+    codebook = moe.operand(f"{projection}_{part}codebook")
+    assert codebook is not None
+    if moe.operand(f"{projection}_{part}signs") is not None:
+        return 3
+    return 4 if codebook.meta["val"].shape[-1] == 2 else 2
+
+
+def _unit(kind: str, value: Tensor) -> Tensor:
+    """Scales move relative to themselves, signed tensors relative to their size, whole numbers in steps of one."""
+    if kind.endswith("scale"):
+        return value.abs().clamp(min=1e-8)
+    return value.new_ones(()) if kind in _WHOLE else value.abs().mean().clamp(min=1e-8)
