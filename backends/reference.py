@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from moecc.target import Emitted, Say, Target
+from moecc.target import Emitted, Target
+from moecc.types import Say
 
 
 @dataclass(frozen=True, kw_only=True)

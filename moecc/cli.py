@@ -16,15 +16,13 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moecc import __version__
 from moecc.errors import MoeccError
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-
+from moecc.types import Progress
 
 _BITS = "default of every pass option called bits; a fraction is a budget of kbvq's"
 

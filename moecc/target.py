@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from moecc.errors import MoeccError
 from moecc.options import Options, items
 from moecc.registry import Registry
+from moecc.types import Say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VARIABLE = "MOECC_KERNELS"
 _CHOICES = ("auto", "reference")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import networkx as nx
 import pytest
 
 # A room sees the rooms to its left; those between two < do not see each other.
-RULE = "errors < hook options < registry < target < ir < checkpoint < frontend pipeline < artifact < backends commands < cli"
+RULE = "errors types < hook options < registry < target < ir < checkpoint < frontend pipeline < artifact < backends commands < cli"
 # What a pass sees besides the shared files of its own folder.
 PASSES_SEE = ("moecc.errors", "moecc.options", "moecc.ir", "moecc.pipeline", "moecc.checkpoint.memory")
 # Only the module that is that target may need these.

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 
 from moecc.errors import MoeccError
 from moecc.options import option
-from moecc.target import Emitted, Say, Target
+from moecc.target import Emitted, Target
+from moecc.types import Say
 
 _NEEDS = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 

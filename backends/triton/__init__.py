@@ -28,7 +28,8 @@ from moecc.backends.triton import op as op  # defines the op that a packed model
 from moecc.backends.triton.pack import pack_projection, unpack_projection
 from moecc.errors import MoeccError
 from moecc.frontend import experts
-from moecc.target import Emitted, Kernels, Say, Target
+from moecc.target import Emitted, Kernels, Target
+from moecc.types import Say
 
 DEVICE = "cuda"  # what torch calls ROCm's devices too
 LEAST = (8, 0)  # compute capability: the first with int8 products as the kernels use them

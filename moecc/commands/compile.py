@@ -11,7 +11,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.run import Hooks, PassReport, run_passes
 from moecc.target import Target, parse_target
+from moecc.types import Progress
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 BATCH = 2  # calibration rows that go through a layer together
 CHECKED = (2, 64)  # rows and tokens of the reload check
 

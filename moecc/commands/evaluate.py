@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -36,8 +35,8 @@ from moecc.ir.program import Program, Weight, output_node, stage_nodes
 from moecc.ir.tensors import Store
 from moecc.pipeline.bits import expert_weights
 from moecc.pipeline.stream import StageWeights, Stream
+from moecc.types import Json, Progress, Say
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 _OTHER_MODEL = "give the model that it was compiled from as reference"
 _LOGITS_AT_ONCE = 1 << 27  # logits of one batch and one program: 512 MiB in float32
 _PROBABILITIES_AT_ONCE = 1 << 24  # of which log-probabilities are taken together
@@ -113,8 +112,8 @@ def evaluate_models(
     batch: int = 8,
     trust_remote_code: bool = False,
     progress: Progress = lambda items, label: items,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+    say: Say = print,
+) -> Json:
     """What `moecc eval --json` prints of the artifact or checkpoint `model` beside `reference` (folders or hub ids).
 
     text: a file, by default text that comes with Python; rows x length: tokens of it. MoeccError where they can't be compared.
@@ -138,7 +137,7 @@ def evaluate_models(
     }
 
 
-def _traced(folder: Path, say: Callable[[str], None]) -> Program:
+def _traced(folder: Path, say: Say) -> Program:
     say(f"tracing {folder}")
     program = trace(folder, dtype=torch.float32)
     if program.store is None:
@@ -154,7 +153,7 @@ def _calibrated_on(folder: Path) -> str | None:
         return None
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: Json) -> str:
     """What `moecc eval` prints without --json."""
     lines = [
         f"perplexity      {found['perplexity']:.4f}   reference {found['reference_perplexity']:.4f}",

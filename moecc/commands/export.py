@@ -8,7 +8,8 @@ from typing import Any
 
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.errors import MoeccError
-from moecc.target import TARGETS, Emitted, Say, Target, parse_target
+from moecc.target import TARGETS, Emitted, Target, parse_target
+from moecc.types import Say
 
 
 def export_artifact(model: str, to: str, out: Path | None = None, *, say: Say = lambda line: None) -> Emitted:
