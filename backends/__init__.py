@@ -1,4 +1,6 @@
 """Imported as `moecc.backends`; see README.md."""
 
 if __name__ != "moecc.backends":
-    raise ImportError(f"import moecc.backends, not {__name__}: one file must not become two modules")
+    raise ImportError(
+        f"import moecc.backends, not {__name__}: one file must not become two modules"
+    )

@@ -68,7 +68,11 @@ def compile_kernels(plans: Iterable[Plan], part: int, of: int) -> None:
     for plan in plans:
         for each in plan.launches:
             key = str(
-                (each.name, each.options, [v if isinstance(v, int | str) else 0 for v in each.arguments.values()])
+                (
+                    each.name,
+                    each.options,
+                    [v if isinstance(v, int | str) else 0 for v in each.arguments.values()],
+                )
             )
             if key not in seen and len(seen) % of == part:
                 try:
@@ -101,12 +105,17 @@ def projection(
     p: dict[str, Tensor | None] = dict.fromkeys(vq4.TENSORS)
     p["codes"] = whole(0, 256, torch.uint8, experts, rows, wide // v)
     p["codebook"] = whole(0 if bits == 3 else -127, 128, torch.int8, experts, 256, v)
-    p["scale"] = (torch.rand(experts, rows, device=device) + 0.5).to(torch.bfloat16) / (70 * columns**0.5)
+    p["scale"] = (torch.rand(experts, rows, device=device) + 0.5).to(torch.bfloat16) / (
+        70 * columns**0.5
+    )
     if bits == 3:
         p["signs"] = whole(0, 256, torch.uint8, experts, rows, wide // 8)
     if rank:
         shape = (experts, rows, rank) if input_side else (experts, rank, columns)
-        p["basis"] = torch.randn(rank, columns if input_side else rows, device=device).to(torch.bfloat16) / 50
+        p["basis"] = (
+            torch.randn(rank, columns if input_side else rows, device=device).to(torch.bfloat16)
+            / 50
+        )
         p["coef"] = whole(-127, 128, torch.int8, *shape)
         p["coef_scale"] = torch.rand(*shape[:2], device=device).to(torch.bfloat16) / 500
     if mean:
@@ -123,14 +132,18 @@ class Layer(NamedTuple):
     expert_bytes: int
 
     def packed(self) -> tuple[pack.Projection, pack.Projection]:
-        return pack.pack_projection(self.gate_up, gated=True), pack.pack_projection(self.down, gated=False)
+        return pack.pack_projection(self.gate_up, gated=True), pack.pack_projection(
+            self.down, gated=False
+        )
 
     def call(self, r: Routed) -> Call:
         up, down = self.packed()
         return lambda: vq_experts(*r, up, down, None, **SILU)
 
     def reference(self, r: Routed) -> Tensor:
-        stored = [t for p in (self.gate_up, self.down) for t in (*(p[n] for n in vq4.TENSORS), None, None)]
+        stored = [
+            t for p in (self.gate_up, self.down) for t in (*(p[n] for n in vq4.TENSORS), None, None)
+        ]
         return ops.vq_experts_reference(r.x.float(), r.index, r.weight, *stored, None, **SILU)
 
 
@@ -139,7 +152,12 @@ def layer(shape: Shape, bits: int, device: str, *, rank: int = 0, mean: int = 0)
     e, _, d, f = shape
     up = projection(e, 2 * f, d, bits, device, rank=rank, mean=mean)
     down = projection(e, d, f, bits, device, rank=rank, mean=mean, input_side=False)
-    own = sum(t.nbytes for p in (up, down) for n, t in p.items() if t is not None and t.shape[0] == e and n != "basis")
+    own = sum(
+        t.nbytes
+        for p in (up, down)
+        for n, t in p.items()
+        if t is not None and t.shape[0] == e and n != "basis"
+    )
     return Layer(up, down, own // e)
 
 
@@ -150,7 +168,9 @@ def dense_weights(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
     """gate_up bf16 [E, 2F, D], down bf16 [E, D, F]."""
     e, _, d, f = shape
     sizes = ((e, 2 * f, d), (e, d, f))
-    up, down = (torch.randn(s, device=device, dtype=torch.bfloat16).mul_(s[2] ** -0.5) for s in sizes)
+    up, down = (
+        torch.randn(s, device=device, dtype=torch.bfloat16).mul_(s[2] ** -0.5) for s in sizes
+    )
     return up, down
 
 
@@ -165,7 +185,9 @@ def others(shape: Shape, weights: tuple[Tensor, Tensor], r: Routed) -> dict[str,
         module = Qwen3MoeExperts(Qwen3MoeConfig(
             num_experts=shape.experts, hidden_size=shape.hidden, moe_intermediate_size=shape.intermediate, hidden_act="silu",
         ))  # fmt: skip
-    module.gate_up_proj, module.down_proj = (torch.nn.Parameter(w, requires_grad=False) for w in (up, down))
+    module.gate_up_proj, module.down_proj = (
+        torch.nn.Parameter(w, requires_grad=False) for w in (up, down)
+    )
     found: dict[str, Call] = {}
     functions: Any = ALL_EXPERTS_FUNCTIONS
     for name in ("grouped_mm", "batched_mm"):
@@ -176,8 +198,12 @@ def others(shape: Shape, weights: tuple[Tensor, Tensor], r: Routed) -> dict[str,
     if importlib.util.find_spec("vllm"):
         from vllm.model_executor.layers.fused_moe import fused_experts
 
-        found["vLLM fused_experts"] = _bind(fused_experts, r.x, up, down, r.weight.float(), r.index.int())
-    if importlib.util.find_spec("triton_kernels") and importlib.util.find_spec("triton_kernels.matmul_ogs"):
+        found["vLLM fused_experts"] = _bind(
+            fused_experts, r.x, up, down, r.weight.float(), r.index.int()
+        )
+    if importlib.util.find_spec("triton_kernels") and importlib.util.find_spec(
+        "triton_kernels.matmul_ogs"
+    ):
         found["gpt-oss triton_kernels"] = _gpt_oss(up, down, r)
     return found
 
@@ -186,7 +212,10 @@ def _products(up: Tensor, down: Tensor, r: Routed) -> Call:
     choices = r.index.flatten()
     order = choices.argsort()
     ends = torch.bincount(choices, minlength=len(up)).cumsum(0).to(torch.int32)
-    x, h = r.x[order // r.index.shape[1]], torch.randn(len(order), down.shape[2], device=r.x.device).to(r.x.dtype)
+    x, h = (
+        r.x[order // r.index.shape[1]],
+        torch.randn(len(order), down.shape[2], device=r.x.device).to(r.x.dtype),
+    )
 
     def run() -> Tensor:
         torch.nn.functional.grouped_mm(x, up.transpose(1, 2), offs=ends)
@@ -201,13 +230,19 @@ def _gpt_oss(up: Tensor, down: Tensor, r: Routed) -> Call:
     from triton_kernels.routing import routing
     from triton_kernels.swiglu import swiglu_fn
 
-    logits = torch.full((len(r.x), len(up)), -torch.inf, device=r.x.device).scatter(1, r.index, r.weight.float().log())
+    logits = torch.full((len(r.x), len(up)), -torch.inf, device=r.x.device).scatter(
+        1, r.index, r.weight.float().log()
+    )
     data, gather, scatter = routing(logits, r.index.shape[1])
     gate = FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit")), (1.0, 7.0), 2)
 
     def run() -> Tensor:
-        h = matmul_ogs(r.x, up.transpose(1, 2), None, data, gather_indx=gather, fused_activation=gate)
-        return matmul_ogs(h, down.transpose(1, 2), None, data, scatter_indx=scatter, gammas=data.gate_scal)
+        h = matmul_ogs(
+            r.x, up.transpose(1, 2), None, data, gather_indx=gather, fused_activation=gate
+        )
+        return matmul_ogs(
+            h, down.transpose(1, 2), None, data, scatter_indx=scatter, gammas=data.gate_scal
+        )
 
     return run
 
@@ -271,4 +306,8 @@ def _fill(module: Any, stored: dict[str, Tensor | None]) -> None:
 
 def _specs(experts: int, rows: int, columns: int, bits: int) -> dict[str, tuple[list[int], str]]:
     p = projection(experts, rows, columns, bits, "meta")
-    return {n: (list(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in p.items() if t is not None}
+    return {
+        n: (list(t.shape), str(t.dtype).removeprefix("torch."))
+        for n, t in p.items()
+        if t is not None
+    }

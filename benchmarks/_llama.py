@@ -38,7 +38,10 @@ def tensors(checkpoint: Path, layers: int, experts: int) -> dict[str, np.ndarray
     held: dict[str, np.ndarray] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         held |= {n: t.astype(np.float32) for n, t in load_file(file).items()}
-    made = {"token_embd.weight": held["model.embed_tokens.weight"], "output_norm.weight": held["model.norm.weight"]}
+    made = {
+        "token_embd.weight": held["model.embed_tokens.weight"],
+        "output_norm.weight": held["model.norm.weight"],
+    }
     made["output.weight"] = held.get("lm_head.weight", held["model.embed_tokens.weight"])
     for i in range(layers):
         old, new = f"model.layers.{i}", f"blk.{i}"
@@ -54,16 +57,23 @@ def tensors(checkpoint: Path, layers: int, experts: int) -> dict[str, np.ndarray
             made[f"{new}.{b}_exps.weight"] = np.stack([held[n] for n in own])
             if f"{old}.mlp.shared_expert.{a}.weight" in held:
                 made[f"{new}.{b}_shexp.weight"] = held[f"{old}.mlp.shared_expert.{a}.weight"]
-    return {n: t.reshape(-1) if n.endswith("ffn_gate_inp_shexp.weight") else t for n, t in made.items()}
+    return {
+        n: t.reshape(-1) if n.endswith("ffn_gate_inp_shexp.weight") else t for n, t in made.items()
+    }
 
 
-def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> np.ndarray:
+def random_blocks(
+    rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType
+) -> np.ndarray:
     """Bytes of a quantized tensor: anything where the integers are, small numbers where the scales are."""
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = int(np.prod(shape)) // elements
     made = rng.integers(0, 256, (blocks, size), np.uint8)
     scale = np.frombuffer(
-        np.float16(shape[-1] ** -0.5 / (16 if kind == gguf.GGMLQuantizationType.Q2_K else 5)).tobytes(), np.uint8
+        np.float16(
+            shape[-1] ** -0.5 / (16 if kind == gguf.GGMLQuantizationType.Q2_K else 5)
+        ).tobytes(),
+        np.uint8,
     )
     at = {
         gguf.GGMLQuantizationType.Q2_K: (80, 82),
@@ -75,10 +85,17 @@ def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.G
     return made.reshape(*shape[:-1], -1)
 
 
-def random_tensors(c: dict[str, Any], ftype: str) -> dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]:
+def random_tensors(
+    c: dict[str, Any], ftype: str
+) -> dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]:
     """A qwen3_moe of the configuration with random weights: experts of `ftype`, attention Q4_0, embedding and head Q8_0."""
     kinds = gguf.GGMLQuantizationType
-    rng, d, f, e = np.random.default_rng(0), c["hidden_size"], c["moe_intermediate_size"], c["num_experts"]
+    rng, d, f, e = (
+        np.random.default_rng(0),
+        c["hidden_size"],
+        c["moe_intermediate_size"],
+        c["num_experts"],
+    )
     q, kv = (c[n] * c["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
     made: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]] = {}
 
@@ -96,10 +113,22 @@ def random_tensors(c: dict[str, Any], ftype: str) -> dict[str, tuple[np.ndarray,
             ("attn_k_norm", c["head_dim"]),
         ):
             made[f"blk.{i}.{name}.weight"] = np.ones(width, np.float32), None
-        made[f"blk.{i}.ffn_gate_inp.weight"] = rng.standard_normal((e, d), np.float32) * d**-0.5, None
-        for name, rows, columns in (("attn_q", q, d), ("attn_k", kv, d), ("attn_v", kv, d), ("attn_output", d, q)):
+        made[f"blk.{i}.ffn_gate_inp.weight"] = (
+            rng.standard_normal((e, d), np.float32) * d**-0.5,
+            None,
+        )
+        for name, rows, columns in (
+            ("attn_q", q, d),
+            ("attn_k", kv, d),
+            ("attn_v", kv, d),
+            ("attn_output", d, q),
+        ):
             coded(f"blk.{i}.{name}", (rows, columns), kinds.Q4_0)
-        for name, rows, columns in (("ffn_gate_exps", f, d), ("ffn_up_exps", f, d), ("ffn_down_exps", d, f)):
+        for name, rows, columns in (
+            ("ffn_gate_exps", f, d),
+            ("ffn_up_exps", f, d),
+            ("ffn_down_exps", d, f),
+        ):
             coded(f"blk.{i}.{name}", (e, rows, columns), kinds[ftype])
     return made
 
@@ -143,7 +172,9 @@ def quantize(source: Path, target: Path, ftype: str) -> None:
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}")
     settings.nthread = 1
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)):
+    if llama_cpp.llama_model_quantize(
+        str(source).encode(), str(target).encode(), ctypes.byref(settings)
+    ):
         raise SystemExit(f"llama.cpp can't quantize to {ftype}")
 
 
@@ -156,9 +187,13 @@ def expert_bits(path: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--ftype", default="Q2_K", help="of llama.cpp's; F32 leaves the model as it is")
     parser.add_argument(
-        "--random", action="store_true", help="random weights; of the checkpoint only config.json is read"
+        "--ftype", default="Q2_K", help="of llama.cpp's; F32 leaves the model as it is"
+    )
+    parser.add_argument(
+        "--random",
+        action="store_true",
+        help="random weights; of the checkpoint only config.json is read",
     )
     parser.add_argument("--ids", type=Path, help="evaluate these rows of token ids")
     parser.add_argument("--threads", type=int, default=1)

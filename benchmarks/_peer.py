@@ -30,7 +30,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-SPLIT = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",), "up_proj": ("up_proj",)}
+SPLIT = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+    "up_proj": ("up_proj",),
+}
 
 
 def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -52,7 +56,11 @@ def decode(stored: dict[str, torch.Tensor], bits: int, group_size: int) -> torch
     """
     codes_KN = unpack_words(stored["qweight"], bits)
     zeros_GN = unpack_words(stored["qzeros"].T.contiguous(), bits).T + 1
-    group_K = stored["g_idx"].long() if "g_idx" in stored else torch.arange(codes_KN.shape[0]) // group_size
+    group_K = (
+        stored["g_idx"].long()
+        if "g_idx" in stored
+        else torch.arange(codes_KN.shape[0]) // group_size
+    )
     return (stored["scales"].float()[group_K] * (codes_KN - zeros_GN[group_K])).T.contiguous()
 
 
@@ -62,11 +70,19 @@ def other_layers(model_folder: str) -> list[str]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
-    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".experts." not in n}
-    return sorted({re.sub(r"^.*\blayers\.\d+\.", "", name) for name in linear if ".layers." in name})
+    linear = {
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and ".experts." not in n
+    }
+    return sorted(
+        {re.sub(r"^.*\blayers\.\d+\.", "", name) for name in linear if ".layers." in name}
+    )
 
 
-def autoround(options: argparse.Namespace, folder: Path, ignored: list[str], ids: torch.Tensor) -> None:
+def autoround(
+    options: argparse.Namespace, folder: Path, ignored: list[str], ids: torch.Tensor
+) -> None:
     """Leave AutoRound's packed checkpoint under `folder`."""
     # Without this, 0.16.1 fails on families whose checkpoint names aren't their module names, such as Mixtral.
     os.environ["AR_DISABLE_META_LOAD"] = "1"
@@ -88,9 +104,13 @@ def autoround(options: argparse.Namespace, folder: Path, ignored: list[str], ids
     compressor.quantize_and_save(str(folder), format="auto_round")
 
 
-def gptqmodel(options: argparse.Namespace, folder: Path, ignored: list[str], ids: torch.Tensor) -> None:
+def gptqmodel(
+    options: argparse.Namespace, folder: Path, ignored: list[str], ids: torch.Tensor
+) -> None:
     """Leave GPTQModel's packed checkpoint under `folder`."""
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.6.0 asks its pool for two workers whatever it has
+    os.environ.setdefault(
+        "GPTQMODEL_CPU_WORKERS", "2"
+    )  # 7.6.0 asks its pool for two workers whatever it has
     from gptqmodel import GPTQModel, QuantizeConfig
 
     skip = {rf"-:.*\.{re.escape(name)}$": {} for name in ignored}
@@ -143,9 +163,13 @@ def expert_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         if not re.search(r"(^|\.)experts$", path):
             continue
         matrices = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
-        plain = not getattr(module, "is_transposed", False) and getattr(module, "is_concatenated", True)
+        plain = not getattr(module, "is_transposed", False) and getattr(
+            module, "is_concatenated", True
+        )
         if not matrices or not plain or matrices.keys() - SPLIT.keys():
-            raise SystemExit(f"error: {path} ({type(module).__name__}): this layout of experts is not supported here")
+            raise SystemExit(
+                f"error: {path} ({type(module).__name__}): this layout of experts is not supported here"
+            )
         found |= {f"{path}.{name}": weight for name, weight in matrices.items()}
     if not found:
         raise SystemExit(f"error: {type(model).__name__} has no routed experts")
@@ -191,15 +215,21 @@ def replace_experts(
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="quantize a checkpoint's routed experts with a peer tool")
+    parser = argparse.ArgumentParser(
+        description="quantize a checkpoint's routed experts with a peer tool"
+    )
     parser.add_argument("--tool", choices=list(TOOLS), required=True)
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--ids", required=True, help=".npy file of int64 token ids [rows, length]")
-    parser.add_argument("--out", required=True, type=Path, help="folder to fill: checkpoint/ and report.json")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder to fill: checkpoint/ and report.json"
+    )
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--iters", type=int, required=True, help="0: round to nearest")
-    parser.add_argument("--asym", action="store_true", help="tuned zero points (AutoRound's default has fixed ones)")
+    parser.add_argument(
+        "--asym", action="store_true", help="tuned zero points (AutoRound's default has fixed ones)"
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--threads", type=int, default=0, help="0: leave torch's own choice")
     parser.add_argument("--device", default="cpu")
@@ -212,7 +242,9 @@ def save_decoded(options: argparse.Namespace, packed_folder: Path) -> dict[str, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    stored = replace_experts(model, packed_matrices(packed_folder), options.bits, options.group_size)
+    stored = replace_experts(
+        model, packed_matrices(packed_folder), options.bits, options.group_size
+    )
     model.save_pretrained(options.out / "checkpoint")
     if (Path(options.model) / "tokenizer_config.json").exists():
         AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out / "checkpoint")
@@ -226,7 +258,9 @@ def main() -> None:
     packed_folder = options.out / "packed"
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawn) as process:
-        cost = process.submit(quantize, options, packed_folder, other_layers(options.model)).result()
+        cost = process.submit(
+            quantize, options, packed_folder, other_layers(options.model)
+        ).result()
     versions = {p: importlib.metadata.version(p) for p in (options.tool, "torch", "transformers")}
     report = {
         **cost,

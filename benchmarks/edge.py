@@ -70,7 +70,9 @@ def save(
     domains = [helper.make_opsetid(d, v) for d, v in (("", 21), ("moecc", 1), ("com.microsoft", 1))]
     model = helper.make_model(graph, opset_imports=domains, ir_version=10)
     model.functions.extend(functions)
-    onnx.save(model, path, save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
+    onnx.save(
+        model, path, save_as_external_data=True, location=path.name + ".data", size_threshold=1024
+    )
     return path
 
 
@@ -86,10 +88,15 @@ def moecc_layer(path: Path, s: Shape, bits: int = 2) -> Path:
     from moecc.backends.onnx import bodies, layout
 
     rng, weights = np.random.default_rng(0), {}
-    for part, rows, columns in (("gate_up", 2 * s.intermediate, s.hidden), ("down", s.hidden, s.intermediate)):
+    for part, rows, columns in (
+        ("gate_up", 2 * s.intermediate, s.hidden),
+        ("down", s.hidden, s.intermediate),
+    ):
         shape = (s.experts, layout.blocks(columns), layout.blocks(rows), 16, 64)
         weights[f"{part}_codes"] = rng.integers(0, 256, shape, np.uint8)
-        weights[f"{part}_codebook"] = rng.integers(-127 if bits == 2 else 0, 128, (s.experts, 256, 4), np.int8)
+        weights[f"{part}_codebook"] = rng.integers(
+            -127 if bits == 2 else 0, 128, (s.experts, 256, 4), np.int8
+        )
         if bits == 3:
             weights[f"{part}_signs"] = rng.integers(0, 256, (*shape[:3], 16, 32), np.uint8)
         weights[f"{part}_scale"] = np.full((s.experts, rows), 1 / (73 * columns**0.5), np.float32)
@@ -114,7 +121,12 @@ def scored(s: Shape) -> dict[str, tuple[int, list[Any]]]:
     return {"x": (FLOAT, ["T", s.hidden]), "scores": (FLOAT, ["T", s.experts])}
 
 
-SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+SWIGLU = {
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+}
 
 
 def moe_layer(path: Path, s: Shape) -> Path:
@@ -195,7 +207,9 @@ METHODS = {
 
 def feeds(session: Any, s: Shape, tokens: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Random inputs with random routing, alike for both ways in which a layer is told of it."""
-    index = np.stack([rng.permutation(s.experts)[: s.top_k] for _ in range(tokens)]).astype(np.int64)
+    index = np.stack([rng.permutation(s.experts)[: s.top_k] for _ in range(tokens)]).astype(
+        np.int64
+    )
     scores = np.full((tokens, s.experts), -30, np.float32)
     np.put_along_axis(scores, index, rng.standard_normal((tokens, s.top_k)).astype(np.float32), 1)
     chosen = np.take_along_axis(scores, index, 1)
@@ -235,7 +249,11 @@ def time_layer(
             start = time.perf_counter()
             session.run(None, given)
             took.append(1e3 * (time.perf_counter() - start))
-        found[kind], found[f"{kind}_least"], found[f"{kind}_runs"] = statistics.median(took), min(took), len(took)
+        found[kind], found[f"{kind}_least"], found[f"{kind}_runs"] = (
+            statistics.median(took),
+            min(took),
+            len(took),
+        )
     found["private_bytes"] = private_bytes() - before
     return found
 
@@ -281,10 +299,15 @@ def document(rows: list[dict[str, Any]], s: Shape, speeds: dict[int, float]) -> 
         "| method | threads | tokens | cold ms | warm ms | cold, moecc native = 1 | private MB | load s |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    native = {(r["threads"], r["tokens"]): r.get("cold") for r in rows if r["method"] == "moecc native"}
+    native = {
+        (r["threads"], r["tokens"]): r.get("cold") for r in rows if r["method"] == "moecc native"
+    }
     for r in rows:
         if "failed" in r:
-            head.append(f"| {r['method']} | {r['threads']} | {r['tokens']} | could not ({r['failed']}) |" + " |" * 4)
+            head.append(
+                f"| {r['method']} | {r['threads']} | {r['tokens']} | could not ({r['failed']}) |"
+                + " |" * 4
+            )
             continue
         base = native.get((r["threads"], r["tokens"]))
         ratio = f"{r['cold'] / base:.1f}" if base else ""
@@ -297,7 +320,9 @@ def document(rows: list[dict[str, Any]], s: Shape, speeds: dict[int, float]) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", type=int, nargs=4, default=QWEN3_30B, metavar=("D", "F", "E", "K"))
+    parser.add_argument(
+        "--shape", type=int, nargs=4, default=QWEN3_30B, metavar=("D", "F", "E", "K")
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 8, 64, 512])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))

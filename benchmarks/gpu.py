@@ -46,7 +46,12 @@ Row = dict[str, Any]
 # ---------------------------------------------------------------- correct?
 
 
-CHECKED: tuple[tuple[int, dict[str, int]], ...] = ((2, {}), (3, {}), (4, {}), (2, dict(rank=32, mean=3)))
+CHECKED: tuple[tuple[int, dict[str, int]], ...] = (
+    (2, {}),
+    (3, {}),
+    (4, {}),
+    (2, dict(rank=32, mean=3)),
+)
 BATCHES = (1, 33, 300, 3000)  # each leads to another tile
 
 
@@ -65,7 +70,9 @@ def check(shapes: dict[str, Shape], device: str) -> list[Row]:
                 r = routed(small(shape), tokens, device)
                 call, wanted = layer.call(r), layer.reference(r)
                 error, same = compare([call() for _ in range(2 if device == "cpu" else 11)], wanted)
-                rows.append(dict(shape=name, bits=bits, **optional, tokens=tokens, error=error, same=same))
+                rows.append(
+                    dict(shape=name, bits=bits, **optional, tokens=tokens, error=error, same=same)
+                )
     return rows
 
 
@@ -93,7 +100,9 @@ class Clock:
 
     def __init__(self, device: str, repeats: int):
         self.device, self.repeats = device, repeats
-        self.flush = torch.empty(64 << 20 if device == "cuda" else 1, dtype=torch.int32, device=device)
+        self.flush = torch.empty(
+            64 << 20 if device == "cuda" else 1, dtype=torch.int32, device=device
+        )
 
     def __call__(self, call: Call) -> tuple[float, bool]:
         """The median, and whether it was a graph."""
@@ -163,21 +172,43 @@ def time_layers(
         for b in bits:
             layer = _gpu.layer(shape, b, clock.device)
             for r in batches.values():
-                yield _row(name, shape, r, f"moecc {b} bit", layer.call(r), clock, layer.expert_bytes, bandwidth)
+                yield _row(
+                    name,
+                    shape,
+                    r,
+                    f"moecc {b} bit",
+                    layer.call(r),
+                    clock,
+                    layer.expert_bytes,
+                    bandwidth,
+                )
             del layer
         if clock.device == "cuda":
             torch.cuda.empty_cache()
 
 
-def _row(name: str, shape: Shape, r: Routed, what: str, call: Call, clock: Clock, each: int, bandwidth: float) -> Row:
+def _row(
+    name: str,
+    shape: Shape,
+    r: Routed,
+    what: str,
+    call: Call,
+    clock: Clock,
+    each: int,
+    bandwidth: float,
+) -> Row:
     row: Row = dict(shape=name, tokens=len(r.x), what=what, active=r.active)
     try:
         row["us"], row["graph"] = clock(call)
         row["roofline"] = r.active * each / bandwidth * 1e6 / row["us"]
-    except Exception as error:  # another package's kernel may not support a card or a size: its row says so
+    except (
+        Exception
+    ) as error:  # another package's kernel may not support a card or a size: its row says so
         if what.startswith("moecc"):
             raise
-        row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+        row["error"] = (
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+        )
     print(f"{name} {row['tokens']} tokens, {what}: {row.get('us', row.get('error'))}", flush=True)
     return row
 
@@ -210,7 +241,9 @@ def time_model(
             row: Row = dict(bits=bits, batch=batch, kind=kind)
             try:
                 with torch.no_grad():
-                    seconds = (_generate if kind == "generate" else _steps)(model, prompt, new_tokens, clock)
+                    seconds = (_generate if kind == "generate" else _steps)(
+                        model, prompt, new_tokens, clock
+                    )
                 row["tokens_per_second"] = batch * new_tokens / seconds
             except RuntimeError as error:  # what can't be captured
                 row["error"] = str(error).splitlines()[0].split(". ")[0][:100]
@@ -223,7 +256,9 @@ def time_model(
 
 def _generate(model: Any, prompt: torch.Tensor, new_tokens: int, clock: Clock) -> float:
     """Seconds of `new_tokens` more."""
-    told: dict[str, Any] = dict(do_sample=False, disable_compile=True, attention_mask=torch.ones_like(prompt))
+    told: dict[str, Any] = dict(
+        do_sample=False, disable_compile=True, attention_mask=torch.ones_like(prompt)
+    )
     if clock.device == "cuda":  # it warms up
         model.generate(prompt, min_new_tokens=new_tokens + 1, max_new_tokens=new_tokens + 1, **told)
     seconds = []
@@ -241,8 +276,15 @@ def _steps(model: Any, prompt: torch.Tensor, new_tokens: int, clock: Clock) -> f
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens + 8)
-    ids = type(model).forward(model, input_ids=prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
-    run = clock.captured(lambda: ids.copy_(model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)))
+    ids = (
+        type(model)
+        .forward(model, input_ids=prompt, past_key_values=cache)
+        .logits[:, -1:]
+        .argmax(-1)
+    )
+    run = clock.captured(
+        lambda: ids.copy_(model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1))
+    )
     clock.wait()
     start = time.perf_counter()
     for _ in range(new_tokens):
@@ -266,8 +308,12 @@ def report(found: dict[str, Any]) -> str:
         *(["", f"Of an earlier run: {' and '.join(found['kept'])}."] if found.get("kept") else []), "",
     ]  # fmt: skip
     for shape in dict.fromkeys(row["shape"] for row in found["layers"]):
-        mine = sorted((row for row in found["layers"] if row["shape"] == shape), key=lambda row: row["tokens"])
-        tokens, whats = (list(dict.fromkeys(row[key] for row in mine)) for key in ("tokens", "what"))
+        mine = sorted(
+            (row for row in found["layers"] if row["shape"] == shape), key=lambda row: row["tokens"]
+        )
+        tokens, whats = (
+            list(dict.fromkeys(row[key] for row in mine)) for key in ("tokens", "what")
+        )
         lines += [
             f"## {shape}",
             "",
@@ -276,7 +322,10 @@ def report(found: dict[str, Any]) -> str:
         ]
         cells = {(row["what"], row["tokens"]): row for row in mine}
         for what in whats:
-            shown = (_cell(cells.get((what, t)), _best(mine, t), cells.get((_gpu.PRODUCTS, t))) for t in tokens)
+            shown = (
+                _cell(cells.get((what, t)), _best(mine, t), cells.get((_gpu.PRODUCTS, t)))
+                for t in tokens
+            )
             lines.append(f"| {what} | " + " | ".join(shown) + " |")
         lines.append("")
     if found["model"]:
@@ -298,7 +347,9 @@ def _best(rows: list[Row], tokens: int) -> float | None:
     times = [
         r["us"]
         for r in rows
-        if r["tokens"] == tokens and "us" in r and r["what"].startswith(("transformers", "vLLM", "gpt-oss"))
+        if r["tokens"] == tokens
+        and "us" in r
+        and r["what"].startswith(("transformers", "vLLM", "gpt-oss"))
     ]
     return min(times, default=None)
 
@@ -320,30 +371,51 @@ def plot(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    series = dict.fromkeys((r["shape"], r["what"]) for r in found["layers"] if r["what"].startswith("moecc"))
+    series = dict.fromkeys(
+        (r["shape"], r["what"]) for r in found["layers"] if r["what"].startswith("moecc")
+    )
     for shape, what in series:
-        mine = sorted((r for r in found["layers"] if r["shape"] == shape), key=lambda r: r["tokens"])
-        points = [(r["tokens"], _best(mine, r["tokens"]), r["us"]) for r in mine if r["what"] == what]
+        mine = sorted(
+            (r for r in found["layers"] if r["shape"] == shape), key=lambda r: r["tokens"]
+        )
+        points = [
+            (r["tokens"], _best(mine, r["tokens"]), r["us"]) for r in mine if r["what"] == what
+        ]
         shown = [(t, best / us) for t, best, us in points if best]
-        axes.plot([t for t, _ in shown], [y for _, y in shown], marker="o", label=f"{shape}, {what}")
+        axes.plot(
+            [t for t, _ in shown], [y for _, y in shown], marker="o", label=f"{shape}, {what}"
+        )
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="tokens", ylabel="times as fast as the best bfloat16", title=found["device"])
+    axes.set(
+        xscale="log",
+        xlabel="tokens",
+        ylabel="times as fast as the best bfloat16",
+        title=found["device"],
+    )
     axes.legend(fontsize=7)
     figure.savefig(path, bbox_inches="tight")
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=_gpu.SHAPES, default=list(_gpu.SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 4096])
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[2, 3])
     parser.add_argument(
-        "--only", choices=("layers", "model"), help="the other part stays as --out has it, if it is this card's"
+        "--only",
+        choices=("layers", "model"),
+        help="the other part stays as --out has it, if it is this card's",
     )
     parser.add_argument("--compile", action="store_true", help="the model with torch.compile, too")
-    parser.add_argument("--tiny", action="store_true", help="sizes for triton's interpreter, on the CPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="sizes for triton's interpreter, on the CPU"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--kernels", nargs=2, type=int, metavar=("PART", "OF"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--kernels", nargs=2, type=int, metavar=("PART", "OF"), help=argparse.SUPPRESS
+    )
     return parser.parse_args()
 
 
@@ -367,7 +439,12 @@ def main() -> int:
         _gpu.compile_in_parallel()
     checks = check(shapes, device)
     if wrong := [row for row in checks if not row["error"] < WITHIN or not row["same"]]:
-        print(*wrong, "the kernels are wrong on this card; nothing was timed", sep="\n", file=sys.stderr)
+        print(
+            *wrong,
+            "the kernels are wrong on this card; nothing was timed",
+            sep="\n",
+            file=sys.stderr,
+        )
         return 1
     clock = Clock(device, 1 if told.tiny else 30)
     found: dict[str, Any] = dict(
@@ -402,7 +479,9 @@ def main() -> int:
     return 0
 
 
-def kept(found: dict[str, Any], out: Path, only: str, sizes: set[tuple[str, int]], ours: set[str]) -> dict[str, Any]:
+def kept(
+    found: dict[str, Any], out: Path, only: str, sizes: set[tuple[str, int]], ours: set[str]
+) -> dict[str, Any]:
     """With what isn't measured anew of an earlier run on the same card with the same versions. sizes: shapes and tokens of the
     layers that are, ours: moecc's rows of them."""
     try:
@@ -422,9 +501,13 @@ def kept(found: dict[str, Any], out: Path, only: str, sizes: set[tuple[str, int]
     if whole:
         names.append(f"layers of {', '.join(map(str, whole))} tokens")
     names += dict.fromkeys(
-        f"{row['what']} of {row['shape']}, {row['tokens']} tokens" for row in rest if row["tokens"] in again
+        f"{row['what']} of {row['shape']}, {row['tokens']} tokens"
+        for row in rest
+        if row["tokens"] in again
     )
-    return found | dict(layers=rest, model=earlier["model"], model_shape=earlier.get("model_shape"), kept=names)
+    return found | dict(
+        layers=rest, model=earlier["model"], model_shape=earlier.get("model_shape"), kept=names
+    )
 
 
 def write(found: dict[str, Any], out: Path) -> None:

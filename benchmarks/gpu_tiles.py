@@ -32,7 +32,9 @@ def candidates(tokens_per_expert: float, bits: int, card: Card) -> list[Tile]:
     """Every tile worth a try."""
     if tokens_per_expert <= 8:
         ways = product((1, 2, 4), (2, 3, 4), (2, 3, 4, 8), (1, 16, 32))
-        return [Tile(8, 1, unroll, 4, stages, waves, copies) for unroll, stages, waves, copies in ways]
+        return [
+            Tile(8, 1, unroll, 4, stages, waves, copies) for unroll, stages, waves, copies in ways
+        ]
     fixed = product((16, 32, 64), (1, 2, 4), (2, 3), (1, 16, 32))
     sizes = ((32, 2, 4), (64, 1, 4), (64, 2, 4), (128, 1, 4), (128, 2, 4), (128, 4, 8), (256, 2, 8))
     half = product(sizes, (2, 3), (4, 16, 32))
@@ -43,7 +45,10 @@ def candidates(tokens_per_expert: float, bits: int, card: Card) -> list[Tile]:
         if bits < 4 and card.name == "sm_90"
     )
     return [
-        *(Tile(tokens, 1, unroll, 4, stages, 0, copies) for tokens, unroll, stages, copies in fixed),
+        *(
+            Tile(tokens, 1, unroll, 4, stages, 0, copies)
+            for tokens, unroll, stages, copies in fixed
+        ),
         *(
             Tile(*(tokens, height, 1, warps), stages, 0, copies, half=True)
             for (tokens, height, warps), stages, copies in half
@@ -85,7 +90,9 @@ class Case:
         return "" if same else "not the same bits each time"
 
 
-def time_case(case: Case, clock: gpu.Clock, tiles: list[Tile]) -> Iterator[tuple[Tile, float | str]]:
+def time_case(
+    case: Case, clock: gpu.Clock, tiles: list[Tile]
+) -> Iterator[tuple[Tile, float | str]]:
     wanted = case.layer.reference(case.routed)
     for tile in tiles:
         try:
@@ -93,7 +100,10 @@ def time_case(case: Case, clock: gpu.Clock, tiles: list[Tile]) -> Iterator[tuple
             if fault:
                 yield tile, fault
             else:
-                yield tile, clock(lambda tile=tile: [each() for each in case.plan(tile).launches])[0]
+                yield (
+                    tile,
+                    clock(lambda tile=tile: [each() for each in case.plan(tile).launches])[0],
+                )
         except Exception as error:  # more shared memory than the card has, say
             yield tile, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
 
@@ -108,16 +118,28 @@ def plans(cases: list[tuple[str, int, int]]) -> Iterator[launch.Plan]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=_gpu.SHAPES, default=["Qwen3-30B-A3B", "Mixtral-8x7B"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", choices=_gpu.SHAPES, default=["Qwen3-30B-A3B", "Mixtral-8x7B"]
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 4096])
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[2, 3])
-    parser.add_argument("--tiny", action="store_true", help="sizes for triton's interpreter, on the CPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="sizes for triton's interpreter, on the CPU"
+    )
     parser.add_argument("--out", type=Path, default=gpu.RESULTS)
-    parser.add_argument("--kernels", nargs=2, type=int, metavar=("PART", "OF"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--kernels", nargs=2, type=int, metavar=("PART", "OF"), help=argparse.SUPPRESS
+    )
     told = parser.parse_args()
     names = list(_gpu.TINY) if told.tiny else told.shapes
-    cases = list(product(names, [1, 20] if told.tiny else told.tokens, told.bits[:1] if told.tiny else told.bits))
+    cases = list(
+        product(
+            names, [1, 20] if told.tiny else told.tokens, told.bits[:1] if told.tiny else told.bits
+        )
+    )
     if told.kernels:
         _gpu.compile_kernels(plans(cases), *told.kernels)
         return 0
@@ -138,7 +160,9 @@ def main() -> int:
         fastest = sorted((t for t in found if not isinstance(t[1], str)), key=lambda t: t[1])
         lines += [f"## {case.title}", "", "| microseconds | tile |", "|---|---|"]
         lines += [f"| {us:.1f} | {_written(tile)} |" for tile, us in fastest[:SHOWN]]
-        lines += [f"| {fault} | {_written(tile)} |" for tile, fault in found if isinstance(fault, str)] + [""]
+        lines += [
+            f"| {fault} | {_written(tile)} |" for tile, fault in found if isinstance(fault, str)
+        ] + [""]
         print(*lines[-SHOWN - 5 :], sep="\n", flush=True)
     told.out.mkdir(parents=True, exist_ok=True)
     (told.out / "gpu_tiles.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -50,7 +50,10 @@ RANDOM = dict(
 def command(*arguments: str | Path) -> Any:
     """`moecc ... --json`."""
     done = subprocess.run(
-        [sys.executable, "-m", "moecc.cli", *map(str, arguments), "--json"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "moecc.cli", *map(str, arguments), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise MoeccError(f"moecc {arguments[0]} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -58,7 +61,12 @@ def command(*arguments: str | Path) -> Any:
 
 
 def llama(python: Path, *arguments: str | Path | int) -> Any:
-    done = subprocess.run([str(python), str(WORKER), *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(python), str(WORKER), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise MoeccError(f"llama.cpp failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -84,23 +92,46 @@ def example(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]
         label, art = f"moecc {bits} bit, dense {dense} bit", work / f"bits{bits}_{dense}"
         passes = f"vsraq,kbvq,dense{{bits={dense}}}"
         compiled = command(
-            "compile", EXAMPLE, "--passes", passes, "--bits", bits, "--calib", EXAMPLE / "calib.txt", "-o", art
+            "compile",
+            EXAMPLE,
+            "--passes",
+            passes,
+            "--bits",
+            bits,
+            "--calib",
+            EXAMPLE / "calib.txt",
+            "-o",
+            art,
         )
         command("export", art, "--to", "onnx{embeddings=int8}")
         session = Session(art / "onnx" / "model.onnx")
         quality = _quality(
-            reference, torch.cat([session.logits(row[None], [LENGTH]) for row in ids]).log_softmax(-1), ids
+            reference,
+            torch.cat([session.logits(row[None], [LENGTH]) for row in ids]).log_softmax(-1),
+            ids,
         )
         own = {"bits_per_weight_experts": compiled["bits_per_weight_experts"], **quality}
         rows += [{**r, **own} for r in speed_rows(label, art / "onnx", threads)]
     whole = work / "float32"
     whole.mkdir()
-    save_file({n: t.float() for n, t in load_file(EXAMPLE / "model.safetensors").items()}, whole / "model.safetensors")
+    save_file(
+        {n: t.float() for n, t in load_file(EXAMPLE / "model.safetensors").items()},
+        whole / "model.safetensors",
+    )
     (whole / "config.json").write_text((EXAMPLE / "config.json").read_text())
     for ftype in ("F32", "Q2_K", "Q3_K_S", "Q4_0"):
         for n in threads:
             found = llama(
-                python, whole, "--ftype", ftype, "--ids", work / "ids.npy", "--threads", n, "--out", work / "llama"
+                python,
+                whole,
+                "--ftype",
+                ftype,
+                "--ids",
+                work / "ids.npy",
+                "--threads",
+                n,
+                "--out",
+                work / "llama",
             )
             logs = torch.from_numpy(np.load(work / "llama" / f"{ftype}.logprobs.npy"))
             rows.append({"label": f"llama.cpp {ftype}", **found, **_quality(reference, logs, ids)})
@@ -147,7 +178,10 @@ def random_artifact(folder: Path, **changes: int) -> Path:
     tensors["model.embed_tokens.weight"] = normal(config.vocab_size, d)
     tensors["lm_head.weight"] = normal(config.vocab_size, d)
     tensors["model.norm.weight"] = torch.ones(d, dtype=torch.bfloat16)
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    q, kv = (
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         norms = {"input_layernorm": d, "post_attention_layernorm": d}
@@ -155,7 +189,12 @@ def random_artifact(folder: Path, **changes: int) -> Path:
         for norm, width in norms.items():
             tensors[f"{layer}.{norm}.weight"] = torch.ones(width, dtype=torch.bfloat16)
         tensors[f"{layer}.mlp.gate.weight"] = normal(e, d)
-        for name, n, k in (("q_proj", q, d), ("k_proj", kv, d), ("v_proj", kv, d), ("o_proj", d, q)):
+        for name, n, k in (
+            ("q_proj", q, d),
+            ("k_proj", kv, d),
+            ("v_proj", kv, d),
+            ("o_proj", d, q),
+        ):
             own = {
                 "weight": bytes_of(n, k // 2), "scale": torch.full((n, k // group), 1 / (5 * k**0.5), dtype=torch.float16),
                 "zero": torch.full((n, k // group), 8, dtype=torch.uint8),
@@ -169,7 +208,9 @@ def random_artifact(folder: Path, **changes: int) -> Path:
         for part, n, k in (("gate_up", 2 * f, d), ("down", d, f)):
             own = {
                 "codes": bytes_of(e, n, k // vq4.group_size(2)),
-                "codebook": torch.randint(-127, 128, (e, 256, 4), generator=generator, dtype=torch.int8),
+                "codebook": torch.randint(
+                    -127, 128, (e, 256, 4), generator=generator, dtype=torch.int8
+                ),
                 "scale": torch.full((e, n), 1 / (73 * k**0.5), dtype=torch.float16),
             }
             tensors |= {f"{layer}.mlp.experts.{part}.{t}": v for t, v in own.items()}
@@ -197,7 +238,17 @@ def random(work: Path, python: Path, threads: list[int]) -> list[dict[str, Any]]
     rows = speed_rows("moecc 2 bit, dense 4 bit", art / "onnx", threads)
     for ftype in ("Q2_K",):
         for n in threads:
-            found = llama(python, art, "--ftype", ftype, "--random", "--threads", n, "--out", work / "llama-random")
+            found = llama(
+                python,
+                art,
+                "--ftype",
+                ftype,
+                "--random",
+                "--threads",
+                n,
+                "--out",
+                work / "llama-random",
+            )
             rows.append({"label": f"llama.cpp {ftype}, attention Q4_0", **found})
     return rows
 
@@ -218,11 +269,23 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        known = [f"{r[k]:{form}}" if k in r else "" for k, form in (("kl", ".4f"), ("perplexity", ".3f"))]
+        known = [
+            f"{r[k]:{form}}" if k in r else "" for k, form in (("kl", ".4f"), ("perplexity", ".3f"))
+        ]
         bits = f"{r['bits_per_weight_experts']:.3f}" if "bits_per_weight_experts" in r else ""
-        figures = [str(r["threads"]), f"{r['bytes'] / 1e6:.1f}", bits, f"{r['prefill_tokens_per_second']:.0f}"]
+        figures = [
+            str(r["threads"]),
+            f"{r['bytes'] / 1e6:.1f}",
+            bits,
+            f"{r['prefill_tokens_per_second']:.0f}",
+        ]
         private = f"{r['private_bytes'] / 1e6:.0f}" if "private_bytes" in r else ""
-        figures += [f"{r['decode_tokens_per_second']:.1f}", f"{r['load_seconds']:.2f}", private, *known]
+        figures += [
+            f"{r['decode_tokens_per_second']:.1f}",
+            f"{r['load_seconds']:.2f}",
+            private,
+            *known,
+        ]
         lines.append(f"| {r['label']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 

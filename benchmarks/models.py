@@ -22,9 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tinymoe"
 
 SOURCES = 12_000_000  # characters of Python; the calibration text is there four times
-SIZES = (
-    "hidden_size=256 num_attention_heads=4 num_key_value_heads=4 max_position_embeddings=2048 tie_word_embeddings=true"
-)
+SIZES = "hidden_size=256 num_attention_heads=4 num_key_value_heads=4 max_position_embeddings=2048 tie_word_embeddings=true"
 # name -> (model type, settings, share of the run after which all experts restart from one parent)
 MODELS: dict[str, tuple[str, str, float | None]] = {
     "softmax8": (
@@ -73,7 +71,9 @@ def corpus(out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; all when none is given")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; all when none is given"
+    )
     parser.add_argument("--minutes", type=float, default=10, help="each")
     parser.add_argument("--into", type=Path, default=Path.home() / ".cache" / "moecc" / "models")
     args = parser.parse_args()

@@ -37,12 +37,17 @@ WORKER = Path(__file__).with_name("_peer.py")
 
 # One line per `pip install` of each tool: torch comes before what would otherwise choose a torch of its own.
 REQUIREMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "auto-round": (("torch==2.13.0",), ("auto-round==0.16.1", "transformers==5.23.0", "safetensors", "numpy")),
+    "auto-round": (
+        ("torch==2.13.0",),
+        ("auto-round==0.16.1", "transformers==5.23.0", "safetensors", "numpy"),
+    ),
     "gptqmodel": (
         ("torch==2.13.0",),
         ("gptqmodel==7.6.0", "torch==2.13.0", "transformers==5.24.0", "safetensors", "numpy"),
     ),
-    "llama-cpp": (("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", "numpy"),),  # used by llamacpp.py
+    "llama-cpp": (
+        ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", "numpy"),
+    ),  # used by llamacpp.py
 }
 
 # Each tool's options; everything that isn't named here is at the peer's own default.
@@ -74,11 +79,15 @@ def environment(folder: Path, tool: str) -> Path:
         return python
     print(f"installing {REQUIREMENTS[tool][-1][0]} into {folder}", file=sys.stderr)
     steps = [[sys.executable, "-m", "venv", str(folder)]]
-    steps += [[str(python), "-m", "pip", "install", "--quiet", *line] for line in REQUIREMENTS[tool]]
+    steps += [
+        [str(python), "-m", "pip", "install", "--quiet", *line] for line in REQUIREMENTS[tool]
+    ]
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise MoeccError(f"{' '.join(step[1:])} failed: {last_line(done.stderr or done.stdout)}")
+            raise MoeccError(
+                f"{' '.join(step[1:])} failed: {last_line(done.stderr or done.stdout)}"
+            )
     stamp.write_text(wanted)
     return python
 
@@ -122,14 +131,21 @@ def run_worker(python: Path, arguments: list[str], log: Path) -> None:
     with log.open("w") as file:
         command = [str(python), str(WORKER), *arguments]
         # The scratch folder is AutoRound's, which would otherwise be left in the caller's current one.
-        surroundings = os.environ | {"AR_WORK_SPACE": str(log.parent / "scratch"), "TOKENIZERS_PARALLELISM": "false"}
+        surroundings = os.environ | {
+            "AR_WORK_SPACE": str(log.parent / "scratch"),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         # in the peer's own folder: both tools leave files where they run
         place = log.parent
-        code = subprocess.run(command, stdout=file, stderr=file, env=surroundings, cwd=place, check=False).returncode
+        code = subprocess.run(
+            command, stdout=file, stderr=file, env=surroundings, cwd=place, check=False
+        ).returncode
     if code:
         kept = Path(tempfile.gettempdir()) / f"moecc-peer-{time.time_ns()}.log"
         shutil.copy(log, kept)
-        raise MoeccError(f"the peer failed: {last_line(log.read_text(errors='replace'))} (all of its output: {kept})")
+        raise MoeccError(
+            f"the peer failed: {last_line(log.read_text(errors='replace'))} (all of its output: {kept})"
+        )
 
 
 def quantize(
@@ -153,7 +169,9 @@ def quantize(
     if method not in METHODS:
         raise MoeccError(f"no peer method {method!r}; there are {sorted(METHODS)}")
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise MoeccError(f"token ids must be integers [rows, length], not {ids.dtype} {list(ids.shape)}")
+        raise MoeccError(
+            f"token ids must be integers [rows, length], not {ids.dtype} {list(ids.shape)}"
+        )
     checkpoint, ids = Path(checkpoint).resolve(), np.ascontiguousarray(ids, dtype=np.int64)
     options = METHODS[method]
     inputs = {
@@ -168,10 +186,18 @@ def quantize(
     if not cached:
         python = environment(Path(venv_dir or HOME / options["tool"]).expanduser(), options["tool"])
         result.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{method}-", suffix=".partial", dir=result.parent) as partial:
+        with tempfile.TemporaryDirectory(
+            prefix=f"{method}-", suffix=".partial", dir=result.parent
+        ) as partial:
             work = Path(partial)
             np.save(work / "ids.npy", ids)
-            values = {"model": checkpoint, "ids": work / "ids.npy", "out": work, "threads": threads, "device": device}
+            values = {
+                "model": checkpoint,
+                "ids": work / "ids.npy",
+                "out": work,
+                "threads": threads,
+                "device": device,
+            }
             arguments = [f"--{k.replace('_', '-')}={v}" for k, v in (values | options).items()]
             run_worker(python, arguments, work / "log.txt")
             (work / "report.json").rename(work / "worker.json")
@@ -181,7 +207,9 @@ def quantize(
             for name in ("checkpoint", "log.txt"):
                 shutil.rmtree(result / name, ignore_errors=True)
                 (work / name).rename(result / name)
-            (result / "report.json").write_text(json.dumps(report, indent=2) + "\n")  # last: it marks the folder whole
+            (result / "report.json").write_text(
+                json.dumps(report, indent=2) + "\n"
+            )  # last: it marks the folder whole
     report = json.loads((result / "report.json").read_text())
     return report | {"checkpoint": str(result / "checkpoint"), "cached": cached}
 
@@ -199,14 +227,35 @@ def line(report: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="quantize a checkpoint's routed experts with a peer tool")
-    parser.add_argument("checkpoint", type=Path, help="checkpoint folder (config.json, *.safetensors)")
-    parser.add_argument("--ids", type=Path, required=True, help=".npy or .safetensors file of token ids [rows, length]")
-    parser.add_argument("--method", nargs="+", default=list(METHODS), metavar="NAME", help=f"of {', '.join(METHODS)}")
+    parser = argparse.ArgumentParser(
+        description="quantize a checkpoint's routed experts with a peer tool"
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="checkpoint folder (config.json, *.safetensors)"
+    )
+    parser.add_argument(
+        "--ids",
+        type=Path,
+        required=True,
+        help=".npy or .safetensors file of token ids [rows, length]",
+    )
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        default=list(METHODS),
+        metavar="NAME",
+        help=f"of {', '.join(METHODS)}",
+    )
     parser.add_argument("--venv-dir", type=Path, help=f"default {HOME}/TOOL")
-    parser.add_argument("--cache-dir", type=Path, default=HOME / "results", help="default %(default)s")
-    parser.add_argument("--out", type=Path, help="also copy each result there, as NAME/ and NAME.json")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of the peer; 0: its own choice")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=HOME / "results", help="default %(default)s"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="also copy each result there, as NAME/ and NAME.json"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads of the peer; 0: its own choice"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     places = {k: getattr(options, k) for k in ("venv_dir", "cache_dir", "threads", "device")}

@@ -96,10 +96,22 @@ METHODS: dict[str, list[Method]] = {
         ("+ klt's mean (= kbvq)", "kbvq", 2),
         ("+ sensitivity of the model's output", "sensitivity{routing=0},kbvq", 2),
         ("+ sensitivity of the routers", "sensitivity,kbvq", 2),
-        ("kbvq + tuning on reconstruction alone, all errors alike", f"sensitivity{{kl=0,routing=0}},kbvq,{TUNING}", 2),
-        ("the same, + sensitivity of the model's output", f"sensitivity{{routing=0}},kbvq,{TUNING}", 2),
+        (
+            "kbvq + tuning on reconstruction alone, all errors alike",
+            f"sensitivity{{kl=0,routing=0}},kbvq,{TUNING}",
+            2,
+        ),
+        (
+            "the same, + sensitivity of the model's output",
+            f"sensitivity{{routing=0}},kbvq,{TUNING}",
+            2,
+        ),
         ("the same, + sensitivity of the routers", f"sensitivity,kbvq,{TUNING}", 2),
-        ("the same, + value, order and boundary (= kbvq,vsraq without head)", "kbvq,vsraq{head=0}", 2),
+        (
+            "the same, + value, order and boundary (= kbvq,vsraq without head)",
+            "kbvq,vsraq{head=0}",
+            2,
+        ),
         ("+ head (= kbvq,vsraq)", "kbvq,vsraq", 2),
         ("kbvq,vsraq without mean", "kbvq{mean=off},vsraq", 2),
         ("kbvq,vsraq without basis", "kbvq{rank=0},vsraq", 2),
@@ -124,12 +136,16 @@ def moecc_command(*args: str | Path) -> tuple[dict[str, Any], float, int]:
         out.seek(0)
         result = out.read()
     if process.returncode:
-        raise MoeccError(f"moecc {args[0]} failed: {errors.strip().splitlines()[-1] if errors.strip() else status}")
+        raise MoeccError(
+            f"moecc {args[0]} failed: {errors.strip().splitlines()[-1] if errors.strip() else status}"
+        )
     found: dict[str, Any] = json.loads(result)
     return found, time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
-def measure(label: str, method: str, bits: float, args: argparse.Namespace, work: Path, ids: Path) -> dict[str, Any]:
+def measure(
+    label: str, method: str, bits: float, args: argparse.Namespace, work: Path, ids: Path
+) -> dict[str, Any]:
     """One row of a table."""
     row: dict[str, Any] = {"label": label, "method": method, "bits": bits}
     if method.startswith("peer:"):
@@ -139,7 +155,16 @@ def measure(label: str, method: str, bits: float, args: argparse.Namespace, work
         report = peers.quantize(args.model, np.load(ids), method.removeprefix("peer:"), **places)
         folder = Path(report["checkpoint"])
         row.update(
-            {k: report[k] for k in ("bits_per_weight", "seconds", "peak_memory_bytes", "experts_quantized", "versions")}
+            {
+                k: report[k]
+                for k in (
+                    "bits_per_weight",
+                    "seconds",
+                    "peak_memory_bytes",
+                    "experts_quantized",
+                    "versions",
+                )
+            }
         )
         row["bits_per_weight_experts"] = row.pop("bits_per_weight")
         if report["expert_matrices_quantized"] < report["expert_matrices"]:
@@ -176,14 +201,21 @@ def measure(label: str, method: str, bits: float, args: argparse.Namespace, work
     return row
 
 
-def attempt(label: str, method: str, bits: float, args: argparse.Namespace, work: Path, ids: Path) -> dict[str, Any]:
+def attempt(
+    label: str, method: str, bits: float, args: argparse.Namespace, work: Path, ids: Path
+) -> dict[str, Any]:
     """The row of `measure`; of a peer that fails on this model, a row that says so."""
     try:
         return measure(label, method, bits, args, work, ids)
     except MoeccError as error:
         if not method.startswith("peer:"):
             raise
-        return {"label": label, "method": method, "bits": bits, "failed": str(error).split(" (all of its output")[0]}
+        return {
+            "label": label,
+            "method": method,
+            "bits": bits,
+            "failed": str(error).split(" (all of its output")[0],
+        }
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
@@ -218,7 +250,11 @@ def plot(groups: dict[str, list[dict[str, Any]]], model: str, out: Path) -> None
 
     parts = [r for name, group in groups.items() if name.startswith("ablation") for r in group]
     tables = [
-        r for name, group in groups.items() if not name.startswith("ablation") for r in group if "failed" not in r
+        r
+        for name, group in groups.items()
+        if not name.startswith("ablation")
+        for r in group
+        if "failed" not in r
     ]
     kinds = [
         ("peers", [r for r in tables if r["method"].startswith("peer:")], "s", "#b0492f"),
@@ -236,7 +272,9 @@ def plot(groups: dict[str, list[dict[str, Any]]], model: str, out: Path) -> None
             for i, r in enumerate(rows if marker != "." else ()):
                 place = (6, -8) if i % 2 else (6, 3)
                 name = r["label"].removeprefix("moecc ")
-                axes.annotate(name, (bits[i], heights[i]), place, textcoords="offset points", fontsize=6)
+                axes.annotate(
+                    name, (bits[i], heights[i]), place, textcoords="offset points", fontsize=6
+                )
         axes.margins(x=0.2)
         axes.set_yscale("log")
         axes.set_xlabel("bits per weight of the routed experts, everything counted")
@@ -274,12 +312,21 @@ def main() -> int:
     parser.add_argument("--eval-rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument(
-        "--only", nargs="*", choices=list(METHODS), default=[g for g in METHODS if g not in ("models", "speed")]
+        "--only",
+        nargs="*",
+        choices=list(METHODS),
+        default=[g for g in METHODS if g not in ("models", "speed")],
     )
     parser.add_argument(
-        "--join", nargs="+", type=Path, metavar="JSON", help="measure nothing, join the groups of these results"
+        "--join",
+        nargs="+",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing, join the groups of these results",
     )
-    parser.add_argument("--fresh", action="store_true", help="run peers anew though their results are kept")
+    parser.add_argument(
+        "--fresh", action="store_true", help="run peers anew though their results are kept"
+    )
     parser.add_argument("--remark", default="", help="a sentence for the head of the page")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality")
     args = parser.parse_args()
@@ -293,7 +340,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         ids = work / "ids.npy"
-        np.save(ids, token_rows(tokenizer_of(args.model), args.calib, count=args.rows, length=args.length).numpy())
+        np.save(
+            ids,
+            token_rows(
+                tokenizer_of(args.model), args.calib, count=args.rows, length=args.length
+            ).numpy(),
+        )
         for group in args.only:
             groups[group] = []
             for label, method, bits in METHODS[group]:

@@ -26,7 +26,9 @@ of its own (`backends/triton/hopper.py`), which takes every register and reads a
 """
 
 
-def rows(tokens: int, bits: tuple[int, ...], kernels: tuple[str, ...], shape: str, **optional: int) -> list[Row]:
+def rows(
+    tokens: int, bits: tuple[int, ...], kernels: tuple[str, ...], shape: str, **optional: int
+) -> list[Row]:
     found = []
     for target in TARGETS.values():
         for b in bits:
@@ -36,7 +38,9 @@ def rows(tokens: int, bits: tuple[int, ...], kernels: tuple[str, ...], shape: st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "triton_aot.md")
     parser.add_argument("--shape", choices=SHAPES, default="Mixtral-8x7B")
     options = parser.parse_args()
@@ -44,15 +48,21 @@ def main() -> None:
         "One token": rows(1, (2, 3, 4), ("gate_up", "down"), options.shape),
         "64 tokens": rows(64, (2, 3), ("gate_up",), options.shape),
         "4096 tokens": rows(4096, (2, 3), ("gate_up", "down"), options.shape),
-        "One token, what stands around the products": rows(1, (2,), ("prepare", "hidden", "combine"), options.shape),
-        "One token, with a basis of 32": rows(1, (2,), ("gate_up", "down coef"), options.shape, rank=32),
+        "One token, what stands around the products": rows(
+            1, (2,), ("prepare", "hidden", "combine"), options.shape
+        ),
+        "One token, with a basis of 32": rows(
+            1, (2,), ("gate_up", "down coef"), options.shape, rank=32
+        ),
     }
     tables = "\n\n".join(f"## {title}\n\n{table(found)}" for title, found in parts.items())
     text = TEXT.format(version=triton.__version__, shape=options.shape, tables=tables)
     options.out.write_text(text)
     print(text)
     every = [r for found in parts.values() for r in found]
-    if spilled := [f"{r.kernel} at {r.bits} bit on {r.card}" for r in every if r.report.stack > r.may_spill]:
+    if spilled := [
+        f"{r.kernel} at {r.bits} bit on {r.card}" for r in every if r.report.stack > r.may_spill
+    ]:
         sys.exit(f"triton_aot.py: registers are spilled in {', '.join(spilled)}")
 
 

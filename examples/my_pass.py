@@ -21,7 +21,9 @@ from moecc.pipeline.passes import Context, Layer, LayerPass
 class DropBias(LayerPass):
     name: ClassVar[str] = "drop_bias"
     requires: ClassVar[frozenset[str]] = frozenset({"folded"})
-    below: float = option(0.01, help="share of the output's spread under which a bias goes", low=0, high=100)
+    below: float = option(
+        0.01, help="share of the output's spread under which a bias goes", low=0, high=100
+    )
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         compressed = [m for m in layer.moe if m.node.target is VQ_EXPERTS]

@@ -22,7 +22,16 @@ _OFFERED = {  # name -> where it is
     "load_program": "moecc.frontend.trace:trace",
     "MoeccError": "moecc.errors:MoeccError",
 }
-__all__ = ["MoeccError", "__version__", "compile", "evaluate", "export", "generate", "inspect", "load_program"]
+__all__ = [
+    "MoeccError",
+    "__version__",
+    "compile",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "load_program",
+]
 
 
 def __getattr__(name: str) -> Any:

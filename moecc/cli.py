@@ -38,8 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
-        return _fail("terminated" if terminated else "interrupted", 143 if terminated else 130, False)
-    except BrokenPipeError:  # whoever read stdout has gone; nothing can be said to it, not even at exit
+        return _fail(
+            "terminated" if terminated else "interrupted", 143 if terminated else 130, False
+        )
+    except (
+        BrokenPipeError
+    ):  # whoever read stdout has gone; nothing can be said to it, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except MoeccError as error:
@@ -72,7 +76,10 @@ def _termination() -> Iterator[None]:
 
 
 def _run(options: argparse.Namespace, debug: bool) -> int:
-    with _quiet(debug), contextlib.redirect_stdout(sys.stderr):  # nothing that a library prints may join the result
+    with (
+        _quiet(debug),
+        contextlib.redirect_stdout(sys.stderr),
+    ):  # nothing that a library prints may join the result
         code, result, text = options.run(options)
     print(json.dumps(result) if options.json else text)
     sys.stdout.flush()
@@ -116,7 +123,9 @@ def _progress(options: argparse.Namespace) -> Progress:
     from tqdm import tqdm
 
     asked = options.progress if options.progress is not None else sys.stderr.isatty()
-    return lambda items, label: tqdm(items, desc=label, file=sys.stderr, disable=not asked, leave=False)
+    return lambda items, label: tqdm(
+        items, desc=label, file=sys.stderr, disable=not asked, leave=False
+    )
 
 
 # ---------------------------------------------------------------- commands: options -> exit code, result, text
@@ -145,7 +154,10 @@ def _compile(options: argparse.Namespace) -> Outcome:
     )
     bits = [
         f"{result[key]:.3f} bits per {what}"
-        for key, what in (("bits_per_weight_experts", "routed-expert weight"), ("bits_per_weight", "weight"))
+        for key, what in (
+            ("bits_per_weight_experts", "routed-expert weight"),
+            ("bits_per_weight", "weight"),
+        )
         if result[key] is not None
     ]
     return 0, result, f"{result['out']}: " + ", ".join([size(result["bytes"]), *bits])
@@ -249,33 +261,73 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="moecc", description="A compiler for Mixture-of-Experts language models.")
     parser.add_argument("--version", action="version", version=f"moecc {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_compile(_command(commands, "compile", _compile, "compress a model into a new folder", tokenizer=True))
-    _add_inspect(_command(commands, "inspect", _inspect, "MoE structure and sizes, without reading weights"))
-    _add_eval(_command(commands, "eval", _eval, "perplexity, KL, experts chosen and output error", tokenizer=True))
+    _add_compile(
+        _command(
+            commands, "compile", _compile, "compress a model into a new folder", tokenizer=True
+        )
+    )
+    _add_inspect(
+        _command(commands, "inspect", _inspect, "MoE structure and sizes, without reading weights")
+    )
+    _add_eval(
+        _command(
+            commands,
+            "eval",
+            _eval,
+            "perplexity, KL, experts chosen and output error",
+            tokenizer=True,
+        )
+    )
     _add_generate(_command(commands, "generate", _generate, "continue a prompt", tokenizer=True))
-    _add_export(_command(commands, "export", _export, "an artifact as a folder for another runtime"))
-    _add_bench(_command(commands, "bench", _bench, "tokens per second and memory of an exported model"))
-    _command(commands, "build-ops", _build_ops, "compile the native libraries of all targets ahead of their first use")
-    passes = _command(commands, "passes", _passes, "what passes there are; NAME shows one's options")
-    passes.add_argument("name", nargs="?", metavar="NAME", help="a pass, or the path of a file that defines one")
-    diff = _command(commands, "diff", _diff, "compare two artifacts or checkpoints; exit code 1 if they differ")
+    _add_export(
+        _command(commands, "export", _export, "an artifact as a folder for another runtime")
+    )
+    _add_bench(
+        _command(commands, "bench", _bench, "tokens per second and memory of an exported model")
+    )
+    _command(
+        commands,
+        "build-ops",
+        _build_ops,
+        "compile the native libraries of all targets ahead of their first use",
+    )
+    passes = _command(
+        commands, "passes", _passes, "what passes there are; NAME shows one's options"
+    )
+    passes.add_argument(
+        "name", nargs="?", metavar="NAME", help="a pass, or the path of a file that defines one"
+    )
+    diff = _command(
+        commands, "diff", _diff, "compare two artifacts or checkpoints; exit code 1 if they differ"
+    )
     diff.add_argument("a", metavar="A", help="folder or hub id")
     diff.add_argument("b", metavar="B", help="folder or hub id")
     return parser
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], Outcome], what: str, *, tokenizer: bool = False
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], Outcome],
+    what: str,
+    *,
+    tokenizer: bool = False,
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=what, description=what, allow_abbrev=False
+    )
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument(
-        "--progress", action=argparse.BooleanOptionalAction, help="progress bars on stderr (default: on a terminal)"
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="progress bars on stderr (default: on a terminal)",
     )
     if tokenizer:
         parser.add_argument(
-            "--trust-remote-code", action="store_true", help="run Python code that the model's tokenizer comes with"
+            "--trust-remote-code",
+            action="store_true",
+            help="run Python code that the model's tokenizer comes with",
         )
     return parser
 
@@ -283,17 +335,38 @@ def _command(
 def _add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
     parser.add_argument(
-        "--passes", required=True, metavar="P", help="e.g. kbvq or 'vsraq,kbvq{rank=32}'; see moecc passes"
+        "--passes",
+        required=True,
+        metavar="P",
+        help="e.g. kbvq or 'vsraq,kbvq{rank=32}'; see moecc passes",
     )
     parser.add_argument("--bits", type=_bits, metavar="B", help=_BITS)
-    parser.add_argument("-o", "--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist")
-    parser.add_argument("--calib", type=Path, metavar="FILE", help="calibration text (default: text of this Python)")
+    parser.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        type=Path,
+        metavar="OUT",
+        help="folder to write; must not exist",
+    )
+    parser.add_argument(
+        "--calib", type=Path, metavar="FILE", help="calibration text (default: text of this Python)"
+    )
     _add_rows(parser)
     parser.add_argument(
-        "--backend", metavar="TARGET", help="write the result in this form too, e.g. onnx{profile=native}"
+        "--backend",
+        metavar="TARGET",
+        help="write the result in this form too, e.g. onnx{profile=native}",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is random (default: 0)")
-    parser.add_argument("--dump", type=Path, metavar="DIR", help="write the program's text after every pass into DIR")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of everything that is random (default: 0)"
+    )
+    parser.add_argument(
+        "--dump",
+        type=Path,
+        metavar="DIR",
+        help="write the program's text after every pass into DIR",
+    )
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -304,42 +377,89 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="OUT", help="artifact or checkpoint: folder or hub id")
-    parser.add_argument("--reference", required=True, metavar="MODEL", help="the model it was compiled from")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="evaluation text (default: text of this Python)")
+    parser.add_argument(
+        "--reference", required=True, metavar="MODEL", help="the model it was compiled from"
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="evaluation text (default: text of this Python)"
+    )
     _add_rows(parser)
-    parser.add_argument("--batch", type=_positive, default=8, metavar="N", help="rows computed together (default: 8)")
+    parser.add_argument(
+        "--batch",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="rows computed together (default: 8)",
+    )
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="OUT", help="artifact or checkpoint: folder or hub id")
-    parser.add_argument("--prompt", default="import ", metavar="TEXT", help="text to continue (default: 'import ')")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="at most (default: 64)")
-    parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 is greedy (the default)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="for a temperature above 0 (default: 0)")
+    parser.add_argument(
+        "--prompt", default="import ", metavar="TEXT", help="text to continue (default: 'import ')"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=64, metavar="N", help="at most (default: 64)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="0 is greedy (the default)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="for a temperature above 0 (default: 0)"
+    )
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="OUT", help="artifact or checkpoint: folder or hub id")
     parser.add_argument(
-        "--to", required=True, metavar="TARGET", help="e.g. onnx or 'onnx{profile=native}'; see backends/README.md"
+        "--to",
+        required=True,
+        metavar="TARGET",
+        help="e.g. onnx or 'onnx{profile=native}'; see backends/README.md",
     )
     parser.add_argument(
-        "-o", "--out", type=Path, metavar="DIR", help="folder to write (default: OUT/NAME of the target)"
+        "-o",
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write (default: OUT/NAME of the target)",
     )
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="OUT", help="exported folder, or an artifact with one in it")
-    parser.add_argument("--threads", type=_positive, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)")
-    parser.add_argument("--prompt-tokens", type=_positive, default=128, metavar="N", help="of a prefill (default: 128)")
     parser.add_argument(
-        "--new-tokens", type=_positive, default=64, metavar="N", help="decoded one by one (default: 64)"
+        "model", metavar="OUT", help="exported folder, or an artifact with one in it"
+    )
+    parser.add_argument(
+        "--threads", type=_positive, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="of a prefill (default: 128)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="decoded one by one (default: 64)",
     )
 
 
 def _add_rows(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=_positive, default=64, metavar="N", help="rows of text (default: 64)")
-    parser.add_argument("--length", type=_positive, default=512, metavar="L", help="tokens of a row (default: 512)")
+    parser.add_argument(
+        "--rows", type=_positive, default=64, metavar="N", help="rows of text (default: 64)"
+    )
+    parser.add_argument(
+        "--length", type=_positive, default=512, metavar="L", help="tokens of a row (default: 512)"
+    )
 
 
 def _positive(text: str) -> int:

@@ -38,7 +38,11 @@ class _Waiting(MetaPathFinder):
         if fullname != _QUANTIZERS:
             return None
         sys.meta_path.remove(self)
-        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        found = (
+            finder.find_spec(fullname, path, target)
+            for finder in sys.meta_path
+            if hasattr(finder, "find_spec")
+        )
         spec = next((s for s in found if s is not None), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader

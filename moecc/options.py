@@ -19,10 +19,18 @@ _ITEM = re.compile(r"\s*([^,{}]*[^\s,{}])\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 
 
 def option(
-    default: Any, *, help: str, choices: Sequence[Any] = (), low: float | None = None, high: float | None = None
+    default: Any,
+    *,
+    help: str,
+    choices: Sequence[Any] = (),
+    low: float | None = None,
+    high: float | None = None,
 ) -> Any:
     """A dataclass field with its help text and what it takes: one of `choices`, or a number from `low` to `high`."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "low": low, "high": high})
+    return field(
+        default=default,
+        metadata={"help": help, "choices": tuple(choices), "low": low, "high": high},
+    )
 
 
 def accepts(f: Field[Any], value: Any) -> bool:
@@ -40,7 +48,9 @@ def accepted(f: Field[Any]) -> str:
     choices, low, high = (f.metadata.get(k) for k in ("choices", "low", "high"))
     parts = [" | ".join(map(str, choices))] if choices else []
     if low is not None or high is not None:
-        parts.append(f"{'' if low is None else f'{low:g} <= '}number{'' if high is None else f' <= {high:g}'}")
+        parts.append(
+            f"{'' if low is None else f'{low:g} <= '}number{'' if high is None else f' <= {high:g}'}"
+        )
     return " | ".join(parts) or "any value"
 
 
@@ -49,12 +59,16 @@ class Options(ABC):
     """A named thing with options. Subclasses are frozen dataclasses; MoeccError where an option is out of range."""
 
     name: ClassVar[str]
-    file: ClassVar[str] = ""  # the path of the Python file that defines it, "" for what is found by name
+    file: ClassVar[str] = (
+        ""  # the path of the Python file that defines it, "" for what is found by name
+    )
 
     def __post_init__(self) -> None:
         for f in self.options():
             if not accepts(f, value := getattr(self, f.name)):
-                raise MoeccError(f"{self.name}: {f.name}={value} is out of range; it takes {accepted(f)}")
+                raise MoeccError(
+                    f"{self.name}: {f.name}={value} is out of range; it takes {accepted(f)}"
+                )
 
     @classmethod
     def options(cls) -> list[Field[Any]]:
@@ -89,7 +103,9 @@ class Options(ABC):
         return {f.name: v for f in self.options() if (v := getattr(self, f.name)) != f.default}
 
     def __str__(self) -> str:
-        changed = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.changed().items()]
+        changed = [
+            f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in self.changed().items()
+        ]
         return (self.file or self.name) + ("{" + ",".join(changed) + "}" if changed else "")
 
 
@@ -133,7 +149,9 @@ def read_option(owner: str, f: Field[Any], text: str) -> Any:
     elif isinstance(default, bool):
         if text in ("true", "false"):
             return text == "true"
-    elif isinstance(default, int) or (isinstance(default, str) and f.metadata.get("low") is not None):
+    elif isinstance(default, int) or (
+        isinstance(default, str) and f.metadata.get("low") is not None
+    ):
         kinds = [int]
     elif isinstance(default, str) and not choices:
         return text

@@ -42,7 +42,9 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Every name that can be asked for without a path."""
         package = importlib.import_module(self.package)
-        local = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+        local = [
+            m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
+        ]
         return sorted({*local, *(ep.name for ep in entry_points(group=self.package))})
 
     def find(self, name: str) -> type[T]:
@@ -73,7 +75,9 @@ class Registry(Generic[T]):
 
     def _load(self, path: Path) -> ModuleType:
         if not path.is_file():
-            raise MoeccError(f"no {self.word} file {path}; give the path of a Python file that defines a {self.word}")
+            raise MoeccError(
+                f"no {self.word} file {path}; give the path of a Python file that defines a {self.word}"
+            )
         key = f"moecc_{self.word}_{path.stem}"
         spec = importlib.util.spec_from_file_location(key, path)
         assert spec is not None and spec.loader is not None
@@ -84,16 +88,22 @@ class Registry(Generic[T]):
         try:
             spec.loader.exec_module(module)
         except Exception as e:
-            raise MoeccError(f"{self.word} file {path} can't be imported: {type(e).__name__}: {e}") from e
+            raise MoeccError(
+                f"{self.word} file {path} can't be imported: {type(e).__name__}: {e}"
+            ) from e
         finally:
             sys.dont_write_bytecode = before
         return module
 
     def _only(self, module: ModuleType, where: str) -> type[T]:
-        classes = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, self.kind)]
+        classes = [
+            v for v in vars(module).values() if isinstance(v, type) and issubclass(v, self.kind)
+        ]
         own = [c for c in classes if c.__module__ == module.__name__]
         if len(own) != 1:
-            raise MoeccError(f"{where} defines {len(own)} {self.plural}; a {self.word} file defines one")
+            raise MoeccError(
+                f"{where} defines {len(own)} {self.plural}; a {self.word} file defines one"
+            )
         return own[0]
 
     def _require_sound(self, cls: type[T], where: str) -> None:
@@ -104,6 +114,10 @@ class Registry(Generic[T]):
             )
         self.require(cls, where)
         if cls.__abstractmethods__:
-            raise MoeccError(f"{where}: {cls.__name__} lacks {' and '.join(sorted(cls.__abstractmethods__))}")
+            raise MoeccError(
+                f"{where}: {cls.__name__} lacks {' and '.join(sorted(cls.__abstractmethods__))}"
+            )
         if bare := next((f.name for f in fields(cls) if f.default is MISSING), None):
-            raise MoeccError(f"{where}: the option {bare!r} has no default; write option(DEFAULT, help=...)")
+            raise MoeccError(
+                f"{where}: the option {bare!r} has no default; write option(DEFAULT, help=...)"
+            )

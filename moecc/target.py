@@ -59,7 +59,9 @@ class Target(Options, ABC):
         """Whether `folder` holds what this target wrote."""
         return False
 
-    def bench(self, folder: Path, *, threads: Sequence[int], prompt: int, new_tokens: int, say: Say) -> Any:
+    def bench(
+        self, folder: Path, *, threads: Sequence[int], prompt: int, new_tokens: int, say: Say
+    ) -> Any:
         """Rows of how fast and how large what `emit` wrote is on this machine, as JSON holds them."""
         raise MoeccError(f"{self.name} has no benchmark")
 
@@ -83,11 +85,15 @@ class Kernels(ABC):
         """MoeccError in one line where a package or a card that the kernels need is not there."""
 
     @abstractmethod
-    def pack(self, tensors: Mapping[str, Tensor | None], *, gated: bool) -> dict[str, Tensor | None]:
+    def pack(
+        self, tensors: Mapping[str, Tensor | None], *, gated: bool
+    ) -> dict[str, Tensor | None]:
         """The tensors of `vq4.TENSORS` with codes and signs in the kernels' order. gated: gate rows, then as many up rows."""
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor | None], columns: int, *, gated: bool) -> dict[str, Tensor | None]:
+    def unpack(
+        self, tensors: Mapping[str, Tensor | None], columns: int, *, gated: bool
+    ) -> dict[str, Tensor | None]:
         """The way back; `columns` is the K of the stored codes."""
 
 
@@ -98,7 +104,9 @@ def parse_target(text: str) -> Target:
     """The target that `text` names, such as `onnx{profile=native}`; MoeccError where it can't be had."""
     found = items(text)
     if len(found) != 1:
-        raise MoeccError(f"{text!r} names {len(found)} targets; give one of {', '.join(TARGETS.names())}")
+        raise MoeccError(
+            f"{text!r} names {len(found)} targets; give one of {', '.join(TARGETS.names())}"
+        )
     name, options = found[0]
     target = TARGETS.find(name).build_from(options)
     target.require()

@@ -48,7 +48,9 @@ class AbsorbLora(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"absorbed"})
     needs_data: ClassVar[bool] = True
     path: str = option("", help="folder with adapter_config.json and adapter_model.safetensors")
-    rank: int = option(16, help="rows that the basis of each adapted projection grows by", low=1, high=1024)
+    rank: int = option(
+        16, help="rows that the basis of each adapted projection grows by", low=1, high=1024
+    )
 
     def files(self) -> list[Path]:
         return adapter_files(self.name, self.path)
@@ -93,13 +95,21 @@ class AbsorbLora(Pass):
         for projection, update in updates.items():
             if update.any():
                 lost = self.grow(layer, moe, projection, update, moments[projection])
-                ctx.record(f"{moe.path}.{projection}", lora=f"rank {self.rank} of the basis", lora_lost=lost)
+                ctx.record(
+                    f"{moe.path}.{projection}",
+                    lora=f"rank {self.rank} of the basis",
+                    lora_lost=lost,
+                )
 
-    def grow(self, layer: Layer, moe: MoE, projection: str, update: Tensor, moment: Tensor) -> float:
+    def grow(
+        self, layer: Layer, moe: MoE, projection: str, update: Tensor, moment: Tensor
+    ) -> float:
         """Add the rows and store the projection's new shared part; the share that is lost."""
         input_side = projection == "gate_up"
         rank = min(self.rank, update.shape[2 if input_side else 1])
-        size = update.square().mean().sqrt() / 0.02  # coefficients of weights of this size keep off float16's least
+        size = (
+            update.square().mean().sqrt() / 0.02
+        )  # coefficients of weights of this size keep off float16's least
         found = factorize(update / size, moment, rank, input_side=input_side).tensors
         basis, coef, scale = (found[n].float() for n in _PARTS)  # type: ignore[union-attr]
         basis = basis * size
@@ -109,15 +119,24 @@ class AbsorbLora(Pass):
             before = vq4.basis_part(old[1], old[2], old[0], torch.float32, input_side=input_side)
             join = _rows_joined if input_side else _columns_joined
             ways = list(join((old[0], old[1], old[2]), (basis, coef, scale)))
-        whole, best, lost = weighted_error(update, moment).sum().clamp(min=1e-30), ways[0], torch.inf
+        whole, best, lost = (
+            weighted_error(update, moment).sum().clamp(min=1e-30),
+            ways[0],
+            torch.inf,
+        )
         for way in ways:
             stored = compact(way[0]), way[1].to(torch.int8), compact(way[2])
-            after = vq4.basis_part(stored[1], stored[2], stored[0], torch.float32, input_side=input_side)
+            after = vq4.basis_part(
+                stored[1], stored[2], stored[0], torch.float32, input_side=input_side
+            )
             error = float(weighted_error(update - (after - before), moment).sum() / whole)
             best, lost = (stored, error) if error < lost else (best, lost)
         parts = zip(_PARTS, best, strict=True)
         moe.set_operands(
-            {f"{projection}_{name}": layer.program.add(f"{moe.path}.{projection}.{name}", t) for name, t in parts}
+            {
+                f"{projection}_{name}": layer.program.add(f"{moe.path}.{projection}.{name}", t)
+                for name, t in parts
+            }
         )
         return lost
 
@@ -127,7 +146,11 @@ Parts = tuple[Tensor, Tensor, Tensor]  # basis, coef, coef_scale, as floats
 
 def _columns_joined(old: Parts, new: Parts) -> Iterator[Parts]:
     """down: every row of the basis has a scale of its own."""
-    yield torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]], 1), torch.cat([old[2], new[2]], 1)
+    yield (
+        torch.cat([old[0], new[0]]),
+        torch.cat([old[1], new[1]], 1),
+        torch.cat([old[2], new[2]], 1),
+    )
 
 
 def _rows_joined(old: Parts, new: Parts) -> Iterator[Parts]:
@@ -136,8 +159,14 @@ def _rows_joined(old: Parts, new: Parts) -> Iterator[Parts]:
     coarse, fine = old[1] * old[2].unsqueeze(-1), new[1] * new[2].unsqueeze(-1)
     fits = 127 * old[2] / fine.abs().amax(-1).clamp(min=1e-30)
     fits = fits[(fits > 0) & (fits < 1e20)]
-    for fit in torch.quantile(fits, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])) if len(fits) else [torch.ones(())]:
-        scale = compact(torch.maximum(old[2], (fine * fit).abs().amax(-1) / 127).clamp(min=1e-8)).float()
+    for fit in (
+        torch.quantile(fits, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+        if len(fits)
+        else [torch.ones(())]
+    ):
+        scale = compact(
+            torch.maximum(old[2], (fine * fit).abs().amax(-1) / 127).clamp(min=1e-8)
+        ).float()
         coef = torch.cat([coarse, fine * fit], -1) / scale.unsqueeze(-1)
         yield torch.cat([old[0], new[0] / fit]), coef.round().clamp(-127, 127), scale
 
@@ -150,7 +179,9 @@ def _sum(program: Program, weight: str, update: Update) -> Tensor:
 def _sources(program: Program, moe: MoE) -> tuple[str, ...]:
     """The model's parameters behind an experts node's two matrices."""
     nodes = [moe.operand(p) for p in ("gate_up", "down")]
-    return tuple(s for n in nodes if n is not None for s in program.origins(program.weights[n.name].name))
+    return tuple(
+        s for n in nodes if n is not None for s in program.origins(program.weights[n.name].name)
+    )
 
 
 def _moments(layer: Layer, moe: MoE) -> dict[str, Tensor]:
@@ -160,8 +191,12 @@ def _moments(layer: Layer, moe: MoE) -> dict[str, Tensor]:
     assert gate_up is not None and down is not None
     hidden = gate_up.new_empty(len(gate_up), *[down.shape[2]] * 2)
     for e, weight in enumerate(gate_up):
-        units = hidden_units(moe, routed.x[routed.rows(e)], weight, None if bias is None else bias[e])
+        units = hidden_units(
+            moe, routed.x[routed.rows(e)], weight, None if bias is None else bias[e]
+        )
         hidden[e] = mean_outer(units)
     unused = hidden.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
-    hidden[unused] = hidden.sum(0) / max(1, int((~unused).sum()))  # else it would count as much as all others
+    hidden[unused] = hidden.sum(0) / max(
+        1, int((~unused).sum())
+    )  # else it would count as much as all others
     return {"gate_up": mean_outer(routed.x).expand(len(gate_up), -1, -1), "down": hidden}

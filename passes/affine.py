@@ -59,7 +59,14 @@ class Sums:
         """v, t [n, N], weight [n]."""
         w = weight.unsqueeze(-1)
         wv, wt = w * v, w * t
-        sums = [weight.sum(), wv.sum(0), wt.sum(0), (wv * v).sum(0), (wv * t).sum(0), (wt * t).sum(0)]
+        sums = [
+            weight.sum(),
+            wv.sum(0),
+            wt.sum(0),
+            (wv * v).sum(0),
+            (wv * t).sum(0),
+            (wt * t).sum(0),
+        ]
         return cls(len(v), *(x.double() for x in sums))
 
     @property
@@ -77,13 +84,22 @@ class Sums:
         spread, joint = self.vv / total - mean_v.square(), self.vt / total - mean_v * mean_t
         trust = self.count / (self.count + _PRIOR)
         fits = spread > 1e-12 * (self.vv / total) + 1e-30
-        slope = 1 + trust * torch.where(fits, joint / spread.clamp(min=1e-30) - 1, torch.zeros_like(spread))
+        slope = 1 + trust * torch.where(
+            fits, joint / spread.clamp(min=1e-30) - 1, torch.zeros_like(spread)
+        )
         return slope, trust * (mean_t - slope * mean_v)
 
     def error(self, slope: Tensor | float, offset: Tensor | float) -> float:
         """sum of w (t - slope v - offset)^2."""
         a, b = slope, offset
-        terms = self.tt - 2 * a * self.vt - 2 * b * self.t + a * a * self.vv + 2 * a * b * self.v + b * b * self.w
+        terms = (
+            self.tt
+            - 2 * a * self.vt
+            - 2 * b * self.t
+            + a * a * self.vv
+            + 2 * a * b * self.v
+            + b * b * self.w
+        )
         return float(terms.sum())
 
 
@@ -135,7 +151,9 @@ class Fit(NamedTuple):
     shift: dict[str, list[float]]
 
 
-def shift(sums: list[Sums], lines: list[tuple[Tensor | float, Tensor | float]]) -> dict[str, list[float]]:
+def shift(
+    sums: list[Sums], lines: list[tuple[Tensor | float, Tensor | float]]
+) -> dict[str, list[float]]:
     """Squared error of the output's mean, and its variance, both over the variance of what is wanted: [before, after]."""
     found: dict[str, list[float]] = {"mean": [], "variance": []}
     wanted = sum(float((s.tt - s.t.square() / s.w.clamp(min=1e-30)).sum()) for s in sums)
@@ -161,7 +179,9 @@ class AffineCorrection(LayerPass):
                          choices=("auto", "on", "off"))  # fmt: skip
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
-        return any([self.correct(layer, moe, ctx) for moe in layer.moe if moe.node.target is VQ_EXPERTS])
+        return any(
+            [self.correct(layer, moe, ctx) for moe in layer.moe if moe.node.target is VQ_EXPERTS]
+        )
 
     def correct(self, layer: Layer, moe: MoE, ctx: Context) -> bool:
         if ctx.plan and self.offset == "on":
@@ -171,13 +191,20 @@ class AffineCorrection(LayerPass):
         dense = {n: layer.original(moe, n) for n in ("gate_up", "down", "gate_up_bias")}
         moments: Moments | None = layer.data.get(("moments", moe.path))
         costs = {p: None if moments is None else moments.output_of(p) for p in coded}
-        fits = (replace(self, offset="off") if ctx.plan else self).fit(moe, routed, coded, dense, costs)
+        fits = (replace(self, offset="off") if ctx.plan else self).fit(
+            moe, routed, coded, dense, costs
+        )
         for projection, (slope, offset, moved) in fits.items():
             found = {k: v for k, v in (("slope", slope), ("offset", offset)) if v is not None}
             moe.set_operands(
-                {f"{projection}_{k}": layer.program.add(f"{moe.path}.{projection}.{k}", v) for k, v in found.items()}
+                {
+                    f"{projection}_{k}": layer.program.add(f"{moe.path}.{projection}.{k}", v)
+                    for k, v in found.items()
+                }
             )
-            ctx.record(f"{moe.path}.{projection}", affine="+".join(found) or "none", output_shift=moved)
+            ctx.record(
+                f"{moe.path}.{projection}", affine="+".join(found) or "none", output_shift=moved
+            )
         return any(v is not None for fit in fits.values() for v in (fit.slope, fit.offset))
 
     def fit(
@@ -209,15 +236,24 @@ class AffineCorrection(LayerPass):
         return found
 
     def regress(
-        self, coded: CodedProjection, inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]], cost: Tensor | None
+        self,
+        coded: CodedProjection,
+        inputs: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]],
+        cost: Tensor | None,
     ) -> Fit:
         coded_error = slope_error = both_error = 0.0
         sums: list[Sums] = []
-        lines: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}  # with and without an offset
+        lines: dict[bool, list[tuple[Tensor, Tensor]]] = {
+            True: [],
+            False: [],
+        }  # with and without an offset
         for e, (intended, dense, arrived, weight) in inputs.items():
             v, low = coded.parts(e, arrived)
             t = intended @ dense.T - low
-            fit, rest = (self.sums(v[i::2], t[i::2], weight[i::2], None if cost is None else cost[e]) for i in (0, 1))
+            fit, rest = (
+                self.sums(v[i::2], t[i::2], weight[i::2], None if cost is None else cost[e])
+                for i in (0, 1)
+            )
             coded_error += rest.error(1.0, 0.0)
             slope_error += rest.error(fit.line(offset=False)[0], 0.0)
             both_error += rest.error(*fit.line(offset=True))
@@ -230,7 +266,9 @@ class AffineCorrection(LayerPass):
         use_offset = self.offset == "on" or (self.offset == "auto" and worth)
         if not use_offset and slope_error >= coded_error:
             return Fit(None, None, shift(sums, [(1.0, 0.0)] * len(sums)))
-        slope, offsets = (torch.stack([pair[i] for pair in lines[use_offset]]).float() for i in (0, 1))
+        slope, offsets = (
+            torch.stack([pair[i] for pair in lines[use_offset]]).float() for i in (0, 1)
+        )
         return Fit(slope, offsets if use_offset else None, shift(sums, list(lines[use_offset])))
 
     def sums(self, v: Tensor, t: Tensor, weight: Tensor, cost: Tensor | None) -> Any:
@@ -276,7 +314,9 @@ class CodedProjection:
         assert codes is not None and book is not None and scale is not None
         one = slice(e, e + 1)
         table = book[one] if len(book) > 1 else book
-        weight = vq4.decode(codes[one], None if signs is None else signs[one], table, x.shape[-1], torch.float32)[0]
+        weight = vq4.decode(
+            codes[one], None if signs is None else signs[one], table, x.shape[-1], torch.float32
+        )[0]
         v = (x @ weight.T) * scale[e].float()
         low = None if self.mean is None else self.mean[0, :, : x.shape[-1]]
         if t["basis"] is not None and t["coef"] is not None and t["coef_scale"] is not None:

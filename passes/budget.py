@@ -30,9 +30,16 @@ from moecc.passes._code.moments import measure, routed_tokens
 from moecc.pipeline.passes import Context, Kept, Layer, Pass
 from moecc.pipeline.stream import Stream, first_tokens
 
-_BOOKS = {"expert": 1.0, "layer": 1.06}  # of an output, by whose the codebooks are: measured likewise, behind a mean
+_BOOKS = {
+    "expert": 1.0,
+    "layer": 1.06,
+}  # of an output, by whose the codebooks are: measured likewise, behind a mean
 _STEPS = 1 << 14  # in which what is to be spent beyond the least is counted
-_ERROR = {2: 1.0, 3: 0.23, 4: 0.075}  # of an output after coding, relative to 2 bits: measured with `vq`
+_ERROR = {
+    2: 1.0,
+    3: 0.23,
+    4: 0.075,
+}  # of an output after coding, relative to 2 bits: measured with `vq`
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,18 @@ class PlanBits(Pass):
     bits: int | float = option(
         2.5, help="bits per weight of the routed experts, all that is stored counted", low=2, high=6
     )
-    rank: int | str = option("auto", help="rows of each shared basis", choices=("auto",), low=0, high=1024)
-    mean: int | str = option("auto", help="bits of each shared mean; off: none", choices=("auto", "off", 2, 3, 4))
-    codebook: str = option("auto", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
-    tokens: int = option(8192, help="calibration tokens to measure on, at most", low=1, high=1 << 30)
+    rank: int | str = option(
+        "auto", help="rows of each shared basis", choices=("auto",), low=0, high=1024
+    )
+    mean: int | str = option(
+        "auto", help="bits of each shared mean; off: none", choices=("auto", "off", 2, 3, 4)
+    )
+    codebook: str = option(
+        "auto", help="one codebook per expert or per layer", choices=("auto", "expert", "layer")
+    )
+    tokens: int = option(
+        8192, help="calibration tokens to measure on, at most", low=1, high=1 << 30
+    )
 
     def run(self, program: Program, ctx: Context) -> bool:
         layers = program.moe_layers()
@@ -72,11 +87,15 @@ class PlanBits(Pass):
             ctx.notes.append(
                 "budget: sensitivity does not reach all layers; errors relative to their outputs are planned with"
             )
-        plan = ctx.once("budget", lambda: Kept(facts=self.plan(program, layers, ctx, known=known))).facts
+        plan = ctx.once(
+            "budget", lambda: Kept(facts=self.plan(program, layers, ctx, known=known))
+        ).facts
         ctx.plan = {name: Planned(**planned) for name, planned in plan.items()}
         return False
 
-    def plan(self, program: Program, layers: list[MoE], ctx: Context, *, known: bool) -> dict[str, dict[str, Any]]:
+    def plan(
+        self, program: Program, layers: list[MoE], ctx: Context, *, known: bool
+    ) -> dict[str, dict[str, Any]]:
         """By path and projection, the fields of what is planned for it."""
         stream, offers = Stream(program, first_tokens(ctx.batches, self.tokens)), {}
         last = max((m.layer for m in layers), default=0)
@@ -95,9 +114,13 @@ class PlanBits(Pass):
             )
         return {name: asdict(planned) for name, planned in plan.items()}
 
-    def offers(self, layer: Layer, moe: MoE, ctx: Context, *, known: bool) -> dict[str, tuple[int, list[Planned]]]:
+    def offers(
+        self, layer: Layer, moe: MoE, ctx: Context, *, known: bool
+    ) -> dict[str, tuple[int, list[Planned]]]:
         """By path and projection: how many weights there are, and what may be done with them."""
-        moments = measure(layer, moe, routed_tokens(layer, moe), ctx.sensitivity[moe.path] if known else None)
+        moments = measure(
+            layer, moe, routed_tokens(layer, moe), ctx.sensitivity[moe.path] if known else None
+        )
         planned = {}
         for projection in ("gate_up", "down"):
             case = Case.of(layer, moe, projection, moments, ctx)
@@ -120,11 +143,20 @@ def spend(offers: dict[str, list[Planned]], budget: float) -> dict[str, Planned]
     if spare < 0:
         return None
     # exact where all sizes are multiples of a unit this large, else each is rounded up
-    unit = max(spare / _STEPS, math.gcd(*(o.stored - least[name] for name, found in offers.items() for o in found)), 1)
+    unit = max(
+        spare / _STEPS,
+        math.gcd(*(o.stored - least[name] for name, found in offers.items() for o in found)),
+        1,
+    )
     most = int(spare / unit)
-    costs = torch.zeros(most + 1, dtype=torch.float64)  # the least for the projections so far, by what they may spend
+    costs = torch.zeros(
+        most + 1, dtype=torch.float64
+    )  # the least for the projections so far, by what they may spend
     taken: dict[str, Tensor] = {}
-    steps = {name: [math.ceil((o.stored - least[name]) / unit) for o in found] for name, found in offers.items()}
+    steps = {
+        name: [math.ceil((o.stored - least[name]) / unit) for o in found]
+        for name, found in offers.items()
+    }
     for name, found in offers.items():
         ways = torch.full((len(found), most + 1), torch.inf, dtype=torch.float64)
         for way, offer, step in zip(ways, found, steps[name], strict=True):

@@ -30,7 +30,9 @@ class QuantizeDense(LayerPass):
     after: ClassVar[frozenset[str]] = frozenset({"lora", "merged", "absorbed"})
     provides: ClassVar[frozenset[str]] = frozenset({"dense"})
     bits: int = option(8, help="bits per weight", choices=(4, 8))
-    group: int = option(64, help="neighbouring weights that share a scale", choices=(16, 32, 64, 128))
+    group: int = option(
+        64, help="neighbouring weights that share a scale", choices=(16, 32, 64, 128)
+    )
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         program, changed = layer.program, False

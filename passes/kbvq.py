@@ -39,7 +39,9 @@ class KBVQ(Composite):
         "auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024
     )
     mean: int | str = option(
-        "auto", help="bits of a matrix that all experts share as it is; off: none", choices=("auto", "off", 2, 3, 4)
+        "auto",
+        help="bits of a matrix that all experts share as it is; off: none",
+        choices=("auto", "off", 2, 3, 4),
     )
     codebook: str = option(
         "auto", help="one codebook per expert or per layer; auto: per expert, where bits is a fraction what `budget` finds",
@@ -57,8 +59,12 @@ class KBVQ(Composite):
         codebook = "expert" if self.codebook == "auto" else self.codebook
         if bits != self.bits:
             if self.offset == "on":
-                raise MoeccError("kbvq: offset=on can't be planned; leave it out, or give bits=2, 3 or 4")
-            budget = [PlanBits(bits=self.bits, rank=self.rank, mean=self.mean, codebook=self.codebook)]
+                raise MoeccError(
+                    "kbvq: offset=on can't be planned; leave it out, or give bits=2, 3 or 4"
+                )
+            budget = [
+                PlanBits(bits=self.bits, rank=self.rank, mean=self.mean, codebook=self.codebook)
+            ]
             bits, offset = 2, "off"
         return [
             *budget, MeasureMoments(), SharedBasis(rank=self.rank, mean=self.mean, bits=bits),

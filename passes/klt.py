@@ -40,7 +40,9 @@ class SharedBasis(LayerPass):
         "auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024
     )
     mean: int | str = option(
-        "auto", help="bits of a matrix that all experts share as it is; off: none", choices=("auto", "off", 2, 3, 4)
+        "auto",
+        help="bits of a matrix that all experts share as it is; off: none",
+        choices=("auto", "off", 2, 3, 4),
     )
     bits: int = option(2, help="bits that coding will use, for what is auto", choices=(2, 3, 4))
 
@@ -52,7 +54,9 @@ class SharedBasis(LayerPass):
         moments: Moments = layer.data["moments", moe.path]
         cases = {p: Case.of(layer, moe, p, moments, ctx) for p in ("gate_up", "down")}
         plan = [ctx.plan.get(f"{moe.path}.{p}") for p in cases]
-        planned = {p: (it.mean, it.rank) for p, it in zip(cases, plan, strict=True) if it is not None}
+        planned = {
+            p: (it.mean, it.rank) for p, it in zip(cases, plan, strict=True) if it is not None
+        }
         taken = planned if len(planned) == len(cases) else self.choose(cases)
         found: dict[str, Shared] = {}
         for p, (mean, rank) in taken.items():
@@ -62,7 +66,9 @@ class SharedBasis(LayerPass):
             return False
         operands: list[fx.Node | None] = []
         for p, shared in found.items():
-            operands.append(layer.program.add(f"{moe.path}.{p}.remainder", shared.left_of(cases[p].weight)))
+            operands.append(
+                layer.program.add(f"{moe.path}.{p}.remainder", shared.left_of(cases[p].weight))
+            )
         for p, shared in found.items():
             stored = [shared.tensors.get(n) for n in vq4.SHARED]
             operands += [
@@ -70,21 +76,32 @@ class SharedBasis(LayerPass):
                 for n, t in zip(vq4.SHARED, stored, strict=True)
             ]
         operands += [moe.operand(n) for n in ("gate_up_bias", "down_bias", "post_norm")]
-        layer.program.replace(moe.node, KLT_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
+        layer.program.replace(
+            moe.node, KLT_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes
+        )
         return True
 
     def choose(self, cases: dict[str, Case]) -> dict[str, tuple[int, int]]:
         """Bits of the mean (0: none) and rank of the basis for each projection of a layer."""
         offers = {p: case.offers(self.mean, self.rank) for p, case in cases.items()}
-        taken = {p: (means[0], ranks[0]) for p, (means, ranks) in offers.items()}  # the least that may be
+        taken = {
+            p: (means[0], ranks[0]) for p, (means, ranks) in offers.items()
+        }  # the least that may be
         open_ones = [p for p, (means, ranks) in offers.items() if len(means) * len(ranks) > 1]
         costs = {p: case.cost(self.bits) for p, case in cases.items()} if open_ones else {}
         for p in open_ones:
-            taken[p] = self.best(cases[p], offers[p], costs[p], sum(costs.values()) - costs[p], cases)
+            taken[p] = self.best(
+                cases[p], offers[p], costs[p], sum(costs.values()) - costs[p], cases
+            )
         return taken
 
     def best(
-        self, case: Case, offer: tuple[Sequence[int], Sequence[int]], whole: float, other: float, cases: dict[str, Case]
+        self,
+        case: Case,
+        offer: tuple[Sequence[int], Sequence[int]],
+        whole: float,
+        other: float,
+        cases: dict[str, Case],
     ) -> tuple[int, int]:
         """What is worth its bits, of means and ranks offered. `whole`: cost of the error where nothing is taken out; `other`:
         that of the other projection."""

@@ -34,9 +34,13 @@ class MeasureMoments(LayerPass):
     provides: ClassVar[frozenset[str]] = frozenset({"moments"})
     within_layer: ClassVar[frozenset[str]] = frozenset({"moments"})
     needs_data: ClassVar[bool] = True
-    min_tokens: int = option(MIN_TOKENS, help="an expert with fewer routed tokens is starved", low=1, high=1 << 20)
+    min_tokens: int = option(
+        MIN_TOKENS, help="an expert with fewer routed tokens is starved", low=1, high=1 << 20
+    )
     routing: str = option(
-        "squared", help="weight of a token: its routing weight squared, or 1", choices=("squared", "one")
+        "squared",
+        help="weight of a token: its routing weight squared, or 1",
+        choices=("squared", "one"),
     )
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
@@ -45,10 +49,16 @@ class MeasureMoments(LayerPass):
                 continue
             routed = layer.data["routed", moe.path] = routed_tokens(layer, moe)
             squared = self.routing == "squared"
-            found = measure(layer, moe, routed, ctx.sensitivity.get(moe.path), self.min_tokens, squared=squared)
+            found = measure(
+                layer, moe, routed, ctx.sensitivity.get(moe.path), self.min_tokens, squared=squared
+            )
             layer.data["moments", moe.path] = found
             ctx.notes.extend(found.notes)
             for projection in ("gate_up", "down"):
-                weighted = "weighted by sensitivity" if projection in found.output else "all channels alike"
+                weighted = (
+                    "weighted by sensitivity"
+                    if projection in found.output
+                    else "all channels alike"
+                )
                 ctx.record(f"{moe.path}.{projection}", errors=weighted)
         return False

@@ -55,17 +55,24 @@ class ModelLossAdapters(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"adapters"})
     leads_to: ClassVar[frozenset[str]] = frozenset({"merged"})
     needs_data: ClassVar[bool] = True
-    rank: int = option(16, help="rows of each adapter; 0: none, only the experts' own tensors", low=0, high=4096)
+    rank: int = option(
+        16, help="rows of each adapter; 0: none, only the experts' own tensors", low=0, high=4096
+    )
     experts: bool = option(True, help="train what is stored of the experts too")
     steps: int = option(300, help="optimizer steps at most", low=1, high=100_000)
     batches: int = option(1, help="calibration batches per step", low=1, high=4096)
     lr: float = option(1.0, help="factor on all learning rates", low=1e-4, high=100)
     hidden: float = option(1.0, help="weight of the last hidden state", low=0, high=1e4)
-    kl: float = option(1.0, help="weight of the divergence from the float model's next token", low=0, high=1e4)
+    kl: float = option(
+        1.0, help="weight of the divergence from the float model's next token", low=0, high=1e4
+    )
     lm: float = option(0.0, help="weight of the calibration text's own next token", low=0, high=1e4)
     routing: float = option(1.0, help="weight of all routers' alignment", low=0, high=1e4)
     patience: int = option(
-        10, help="checks of 10 in a row without a better held-out loss before training ends; 10: never", low=1, high=10
+        10,
+        help="checks of 10 in a row without a better held-out loss before training ends; 10: never",
+        low=1,
+        high=10,
     )
 
     def run(self, program: Program, ctx: Context) -> bool:
@@ -77,7 +84,9 @@ class ModelLossAdapters(Pass):
                 raise MoeccError(
                     "rilq: the model gives no logits, so kl and lm can't be measured; give hidden a weight"
                 )
-            ctx.notes.append("rilq: the model gives no logits of its vocabulary; kl and lm are left out of the loss")
+            ctx.notes.append(
+                "rilq: the model gives no logits of its vocabulary; kl and lm are left out of the loss"
+            )
         trained = Trained(self, program, ctx)
         if not trained.parameters:
             return False
@@ -93,9 +102,14 @@ class Trained:
 
     def __init__(self, options: ModelLossAdapters, program: Program, ctx: Context):
         self.program = program
-        self.kept = StageWeights(program) if fits_in_memory(program) else None  # what is adapted, read once
+        self.kept = (
+            StageWeights(program) if fits_in_memory(program) else None
+        )  # what is adapted, read once
         self.experts = Tuned(
-            program, [m for m in program.moe_layers() if m.node.target is VQ_EXPERTS] if options.experts else []
+            program,
+            [m for m in program.moe_layers() if m.node.target is VQ_EXPERTS]
+            if options.experts
+            else [],
         )
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
@@ -113,7 +127,9 @@ class Trained:
     def _adapt(self, weight: fx.Node, rank: int, generator: torch.Generator) -> None:
         rows, columns = weight.meta["val"].shape
         rank = min(rank, rows, columns)
-        self.a[weight.name] = (torch.randn(rank, columns, generator=generator) / columns**0.5).requires_grad_()
+        self.a[weight.name] = (
+            torch.randn(rank, columns, generator=generator) / columns**0.5
+        ).requires_grad_()
         self.b[weight.name] = torch.zeros(rows, rank, requires_grad=True)
 
     @property
@@ -138,7 +154,11 @@ class Trained:
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer."""
-        dense = [{"params": [*self.a.values(), *self.b.values()], "lr": 3e-4 * self.lr}] if self.a else []
+        dense = (
+            [{"params": [*self.a.values(), *self.b.values()], "lr": 3e-4 * self.lr}]
+            if self.a
+            else []
+        )
         return [*dense, *self.experts.groups(0.15 * self.lr)]
 
     def state(self) -> list[Tensor]:
@@ -154,7 +174,12 @@ class Trained:
         if not better:
             return False
         for placeholder in self.a:
-            attach(self.program, placeholder, self.a[placeholder].detach(), self.b[placeholder].detach())
+            attach(
+                self.program,
+                placeholder,
+                self.a[placeholder].detach(),
+                self.b[placeholder].detach(),
+            )
         self.experts.store()
         return True
 
@@ -172,15 +197,28 @@ class Reached:
 
 def _scale(start: Mapping[str, float]) -> dict[str, float]:
     """What makes each term but lm 1 at the start."""
-    return {"lm": 1.0, **{k: 1 / max(start[k], 1e-12) for k in ("hidden", "kl", "routing") if k in start}}
+    return {
+        "lm": 1.0,
+        **{k: 1 / max(start[k], 1e-12) for k in ("hidden", "kl", "routing") if k in start},
+    }
 
 
 class Training:
     """Steps 3 and 4."""
 
-    def __init__(self, options: ModelLossAdapters, program: Program, trained: Trained, ctx: Context, *, has_head: bool):
+    def __init__(
+        self,
+        options: ModelLossAdapters,
+        program: Program,
+        trained: Trained,
+        ctx: Context,
+        *,
+        has_head: bool,
+    ):
         self.options, self.trained, self.ctx, self.has_head = options, trained, ctx, has_head
-        routers = {selection_scores(m).name: m.top_k for m in program.moe_layers() if m.logits is not None}
+        routers = {
+            selection_scores(m).name: m.top_k for m in program.moe_layers() if m.logits is not None
+        }
         self.routers = routers if options.routing else {}
         self.whole = Whole(program, trained.placeholders, watch=self.routers)
         self.batches = list(ctx.batches)
@@ -194,14 +232,19 @@ class Training:
         """The float model's values before its head and its routers' scores, kept: a few activations per token and layer."""
         if row not in self.targets:
             kept = self.teacher.forward(self.batches[row], lambda wanted: {})
-            self.targets[row] = kept[-1] | {k: v for values in kept for k, v in values.items() if k in self.routers}
+            self.targets[row] = kept[-1] | {
+                k: v for values in kept for k, v in values.items() if k in self.routers
+            }
         return self.targets[row]
 
     def terms(self, row: int, values: Values, logits: Tensor) -> dict[str, Tensor]:
         """hidden of one batch; kl, and lm where it has a weight, of a model with a head."""
         target = self.target(row)
         moving = [k for k in values if k in self.whole.moving and k not in self.routers]
-        hidden = [(values[k] - target[k]).float().square().sum() / target[k].float().square().sum() for k in moving]
+        hidden = [
+            (values[k] - target[k]).float().square().sum() / target[k].float().square().sum()
+            for k in moving
+        ]
         found = {"hidden": torch.stack(hidden).mean()}
         if not self.has_head:
             return found
@@ -209,12 +252,16 @@ class Training:
         teacher = self.teacher.head(target, lambda wanted: {}).float().log_softmax(-1)
         found["kl"] = (teacher.exp() * (teacher - student)).sum(-1).mean()
         if self.options.lm:
-            found["lm"] = F.nll_loss(student[:, :-1].flatten(0, 1), self.batches[row][:, 1:].flatten())
+            found["lm"] = F.nll_loss(
+                student[:, :-1].flatten(0, 1), self.batches[row][:, 1:].flatten()
+            )
         return found
 
     def misalignment(self, row: int, name: str, scores: Tensor) -> Tensor:
         """One router's share of the routing term."""
-        s, t = standardized(scores.flatten(0, -2).float(), self.target(row)[name].flatten(0, -2).float())
+        s, t = standardized(
+            scores.flatten(0, -2).float(), self.target(row)[name].flatten(0, -2).float()
+        )
         k = self.routers[name]
         return (value_loss(s, t, k) + boundary_loss(s, t, k)) / len(self.routers)
 
@@ -234,7 +281,9 @@ class Training:
             terms = self.terms(row, kept[-1], self.whole.head(kept[-1], self.trained.stored))
             inner = {k: v for values in kept for k, v in values.items() if k in self.routers}
             if inner:
-                terms["routing"] = torch.stack([self.misalignment(row, k, v) for k, v in inner.items()]).sum()
+                terms["routing"] = torch.stack(
+                    [self.misalignment(row, k, v) for k, v in inner.items()]
+                ).sum()
             for k, v in terms.items():
                 sums[k] = sums.get(k, 0.0) + float(v) / len(self.held_out)
         return sums
@@ -242,8 +291,13 @@ class Training:
     def run(self) -> tuple[dict[str, float], dict[str, float]]:
         """Train, from the last check of an interrupted run where there is one; the held-out terms and loss before, and of the
         state that is kept."""
-        steps, generator = self.options.steps, torch.Generator().manual_seed(self.ctx.seed_for("rilq"))
-        drawn = torch.randint(len(self.rows), (steps, self.options.batches), generator=generator).tolist()
+        steps, generator = (
+            self.options.steps,
+            torch.Generator().manual_seed(self.ctx.seed_for("rilq")),
+        )
+        drawn = torch.randint(
+            len(self.rows), (steps, self.options.batches), generator=generator
+        ).tolist()
         optimizer = torch.optim.Adam(self.trained.groups(), betas=(0.9, 0.95))
         rates, every = [g["lr"] for g in optimizer.param_groups], max(1, -(-steps // _CHECKS))
         at = self.resumed(optimizer) or self.begun()
@@ -287,7 +341,9 @@ class Training:
         if work is None:
             return None
         numbers = range(len(self.trained.parameters))
-        stepped = [i for i in numbers if f"{i}.{_ADAM[0]}" in work.tensors]  # others never had a gradient
+        stepped = [
+            i for i in numbers if f"{i}.{_ADAM[0]}" in work.tensors
+        ]  # others never had a gradient
         state = {i: {what: work.tensors[f"{i}.{what}"] for what in _ADAM} for i in stepped}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         now, best = ([work.tensors[f"{i}.{what}"] for i in numbers] for what in ("now", "best"))
@@ -304,6 +360,10 @@ class Training:
             return found
 
         def of(name: str) -> Callable[[Tensor], Tensor]:
-            return lambda scores: share * self.weight("routing") * self.misalignment(row, name, scores)
+            return lambda scores: (
+                share * self.weight("routing") * self.misalignment(row, name, scores)
+            )
 
-        self.whole.backward(self.batches[row], self.trained.values, loss, {name: of(name) for name in self.routers})
+        self.whole.backward(
+            self.batches[row], self.trained.values, loss, {name: of(name) for name in self.routers}
+        )

@@ -49,9 +49,14 @@ class MeasureSensitivity(Pass):
     needs_data: ClassVar[bool] = True
     kl: float = option(1.0, help="weight of the model's output; 0: not measured", low=0, high=1e4)
     routing: float = option(
-        1.0, help="weight of the routers behind, relative to the output's; 0: not measured", low=0, high=1e4
+        1.0,
+        help="weight of the routers behind, relative to the output's; 0: not measured",
+        low=0,
+        high=1e4,
     )
-    tokens: int = option(8192, help="calibration tokens for each of both, at most", low=1, high=1 << 30)
+    tokens: int = option(
+        8192, help="calibration tokens for each of both, at most", low=1, high=1 << 30
+    )
 
     def run(self, program: Program, ctx: Context) -> bool:
         assert ctx.reference is not None
@@ -60,8 +65,12 @@ class MeasureSensitivity(Pass):
         means: dict[str, Mapping[str, Tensor]] = {}
         for i, kind in enumerate(kinds):
             batches = first_tokens(ctx.batches[i :: len(kinds)] or ctx.batches, self.tokens)
-            means[kind] = ctx.once(f"sensitivity {kind}", partial(gradients.measure, kind, batches)).tensors
-        ctx.sensitivity = Combined(means.get("kl", {}), means.get("routing", {}), self.kl, self.routing)
+            means[kind] = ctx.once(
+                f"sensitivity {kind}", partial(gradients.measure, kind, batches)
+            ).tensors
+        ctx.sensitivity = Combined(
+            means.get("kl", {}), means.get("routing", {}), self.kl, self.routing
+        )
         return False
 
 
@@ -69,12 +78,18 @@ class Combined(Mapping[str, Tensor]):
     """Step 2's sum, by path of an MoE layer and by name of a value between layers; added up when it is asked for."""
 
     def __init__(
-        self, kl: Mapping[str, Tensor], routing: Mapping[str, Tensor], kl_weight: float, routing_weight: float
+        self,
+        kl: Mapping[str, Tensor],
+        routing: Mapping[str, Tensor],
+        kl_weight: float,
+        routing_weight: float,
     ):
         self.kl, self.routing, self.kl_weight = kl, routing, kl_weight
         both = sorted(kl.keys() & routing.keys())
         sizes = [sum(float(m[n].trace()) for n in both) for m in (kl, routing)]
-        self.factor = routing_weight * (sizes[0] / sizes[1] * kl_weight if both and sizes[1] > 0 else 1.0)
+        self.factor = routing_weight * (
+            sizes[0] / sizes[1] * kl_weight if both and sizes[1] > 0 else 1.0
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.kl, *(n for n in self.routing if n not in self.kl)])
@@ -103,12 +118,18 @@ class Gradients:
         self.routers: dict[str, int] = {}
         for moe in found:
             if moe.logits is None:
-                ctx.notes.append(f"{moe.path}: the trace shows no scores of its router; sensitivity leaves it out")
+                ctx.notes.append(
+                    f"{moe.path}: the trace shows no scores of its router; sensitivity leaves it out"
+                )
                 continue
             scores = selection_scores(moe)
-            if moe.top_k < scores.meta["val"].shape[-1]:  # a router that takes all has nothing to decide
+            if (
+                moe.top_k < scores.meta["val"].shape[-1]
+            ):  # a router that takes all has nothing to decide
                 self.routers[scores.name] = moe.top_k
-        self.layers = {n.name: n.meta["layer"] for n in program.graph.nodes if n.op == "call_function"}
+        self.layers = {
+            n.name: n.meta["layer"] for n in program.graph.nodes if n.op == "call_function"
+        }
         self.whole = Whole(program, set(self.experts), watch=self.routers)
         self.has_head = output_logits(program) is not None
         if not self.has_head:
@@ -122,7 +143,9 @@ class Gradients:
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         last = self.whole.program.layers - 1
-        self.top = max((self.layers[r] for r in self.routers), default=0) if kind == "routing" else last
+        self.top = (
+            max((self.layers[r] for r in self.routers), default=0) if kind == "routing" else last
+        )
         if self.top >= self.first:
             step = self._together(batches[0])
             starts = self.ctx.progress(range(0, len(batches), step), f"sensitivity {kind}")
@@ -135,7 +158,12 @@ class Gradients:
         if self.whole.keep:
             return 1
         kept = self.whole.forward(batch, lambda wanted: {})
-        size = sum(v.numel() * v.element_size() for values in kept for v in values.values() if isinstance(v, Tensor))
+        size = sum(
+            v.numel() * v.element_size()
+            for values in kept
+            for v in values.values()
+            if isinstance(v, Tensor)
+        )
         return max(1, free_memory() // 4 // max(1, size))
 
     def _backward(self, start: int, batches: list[Tensor]) -> None:
@@ -145,18 +173,27 @@ class Gradients:
             for stage in range(self.top):
                 weights = self.whole.weights(stage)
                 kept.append([self.whole.run_with(weights, stage, values) for values in kept[-1]])
-        after: list[dict[str, Tensor]] = [{} for _ in batches]  # gradients of what is alive after the stage
+        after: list[dict[str, Tensor]] = [
+            {} for _ in batches
+        ]  # gradients of what is alive after the stage
         for stage in range(self.top, self.first - 1, -1):
             weights, entering = self.whole.weights(stage), kept.pop()
             for i, values in enumerate(entering):
                 after[i] = self._pull(stage, start + i, values, weights, after[i])
 
     def _pull(
-        self, stage: int, batch: int, values: Values, weights: StageWeights, after: dict[str, Tensor]
+        self,
+        stage: int,
+        batch: int,
+        values: Values,
+        weights: StageWeights,
+        after: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """The gradients of what enters a stage, from those of what leaves it and the losses inside; both are summed up."""
         for name, grad in after.items():
-            if self.layers[name] == stage:  # else it only passes by, and this is its gradient in part
+            if (
+                self.layers[name] == stage
+            ):  # else it only passes by, and this is its gradient in part
                 self._add(name, grad)
         leaves = self.whole.leaves(values)
         entering = {k: v for k, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
@@ -188,14 +225,20 @@ class Gradients:
             for name in self.whole.watched[stage]:
                 if values[name].requires_grad:
                     yield self._decisions(
-                        values[name].flatten(0, -2).float(), self.routers[name], self._draw(batch, name)
+                        values[name].flatten(0, -2).float(),
+                        self.routers[name],
+                        self._draw(batch, name),
                     )
         elif stage == self.top:
-            yield self._output(values[self.whole.output].flatten(0, -2).float(), self._draw(batch, "output"))
+            yield self._output(
+                values[self.whole.output].flatten(0, -2).float(), self._draw(batch, "output")
+            )
 
     def _draw(self, batch: int, name: str) -> torch.Generator:
         """Random numbers that do not depend on which batches go through together."""
-        return torch.Generator().manual_seed(self.ctx.seed_for("sensitivity", self.kind, batch, name))
+        return torch.Generator().manual_seed(
+            self.ctx.seed_for("sensitivity", self.kind, batch, name)
+        )
 
     def _output(self, output: Tensor, draw: torch.Generator) -> Tensor:
         """kl's loss, summed over tokens."""
@@ -207,7 +250,9 @@ class Gradients:
     def _decisions(self, scores: Tensor, top_k: int, draw: torch.Generator) -> Tensor:
         """One router's part of routing's loss, summed over tokens."""
         s, t = standardized(scores, scores.detach())
-        return (torch.randn(s.shape, generator=draw) * boundary_nearness(t, top_k, SHARPNESS).sqrt() * s).sum()
+        return (
+            torch.randn(s.shape, generator=draw) * boundary_nearness(t, top_k, SHARPNESS).sqrt() * s
+        ).sum()
 
     def _add(self, key: str, gradient: Tensor) -> None:
         g = gradient.flatten(0, -2).float()

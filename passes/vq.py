@@ -39,9 +39,13 @@ class VectorQuantize(LayerPass):
     after: ClassVar[frozenset[str]] = frozenset({"basis", "budget"})
     provides: ClassVar[frozenset[str]] = frozenset({"vq"})
     bits: int = option(2, help="bits per weight of codes and signs", choices=(2, 3, 4))
-    codebook: str = option("expert", help="one codebook per expert or per layer", choices=("auto", "expert", "layer"))
+    codebook: str = option(
+        "expert", help="one codebook per expert or per layer", choices=("auto", "expert", "layer")
+    )
     rounds: int = option(4, help="refits of codebook, scales and codes", low=1, high=50)
-    feedback: bool = option(True, help="error feedback and refits; false is plain k-means, for ablation")
+    feedback: bool = option(
+        True, help="error feedback and refits; false is plain k-means, for ablation"
+    )
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         found = [moe for moe in layer.moe if moe.node.target in (EXPERTS, KLT_EXPERTS)]
@@ -55,7 +59,8 @@ class VectorQuantize(LayerPass):
         for projection in ("gate_up", "down"):
             tensors = self.code(layer, moe, projection, moments, ctx)
             operands += [
-                None if t is None else layer.program.add(f"{moe.path}.{projection}.{n}", t) for n, t in tensors.items()
+                None if t is None else layer.program.add(f"{moe.path}.{projection}.{n}", t)
+                for n, t in tensors.items()
             ]
             operands += [None, None]  # slope and offset: `affine`
         operands.append(moe.operand("post_norm"))
@@ -67,7 +72,9 @@ class VectorQuantize(LayerPass):
             )
         layer.program.replace(moe.node, VQ_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
 
-    def code(self, layer: Layer, moe: MoE, projection: str, moments: Moments, ctx: Context) -> dict[str, Tensor | None]:
+    def code(
+        self, layer: Layer, moe: MoE, projection: str, moments: Moments, ctx: Context
+    ) -> dict[str, Tensor | None]:
         """The stored tensors of one projection."""
         planned = ctx.plan.get(f"{moe.path}.{projection}")
         if planned is not None and (planned.bits, planned.codebook) != (self.bits, self.codebook):
@@ -79,7 +86,9 @@ class VectorQuantize(LayerPass):
         held = {n: _held(layer, moe, f"{projection}_{n}") for n in vq4.SHARED}
         coded, shared_book = self.best(weight, moment, output, ctx.seed_for(moe.path, projection))
         error = coded.dense()[..., : weight.shape[-1]] - weight
-        shared = vq4.shared_part(held, weight.shape[-1], torch.float32, input_side=projection == "gate_up")
+        shared = vq4.shared_part(
+            held, weight.shape[-1], torch.float32, input_side=projection == "gate_up"
+        )
         original = weight if shared is None else weight + shared
         relative = weighted_error(error, moment) / weighted_error(original, moment).clamp(min=1e-20)
         ctx.record(
@@ -89,15 +98,27 @@ class VectorQuantize(LayerPass):
         bias = layer.weight(moe, f"{projection}_bias")
         return {**coded.stored(), "bias": None if bias is None else compact(bias), **held}
 
-    def best(self, weight: Tensor, moment: Tensor, output: Tensor | None, seed: int) -> tuple[Coded, bool]:
+    def best(
+        self, weight: Tensor, moment: Tensor, output: Tensor | None, seed: int
+    ) -> tuple[Coded, bool]:
         """The coded projection and whether its experts share one codebook."""
         weight, moment = pad_columns(weight, moment)
-        shared = self.shares(weight, moment, seed) if self.codebook == "auto" else self.codebook == "layer"
+        shared = (
+            self.shares(weight, moment, seed)
+            if self.codebook == "auto"
+            else self.codebook == "layer"
+        )
         return self.encode(weight, moment, output, shared, seed), shared
 
     def shares(self, weight: Tensor, moment: Tensor, seed: int) -> bool:
         """Whether one codebook for the layer is better at its bits, measured on some experts, all output channels alike."""
-        price = 8 * vq4.CODEBOOK_SIZE * vq4.group_size(self.bits) * (1 - 1 / len(weight)) / weight[0].numel()
+        price = (
+            8
+            * vq4.CODEBOOK_SIZE
+            * vq4.group_size(self.bits)
+            * (1 - 1 / len(weight))
+            / weight[0].numel()
+        )
         if price < 0.005:  # next to nothing
             return False
         some = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EXPERTS)).long()
@@ -107,9 +128,18 @@ class VectorQuantize(LayerPass):
         one, own = (float(weighted_error(c.dense() - weight, moment).sum()) for c in coded)
         return gain(one, own, price) <= 0
 
-    def encode(self, weight: Tensor, moment: Tensor, output: Tensor | None, shared: bool, seed: int) -> Coded:
+    def encode(
+        self, weight: Tensor, moment: Tensor, output: Tensor | None, shared: bool, seed: int
+    ) -> Coded:
         return encode_in_parts(
-            weight, moment, output, bits=self.bits, shared=shared, seed=seed, rounds=self.rounds, feedback=self.feedback
+            weight,
+            moment,
+            output,
+            bits=self.bits,
+            shared=shared,
+            seed=seed,
+            rounds=self.rounds,
+            feedback=self.feedback,
         )
 
 

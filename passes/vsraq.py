@@ -51,7 +51,9 @@ class AlignRouting(LayerPass):
         if not found:
             return False
         tuned = Tuned(layer.program, found)
-        run = _Run(self, Block(layer, self.routing(), ctx.sensitivity, head=self.head > 0), tuned, ctx)
+        run = _Run(
+            self, Block(layer, self.routing(), ctx.sensitivity, head=self.head > 0), tuned, ctx
+        )
         before, after = run.train()
         for moe in found:
             for projection in ("gate_up", "down"):
@@ -71,7 +73,9 @@ class _Run:
         self.rows, self.held_out = split(len(block.inputs))
         self.generator = torch.Generator().manual_seed(ctx.seed_for("vsraq", block.layer.index))
         self.terms = block.losses(self.held_out, tuned.stored())
-        self.scale = {k: getattr(options, k) / max(v, 1e-12) for k, v in self.terms.items() if k != "flips"}
+        self.scale = {
+            k: getattr(options, k) / max(v, 1e-12) for k, v in self.terms.items() if k != "flips"
+        }
         self.best, self.least = tuned.state(), self.total(self.terms)
 
     def total(self, terms: dict[str, float]) -> float:
@@ -86,11 +90,17 @@ class _Run:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - step / steps)
             chosen = torch.randint(
-                len(self.rows), (min(self.options.batches, len(self.rows)),), generator=self.generator
+                len(self.rows),
+                (min(self.options.batches, len(self.rows)),),
+                generator=self.generator,
             )
             with torch.enable_grad():
-                terms = self.block.terms([self.rows[i] for i in chosen.tolist()], self.tuned.rounded())
-                torch.stack([self.scale[k] * v for k, v in terms.items() if k != "flips"]).sum().backward()
+                terms = self.block.terms(
+                    [self.rows[i] for i in chosen.tolist()], self.tuned.rounded()
+                )
+                torch.stack(
+                    [self.scale[k] * v for k, v in terms.items() if k != "flips"]
+                ).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % max(steps // 3, 1) == 0 or step + 1 == steps:

@@ -44,7 +44,9 @@ settings.load_profile("moecc")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--regenerate", action="store_true", help="write the golden files of graph text again")
+    parser.addoption(
+        "--regenerate", action="store_true", help="write the golden files of graph text again"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -91,7 +93,8 @@ def traced_once() -> Iterator[None]:
         modules = tuple((name, type(module)) for name, module in model.named_modules())
         parameters = [(n, p.shape, p.dtype) for n, p in model.named_parameters()]
         buffers = [  # a trace holds their values
-            (n, b.dtype, b.shape, "" if isinstance(b, FakeTensor) else digest(b)) for n, b in model.named_buffers()
+            (n, b.dtype, b.shape, "" if isinstance(b, FakeTensor) else digest(b))
+            for n, b in model.named_buffers()
         ]
         key = modules, str((config, parameters, buffers)), found.mode is None, batch, sequence
         if key not in _traces:
@@ -118,7 +121,9 @@ class TinyMoE(nn.Module):
         g = torch.Generator().manual_seed(seed)
         self.gate = nn.Linear(HIDDEN, self.experts, bias=False)
         shapes = (self.experts, 2 * INTERMEDIATE, HIDDEN), (self.experts, HIDDEN, INTERMEDIATE)
-        self.gate_up, self.down = (nn.Parameter(torch.randn(shape, generator=g) * 0.3) for shape in shapes)
+        self.gate_up, self.down = (
+            nn.Parameter(torch.randn(shape, generator=g) * 0.3) for shape in shapes
+        )
         self.gate.weight.data = torch.randn(self.experts, HIDDEN, generator=g)
         for p in (self.gate_up, self.down) if self.likeness else ():
             parent = torch.randn(p.shape[1:], generator=g) * 0.3
@@ -127,7 +132,9 @@ class TinyMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         score, index = self.gate(x).softmax(-1).topk(TOP_K, -1)
         args = (index, score, self.gate_up, self.down, None, None, None)
-        result: Tensor = torch.ops.moecc.experts(x, *args, act="silu", gate="glu", alpha=0.0, limit=0.0, eps=1e-6)
+        result: Tensor = torch.ops.moecc.experts(
+            x, *args, act="silu", gate="glu", alpha=0.0, limit=0.0, eps=1e-6
+        )
         return result
 
 
@@ -153,7 +160,9 @@ class TinyDense(nn.Module):
     def __init__(self, seed: int):
         super().__init__()
         self.linear = nn.Linear(HIDDEN, HIDDEN, bias=False)
-        self.linear.weight.data = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(seed)) * 0.3
+        self.linear.weight.data = (
+            torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(seed)) * 0.3
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.linear(x))
@@ -164,7 +173,10 @@ class TinyModel(nn.Module):
 
     def __init__(self, kinds: Sequence[type[nn.Module]]):
         super().__init__()
-        self.embed, self.head = nn.Embedding(VOCABULARY, HIDDEN), nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        self.embed, self.head = (
+            nn.Embedding(VOCABULARY, HIDDEN),
+            nn.Linear(HIDDEN, VOCABULARY, bias=False),
+        )
         self.layers = nn.ModuleList([kind(i) for i, kind in enumerate(kinds)])
         for i, p in enumerate((self.embed.weight, self.head.weight)):
             p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(50 + i))
@@ -189,7 +201,9 @@ class DictStore:
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
 
-    def read(self, name: str, *, dtype: torch.dtype | None = None, experts: Sequence[int] | None = None) -> Tensor:
+    def read(
+        self, name: str, *, dtype: torch.dtype | None = None, experts: Sequence[int] | None = None
+    ) -> Tensor:
         value = self.tensors[name] if experts is None else self.tensors[name][list(experts)]
         return value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
@@ -201,13 +215,19 @@ def tiny_program(kinds: str = "M") -> Program:
     model = TinyModel([layers[k] for k in kinds]).eval()
     exported = torch.export.export(model, (torch.zeros(1, TOKENS, dtype=torch.int64),))
     weights = {
-        s.arg.name: Weight(str(s.target)) for s in exported.graph_signature.input_specs if s.kind == InputKind.PARAMETER
+        s.arg.name: Weight(str(s.target))
+        for s in exported.graph_signature.input_specs
+        if s.kind == InputKind.PARAMETER
     }
     store = DictStore({name: p.detach() for name, p in model.named_parameters()})
     for node in exported.graph.nodes:
-        node.meta["path"] = next((path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), "")
+        node.meta["path"] = next(
+            (path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), ""
+        )
         inside = re.match(r"layers\.(\d+)", node.meta["path"])
-        stage = int(inside[1]) + 1 if inside else len(kinds) + 1 if node.meta["path"] == "head" else 0
+        stage = (
+            int(inside[1]) + 1 if inside else len(kinds) + 1 if node.meta["path"] == "head" else 0
+        )
         node.meta["layer"] = max([stage, *(i.meta["layer"] for i in node.all_input_nodes)])
     program = Program(exported.graph_module, weights, Held({}), store, exported, source="tiny")
     program.verify()

@@ -47,7 +47,9 @@ class Family:
     interleaved: bool = False
     transposed: bool = False
     longest: int | None = None  # longest sequence that the trace holds for, None for any
-    config_class: str | None = None  # module:class, for a text configuration that no model type names
+    config_class: str | None = (
+        None  # module:class, for a text configuration that no model type names
+    )
     unreached: int = 0  # experts parameters that a text trace doesn't reach
 
 

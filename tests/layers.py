@@ -54,12 +54,17 @@ class Layer:
         operands: list[Tensor | None] = []
         for p in (self.gate_up, self.down):
             operands += [*(p[name] for name in vq4.TENSORS), None, None]
-        return ops.vq_experts_reference(self.x, self.index, self.weight, *operands, self.post_norm, **self.attributes)
+        return ops.vq_experts_reference(
+            self.x, self.index, self.weight, *operands, self.post_norm, **self.attributes
+        )
 
 
 def tensors(p: slow.Projection, dtype: torch.dtype = torch.float16) -> Projection:
     found = {name: None if value is None else torch.from_numpy(value) for name, value in p.items()}
-    return {name: t.to(dtype) if t is not None and t.is_floating_point() else t for name, t in found.items()}
+    return {
+        name: t.to(dtype) if t is not None and t.is_floating_point() else t
+        for name, t in found.items()
+    }
 
 
 def draw_layer(
@@ -68,10 +73,14 @@ def draw_layer(
     gate: str = "glu", dtype: torch.dtype = torch.float32, scales: torch.dtype = torch.float16,
 ) -> Layer:  # fmt: skip
     """shared: one codebook for the layer; mean: bits of a mean, 0 for none; scales: of the stored float tensors."""
-    common: dict[str, Any] = dict(experts=experts, bits=bits, shared=shared, rank=rank, bias=bias, mean=mean)
+    common: dict[str, Any] = dict(
+        experts=experts, bits=bits, shared=shared, rank=rank, bias=bias, mean=mean
+    )
     gate_up = slow.draw(bits, rows=rows_per_unit(gate) * intermediate, columns=hidden, **common)
     down = slow.draw(bits + 50, rows=hidden, columns=intermediate, input_side=False, **common)
-    x, index, weight = slow.draw_routing(3, tokens=tokens, top_k=top_k, experts=experts, hidden=hidden)
+    x, index, weight = slow.draw_routing(
+        3, tokens=tokens, top_k=top_k, experts=experts, hidden=hidden
+    )
     return Layer(
         torch.from_numpy(x).to(dtype), torch.from_numpy(index), torch.from_numpy(weight).float(), tensors(gate_up, scales),
         tensors(down, scales), 1 + torch.from_numpy(slow.uniform(4, hidden)).float() / 4 if norm else None,

@@ -88,7 +88,9 @@ def layer(
     out = np.zeros_like(x, dtype=np.float64)
     mean_in, mean_out = mean_of(gate_up), mean_of(down)
     for t in range(x.shape[0]):
-        low_in = None if gate_up["basis"] is None else _matvec(gate_up["basis"], x[t])  # once per token
+        low_in = (
+            None if gate_up["basis"] is None else _matvec(gate_up["basis"], x[t])
+        )  # once per token
         shared_in = None if mean_in is None else _coded(mean_in, 0, x[t])  # once per token
         low_out = np.zeros(0 if down["basis"] is None else down["basis"].shape[0])
         hidden_out: Any = 0.0
@@ -96,7 +98,9 @@ def layer(
             rows = _coded(gate_up, e, x[t])
             for n in range(len(rows)):
                 if low_in is not None:
-                    rows[n] += sum(coefficient(gate_up, e, n, r) * low_in[r] for r in range(len(low_in)))
+                    rows[n] += sum(
+                        coefficient(gate_up, e, n, r) * low_in[r] for r in range(len(low_in))
+                    )
                 if shared_in is not None:
                     rows[n] += shared_in[n]
                 if gate_up["bias"] is not None:
@@ -130,7 +134,9 @@ def _coded(p: Projection, e: int, x: np.ndarray) -> np.ndarray:
 
 
 def _matvec(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    return np.array([sum(float(a) * float(b) for a, b in zip(row, vector, strict=True)) for row in matrix])
+    return np.array(
+        [sum(float(a) * float(b) for a, b in zip(row, vector, strict=True)) for row in matrix]
+    )
 
 
 def silu_glu(rows: np.ndarray) -> np.ndarray:
@@ -169,7 +175,11 @@ def draw(
     least = 0 if bits == 3 else -127
     signs = numbers(salt + 1, experts, rows, wide // 8) % 256
     coef = (experts, rows, rank) if input_side else (experts, rank, columns)
-    one = draw(salt + 10, experts=1, rows=rows, columns=columns, bits=mean) if mean else dict.fromkeys(NAMES)
+    one = (
+        draw(salt + 10, experts=1, rows=rows, columns=columns, bits=mean)
+        if mean
+        else dict.fromkeys(NAMES)
+    )
     return {
         "codes": (numbers(salt, experts, rows, wide // v) % 256).astype(np.uint8),
         "signs": signs.astype(np.uint8) if bits == 3 else None,
@@ -178,7 +188,9 @@ def draw(
         "bias": uniform(salt + 4, experts, rows).astype(np.float16) if bias else None,
         "basis": uniform(salt + 5, rank, hidden).astype(np.float16) if rank else None,
         "coef": (numbers(salt + 6, *coef) % 255 - 127).astype(np.int8) if rank else None,
-        "coef_scale": uniform(salt + 7, *coef[:2], low=0.001, high=0.003).astype(np.float16) if rank else None,
+        "coef_scale": uniform(salt + 7, *coef[:2], low=0.001, high=0.003).astype(np.float16)
+        if rank
+        else None,
         **{f"mean_{name}": one[name] for name in NAMES[:4]},
     }
 
@@ -188,7 +200,9 @@ def draw_layer(
     rank: int = 2, bias: bool = True, mean: int = 0,
 ) -> tuple[Projection, Projection]:  # fmt: skip
     """gate_up and down of one layer with a gate; by default K is no multiple of 8 in either."""
-    common: dict[str, Any] = dict(experts=experts, bits=bits, shared=shared, rank=rank, bias=bias, mean=mean)
+    common: dict[str, Any] = dict(
+        experts=experts, bits=bits, shared=shared, rank=rank, bias=bias, mean=mean
+    )
     return (
         draw(salt, rows=2 * intermediate, columns=hidden, **common),
         draw(salt + 50, rows=hidden, columns=intermediate, input_side=False, **common),
@@ -199,5 +213,7 @@ def draw_routing(
     salt: int, *, tokens: int, top_k: int, experts: int, hidden: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x [T, D], chosen experts [T, k] (different ones per token), routing weights [T, k]."""
-    index = np.argsort(numbers(salt + 1, tokens, experts), axis=1, kind="stable")[:, :top_k].astype(np.int64)
+    index = np.argsort(numbers(salt + 1, tokens, experts), axis=1, kind="stable")[:, :top_k].astype(
+        np.int64
+    )
     return uniform(salt, tokens, hidden), index, uniform(salt + 2, tokens, top_k, low=0.1, high=1.0)

@@ -35,7 +35,11 @@ class Artifact:
     """A compiled model and what it was made from."""
 
     def __init__(self, model: Path, out: Path):
-        self.model, self.out, self.manifest = model, out, json.loads((out / "moecc.json").read_text())
+        self.model, self.out, self.manifest = (
+            model,
+            out,
+            json.loads((out / "moecc.json").read_text()),
+        )
         self.rows = {row["name"]: row for row in self.manifest["audit"]}
 
     def stored(self) -> dict[str, torch.Tensor]:
@@ -72,7 +76,11 @@ def test_the_audit_has_every_parameter_once_and_every_byte(family: str, made: An
     names = [row["name"] for row in got.manifest["audit"]]
     before, after = hf.load(str(got.model), torch.float32).state_dict(), got.stored()
     assert sorted(names) == sorted([*before, "(safetensors headers)"])
-    assert sum(row["nbytes"] for row in got.manifest["audit"]) == on_disk(got.out) == got.manifest["summary"]["bytes"]
+    assert (
+        sum(row["nbytes"] for row in got.manifest["audit"])
+        == on_disk(got.out)
+        == got.manifest["summary"]["bytes"]
+    )
     assert sum(got.manifest["summary"]["bytes_by_role"].values()) == on_disk(got.out)
     routers = [n for n, row in got.rows.items() if row["role"] == "router"]
     assert routers and all(got.rows[n]["became"] == "as it was" for n in routers)
@@ -89,11 +97,24 @@ def test_rows_of_compressed_experts_say_what_became_of_them(made: Any) -> None:
     stored = got.stored()
     for name, row in routed.items():
         path = name.replace("gate_up_proj", "gate_up").replace("down_proj", "down")
-        parts = {k.removeprefix(path + "."): v.nbytes for k, v in stored.items() if k.startswith(path + ".")}
+        parts = {
+            k.removeprefix(path + "."): v.nbytes
+            for k, v in stored.items()
+            if k.startswith(path + ".")
+        }
         assert row["details"]["bytes"] == parts and row["nbytes"] == sum(parts.values())
-        assert {"basis", "mean_codes", "mean_codebook", "mean_scale"} <= parts.keys() and "mean_signs" not in parts
+        assert {
+            "basis",
+            "mean_codes",
+            "mean_codebook",
+            "mean_scale",
+        } <= parts.keys() and "mean_signs" not in parts
         assert row["bits"] == pytest.approx(8 * row["nbytes"] / torch.Size(row["shape"]).numel())
-        assert row["became"].startswith("vq4 3 bit") and 0 < row["error"] < 1 and sum(row["tokens"]) == 8 * 32 * 2
+        assert (
+            row["became"].startswith("vq4 3 bit")
+            and 0 < row["error"] < 1
+            and sum(row["tokens"]) == 8 * 32 * 2
+        )
     shared = [r for n, r in got.rows.items() if ".shared_expert." in n]
     assert shared and all(r["role"] == "shared expert" for r in shared)
     linear = got.rows["model.layers.0.self_attn.q_proj.weight"]
@@ -104,7 +125,10 @@ def test_rows_of_compressed_experts_say_what_became_of_them(made: Any) -> None:
 def test_a_layout_made_canonical_is_accounted_to_its_parameters(made: Any) -> None:
     got = made("gpt_oss", EVERYTHING)
     prefix = "model.layers.0.mlp.experts."
-    assert got.rows[f"{prefix}gate_up_proj"]["shape"] == [4, 32, 96] and got.rows[f"{prefix}gate_up_proj"]["nbytes"] > 0
+    assert (
+        got.rows[f"{prefix}gate_up_proj"]["shape"] == [4, 32, 96]
+        and got.rows[f"{prefix}gate_up_proj"]["nbytes"] > 0
+    )
     assert got.rows[f"{prefix}gate_up_proj_bias"]["became"] == f"in {prefix}gate_up_proj"
     assert got.rows[f"{prefix}gate_up_proj_bias"]["nbytes"] == 0
     stored = got.stored()
@@ -147,19 +171,27 @@ def test_tied_weights_are_stored_once(made: Any, tmp_path: Path) -> None:
 def test_an_expert_that_sees_few_tokens_is_named(made: Any, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", "qwen2_moe")
     tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.0.mlp.gate.weight"][3] *= 1e-3  # never among the two highest of four by much
+    tensors["model.layers.0.mlp.gate.weight"][3] *= (
+        1e-3  # never among the two highest of four by much
+    )
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     got = made("qwen2_moe", "moments{min_tokens=100},vq{rounds=1}")
     row = next(r for n, r in got.rows.items() if r["tokens"] and "layers.0" in n)
     starved = [e for e, count in enumerate(row["tokens"]) if count < 100]
-    assert starved and row["fallback"] == f"experts {starved} saw too few tokens; calibrated on tokens sent to them"
+    assert (
+        starved
+        and row["fallback"]
+        == f"experts {starved} saw too few tokens; calibrated on tokens sent to them"
+    )
     assert any("calibrated on 100 sent to it on purpose" in note for note in got.manifest["notes"])
 
 
 # ---------------------------------------------------------------- files
 
 
-def test_sharded_files_load_and_add_up(made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sharded_files_load_and_add_up(
+    made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     whole = made("mixtral", EVERYTHING)
     want = logits(load(whole.out))
     whole.out.rename(tmp_path / "whole")
@@ -176,9 +208,18 @@ def test_sharded_files_load_and_add_up(made: Any, monkeypatch: pytest.MonkeyPatc
 def test_the_folder_is_complete(made: Any) -> None:
     got = made("mixtral", QUICK)
     names = {f.name for f in got.out.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "moecc.json", "report.html"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "moecc.json",
+        "report.html",
+    } <= names
     assert {"tokenizer.json", "tokenizer_config.json"} <= names
-    assert got.manifest["pipeline"] == "moments,vq{codebook=layer,rounds=1}" and got.manifest["seed"] == 0
+    assert (
+        got.manifest["pipeline"] == "moments,vq{codebook=layer,rounds=1}"
+        and got.manifest["seed"] == 0
+    )
     assert {"moecc", "torch", "transformers"} <= got.manifest["versions"].keys()
     assert len(got.manifest["source_digest"]) == 64 and got.manifest["calibration_digest"]
     assert [p["pass"] for p in got.manifest["passes"]] == ["moments", "vq{codebook=layer,rounds=1}"]
@@ -196,15 +237,24 @@ def test_code_beside_a_known_family_is_for_its_tokenizer(
     tokenizer: bool, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is transformers' own in any case; code is copied where the tokenizer needs it."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     model = checkpoint(tmp_path / "model")
     for name, text in CODE.items():
         (model / name).write_text(text)
-    maps = {"config.json": {"AutoConfig": "configuration_mine.Config", "AutoModelForCausalLM": "modeling_mine.Model"}}
+    maps = {
+        "config.json": {
+            "AutoConfig": "configuration_mine.Config",
+            "AutoModelForCausalLM": "modeling_mine.Model",
+        }
+    }
     if tokenizer:
         maps["tokenizer_config.json"] = {"AutoTokenizer": [None, "tokenization_mine.Mine"]}
     for name, classes in maps.items():
-        (model / name).write_text(json.dumps({**json.loads((model / name).read_text()), "auto_map": classes}))
+        (model / name).write_text(
+            json.dumps({**json.loads((model / name).read_text()), "auto_map": classes})
+        )
     got = made("mixtral", QUICK, "--trust-remote-code")
     assert {f.name for f in got.out.glob("*.py")} == (set(CODE) if tokenizer else set())
     assert logits(load(got.out)).isfinite().all()
@@ -275,9 +325,15 @@ def test_nodes_that_nothing_stores_are_refused() -> None:
     assert added.startswith("a pass made %experts : f32[") or added.startswith("a pass added %mul")
     assert added.endswith(end)
     changed = refused("qwen2_moe", negated)
-    assert "= aten.silu(" in changed and "= aten.neg(" in changed and changed.startswith("a pass made %silu")
+    assert (
+        "= aten.silu(" in changed
+        and "= aten.neg(" in changed
+        and changed.startswith("a pass made %silu")
+    )
     assert refused("qwen2_moe", bypassed).startswith("a pass ")
-    assert refused("qwen2_moe", lambda p, moe: moe.node.update_kwarg("act", "gelu")).startswith("a pass made %experts")
+    assert refused("qwen2_moe", lambda p, moe: moe.node.update_kwarg("act", "gelu")).startswith(
+        "a pass made %experts"
+    )
 
 
 def test_weights_that_have_no_place_are_refused() -> None:
@@ -298,10 +354,13 @@ def test_weights_that_have_no_place_are_refused() -> None:
 def test_experts_of_another_layout_are_changed_by_what_they_are_computed_from() -> None:
     path = "model.layers.0.mlp.experts"
     with pytest.raises(
-        MoeccError, match=rf"{path}.gate_up is computed from {path}.gate_up_proj; give that its new value"
+        MoeccError,
+        match=rf"{path}.gate_up is computed from {path}.gate_up_proj; give that its new value",
     ):
         planned("gpt_oss", lambda p, moe: p.add(f"{path}.gate_up", torch.zeros(1)))
-    plan = planned("gpt_oss", lambda p, moe: p.rewrite(f"{path}.down_proj", p.read(f"{path}.down_proj") / 2))
+    plan = planned(
+        "gpt_oss", lambda p, moe: p.rewrite(f"{path}.down_proj", p.read(f"{path}.down_proj") / 2)
+    )
     assert [r.name for r in plan.rows if r.became == "rewritten"] == [f"{path}.down_proj"]
 
 
@@ -317,7 +376,9 @@ def test_what_passes_record_is_in_the_rows_of_plain_weights_too() -> None:
     assert ctx.notes == ["model.norm.wait: recorded, but no weight is called so: {'by': 2}"]
 
 
-def test_what_is_recorded_of_a_parameter_is_in_the_rows_of_coded_experts(batches: list[torch.Tensor]) -> None:
+def test_what_is_recorded_of_a_parameter_is_in_the_rows_of_coded_experts(
+    batches: list[torch.Tensor],
+) -> None:
     program, ctx = trace(make("qwen2_moe"), dtype=torch.float32), Context()
     original, name = program.copy(), "model.layers.0.mlp.experts.gate_up_proj"
     run_passes(program, resolve(parse_passes("vq{rounds=1}")[0])[0], ctx, batches)

@@ -61,7 +61,9 @@ class Case:
         if self.angles:
             angle = torch.rand(b, s, self.angles) * 6
             tensors |= {"cos": angle.cos(), "sin": angle.sin()}
-        return {n: t.half() if self.half and t.is_floating_point() else t for n, t in tensors.items()}
+        return {
+            n: t.half() if self.half and t.is_floating_point() else t for n, t in tensors.items()
+        }
 
     def attributes(self) -> dict[str, Any]:
         h, g, d, e = self.heads, self.groups, self.width, self.value_width
@@ -75,9 +77,15 @@ class Case:
         t = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
         parts = t["rows"].split(self.attributes()["parts"], -1)
         widths = (self.width, self.width, self.value_width)
-        q, k, v = (x.unflatten(-1, (-1, n)).transpose(1, 2) for x, n in zip(parts, widths, strict=True))
-        q, k = (self._turned(self._normed(x, t.get(f"{n}_norm")), t) for n, x in (("q", q), ("k", k)))
-        keys = torch.cat([t["past_key"][:, :, : self.past], k.half().double() if self.half else k], 2)
+        q, k, v = (
+            x.unflatten(-1, (-1, n)).transpose(1, 2) for x, n in zip(parts, widths, strict=True)
+        )
+        q, k = (
+            self._turned(self._normed(x, t.get(f"{n}_norm")), t) for n, x in (("q", q), ("k", k))
+        )
+        keys = torch.cat(
+            [t["past_key"][:, :, : self.past], k.half().double() if self.half else k], 2
+        )
         values = torch.cat([t["past_value"][:, :, : self.past], v], 2)
         repeat = self.heads // self.groups
         scores = q @ keys.repeat_interleave(repeat, 1).mT * self.attributes()["scale"]
@@ -87,7 +95,9 @@ class Case:
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return (
-            x if weight is None else x * (x.pow(2).mean(-1, keepdim=True) + self.attributes()["eps"]).rsqrt() * weight
+            x
+            if weight is None
+            else x * (x.pow(2).mean(-1, keepdim=True) + self.attributes()["eps"]).rsqrt() * weight
         )
 
     def _turned(self, x: Tensor, t: Tensors) -> Tensor:
@@ -106,12 +116,16 @@ class Case:
 
 CASES: dict[str, Case] = {
     **{
-        f"plain{', normed' * n}{', turned' * bool(a)}{', half' * f}": Case(normed=n, angles=a, half=f)
+        f"plain{', normed' * n}{', turned' * bool(a)}{', half' * f}": Case(
+            normed=n, angles=a, half=f
+        )
         for n, a, f in itertools.product((False, True), (0, 12), (False, True))
     },
     "pairs": Case(interleaved=True),
     "first": Case(past=0),
-    "decode": Case(tokens=1, past=150, heads=12, groups=3, width=64, value_width=64, angles=32, batch=1),
+    "decode": Case(
+        tokens=1, past=150, heads=12, groups=3, width=64, value_width=64, angles=32, batch=1
+    ),
     "prefill": Case(tokens=70, past=9, heads=8, groups=2, width=32, value_width=32, angles=16),
     "narrow": Case(width=6, value_width=3, angles=3, heads=2, groups=1),
     "one mask": Case(mask="one"),
@@ -121,29 +135,42 @@ CASES: dict[str, Case] = {
     "few angles": Case(angles=5),
     "blind": Case(mask="nothing"),
 }
-LIBRARY_ONLY = {"few angles", "blind"}  # the operators want angles for all channels, and make no number of nothing
+LIBRARY_ONLY = {
+    "few angles",
+    "blind",
+}  # the operators want angles for all channels, and make no number of nothing
 
 
 def write(folder: Path, name: str, case: Case, given: Tensors, *, functions: bool = False) -> None:
     h, kind = onnx.helper, TYPES[torch.float16 if case.half else torch.float32]
     total = case.past + case.tokens
-    nodes = [h.make_node(case.name, list(given), ["y", "key", "value"], domain="moecc", **case.attributes())]
-    for n, size in (("y", case.tokens), ("key", total), ("value", total)):  # not what a cache has beyond
+    nodes = [
+        h.make_node(
+            case.name, list(given), ["y", "key", "value"], domain="moecc", **case.attributes()
+        )
+    ]
+    for n, size in (
+        ("y", case.tokens),
+        ("key", total),
+        ("value", total),
+    ):  # not what a cache has beyond
         axis = 1 if n == "y" else 2
         nodes += [h.make_node("Slice", [n, "zero", f"{n}_size", f"{n}_axis"], [f"{n}_cut"])]
         nodes += [h.make_node("Reshape", [f"{n}_cut", "flat"], [f"{n}_flat"])]
         given_sizes = {f"{n}_size": [size], f"{n}_axis": [axis]}
         nodes += [h.make_node("Constant", [], [c], value_ints=v) for c, v in given_sizes.items()]
-    nodes = [h.make_node("Constant", [], [n], value_ints=[v]) for n, v in (("zero", 0), ("flat", -1))] + sorted(
-        nodes, key=lambda n: n.op_type != "Constant"
-    )
+    nodes = [
+        h.make_node("Constant", [], [n], value_ints=[v]) for n, v in (("zero", 0), ("flat", -1))
+    ] + sorted(nodes, key=lambda n: n.op_type != "Constant")
     nodes += [h.make_node("Concat", ["y_flat", "key_flat", "value_flat"], ["all"], axis=0)]
     types = {n: 9 if t.dtype == torch.bool else kind for n, t in given.items()}
     graph = h.make_graph(
         nodes, "g", [h.make_tensor_value_info(n, types[n], [None] * t.dim()) for n, t in given.items()],
         [h.make_tensor_value_info("all", kind, [None])],
     )  # fmt: skip
-    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 23), h.make_opsetid("moecc", 1)], ir_version=11)
+    model = h.make_model(
+        graph, opset_imports=[h.make_opsetid("", 23), h.make_opsetid("moecc", 1)], ir_version=11
+    )
     if functions:
         import onnx_ir as ir
 
@@ -173,7 +200,9 @@ def test_the_library_gives_what_attention_is(tmp_path: Path, isas: list[str]) ->
             check(outcome, name, case, made[name], f"{isa}, {threads} threads")
 
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if not c.room and n not in LIBRARY_ONLY])
+@pytest.mark.parametrize(
+    "name", [n for n, c in CASES.items() if not c.room and n not in LIBRARY_ONLY]
+)
 def test_the_function_gives_the_same(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     given = case.made()
@@ -195,7 +224,9 @@ def test_sanitizers_find_nothing(tmp_path: Path, isas: list[str]) -> None:  # no
         np.savez(tmp_path / f"{name}.npz", **{f"run/{n}": a for n, a in given.items()})
     for isa in isas:
         outcome = batch.run(library, threads=2, MOECC_ISA=isa, **environment)
-        assert all(outcome.errors[name] for name in WRONG) and not any(outcome.errors[name] for name in masks)
+        assert all(outcome.errors[name] for name in WRONG) and not any(
+            outcome.errors[name] for name in masks
+        )
         for name, case in CASES.items():
             check(outcome, name, case, made[name], f"sanitized {isa}")
 

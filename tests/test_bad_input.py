@@ -44,18 +44,38 @@ def model(good: Path, tmp_path: Path) -> Path:
 def listing(folder: Path) -> dict[str, Any]:
     """Every file with its bytes, every folder and link, by relative path."""
     found = {str(p.relative_to(folder)): p for p in folder.rglob("*")}
-    return {k: os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None for k, p in found.items()}
+    return {
+        k: os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+        for k, p in found.items()
+    }
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
     """refused(model, *options): the error line of a compilation that must fail and leave everything as it was."""
     monkeypatch.chdir(tmp_path)
 
-    def run(model: str | Path, *options: str | Path, passes: str = QUICK, out: str | Path = "out") -> str:
+    def run(
+        model: str | Path, *options: str | Path, passes: str = QUICK, out: str | Path = "out"
+    ) -> str:
         before = listing(tmp_path)
         capsys.readouterr()
-        args = ("compile", model, "--passes", passes, "-o", out, "--rows", "4", "--length", "16", "--json", *options)
+        args = (
+            "compile",
+            model,
+            "--passes",
+            passes,
+            "-o",
+            out,
+            "--rows",
+            "4",
+            "--length",
+            "16",
+            "--json",
+            *options,
+        )
         code = cli.main([str(a) for a in args])
         stdout, stderr = capsys.readouterr()
         lines = stderr.splitlines()
@@ -70,7 +90,9 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 
 def edit_config(model: Path, **changes: Any) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({k: v for k, v in {**config, **changes}.items() if v is not ...}))
+    (model / "config.json").write_text(
+        json.dumps({k: v for k, v in {**config, **changes}.items() if v is not ...})
+    )
 
 
 def edit_tensors(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -88,7 +110,13 @@ def test_no_such_folder(refused: Any) -> None:
 
 
 def test_not_a_mixture_of_experts(refused: Any, tmp_path: Path) -> None:
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     config = AutoConfig.for_model("llama", num_key_value_heads=2, **sizes)
     checkpoint(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -104,7 +132,9 @@ def test_an_unknown_family(refused: Any, model: Path) -> None:
 
 
 def test_a_model_that_is_code(refused: Any, model: Path) -> None:
-    edit_config(model, model_type="unicorn", auto_map={"AutoConfig": "configuration_unicorn.UnicornConfig"})
+    edit_config(
+        model, model_type="unicorn", auto_map={"AutoConfig": "configuration_unicorn.UnicornConfig"}
+    )
     for options in ([], ["--trust-remote-code"]):
         assert "moecc doesn't run a model's own code" in refused(model, *options)
 
@@ -124,7 +154,10 @@ def test_a_config_that_is_no_configuration(refused: Any, model: Path) -> None:
 
 def test_a_quantized_checkpoint(refused: Any, model: Path) -> None:
     edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantized already (gptq); give the unquantized checkpoint, or one of fp8 or mxfp4" in refused(model)
+    assert (
+        "quantized already (gptq); give the unquantized checkpoint, or one of fp8 or mxfp4"
+        in refused(model)
+    )
 
 
 def test_pickled_weights(refused: Any, model: Path) -> None:
@@ -144,7 +177,9 @@ def test_missing_tensors(refused: Any, model: Path) -> None:
 
 
 def test_a_missing_expert(refused: Any, model: Path) -> None:
-    name = next(n for n in load_file(model / "model.safetensors") if "layers.1" in n and ".experts.2." in n)
+    name = next(
+        n for n in load_file(model / "model.safetensors") if "layers.1" in n and ".experts.2." in n
+    )
     edit_tensors(model, lambda t: t.pop(name))
     line = refused(model)
     assert "takes 4 experts" in line and name in line and "fetch it again" in line
@@ -178,7 +213,9 @@ def test_truncated_files(keep: int, refused: Any, model: Path) -> None:
         ("layers.1.block_sparse_moe.experts.3", torch.nan), ("model.norm", -torch.inf), ("lm_head", torch.nan),
     ],
 )  # fmt: skip
-def test_nan_and_infinity_wherever_they_are_read(part: str, value: float, refused: Any, model: Path) -> None:
+def test_nan_and_infinity_wherever_they_are_read(
+    part: str, value: float, refused: Any, model: Path
+) -> None:
     """The last ones are read only when the layers are done, or when the artifact is written."""
     name = next(n for n in load_file(model / "model.safetensors") if part in n)
     edit_tensors(model, lambda t: t[name].view(-1)[-1:].fill_(value))
@@ -209,11 +246,20 @@ def test_a_config_that_lies_about_shapes(lie: dict[str, Any], refused: Any, mode
 @pytest.mark.parametrize(
     ("lie", "says"),
     [
-        (dict(num_experts_per_tok=9), "num_experts_per_tok is 9 and num_local_experts 4, but a token takes 1 expert"),
-        (dict(num_experts_per_tok=0), "num_experts_per_tok is 0 and num_local_experts 4, but a token takes 1 expert"),
+        (
+            dict(num_experts_per_tok=9),
+            "num_experts_per_tok is 9 and num_local_experts 4, but a token takes 1 expert",
+        ),
+        (
+            dict(num_experts_per_tok=0),
+            "num_experts_per_tok is 0 and num_local_experts 4, but a token takes 1 expert",
+        ),
         (dict(num_attention_heads=3), "the model can't be traced: Attempting to broadcast"),
         (dict(hidden_act="mystery"), "hidden_act 'mystery' is unknown"),
-        (dict(hidden_size="64"), "field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str"),
+        (
+            dict(hidden_size="64"),
+            "field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str",
+        ),
     ],
 )
 def test_a_config_that_makes_no_model_is_named_with_its_entry(
@@ -260,7 +306,9 @@ OPTIONS: dict[str, tuple[str, list[str], str]] = {
 
 
 @pytest.mark.parametrize(("passes", "options", "says"), OPTIONS.values(), ids=OPTIONS.keys())
-def test_options_out_of_range(passes: str, options: list[str], says: str, refused: Any, good: Path) -> None:
+def test_options_out_of_range(
+    passes: str, options: list[str], says: str, refused: Any, good: Path
+) -> None:
     assert says in refused(good, *options, passes=passes)
 
 
@@ -280,13 +328,18 @@ def test_rows_of_a_length_that_the_family_does_not_take(refused: Any, tmp_path: 
     assert "rows of 100 tokens" in line and "give --length 63" in line
     shutil.rmtree(model)
     line = refused(checkpoint(model, "zaya"), "--length", "2")
-    assert "rows of 2 tokens" in line and "sequence other than 2" in line and "give --length 5" in line
+    assert (
+        "rows of 2 tokens" in line and "sequence other than 2" in line and "give --length 5" in line
+    )
 
 
 def test_rows_longer_than_the_model_has_positions_for(refused: Any, model: Path) -> None:
     edit_config(model, max_position_embeddings=12)
     line = refused(model)
-    assert "rows of 16 tokens, but the model has positions for 12" in line and "give --length 12" in line
+    assert (
+        "rows of 16 tokens, but the model has positions for 12" in line
+        and "give --length 12" in line
+    )
 
 
 # ---------------------------------------------------------------- the output folder
@@ -308,15 +361,21 @@ def test_a_place_where_nothing_can_be_written_is_met_before_the_trace(
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr("moecc.commands.compile.trace", full)
     for out in ("file/out", "file/deeper/out"):
-        assert f"{out} can't be made: {tmp_path}/file is not a folder; choose" in refused(good, out=out)
+        assert f"{out} can't be made: {tmp_path}/file is not a folder; choose" in refused(
+            good, out=out
+        )
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert f"new/out can't be made: no permission to write in {tmp_path}; choose" in refused(good, out="new/out")
+    assert f"new/out can't be made: no permission to write in {tmp_path}; choose" in refused(
+        good, out="new/out"
+    )
 
 
 def test_a_dump_folder_that_holds_something(refused: Any, good: Path, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "00-traced.txt").write_text("of another run")
-    assert "--dump texts is not empty; give a new folder for the texts" in refused(good, "--dump", "texts")
+    assert "--dump texts is not empty; give a new folder for the texts" in refused(
+        good, "--dump", "texts"
+    )
 
 
 def test_new_folders_above_the_output_go_too(refused: Any, model: Path) -> None:
@@ -374,10 +433,15 @@ def full(*args: Any, **kwargs: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_is_met_before_the_work(refused: Any, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_met_before_the_work(
+    refused: Any, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 30, 1 << 30, 1000))
     line = refused(good)
-    assert "out.partial needs" in line and "its disk has 1.00 kB free; free some or write elsewhere" in line
+    assert (
+        "out.partial needs" in line
+        and "its disk has 1.00 kB free; free some or write elsewhere" in line
+    )
 
 
 @pytest.mark.parametrize("passes", [QUICK, "vq{bits=4,rounds=1}", "dense{group=16}"])
@@ -385,7 +449,9 @@ def test_what_is_asked_of_the_disk_first_is_what_is_on_it_at_the_end(
     passes: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("moecc.commands.compile.free_space", lambda path, count: asked.append(count))
+    monkeypatch.setattr(
+        "moecc.commands.compile.free_space", lambda path, count: asked.append(count)
+    )
     remove, held = journal.Journal.remove, []
 
     def removing(self: Any) -> None:
@@ -393,13 +459,26 @@ def test_what_is_asked_of_the_disk_first_is_what_is_on_it_at_the_end(
         remove(self)
 
     monkeypatch.setattr(journal.Journal, "remove", removing)
-    args = ("compile", good, "--passes", passes, "-o", tmp_path / "out", "--rows", "4", "--length", "16")
+    args = (
+        "compile",
+        good,
+        "--passes",
+        passes,
+        "-o",
+        tmp_path / "out",
+        "--rows",
+        "4",
+        "--length",
+        "16",
+    )
     assert cli.main([str(a) for a in args]) == 0
     written = (tmp_path / "out" / "model.safetensors").stat().st_size + sum(held)
     assert 0.8 * written < asked[0] <= written
 
 
-def test_a_disk_that_fills_up_before_the_artifact(refused: Any, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_before_the_artifact(
+    refused: Any, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left = iter([1 << 30])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 30, 0, next(left, 1000)))
     assert re.search(r"artifact needs 1\.\d\d MB and its disk has 1\.00 kB free", refused(good))
@@ -412,7 +491,9 @@ def test_a_disk_that_fills_up_while_writing(
     """At the first layer of the journal, at the second, and at the artifact's weights."""
     counted = iter(range(calls))
     sync = os.fsync
-    monkeypatch.setattr(files.os, "fsync", lambda fd: sync(fd) if next(counted, None) is not None else full())
+    monkeypatch.setattr(
+        files.os, "fsync", lambda fd: sync(fd) if next(counted, None) is not None else full()
+    )
     line = refused(good)
     assert "No space left on device" in line and "free some space or write elsewhere" in line
 
@@ -427,20 +508,41 @@ def test_a_disk_that_fills_up_at_the_small_files(
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_an_artifact_that_does_not_load(fits: bool, refused: Any, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_artifact_that_does_not_load(
+    fits: bool, refused: Any, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("size mismatch\nfor this and that")
 
     monkeypatch.setattr(verify, "free_memory", lambda: 1 << 40 if fits else 0)
     monkeypatch.setattr(verify.hf, "load", broken)
     monkeypatch.setattr(verify, "trace", broken)
-    assert "artifact: what was written can't be loaded again: size mismatch; nothing was kept" in refused(good)
+    assert (
+        "artifact: what was written can't be loaded again: size mismatch; nothing was kept"
+        in refused(good)
+    )
 
 
 def test_a_resumed_run_that_fails_keeps_what_the_first_had_finished(
-    refused: Any, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    refused: Any,
+    good: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    args = ["compile", str(good), "--passes", QUICK, "-o", "out", "--rows", "4", "--length", "16", "--json"]
+    args = [
+        "compile",
+        str(good),
+        "--passes",
+        QUICK,
+        "-o",
+        "out",
+        "--rows",
+        "4",
+        "--length",
+        "16",
+        "--json",
+    ]
     monkeypatch.chdir(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         stop(patch, "after saving", 3, interrupt)

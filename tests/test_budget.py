@@ -19,7 +19,9 @@ from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context
 from moecc.pipeline.run import run_passes
 
-BATCHES = [torch.randint(0, 16, (2, 6), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+BATCHES = [
+    torch.randint(0, 16, (2, 6), generator=torch.Generator().manual_seed(i)) for i in range(8)
+]
 
 
 def drawn(seed: int) -> dict[str, list[Planned]]:
@@ -38,12 +40,16 @@ def drawn(seed: int) -> dict[str, list[Planned]]:
 @pytest.mark.parametrize("seed", range(12))
 def test_no_plan_within_the_budget_is_better(seed: int) -> None:
     offers = drawn(seed)
-    least, most = (sum(end(o.stored for o in found) for found in offers.values()) for end in (min, max))
+    least, most = (
+        sum(end(o.stored for o in found) for found in offers.values()) for end in (min, max)
+    )
     for share in (0.0, 0.2, 0.5, 0.8, 1.0):
         budget = least + share * (most - least)
         plan = spend(offers, budget)
         assert plan is not None and sum(o.stored for o in plan.values()) <= budget
-        allowed = (p for p in itertools.product(*offers.values()) if sum(o.stored for o in p) <= budget)
+        allowed = (
+            p for p in itertools.product(*offers.values()) if sum(o.stored for o in p) <= budget
+        )
         best = min(sum(o.cost for o in p) for p in allowed)
         assert sum(o.cost for o in plan.values()) == pytest.approx(best)
 
@@ -53,16 +59,22 @@ def test_a_budget_below_the_least_has_no_plan() -> None:
     assert spend(offers, sum(min(o.stored for o in found) for found in offers.values()) - 1) is None
 
 
-def compiled(text: str, kinds: str = "MM", batches: list[torch.Tensor] = BATCHES) -> tuple[Program, Context]:
+def compiled(
+    text: str, kinds: str = "MM", batches: list[torch.Tensor] = BATCHES
+) -> tuple[Program, Context]:
     program, ctx = tiny_program(kinds), Context()
     passes, _ = resolve(parse_passes(text)[0])
     run_passes(program, passes, ctx, batches)
     return program, ctx
 
 
-def test_bits_go_where_errors_cost_and_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_go_where_errors_cost_and_stay_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(
-        vq4, "coded_bits", lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits
+        vq4,
+        "coded_bits",
+        lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits,
     )
     program, ctx = compiled("budget{bits=2.5,mean=off,rank=0},klt,vq")
     weights = {p: (512 if p.endswith("gate_up") else 256) * 4 for p in ctx.plan}
@@ -72,14 +84,18 @@ def test_bits_go_where_errors_cost_and_stay_within_the_budget(monkeypatch: pytes
     for p, planned in ctx.plan.items():
         assert ctx.audit[p]["became"] == f"vq4 {planned.bits} bit"
     signed = {
-        n.name.rpartition("_")[0] for n in program.graph.nodes if n.op == "placeholder" and n.name.endswith("signs")
+        n.name.rpartition("_")[0]
+        for n in program.graph.nodes
+        if n.op == "placeholder" and n.name.endswith("signs")
     }
     assert len(signed) == sum(planned.bits == 3 for planned in ctx.plan.values())
 
 
 def test_a_mean_is_planned_where_experts_are_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        vq4, "coded_bits", lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits
+        vq4,
+        "coded_bits",
+        lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits,
     )
     _, ctx = compiled("budget{bits=2.2,rank=0},klt,vq", "S")
     assert all(planned.mean for planned in ctx.plan.values())
@@ -87,7 +103,9 @@ def test_a_mean_is_planned_where_experts_are_siblings(monkeypatch: pytest.Monkey
 
 
 def test_too_small_a_budget_says_what_the_least_is() -> None:
-    with pytest.raises(MoeccError, match=r"bits=2\.5 is too few; with scales and codebooks the least is \d+\.\d{3}"):
+    with pytest.raises(
+        MoeccError, match=r"bits=2\.5 is too few; with scales and codebooks the least is \d+\.\d{3}"
+    ):
         compiled("budget{bits=2.5}")
 
 
@@ -104,13 +122,19 @@ def test_what_can_t_be_planned_is_refused_with_a_fraction() -> None:
 
 
 def test_offsets_do_not_exceed_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecc.passes.affine.gain", lambda *args: 1.0)  # each would be worth its bits
-    planned, ctx = compiled("budget{bits=6,codebook=layer,mean=off,rank=0},klt,vq{codebook=layer},affine,fold", "I")
+    monkeypatch.setattr(
+        "moecc.passes.affine.gain", lambda *args: 1.0
+    )  # each would be worth its bits
+    planned, ctx = compiled(
+        "budget{bits=6,codebook=layer,mean=off,rank=0},klt,vq{codebook=layer},affine,fold", "I"
+    )
     assert experts_bits(planned) <= 6
     assert {row["affine"] for row in ctx.audit.values()} <= {"slope", "none"}
     free, _ = compiled("vq{codebook=layer},affine,fold", "I")
     assert free.moe_layers()[0].operand("down_bias") is not None
-    with pytest.raises(MoeccError, match="affine: offset=on can't be planned by budget; leave it out"):
+    with pytest.raises(
+        MoeccError, match="affine: offset=on can't be planned by budget; leave it out"
+    ):
         compiled("budget{bits=6,codebook=layer},kbvq{codebook=layer,offset=on}", "I")
 
 
@@ -130,16 +154,24 @@ def test_bits_of_all_layers_follow_sensitivity_where_the_costs_of_gate_up_do_not
     """Then errors are relative to the outputs, and what an output costs sets them against those of other layers."""
     monkeypatch.setattr("moecc.passes._code.moments._PER_EXPERT_BYTES", 4000)
     monkeypatch.setattr(
-        vq4, "coded_bits", lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits
+        vq4,
+        "coded_bits",
+        lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits,
     )
     _, ctx = compiled("budget{bits=2.7,mean=off,rank=0},klt,vq", "MMM")
     bits = [sum(it.bits for name, it in ctx.plan.items() if str(i) in name) for i in range(3)]
-    costs = {name: float(s.trace()) for name, s in ctx.sensitivity.items() if f"{name}.down" in ctx.plan}
+    costs = {
+        name: float(s.trace()) for name, s in ctx.sensitivity.items() if f"{name}.down" in ctx.plan
+    }
     assert min(costs) == max(costs, key=lambda name: costs[name])  # the first layer's, by far
     assert bits[0] == max(bits) > min(bits)
 
 
 def test_experts_that_saw_no_token_do_not_make_a_layer_cheap() -> None:
-    ids = [torch.randint(0, 16, (1, 6), generator=torch.Generator().manual_seed(i)) for i in (900, 901)]
-    _, ctx = compiled("budget{bits=6,codebook=layer,mean=off,rank=0},klt,vq{codebook=layer}", "IM", ids)
+    ids = [
+        torch.randint(0, 16, (1, 6), generator=torch.Generator().manual_seed(i)) for i in (900, 901)
+    ]
+    _, ctx = compiled(
+        "budget{bits=6,codebook=layer,mean=off,rank=0},klt,vq{codebook=layer}", "IM", ids
+    )
     assert all(planned.cost > 0 for planned in ctx.plan.values())

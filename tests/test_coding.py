@@ -27,7 +27,9 @@ E, N, K = 2, 6, 16
 BITS = [2, 3, 4]
 
 
-def drawn(seed: int = 0, *, experts: int = E, rows: int = N, columns: int = K) -> tuple[Tensor, Tensor]:
+def drawn(
+    seed: int = 0, *, experts: int = E, rows: int = N, columns: int = K
+) -> tuple[Tensor, Tensor]:
     """Weights [E, N, K] with rows of about one, and full second moments [E, K, K] of unequal columns."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(experts, 3 * columns, columns, generator=g) * torch.linspace(0.3, 2.0, columns)
@@ -42,10 +44,14 @@ def codebooks(bits: int, seed: int = 0, *, books: int = E, size: int = 256) -> T
     return torch.randint(low, 128, (books, size, v), generator=g).float()
 
 
-def coder(bits: int, seed: int = 0, *, feedback: bool = True, output: Tensor | None = None, **shape: int) -> _Coder:
+def coder(
+    bits: int, seed: int = 0, *, feedback: bool = True, output: Tensor | None = None, **shape: int
+) -> _Coder:
     weight, moment = drawn(seed, **shape)
     importance = moment.diagonal(dim1=-2, dim2=-1)
-    return _Coder(weight, moment, importance / importance.mean(-1, keepdim=True), bits, feedback, output)
+    return _Coder(
+        weight, moment, importance / importance.mean(-1, keepdim=True), bits, feedback, output
+    )
 
 
 def scales(c: _Coder) -> Tensor:
@@ -72,7 +78,9 @@ def error_of(c: _Coder, s: Coded) -> Tensor:
     d, h = (s.dense().double() - c.target.double()), c.moment.double()
     found = [sum(float(row @ h[e] @ row) for row in d[e]) for e in range(len(d))]
     if c.output is not None:
-        found = [float(torch.trace(c.output[e].double() @ d[e] @ h[e] @ d[e].T)) for e in range(len(d))]
+        found = [
+            float(torch.trace(c.output[e].double() @ d[e] @ h[e] @ d[e].T)) for e in range(len(d))
+        ]
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -86,7 +94,12 @@ def never_more(after: Tensor, before: Tensor) -> None:
 def test_weighted_error_against_the_loop() -> None:
     d, h = drawn(1)
     want = [
-        sum(d[e, n, i] * h[e, i, j] * d[e, n, j] for n in range(N) for i in range(K) for j in range(K))
+        sum(
+            d[e, n, i] * h[e, i, j] * d[e, n, j]
+            for n in range(N)
+            for i in range(K)
+            for j in range(K)
+        )
         for e in range(E)
     ]
     torch.testing.assert_close(weighted_error(d, h), torch.stack(want), rtol=1e-4, atol=1e-4)
@@ -119,11 +132,15 @@ def distance(t: np.ndarray, q: np.ndarray, metric: np.ndarray) -> float:
     return sum(y * y for y in image)
 
 
-def slow_nearest(t: np.ndarray, table: np.ndarray, metric: np.ndarray, bits: int) -> tuple[int, np.ndarray]:
+def slow_nearest(
+    t: np.ndarray, table: np.ndarray, metric: np.ndarray, bits: int
+) -> tuple[int, np.ndarray]:
     """Brute force over all codes; at 3 bit with the signs that t + 1/2 has."""
     best, chosen, least = 0, table[0], np.inf
     for code, p in enumerate(table):
-        q = np.array([-1 - c if bits == 3 and x + 0.5 < 0 else c for c, x in zip(p, t, strict=True)])
+        q = np.array(
+            [-1 - c if bits == 3 and x + 0.5 < 0 else c for c, x in zip(p, t, strict=True)]
+        )
         d = distance(t, q, metric)
         if d < least:
             best, chosen, least = code, q, d
@@ -148,10 +165,15 @@ def test_nearest_against_brute_force(bits: int, diagonal: bool, books: int) -> N
     for e, n in itertools.product(range(E), range(12)):
         args = [x.double().numpy() for x in (t[e, n], table[e % books], metric[e])]
         _, want = slow_nearest(args[0], args[1], args[2], bits)
-        got, least = distance(args[0], q[e, n].double().numpy(), args[2]), distance(args[0], want, args[2])
+        got, least = (
+            distance(args[0], q[e, n].double().numpy(), args[2]),
+            distance(args[0], want, args[2]),
+        )
         assert got <= least * (1 + 1e-4) + 1e-3
         p = table[e % books, code[e, n]]
-        assert torch.equal(q[e, n], p if negative is None else torch.where(negative[e, n], -1 - p, p))
+        assert torch.equal(
+            q[e, n], p if negative is None else torch.where(negative[e, n], -1 - p, p)
+        )
 
 
 def test_three_bit_signs_are_the_best_ones_under_a_diagonal_metric() -> None:
@@ -205,7 +227,9 @@ def slow_feedback(c: _Coder, table: np.ndarray, e: int, n: int, scale: float) ->
         after = [k for k in rest if k not in here]
         free = w.copy()
         if coded:
-            free[rest] -= np.linalg.solve(h[np.ix_(rest, rest)], h[np.ix_(rest, coded)] @ (q[coded] - w[coded]))
+            free[rest] -= np.linalg.solve(
+                h[np.ix_(rest, rest)], h[np.ix_(rest, coded)] @ (q[coded] - w[coded])
+            )
         schur = h[np.ix_(here, here)].copy()
         if after:
             cross = h[np.ix_(here, after)]
@@ -220,14 +244,18 @@ def slow_feedback(c: _Coder, table: np.ndarray, e: int, n: int, scale: float) ->
 def test_error_feedback_against_least_squares_at_every_step(bits: int, block: int) -> None:
     c = coder(bits)
     table, s = codebooks(bits), scales(c)
-    chosen = c._choose(c.target, table, s, c._finders(table), block=block).unscaled().double().numpy()
+    chosen = (
+        c._choose(c.target, table, s, c._finders(table), block=block).unscaled().double().numpy()
+    )
     same, total, errors = 0, 0, np.zeros(2)
     for e, n in itertools.product(range(E), range(N)):
         want = slow_feedback(c, table[e].double().numpy(), e, n, float(s[e, n]))
         same, total = same + int((want == chosen[e, n]).sum()), total + K
         h, w = c.moment[e].double().numpy(), c.target[e, n].double().numpy() / float(s[e, n])
         errors += [(d := q - w) @ h @ d for q in (want, chosen[e, n])]
-    assert same >= 0.95 * total  # a tie that float32 breaks otherwise changes what follows in its row
+    assert (
+        same >= 0.95 * total
+    )  # a tie that float32 breaks otherwise changes what follows in its row
     assert errors[1] <= 1.02 * errors[0]
 
 
@@ -235,13 +263,17 @@ def test_error_feedback_against_least_squares_at_every_step(bits: int, block: in
 def test_feedback_pays(bits: int) -> None:
     c, plain = coder(bits, rows=24), coder(bits, rows=24, feedback=False)
     table, s = codebooks(bits), scales(c)
-    assert float(error_of(c, c.choose(table, s)).sum()) < float(error_of(c, plain.choose(table, s)).sum())
+    assert float(error_of(c, c.choose(table, s)).sum()) < float(
+        error_of(c, plain.choose(table, s)).sum()
+    )
 
 
 def costs(likeness: float, seed: int = 0, rows: int = 64) -> Tensor:
     """Costs [E, N, N] of output errors: full, and the rows the more alike the larger `likeness`."""
     g = torch.Generator().manual_seed(seed)
-    a = torch.randn(E, rows, 4 * rows, generator=g) + likeness * torch.randn(E, 1, 4 * rows, generator=g)
+    a = torch.randn(E, rows, 4 * rows, generator=g) + likeness * torch.randn(
+        E, 1, 4 * rows, generator=g
+    )
     return a @ a.mT / a.shape[-1]
 
 
@@ -251,18 +283,25 @@ def test_codes_follow_the_cost_of_output_errors(bits: int, likeness: float) -> N
     weight, moment = drawn(5, rows=64, columns=64)
     cost = costs(likeness)
     plain, knowing = (
-        encode(weight, moment, output, bits=bits, shared=False, seed=0).dense() - weight for output in (None, cost)
+        encode(weight, moment, output, bits=bits, shared=False, seed=0).dense() - weight
+        for output in (None, cost)
     )
-    assert float(weighted_error(knowing, moment, cost).sum()) < 0.95 * float(weighted_error(plain, moment, cost).sum())
+    assert float(weighted_error(knowing, moment, cost).sum()) < 0.95 * float(
+        weighted_error(plain, moment, cost).sum()
+    )
     # the rows stand where they stood
-    assert float(weighted_error(knowing, moment).sum()) < 0.5 * float(weighted_error(weight, moment).sum())
+    assert float(weighted_error(knowing, moment).sum()) < 0.5 * float(
+        weighted_error(weight, moment).sum()
+    )
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_codes_do_not_depend_on_the_unit_of_costs(size: float) -> None:
     weight, moment = drawn(5, rows=32)
     cost = costs(1.0, rows=32)
-    want, got = (encode(weight, moment, c, bits=2, shared=False, seed=0) for c in (cost, cost * size))
+    want, got = (
+        encode(weight, moment, c, bits=2, shared=False, seed=0) for c in (cost, cost * size)
+    )
     errors = [float(weighted_error(c.dense() - weight, moment, cost).sum()) for c in (want, got)]
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
@@ -270,14 +309,20 @@ def test_codes_do_not_depend_on_the_unit_of_costs(size: float) -> None:
 def test_equal_costs_are_none() -> None:
     weight, moment = drawn(5, rows=64, columns=64)
     plain, same = (
-        float(weighted_error(encode(weight, moment, c, bits=2, shared=False, seed=0).dense() - weight, moment).sum())
+        float(
+            weighted_error(
+                encode(weight, moment, c, bits=2, shared=False, seed=0).dense() - weight, moment
+            ).sum()
+        )
         for c in (None, torch.eye(64).expand(E, -1, -1))
     )
     assert abs(same / plain - 1) < 0.01
 
 
 @given(bits=st.sampled_from(BITS), seed=st.integers(0, 10_000), likeness=st.floats(0, 30))
-def test_a_sweep_under_output_costs_never_increases_the_error(bits: int, seed: int, likeness: float) -> None:
+def test_a_sweep_under_output_costs_never_increases_the_error(
+    bits: int, seed: int, likeness: float
+) -> None:
     c = coder(bits, seed, rows=24, output=costs(likeness, seed, 24))
     s = c.choose(codebooks(bits, seed), scales(c))
     swept = c.sweep(s)
@@ -291,9 +336,16 @@ def test_refits_under_output_costs_are_least_squares() -> None:
     refit, q = c.refit_scale(s), s.unscaled().double()
     assert c.output is not None
     for e in range(E):
-        left, right = torch.linalg.cholesky(c.output[e].double()).T, torch.linalg.cholesky(c.moment[e].double())
-        columns = torch.stack([(left[:, n : n + 1] @ q[e, n : n + 1] @ right).flatten() for n in range(24)], 1)
-        want = torch.linalg.lstsq(columns, (left @ c.target[e].double() @ right).flatten().unsqueeze(1)).solution
+        left, right = (
+            torch.linalg.cholesky(c.output[e].double()).T,
+            torch.linalg.cholesky(c.moment[e].double()),
+        )
+        columns = torch.stack(
+            [(left[:, n : n + 1] @ q[e, n : n + 1] @ right).flatten() for n in range(24)], 1
+        )
+        want = torch.linalg.lstsq(
+            columns, (left @ c.target[e].double() @ right).flatten().unsqueeze(1)
+        ).solution
         torch.testing.assert_close(refit.scale[e].double(), want.squeeze(1), rtol=2e-3, atol=1e-6)
     assert float(error_of(c, c.refit_codebook(s)).sum()) < float(error_of(c, s).sum())
 
@@ -310,7 +362,9 @@ def test_a_sweep_never_increases_the_error(start: Any, bits: int, seed: int, boo
 
 @pytest.mark.parametrize("start", [state, random_state])
 @given(bits=st.sampled_from(BITS), seed=st.integers(0, 10_000), books=st.sampled_from([1, E]))
-def test_refitting_scales_never_increases_the_error(start: Any, bits: int, seed: int, books: int) -> None:
+def test_refitting_scales_never_increases_the_error(
+    start: Any, bits: int, seed: int, books: int
+) -> None:
     c, s = start(bits, seed, books=books)
     refit = c.refit_scale(s)
     never_more(error_of(c, refit), error_of(c, s))
@@ -351,11 +405,15 @@ def test_refitting_codebooks_never_increases_the_error(
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_refitted_codebook_is_the_least_squares_one(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refitted_codebook_is_the_least_squares_one(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against numpy's solution for one shared codebook: a column of the design matrix per centroid component."""
     c, s = random_state(bits, books=1)
     v = c.v
-    fixed = dataclasses.replace(s, codebook=torch.zeros_like(s.codebook)).dense().double().numpy()  # -1 where negative
+    fixed = (
+        dataclasses.replace(s, codebook=torch.zeros_like(s.codebook)).dense().double().numpy()
+    )  # -1 where negative
     design, wanted = [], []
     for e, n in itertools.product(range(E), range(N)):
         root = np.linalg.cholesky(c.moment[e].double().numpy())
@@ -373,14 +431,20 @@ def test_a_refitted_codebook_is_the_least_squares_one(bits: int, monkeypatch: py
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_rounding_a_codebook_moves_each_weight_by_half_a_step(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_a_codebook_moves_each_weight_by_half_a_step(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     c, s = state(bits)
     exact = unrounded(c, s, monkeypatch)
-    if bits == 3:  # decode is symmetric about -1/2, so a centroid below it is clamped; those are not about rounding
+    if (
+        bits == 3
+    ):  # decode is symmetric about -1/2, so a centroid below it is clamped; those are not about rounding
         exact = dataclasses.replace(exact, codebook=exact.codebook.clamp(min=-0.5))
     stored = c._rescaled(s, exact.codebook)
     assert torch.equal(stored.codebook, stored.codebook.round())
-    assert float(stored.codebook.max()) <= 127 and float(stored.codebook.min()) >= (0 if bits == 3 else -127)
+    assert float(stored.codebook.max()) <= 127 and float(stored.codebook.min()) >= (
+        0 if bits == 3 else -127
+    )
     step = stored.scale.unsqueeze(-1).expand_as(c.target)
     moved = (stored.dense() - exact.dense()).abs()
     if (
@@ -395,7 +459,9 @@ def test_rounding_a_codebook_moves_each_weight_by_half_a_step(bits: int, monkeyp
 
 
 def relative(weight: Tensor, moment: Tensor, coded: Coded) -> float:
-    return float(weighted_error(coded.dense() - weight, moment).sum() / weighted_error(weight, moment).sum())
+    return float(
+        weighted_error(coded.dense() - weight, moment).sum() / weighted_error(weight, moment).sum()
+    )
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, at_once: int) -> list[int]:
@@ -434,14 +500,19 @@ def test_experts_that_fit_are_coded_together(shared: bool, monkeypatch: pytest.M
     sizes = recorded(monkeypatch, weight.numel())
     got = encode_in_parts(weight, moment, bits=3, shared=shared, seed=0)
     assert sizes == [weight.numel()]
-    assert all(torch.equal(a, b) for a, b in zip(vars(want).values(), vars(got).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(vars(want).values(), vars(got).values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @given(seed=st.integers(0, 10_000))
 def test_error_falls_as_bits_rise(shared: bool, seed: int) -> None:
     weight, moment = drawn(seed, rows=96, columns=32)
-    errors = [relative(weight, moment, encode(weight, moment, bits=b, shared=shared, seed=0, rounds=2)) for b in BITS]
+    errors = [
+        relative(weight, moment, encode(weight, moment, bits=b, shared=shared, seed=0, rounds=2))
+        for b in BITS
+    ]
     assert errors[0] > errors[1] > errors[2]
 
 
@@ -451,16 +522,24 @@ def test_what_encode_returns_can_be_stored(bits: int, shared: bool) -> None:
     weight, moment = drawn(2)
     coded = encode(weight, moment, bits=bits, shared=shared, seed=0)
     v = vq4.group_size(bits)
-    assert coded.codes.shape == (E, N, K // v) and 0 <= int(coded.codes.min()) <= int(coded.codes.max()) <= 255
+    assert (
+        coded.codes.shape == (E, N, K // v)
+        and 0 <= int(coded.codes.min()) <= int(coded.codes.max()) <= 255
+    )
     assert coded.codebook.shape == (1 if shared else E, 256, v)
     assert torch.equal(coded.codebook, coded.codebook.to(torch.int8).float())
     assert (coded.negative is not None) == (bits == 3) and bool((coded.scale > 0).all())
     assert bits != 3 or int(coded.codebook.min()) >= 0
     stored = coded.stored()
     assert tuple(stored) == vq4.CODED and (stored["signs"] is None) == (bits != 3)
-    assert [t.dtype for t in stored.values() if t is not None and t.dtype != torch.uint8] == [torch.int8, torch.float16]
+    assert [t.dtype for t in stored.values() if t is not None and t.dtype != torch.uint8] == [
+        torch.int8,
+        torch.float16,
+    ]
     part: Any = {vq4.MEAN + n: t for n, t in stored.items()}
-    torch.testing.assert_close(vq4.mean_part(part, K, torch.float32), coded.dense(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        vq4.mean_part(part, K, torch.float32), coded.dense(), rtol=1e-3, atol=1e-6
+    )
     assert vq4.stored_bits(stored) == vq4.coded_bits(E, N, K, bits, books=1 if shared else E)
 
 
@@ -470,7 +549,11 @@ def test_the_same_seed_gives_the_same_codes(bits: int) -> None:
     first, again = (encode(weight, moment, bits=bits, shared=False, seed=5) for _ in range(2))
     assert all(
         torch.equal(a, b)
-        for a, b in ((first.codes, again.codes), (first.codebook, again.codebook), (first.scale, again.scale))
+        for a, b in (
+            (first.codes, again.codes),
+            (first.codebook, again.codebook),
+            (first.scale, again.scale),
+        )
     )
 
 
@@ -480,7 +563,11 @@ def test_padded_columns_cost_nothing(bits: int, columns: int) -> None:
     weight, moment = drawn(4, rows=64, columns=columns)
     wide, wide_moment = pad_columns(weight, moment)
     assert wide.shape[-1] == 16 and wide_moment.shape[-2:] == (16, 16)
-    assert not wide[..., columns:].any() and not wide_moment[:, columns:].any() and not wide_moment[..., columns:].any()
+    assert (
+        not wide[..., columns:].any()
+        and not wide_moment[:, columns:].any()
+        and not wide_moment[..., columns:].any()
+    )
     coded = encode(wide, wide_moment, bits=bits, shared=False, seed=0)
     kept = weighted_error(coded.dense()[..., :columns] - weight, moment)
     torch.testing.assert_close(kept, weighted_error(coded.dense() - wide, wide_moment))
@@ -496,7 +583,9 @@ def test_rows_of_zeros_stay_zero_and_finite() -> None:
     weight, moment = drawn(5)
     weight[:, 1] = 0
     coded = encode(weight, moment, bits=2, shared=False, seed=0)
-    assert bool(torch.isfinite(coded.dense()).all()) and float(coded.dense()[:, 1].abs().max()) < 1e-9
+    assert (
+        bool(torch.isfinite(coded.dense()).all()) and float(coded.dense()[:, 1].abs().max()) < 1e-9
+    )
 
 
 def test_an_expert_that_saw_nothing_is_coded_all_the_same() -> None:
@@ -535,7 +624,9 @@ def test_the_shared_basis_against_numpy_s_svd(input_side: bool, rank: int) -> No
         parts = []
         for e in range(3):
             c = h[e] + np.eye(8) * (1e-3 * np.diag(h[e]).mean())
-            parts.append(w[e] @ np.linalg.cholesky(c))  # any root of C has the same left singular vectors
+            parts.append(
+                w[e] @ np.linalg.cholesky(c)
+            )  # any root of C has the same left singular vectors
         u = np.linalg.svd(np.concatenate(parts, axis=1))[0][:, :rank]
         want = u @ u.T @ w
     assert np.abs(got - want).max() <= 0.01 * np.abs(want).max()
@@ -552,10 +643,20 @@ def test_a_stored_basis_has_the_format_s_shapes() -> None:
     weight, moment = drawn(8, experts=3, rows=10, columns=8)
     for input_side, basis, coef in ((True, (2, 8), (3, 10, 2)), (False, (2, 10), (3, 2, 8))):
         got = factorize(weight, moment, 2, input_side=input_side)
-        want = {"basis": (basis, torch.float16), "coef": (coef, torch.int8), "coef_scale": (coef[:2], torch.float16)}
-        assert {n: (tuple(t.shape), t.dtype) for n, t in got.tensors.items() if t is not None} == want
+        want = {
+            "basis": (basis, torch.float16),
+            "coef": (coef, torch.int8),
+            "coef_scale": (coef[:2], torch.float16),
+        }
+        assert {
+            n: (tuple(t.shape), t.dtype) for n, t in got.tensors.items() if t is not None
+        } == want
         bits = 16 * math.prod(basis) + 8 * math.prod(coef) + 16 * math.prod(coef[:2])
-        assert vq4.stored_bits(got.tensors) == bits == vq4.basis_bits(2, 3, 10, 8, input_side=input_side)
+        assert (
+            vq4.stored_bits(got.tensors)
+            == bits
+            == vq4.basis_bits(2, 3, 10, 8, input_side=input_side)
+        )
     assert vq4.basis_bits(0, 3, 10, 8, input_side=True) == 0
 
 
@@ -564,7 +665,11 @@ def test_the_affine_line_against_numpy(offset: bool) -> None:
     """Weighted least squares per channel, drawn towards slope 1 and offset 0 by 32 tokens."""
     g = torch.Generator().manual_seed(0)
     v, weight = torch.randn(40, 3, generator=g), torch.rand(40, generator=g)
-    t = v * torch.tensor([0.9, 1.2, 1.0]) + torch.tensor([0.5, 0.0, -0.2]) + 0.1 * torch.randn(40, 3, generator=g)
+    t = (
+        v * torch.tensor([0.9, 1.2, 1.0])
+        + torch.tensor([0.5, 0.0, -0.2])
+        + 0.1 * torch.randn(40, 3, generator=g)
+    )
     slope, shift = Sums.of(v, t, weight).line(offset=offset)
     trust = 40 / (40 + 32)
     for n in range(3):
@@ -580,14 +685,20 @@ def test_the_affine_line_against_numpy(offset: bool) -> None:
 
 def test_sums_of_two_halves_give_the_line_and_the_error_of_the_whole() -> None:
     g = torch.Generator().manual_seed(1)
-    v, t, weight = torch.randn(30, 3, generator=g), torch.randn(30, 3, generator=g), torch.rand(30, generator=g)
+    v, t, weight = (
+        torch.randn(30, 3, generator=g),
+        torch.randn(30, 3, generator=g),
+        torch.rand(30, generator=g),
+    )
     whole, halves = (
         Sums.of(v, t, weight),
         Sums.of(v[::2], t[::2], weight[::2]) + Sums.of(v[1::2], t[1::2], weight[1::2]),
     )
     torch.testing.assert_close(halves.line(), whole.line())
     slope, shift = whole.line()
-    want = float((weight[:, None].double() * (t.double() - slope * v.double() - shift).square()).sum())
+    want = float(
+        (weight[:, None].double() * (t.double() - slope * v.double() - shift).square()).sum()
+    )
     assert halves.error(slope, shift) == pytest.approx(want, rel=1e-5)
 
 
@@ -602,7 +713,9 @@ def test_slopes_under_output_costs_are_least_squares_together(offset: bool) -> N
     v, weight = torch.randn(4000, 6, generator=g).double(), torch.rand(4000, generator=g).double()
     t = 1.3 * v + 0.4 * v.roll(1, 1) + 0.2 + 0.1 * torch.randn(4000, 6, generator=g)
     cost = costs(1.0, rows=6)[0].double()
-    sums = CoupledSums.of(v[::2], t[::2], weight[::2], cost) + CoupledSums.of(v[1::2], t[1::2], weight[1::2], cost)
+    sums = CoupledSums.of(v[::2], t[::2], weight[::2], cost) + CoupledSums.of(
+        v[1::2], t[1::2], weight[1::2], cost
+    )
     slope, shift = sums.line(offset=offset)
     r = t - slope * v - shift
     want = float((weight * ((r @ cost) * r).sum(-1)).sum())
@@ -618,6 +731,9 @@ def test_slopes_under_output_costs_are_least_squares_together(offset: bool) -> N
 
 
 def test_a_slot_without_weight_gives_an_expert_no_token() -> None:
-    index, weight = torch.tensor([[0, 1], [2, 0], [0, 0]]), torch.tensor([[0.0, 0.4], [0.3, 0.2], [0.0, 0.0]])
+    index, weight = (
+        torch.tensor([[0, 1], [2, 0], [0, 0]]),
+        torch.tensor([[0.0, 0.4], [0.3, 0.2], [0.0, 0.0]]),
+    )
     routed = Routed(torch.randn(3, 4), index, weight, None)
     assert [routed.rows(e).tolist() for e in range(4)] == [[1], [0], [1], []]

@@ -60,7 +60,11 @@ def tokenizer() -> Any:
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=made,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
     )
 
 
@@ -72,7 +76,9 @@ SMALLER: dict[str, dict[str, Any]] = {
 }
 
 
-def checkpoint(folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+def checkpoint(
+    folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.float32, **config: Any
+) -> Path:
     """A tiny model of a family, as a checkpoint with its tokenizer. config: what is to be other than in tests/families.py."""
     entry = FAMILIES[family]
     smaller = replace(entry, config={**entry.config, **SMALLER.get(family, {}), **config})
@@ -101,7 +107,9 @@ def compile(capsys: pytest.CaptureFixture[str]) -> Any:
     """compile(model, out, passes, *options): the run of `moecc compile --json` over eight rows of 32 tokens."""
 
     def run(model: Path, out: Path, passes: str = QUICK, *options: str | Path) -> Run:
-        return Run(capsys, "compile", model, "--passes", passes, "-o", out, *ROWS, "--json", *options)
+        return Run(
+            capsys, "compile", model, "--passes", passes, "-o", out, *ROWS, "--json", *options
+        )
 
     return run
 
@@ -113,7 +121,9 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by its relative path."""
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()
+    }
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -141,7 +151,11 @@ def generated(model: Any, ids: Tensor, steps: int) -> Tensor:
     """What generate() makes of it with its cache; not stopped by an end-of-text token."""
     model.generation_config.eos_token_id = None
     made: Tensor = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False, use_cache=True
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=steps,
+        do_sample=False,
+        use_cache=True,
     )
     return made
 
@@ -155,8 +169,14 @@ def test_a_family_compiles_reloads_and_generates(family: str, compile: Any, tmp_
     model, out = checkpoint(tmp_path / "model", family), tmp_path / "out"
     got = compile(model, out, EVERYTHING)
     assert got.code == 0, got.err
-    assert got.json["reload_difference"] <= verify.TOLERANCE and got.json["reloaded_by"] == "transformers"
-    assert got.json["passes"] == "sensitivity,moments,klt{rank=4,mean=2},vq,affine,fold,vsraq{steps=3},dense{group=16}"
+    assert (
+        got.json["reload_difference"] <= verify.TOLERANCE
+        and got.json["reloaded_by"] == "transformers"
+    )
+    assert (
+        got.json["passes"]
+        == "sensitivity,moments,klt{rank=4,mean=2},vq,affine,fold,vsraq{steps=3},dense{group=16}"
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"model", "out"}
     config = AutoConfig.from_pretrained(out)
     assert config.quantization_config["experts"]
@@ -167,14 +187,18 @@ def test_a_family_compiles_reloads_and_generates(family: str, compile: Any, tmp_
     assert generated(loaded, PROMPT, 6).tolist() == greedy(loaded, PROMPT, 6).tolist()
 
 
-def test_bits_set_the_codes_and_more_are_closer(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+def test_bits_set_the_codes_and_more_are_closer(
+    mixtral: Path, compile: Any, tmp_path: Path
+) -> None:
     want, distance = logits(load(mixtral)), []
     for bits in (2, 3, 4):
         out = tmp_path / str(bits)
         got = compile(mixtral, out, "kbvq{rank=0,codebook=layer}", "--bits", bits)
         assert got.code == 0, got.err
         assert ("signs" in "".join(TensorFile(out / "model.safetensors"))) == (bits == 3)
-        codes = TensorFile(out / "model.safetensors").entries["model.layers.0.mlp.experts.gate_up.codes"]
+        codes = TensorFile(out / "model.safetensors").entries[
+            "model.layers.0.mlp.experts.gate_up.codes"
+        ]
         assert codes.dtype == torch.uint8 and codes.shape == (4, 96, 32 // (2 if bits == 4 else 4))
         distance.append(float((logits(load(out)) - want).norm()))
     assert distance[0] > distance[1] > distance[2]
@@ -184,11 +208,22 @@ def test_bits_set_the_codes_and_more_are_closer(mixtral: Path, compile: Any, tmp
 
 
 def test_the_same_seed_gives_the_same_bytes(mixtral: Path, compile: Any, tmp_path: Path) -> None:
-    runs = {"a": ("--seed", 7), "b": ("--seed", 7), "seed": ("--seed", 8), "bits": ("--seed", 7, "--bits", 3)}
+    runs = {
+        "a": ("--seed", 7),
+        "b": ("--seed", 7),
+        "seed": ("--seed", 8),
+        "bits": ("--seed", 7, "--bits", 3),
+    }
     for name, options in runs.items():
         assert compile(mixtral, tmp_path / name, EVERYTHING, *options).code == 0
     first = content(tmp_path / "a")
-    assert {"config.json", "model.safetensors", "moecc.json", "report.html", "tokenizer.json"} <= first.keys()
+    assert {
+        "config.json",
+        "model.safetensors",
+        "moecc.json",
+        "report.html",
+        "tokenizer.json",
+    } <= first.keys()
     assert content(tmp_path / "b") == first
     for name in ("seed", "bits"):
         assert content(tmp_path / name)["model.safetensors"] != first["model.safetensors"]
@@ -214,7 +249,10 @@ def stop(patch: pytest.MonkeyPatch, where: str, stage: int, how: Any) -> None:
             how()
 
     patch.setattr(journal.Journal, "save", saving)
-    patch.setattr("moecc.artifact.write.write_safetensors", lambda *args: how() if where == "writing" else write(*args))
+    patch.setattr(
+        "moecc.artifact.write.write_safetensors",
+        lambda *args: how() if where == "writing" else write(*args),
+    )
 
 
 def interrupt() -> None:
@@ -239,7 +277,13 @@ def watch(patch: pytest.MonkeyPatch) -> list[bool]:
     [("before saving", 1, 0), ("after saving", 1, 1), ("before saving", 3, 2), ("writing", 0, 6)],
 )
 def test_an_interrupted_run_goes_on_and_ends_the_same(
-    where: str, stage: int, finished: int, mixtral: Path, whole: dict[str, bytes], compile: Any, tmp_path: Path
+    where: str,
+    stage: int,
+    finished: int,
+    mixtral: Path,
+    whole: dict[str, bytes],
+    compile: Any,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -252,7 +296,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         again = compile(mixtral, out, EVERYTHING)
     assert again.code == 0, again.err
     assert f"out.partial holds; {finished} stages of it are finished" in again.err
-    assert restored == [i < finished for i in range(6)]  # vsraq goes through the layers in a round of its own
+    assert restored == [
+        i < finished for i in range(6)
+    ]  # vsraq goes through the layers in a round of its own
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert content(out) == whole
 
@@ -272,7 +318,12 @@ def test_a_killed_process_goes_on_and_ends_the_same(
 ) -> None:
     out = tmp_path / "out"
     args = ("compile", mixtral, "--passes", EVERYTHING, "-o", out, *ROWS)
-    assert subprocess.run([sys.executable, "-c", KILLED, __file__, *args], capture_output=True).returncode == 9
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", KILLED, __file__, *args], capture_output=True
+        ).returncode
+        == 9
+    )
     again = compile(mixtral, out, EVERYTHING)
     assert again.code == 0 and "2 stages of it are finished" in again.err
     assert content(out) == whole
@@ -331,7 +382,9 @@ def test_kept_work_that_cannot_be_read_is_done_again(
     assert content(tmp_path / "out") == whole_model
 
 
-def test_a_terminated_run_goes_on_too(mixtral: Path, whole: dict[str, bytes], compile: Any, tmp_path: Path) -> None:
+def test_a_terminated_run_goes_on_too(
+    mixtral: Path, whole: dict[str, bytes], compile: Any, tmp_path: Path
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop(patch, "after saving", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         got = compile(mixtral, tmp_path / "out", EVERYTHING)
@@ -349,7 +402,11 @@ def test_what_another_run_left_is_not_touched(mixtral: Path, compile: Any, tmp_p
     before = content(tmp_path)
     got = compile(mixtral, tmp_path / "out", QUICK, "--seed", 1)
     last = got.err.splitlines()[-1]
-    assert got.code == 2 and last.startswith("moecc: error: ") and "(seed was 0, now 1); remove " in last
+    assert (
+        got.code == 2
+        and last.startswith("moecc: error: ")
+        and "(seed was 0, now 1); remove " in last
+    )
     assert f"{tmp_path}/out.partial belongs to another run" in last
     got = compile(mixtral, tmp_path / "out", QUICK, "--length", 16)
     assert re.search(r"calibration was [0-9a-f]{8}, now [0-9a-f]{8}\); remove", got.err)
@@ -364,7 +421,9 @@ def test_what_another_run_left_is_not_touched(mixtral: Path, compile: Any, tmp_p
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_folder_that_another_run_writes_is_left_alone(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+def test_a_folder_that_another_run_writes_is_left_alone(
+    mixtral: Path, compile: Any, tmp_path: Path
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         got: list[Run] = []
         stop(patch, "after saving", 2, lambda: got.append(compile(mixtral, tmp_path / "out")))
@@ -376,7 +435,9 @@ def test_a_folder_that_another_run_writes_is_left_alone(mixtral: Path, compile: 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_fault_of_our_own_leaves_nothing_behind(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+def test_a_fault_of_our_own_leaves_nothing_behind(
+    mixtral: Path, compile: Any, tmp_path: Path
+) -> None:
     def fault() -> None:
         raise RuntimeError("this should not happen")
 
@@ -391,7 +452,9 @@ def test_a_round_notes_only_what_it_changed(mixtral: Path, compile: Any, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         stop(patch, "writing", 0, interrupt)
         assert compile(mixtral, tmp_path / "out", EVERYTHING).code == 130
-    files = [TensorFile(tmp_path / f"out.partial/journal/layer-{i}-0001.safetensors") for i in (0, 1)]
+    files = [
+        TensorFile(tmp_path / f"out.partial/journal/layer-{i}-0001.safetensors") for i in (0, 1)
+    ]
     coded, tuned = ({n for n in file if ".experts." in n} for file in files)
     assert {n.rpartition(".")[2] for n in coded} >= {"codes", "scale", "codebook", "mean_codes"}
     assert tuned and not any(n.endswith(("codes", "signs")) for n in tuned)
@@ -409,12 +472,18 @@ def test_dump_writes_each_layer_after_every_pass_and_the_whole_after_the_last(
     layers = {f"layer{i:03d}-{p}.txt" for i in (1, 2, 3) for p in ("moments", "vq")}
     assert texts.keys() == {"00-traced.txt", "02-after-vq.txt", *layers}
     counts = {name: text.count("= moecc.vq_experts(") for name, text in texts.items()}
-    assert (counts["00-traced.txt"], counts["layer001-moments.txt"], counts["layer001-vq.txt"]) == (0, 0, 1)
+    assert (counts["00-traced.txt"], counts["layer001-moments.txt"], counts["layer001-vq.txt"]) == (
+        0,
+        0,
+        1,
+    )
     assert counts["layer002-vq.txt"] == 1 and counts["02-after-vq.txt"] == 2
     assert texts["00-traced.txt"].count("= moecc.experts(") == 2
 
 
-def test_a_run_that_goes_on_goes_on_with_its_dump(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_goes_on_with_its_dump(
+    mixtral: Path, compile: Any, tmp_path: Path
+) -> None:
     dump = tmp_path / "dump"
     with pytest.MonkeyPatch.context() as patch:
         stop(patch, "after saving", 1, interrupt)
@@ -425,7 +494,9 @@ def test_a_run_that_goes_on_goes_on_with_its_dump(mixtral: Path, compile: Any, t
 
 
 @pytest.mark.parametrize("made", ["out.partial", "out.partial/journal"])
-def test_an_empty_folder_of_a_killed_run_is_taken(made: str, mixtral: Path, compile: Any, tmp_path: Path) -> None:
+def test_an_empty_folder_of_a_killed_run_is_taken(
+    made: str, mixtral: Path, compile: Any, tmp_path: Path
+) -> None:
     (tmp_path / made).mkdir(parents=True)
     assert compile(mixtral, tmp_path / "out").code == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -491,11 +562,15 @@ def test_a_resumed_run_knows_what_was_rounded(compile: Any, tmp_path: Path) -> N
         stop(patch, "after saving", 1, interrupt)
         assert compile(model, tmp_path / "out", f"{file}{{by=3}},vq{{rounds=1}}").code == 130
     assert compile(model, tmp_path / "out", f"{file}{{by=3}},vq{{rounds=1}}").code == 0
-    stored = TensorFile(tmp_path / "out" / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+    stored = TensorFile(tmp_path / "out" / "model.safetensors")[
+        "model.layers.0.input_layernorm.weight"
+    ]
     assert stored.dtype == torch.bfloat16
 
 
-def test_a_resumed_run_keeps_what_a_pass_of_ones_own_changed(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_what_a_pass_of_ones_own_changed(
+    mixtral: Path, compile: Any, tmp_path: Path
+) -> None:
     """Also where it changed no experts, and where a model pass separates two rounds of layer passes."""
     shrink, note = tmp_path / "shrink.py", tmp_path / "look.py"
     shrink.write_text(MY_PASS)
@@ -524,21 +599,32 @@ def test_a_resumed_run_keeps_what_a_pass_of_ones_own_changed(mixtral: Path, comp
 
 def test_from_python(mixtral: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    got = compile_model(str(mixtral), QUICK, tmp_path / "out", bits=4, rows=4, length=16, seed=3, say=said.append)
+    got = compile_model(
+        str(mixtral), QUICK, tmp_path / "out", bits=4, rows=4, length=16, seed=3, say=said.append
+    )
     assert got["out"] == str(tmp_path / "out") and got["reload_difference"] <= verify.TOLERANCE
-    assert said[0].startswith("vq requires 'moments'") and any(line.startswith("pipeline: ") for line in said)
+    assert said[0].startswith("vq requires 'moments'") and any(
+        line.startswith("pipeline: ") for line in said
+    )
     assert 4 < got["bits_per_weight_experts"] < 7
     with pytest.raises(MoeccError, match=r"exists; choose another"):
         compile_model(str(mixtral), QUICK, tmp_path / "out", say=said.append)
 
 
-def test_dense_alone_needs_no_text(tmp_path: Path, mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dense_alone_needs_no_text(
+    tmp_path: Path, mixtral: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for name in ("config.json", "model.safetensors"):  # no tokenizer
         (model / name).write_bytes((mixtral / name).read_bytes())
-    got = Run(capsys, "compile", model, "--passes", "dense{group=16}", "-o", tmp_path / "out", "--json")
-    assert got.code == 0 and json.loads((tmp_path / "out" / "moecc.json").read_text())["calibration_digest"] == ""
+    got = Run(
+        capsys, "compile", model, "--passes", "dense{group=16}", "-o", tmp_path / "out", "--json"
+    )
+    assert (
+        got.code == 0
+        and json.loads((tmp_path / "out" / "moecc.json").read_text())["calibration_digest"] == ""
+    )
 
 
 def test_an_artifact_is_not_compiled_again(mixtral: Path, compile: Any, tmp_path: Path) -> None:
@@ -563,7 +649,9 @@ print(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new
 def test_a_fresh_process_loads_an_artifact(compile: Any, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", "qwen2_moe", torch.bfloat16)
     assert compile(model, tmp_path / "out", EVERYTHING).code == 0
-    got = subprocess.run([sys.executable, "-c", FRESH, tmp_path / "out"], capture_output=True, text=True)
+    got = subprocess.run(
+        [sys.executable, "-c", FRESH, tmp_path / "out"], capture_output=True, text=True
+    )
     assert got.returncode == 0, got.stderr
     assert "MISSING" not in got.stderr and "UNEXPECTED" not in got.stderr
     loaded = load(tmp_path / "out", torch.bfloat16)
@@ -582,14 +670,18 @@ def test_compressed_tensors_keep_their_types_in_any_dtype(compile: Any, tmp_path
         for path, module in compressed.items():
             for name, buffer in module.named_buffers():
                 kinds.add(buffer.dtype)
-                assert buffer.dtype == stored[f"{path}.{name}"].dtype or name == "bias", f"{path}.{name}"
+                assert buffer.dtype == stored[f"{path}.{name}"].dtype or name == "bias", (
+                    f"{path}.{name}"
+                )
         assert {torch.uint8, torch.int8, torch.float16} <= kinds
         assert loaded.lm_head.weight.dtype == dtype
         got = logits(loaded)
         assert got.dtype == dtype and bool(torch.isfinite(got).all())
 
 
-def test_saving_a_loaded_artifact_gives_the_same_tensors(mixtral: Path, compile: Any, tmp_path: Path) -> None:
+def test_saving_a_loaded_artifact_gives_the_same_tensors(
+    mixtral: Path, compile: Any, tmp_path: Path
+) -> None:
     assert compile(mixtral, tmp_path / "out", EVERYTHING).code == 0
     load(tmp_path / "out").save_pretrained(tmp_path / "again")
     first, second = (TensorFile(tmp_path / n / "model.safetensors") for n in ("out", "again"))
@@ -607,19 +699,31 @@ def test_adapters_are_merged_into_the_checkpoint_s_own_type(compile: Any, tmp_pa
     folder, name = tmp_path / "adapter", "model.layers.0.self_attn.o_proj"
     folder.mkdir()
     pair = {
-        f"base_model.model.{name}.lora_{k}.weight": torch.randn(s) * 0.2 for k, s in (("A", (2, 32)), ("B", (32, 2)))
+        f"base_model.model.{name}.lora_{k}.weight": torch.randn(s) * 0.2
+        for k, s in (("A", (2, 32)), ("B", (32, 2)))
     }
     save_file(pair, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    )
 
     passes = f"rilq{{steps=10,rank=2,lr=15,patience=9}},merge,kbvq{{rank=2}},lora{{path={folder}}}"
     got = compile(model, tmp_path / "out", passes)
     assert got.code == 0, got.err
-    assert "lora{path=" in got.err and ",fold,rilq{" in got.err and got.json["passes"].endswith(",merge")
-    audit = {row["name"]: row for row in json.loads((tmp_path / "out" / "moecc.json").read_text())["audit"]}
+    assert (
+        "lora{path=" in got.err
+        and ",fold,rilq{" in got.err
+        and got.json["passes"].endswith(",merge")
+    )
+    audit = {
+        row["name"]: row
+        for row in json.loads((tmp_path / "out" / "moecc.json").read_text())["audit"]
+    }
     row = audit[f"{name}.weight"]
     assert (row["became"], row["bits"], row["role"]) == ("rewritten", 16.0, "attention")
-    before, after = (load(f).get_parameter(f"{name}.weight").detach() for f in (model, tmp_path / "out"))
+    before, after = (
+        load(f).get_parameter(f"{name}.weight").detach() for f in (model, tmp_path / "out")
+    )
     a, b = pair.values()
     assert float((after - before - 2 * b @ a).norm()) < 0.2 * float((2 * b @ a).norm())
 

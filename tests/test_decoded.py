@@ -24,7 +24,9 @@ BLOCK = (16, 24)  # divides not all sizes
 Tensors = dict[str, Tensor]
 
 
-def rewritten(folder: Path, method: dict[str, Any], change: Callable[[str, Tensor], Tensors | None]) -> Tensors:
+def rewritten(
+    folder: Path, method: dict[str, Any], change: Callable[[str, Tensor], Tensors | None]
+) -> Tensors:
     """A checkpoint some of whose tensors `change` gives as others; all as they were."""
     file = folder / "model.safetensors"
     before = load_file(file)
@@ -81,7 +83,8 @@ def test_fp8_is_read_block_by_block(tmp_path: Path) -> None:
     fused = next(n for n in store.names() if n.endswith("experts.gate_up_proj"))
     layer = fused.removesuffix("gate_up_proj")
     every = [
-        torch.cat([wanted(f"{layer}{e}.{p}_proj.weight") for p in ("gate", "up")]) for e in range(store.shape(fused)[0])
+        torch.cat([wanted(f"{layer}{e}.{p}_proj.weight") for p in ("gate", "up")])
+        for e in range(store.shape(fused)[0])
     ]
     assert torch.equal(store.read(fused), torch.stack(every))
     assert torch.equal(store.read(fused, experts=[3, 1]), torch.stack([every[3], every[1]]))
@@ -103,7 +106,9 @@ def test_blocks_are_as_transformers_has_them(tmp_path: Path) -> None:
     found = decoded(dict(read_header(tmp_path / "x.safetensors")[0]), None)
     assert found.keys() == {"a.weight", "e.up", "f.weight"}
     for name, entry in found.items():
-        want: Any = Fp8Dequantize(None)._dequantize_one(tensors[name], tensors[f"{name}_scale_inv"], torch.bfloat16)
+        want: Any = Fp8Dequantize(None)._dequantize_one(
+            tensors[name], tensors[f"{name}_scale_inv"], torch.bfloat16
+        )
         assert torch.equal(entry.read(), want) and entry.shape == tuple(want.shape)
     assert torch.equal(found["e.up"].read([2, 0]), found["e.up"].read()[[2, 0]])
     assert torch.equal(found["a.weight"].read([5]), found["a.weight"].read()[[5]])
@@ -140,31 +145,50 @@ def test_it_compiles_to_the_artifact_of_what_it_stands_for(
     for source, out in ((folder, "a"), (plain, "b")):
         said: list[str] = []
         compile_model(str(source), "kbvq", tmp_path / out, say=said.append, **told)
-        assert any("are stored in 8 or 4 bits and read as bfloat16" in line for line in said) == (source == folder)
+        assert any("are stored in 8 or 4 bits and read as bfloat16" in line for line in said) == (
+            source == folder
+        )
     a, b = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["quant_method"] == "moecc"
+    assert (
+        json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"][
+            "quant_method"
+        ]
+        == "moecc"
+    )
 
 
 def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     def short(name: str, tensor: Tensor) -> Tensors | None:
         made = in_fp8(name, tensor)
         return (
-            {n: t[:-1] if n.endswith("_scale_inv") and "o_proj" in n else t for n, t in made.items()} if made else None
+            {
+                n: t[:-1] if n.endswith("_scale_inv") and "o_proj" in n else t
+                for n, t in made.items()
+            }
+            if made
+            else None
         )
 
     folder = checkpoint(tmp_path / "model", "deepseek_v3")
     rewritten(folder, {"quant_method": "fp8", "weight_block_size": list(BLOCK)}, short)
     with pytest.raises(
-        MoeccError, match=r"^'.*o_proj.weight_scale_inv' in .* are no scales of '.*o_proj.weight' .*; fetch"
+        MoeccError,
+        match=r"^'.*o_proj.weight_scale_inv' in .* are no scales of '.*o_proj.weight' .*; fetch",
     ):
         store_of(folder)
 
     def torn(name: str, tensor: Tensor) -> Tensors | None:
         made = in_mxfp4(name, tensor)
-        return {n: t[:, :1].contiguous() if n.endswith("scales") else t for n, t in made.items()} if made else None
+        return (
+            {n: t[:, :1].contiguous() if n.endswith("scales") else t for n, t in made.items()}
+            if made
+            else None
+        )
 
     folder = checkpoint(tmp_path / "other", "gpt_oss")
     rewritten(folder, {"quant_method": "mxfp4"}, torn)
-    with pytest.raises(MoeccError, match=r"_scales' in .* are no scales of .*_blocks' .*; fetch both again$"):
+    with pytest.raises(
+        MoeccError, match=r"_scales' in .* are no scales of .*_blocks' .*; fetch both again$"
+    ):
         store_of(folder)

@@ -12,7 +12,13 @@ from families import ALL, SAMPLE, make
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralModel
 
-from moecc.commands.evaluate import _Totals, bits_on_disk, compare_sets, evaluate, experts_bits_on_disk
+from moecc.commands.evaluate import (
+    _Totals,
+    bits_on_disk,
+    compare_sets,
+    evaluate,
+    experts_bits_on_disk,
+)
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program
@@ -55,7 +61,9 @@ def test_perplexity_is_transformers_own_loss(tinymoe: Program) -> None:
     rows = tokens(4, 32, 4096)
     loss = model(rows, labels=rows).loss
     for batch in (1, 3, 8):
-        assert evaluate(tinymoe, tinymoe, rows, batch=batch).perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
+        assert evaluate(tinymoe, tinymoe, rows, batch=batch).perplexity == pytest.approx(
+            float(loss.exp()), rel=1e-4
+        )
 
 
 def test_damage_shows_where_it_is(tinymoe: Program) -> None:
@@ -66,7 +74,9 @@ def test_damage_shows_where_it_is(tinymoe: Program) -> None:
     assert little.agreement >= little.exact_agreement
     first, damaged, *later = much.per_layer
     assert first.agreement == 1 and first.output_error == 0
-    assert damaged.agreement == 1 and damaged.output_error > 0.1  # its router reads what the reference's reads
+    assert (
+        damaged.agreement == 1 and damaged.output_error > 0.1
+    )  # its router reads what the reference's reads
     assert all(layer.agreement < 1 for layer in later)
 
 
@@ -107,7 +117,10 @@ def test_as_dict_is_json(tinymoe: Program) -> None:
 @pytest.mark.parametrize("k", [1, 2, 8, 33])
 def test_sets_are_compared_whatever_their_order(k: int) -> None:
     generator = torch.Generator().manual_seed(k)
-    a, b = (torch.stack([torch.randperm(40, generator=generator)[:k] for _ in range(50)]) for _ in range(2))
+    a, b = (
+        torch.stack([torch.randperm(40, generator=generator)[:k] for _ in range(50)])
+        for _ in range(2)
+    )
     same = sum(len(set(x) & set(y)) for x, y in zip(a.tolist(), b.tolist(), strict=True))
     exact = sum(set(x) == set(y) for x, y in zip(a.tolist(), b.tolist(), strict=True))
     assert compare_sets(a, b) == (same, exact)
@@ -128,7 +141,11 @@ def test_a_slot_without_an_expert_is_not_expert_0() -> None:
 def test_identity_experts_are_not_expert_0() -> None:
     """longcat_flash: one program chooses experts 0 and 1, the other two of those that give back their input."""
     traced = trace(make("longcat_flash"), dtype=torch.float32)
-    name = next(w.name for w in traced.weights.values() if w.name.endswith("1.mlp.router.e_score_correction_bias"))
+    name = next(
+        w.name
+        for w in traced.weights.values()
+        if w.name.endswith("1.mlp.router.e_score_correction_bias")
+    )
 
     def preferring(experts: list[int]) -> Program:
         program, bias = traced.copy(), torch.zeros(6)
@@ -141,8 +158,12 @@ def test_identity_experts_are_not_expert_0() -> None:
     assert evaluate(identity, identity, tokens(2, 16)).agreement == 1
 
 
-def test_kl_is_the_sum_over_the_vocabulary_and_skips_masked_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moecc.commands.evaluate._PROBABILITIES_AT_ONCE", 16)  # several chunks per row
+def test_kl_is_the_sum_over_the_vocabulary_and_skips_masked_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "moecc.commands.evaluate._PROBABILITIES_AT_ONCE", 16
+    )  # several chunks per row
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 2, 6, 7, generator=generator)
     ours[..., 6] = theirs[..., 6] = -torch.inf
@@ -162,8 +183,12 @@ def test_bits_count_what_a_pass_made_and_not_what_it_replaced(tinymoe: Program) 
     moe = program.moe_layers()[0]
     operand = moe.operand("gate_up")
     name = program.weights[operand.name].name
-    smaller = program.add("small", program.read(name).to(torch.float16).view(torch.uint8)[..., ::2].contiguous())
-    program.replace(moe.node, moe.node.target, (*moe.node.args[:3], smaller, *moe.node.args[4:]), moe.attributes)
+    smaller = program.add(
+        "small", program.read(name).to(torch.float16).view(torch.uint8)[..., ::2].contiguous()
+    )
+    program.replace(
+        moe.node, moe.node.target, (*moe.node.args[:3], smaller, *moe.node.args[4:]), moe.attributes
+    )
     weights, part = 9_200_000, tinymoe.read(name).numel()
     assert 16 - bits_on_disk(program, tinymoe) == pytest.approx(8 * part / weights, rel=0.01)
     assert experts_bits_on_disk(program) == pytest.approx(16 - 8 * (2 / 3) / 4)
@@ -188,7 +213,9 @@ def test_different_models_are_refused(tinymoe: Program) -> None:
     wider = trace(AutoModelForCausalLM.from_config(config))
     assert "vocabulary of 96" in refused(wider, other, tokens(1, 8))
     config.vocab_size, config.num_experts_per_tok = 64, 1
-    assert "chooses 2 experts" in refused(trace(AutoModelForCausalLM.from_config(config)), other, tokens(1, 8))
+    assert "chooses 2 experts" in refused(
+        trace(AutoModelForCausalLM.from_config(config)), other, tokens(1, 8)
+    )
 
 
 def test_a_model_without_a_head_is_refused() -> None:
@@ -211,7 +238,9 @@ def test_rows_that_do_not_fit_are_refused(tinymoe: Program) -> None:
     assert "positions for 32" in refused(program, program, tokens(1, 33))
     program = tinymoe.copy()
     program.restriction = "sequence other than 2"  # as zaya's
-    assert "holds for sequence other than 2 only; give --length 5" in refused(program, tinymoe, tokens(1, 2))
+    assert "holds for sequence other than 2 only; give --length 5" in refused(
+        program, tinymoe, tokens(1, 2)
+    )
     assert evaluate(program, tinymoe, tokens(1, 3)).kl == 0
 
 
@@ -220,4 +249,6 @@ def test_logits_that_are_not_numbers_are_said() -> None:
     program, broken = trace(model), trace(model)
     name = broken.weights[broken.moe_layers()[0].operand("down").name].name
     broken.add(name, broken.read(name) * torch.nan)
-    assert "the compiled program computes logits that are not numbers" in refused(broken, program, tokens(1, 8))
+    assert "the compiled program computes logits that are not numbers" in refused(
+        broken, program, tokens(1, 8)
+    )

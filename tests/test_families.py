@@ -116,9 +116,15 @@ def test_one_node_per_moe_layer(case: Case) -> None:
 
 def test_gate_attributes_are_recognised(case: Case) -> None:
     for node in case.nodes:
-        assert {key: node.kwargs[key] for key in DEFAULT_GATE} == {**DEFAULT_GATE, **case.family.gate}
+        assert {key: node.kwargs[key] for key in DEFAULT_GATE} == {
+            **DEFAULT_GATE,
+            **case.family.gate,
+        }
         layout = experts.layout_of(case.found.experts[node.meta["path"]])
-        assert (layout.interleaved, layout.transposed) == (case.family.interleaved, case.family.transposed)
+        assert (layout.interleaved, layout.transposed) == (
+            case.family.interleaved,
+            case.family.transposed,
+        )
 
 
 def test_operands_are_canonical(case: Case) -> None:
@@ -141,10 +147,14 @@ def test_stages_never_fall_along_an_edge(case: Case) -> None:
 def test_gradients_of_the_program_are_the_models(case: Case) -> None:
     """Through experts and opaque scans alike, whose backward differentiates their reference."""
     ids = tokens((1, 9))
-    name, weight = next((n, p) for n, p in case.model.named_parameters() if p.dim() == 2 and p.shape[0] == 64)
+    name, weight = next(
+        (n, p) for n, p in case.model.named_parameters() if p.dim() == 2 and p.shape[0] == 64
+    )
     weight.requires_grad_(True)
     out = first(case.model(input_ids=ids))
-    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))  # a norm hides plain sums from gradients
+    probe = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(0)
+    )  # a norm hides plain sums from gradients
     expected = torch.autograd.grad((out * probe).mean(), weight)[0]
     run = case.program.module()
     weight = run.get_parameter(name).requires_grad_(True)

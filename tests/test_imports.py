@@ -13,7 +13,13 @@ import pytest
 # A room sees the rooms to its left; those between two < do not see each other.
 RULE = "errors types < hook options < registry < target < ir < checkpoint < frontend pipeline < artifact < backends commands < cli"
 # What a pass sees besides the shared files of its own folder.
-PASSES_SEE = ("moecc.errors", "moecc.options", "moecc.ir", "moecc.pipeline", "moecc.checkpoint.memory")
+PASSES_SEE = (
+    "moecc.errors",
+    "moecc.options",
+    "moecc.ir",
+    "moecc.pipeline",
+    "moecc.checkpoint.memory",
+)
 # Only the module that is that target may need these.
 HEAVY = {"triton", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ray", "matplotlib"}
 
@@ -24,7 +30,11 @@ FLOOR = {room: floor for floor, rooms in enumerate(RULE.split(" < ")) for room i
 def modules() -> dict[str, Path]:
     """Every source file by its dotted name."""
     found = {}
-    for top, package in (("moecc", "moecc"), ("passes", "moecc.passes"), ("backends", "moecc.backends")):
+    for top, package in (
+        ("moecc", "moecc"),
+        ("passes", "moecc.passes"),
+        ("backends", "moecc.backends"),
+    ):
         for path in sorted((ROOT / top).rglob("*.py")):
             parts = path.relative_to(ROOT / top).with_suffix("").parts
             if top != "moecc" or parts[0] not in ("passes", "backends"):  # the two links
@@ -38,7 +48,7 @@ PASSES = {name: path for name, path in MODULES.items() if name.startswith("moecc
 
 def room(name: str) -> str:
     """The room that a module of moecc lies in; its own name for one beside the rooms."""
-    return (name.split(".") + [""])[1]
+    return [*name.split("."), ""][1]
 
 
 def imports(path: Path) -> set[str]:
@@ -55,12 +65,16 @@ def imports(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "moecc"}
 
 
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - PASSES.keys() - {"moecc", "moecc.__main__", "moecc.passes"}))
+@pytest.mark.parametrize(
+    "name", sorted(MODULES.keys() - PASSES.keys() - {"moecc", "moecc.__main__", "moecc.passes"})
+)
 def test_a_room_imports_only_rooms_below_it(name: str) -> None:
     mine = room(name)
     for other in imports(MODULES[name]) - {"moecc"}:
         theirs = room(other)
-        assert theirs == mine or FLOOR[theirs] < FLOOR[mine], f"{name} imports {other}, against {RULE!r}"
+        assert theirs == mine or FLOOR[theirs] < FLOOR[mine], (
+            f"{name} imports {other}, against {RULE!r}"
+        )
 
 
 def test_every_room_has_a_floor() -> None:
@@ -68,7 +82,14 @@ def test_every_room_has_a_floor() -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    graph = nx.DiGraph([(name, other) for name, path in MODULES.items() for other in imports(path) if other != name])
+    graph = nx.DiGraph(
+        [
+            (name, other)
+            for name, path in MODULES.items()
+            for other in imports(path)
+            if other != name
+        ]
+    )
     graph.remove_nodes_from(n for n in list(graph) if MODULES.get(n, Path()).name == "__init__.py")
     assert list(nx.simple_cycles(graph)) == []
 
@@ -85,7 +106,9 @@ def test_a_pass_imports_no_other_pass_and_no_target(name: str) -> None:
 
 def is_composite(path: Path) -> bool:
     classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
-    return any(isinstance(base, ast.Name) and base.id == "Composite" for c in classes for base in c.bases)
+    return any(
+        isinstance(base, ast.Name) and base.id == "Composite" for c in classes for base in c.bases
+    )
 
 
 def test_only_kbvq_is_a_name_for_several_passes() -> None:
@@ -96,13 +119,17 @@ def test_only_kbvq_is_a_name_for_several_passes() -> None:
 def test_what_a_target_needs_is_imported_by_that_target_alone(name: str) -> None:
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            names = (
+                [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            )
             assert not {n.split(".")[0] for n in names} & HEAVY
 
 
 def loaded(code: str) -> set[str]:
     code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests"
+    )
     return set(done.stdout.split())
 
 

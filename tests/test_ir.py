@@ -39,7 +39,9 @@ def compressed(qwen: tuple[Any, Program]) -> Program:
     """qwen2_moe after every kind of rewrite: shared basis and mean, codes with signs, folded affine correction."""
     program = qwen[1].copy()
     passes = resolve(parse_passes("klt{rank=2,mean=3},vq{bits=3},affine{offset=on},fold")[0])[0]
-    batches = [torch.randint(0, 64, (1, 16), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    batches = [
+        torch.randint(0, 64, (1, 16), generator=torch.Generator().manual_seed(i)) for i in range(4)
+    ]
     run_passes(program, passes, Context(), batches)
     return program
 
@@ -84,7 +86,12 @@ def rejected(program: Program) -> str:
 
 @pytest.mark.parametrize(
     ("operand", "shape"),
-    [("gate_up", (4, 16, 8)), ("gate_up", (3, 16, 16)), ("down", (4, 16, 16)), ("down", (4, 8, 16))],
+    [
+        ("gate_up", (4, 16, 8)),
+        ("gate_up", (3, 16, 16)),
+        ("down", (4, 16, 16)),
+        ("down", (4, 8, 16)),
+    ],
 )
 def test_operands_must_fit_each_other(tiny: Tiny, operand: str, shape: tuple[int, ...]) -> None:
     program = tiny("M")
@@ -94,19 +101,25 @@ def test_operands_must_fit_each_other(tiny: Tiny, operand: str, shape: tuple[int
     args[3 if operand == "gate_up" else 4] = node
     moe.node.args = tuple(args)
     message = rejected(program)
-    assert ("%experts (moecc.experts)" in message and str(shape) in message) or "expected" in message
+    assert (
+        "%experts (moecc.experts)" in message and str(shape) in message
+    ) or "expected" in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize("name", vq4.TENSORS)
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
-def test_every_tensor_of_the_format_is_checked(compressed: Program, projection: str, name: str) -> None:
+def test_every_tensor_of_the_format_is_checked(
+    compressed: Program, projection: str, name: str
+) -> None:
     program = compressed.copy()
     moe = program.moe_layers()[0]
     node = moe.operand(f"{projection}_{name}")
     assert node is not None
     held = program.read(program.weights[node.name].name)
-    wrong = program.add("wrong", torch.zeros(*held.shape[:-1], held.shape[-1] + 1, dtype=held.dtype))
+    wrong = program.add(
+        "wrong", torch.zeros(*held.shape[:-1], held.shape[-1] + 1, dtype=held.dtype)
+    )
     moe.node.replace_input_with(node, wrong)
     message = rejected(program)
     # the scale is what the number of rows is read from: what does not fit it is named
@@ -124,8 +137,9 @@ def test_every_tensor_of_the_format_has_its_type(compressed: Program, name: str)
     moe.node.replace_input_with(node, program.add("wrong", held.float()))
     message = rejected(program)
     want = {torch.uint8: "u8", torch.int8: "i8"}.get(held.dtype, "f16 or bf16")
-    assert f"%{moe.node.name} (moecc.vq_experts): down_{name} is f32[" in message and message.endswith(
-        f"expected {want}"
+    assert (
+        f"%{moe.node.name} (moecc.vq_experts): down_{name} is f32[" in message
+        and message.endswith(f"expected {want}")
     )
 
 
@@ -135,12 +149,16 @@ def test_held_weights_are_finite(compressed: Program) -> None:
     scale = program.read(name).clone()
     scale[0, 0] = torch.nan
     program.add(name, scale)
-    assert rejected(program) == f"weight {name} holds 1 NaN and 0 infinite values of {scale.numel()}"
+    assert (
+        rejected(program) == f"weight {name} holds 1 NaN and 0 infinite values of {scale.numel()}"
+    )
 
 
 def test_a_graph_out_of_order_is_one_line(tiny: Tiny) -> None:
     program = tiny("MD")
-    first, last = [n for n in program.graph.nodes if n.op == "call_function"][:: len(program.graph.nodes) // 2][:2]
+    first, last = [n for n in program.graph.nodes if n.op == "call_function"][
+        :: len(program.graph.nodes) // 2
+    ][:2]
     last.append(first)
     message = rejected(program)
     assert message.startswith("the graph isn't one: Argument ") and "\n" not in message
@@ -159,7 +177,9 @@ def test_rewrite_rounds_to_what_the_checkpoint_stores(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in vq4.TENSORS if n.startswith(vq4.MEAN)])
-def test_a_mean_is_one_matrix(tiny: Tiny, batches: list[Tensor], compressed: Program, name: str) -> None:
+def test_a_mean_is_one_matrix(
+    tiny: Tiny, batches: list[Tensor], compressed: Program, name: str
+) -> None:
     factored = tiny("M")
     run_passes(factored, resolve(parse_passes("klt{rank=0,mean=3}")[0])[0], Context(), batches)
     for program, op in ((compressed.copy(), "vq_experts"), (factored, "klt_experts")):
@@ -171,7 +191,9 @@ def test_a_mean_is_one_matrix(tiny: Tiny, batches: list[Tensor], compressed: Pro
             wrong = program.add("wrong", torch.cat([held, held]))
             moe.node.replace_input_with(node, wrong)
             message = rejected(program)
-            assert message.startswith(f"node %{moe.node.name} (moecc.{op}): {projection}_{name} is (2, ")
+            assert message.startswith(
+                f"node %{moe.node.name} (moecc.{op}): {projection}_{name} is (2, "
+            )
             assert message.endswith(f"expected {tuple(held.shape)}")
             moe.node.replace_input_with(wrong, node)
         program.verify()
@@ -199,7 +221,10 @@ def test_a_node_without_meta_is_rejected(tiny: Tiny, key: str) -> None:
     program = tiny("MD")
     node = next(n for n in program.graph.nodes if n.name == "tanh")
     del node.meta[key]
-    assert rejected(program) == "node %tanh (aten.tanh) lacks meta 'val' or 'layer'; a pass must set both"
+    assert (
+        rejected(program)
+        == "node %tanh (aten.tanh) lacks meta 'val' or 'layer'; a pass must set both"
+    )
 
 
 def test_a_node_may_not_read_from_a_later_stage(tiny: Tiny) -> None:
@@ -213,19 +238,25 @@ def test_a_held_tensor_must_be_what_its_node_says(tiny: Tiny, wrong: Tensor) -> 
     program = tiny("M")
     program.add("extra", torch.zeros(4))
     program.tensors["extra"] = wrong
-    assert rejected(program).startswith("weight extra is ") and rejected(program).endswith("but its node says f32[4]")
+    assert rejected(program).startswith("weight extra is ") and rejected(program).endswith(
+        "but its node says f32[4]"
+    )
 
 
 # ---- rewriting
 
 
-def test_add_puts_a_placeholder_before_the_inputs_and_gives_a_known_name_its_new_value(tiny: Tiny) -> None:
+def test_add_puts_a_placeholder_before_the_inputs_and_gives_a_known_name_its_new_value(
+    tiny: Tiny,
+) -> None:
     program = tiny("M")
     node = program.add("extra", torch.zeros(4))
     order = [n.name for n in program.graph.nodes]
     assert order.index(node.name) < order.index(program.user_inputs[0].name)
     assert program.add("extra", torch.ones(2, 2)) is node
-    assert tuple(node.meta["val"].shape) == (2, 2) and torch.equal(program.read("extra"), torch.ones(2, 2))
+    assert tuple(node.meta["val"].shape) == (2, 2) and torch.equal(
+        program.read("extra"), torch.ones(2, 2)
+    )
     assert node not in program.user_inputs
 
 
@@ -249,7 +280,10 @@ def test_replace_drops_weights_that_nothing_reads_any_more(tiny: Tiny) -> None:
     program.replace(moe.node, ops.EXPERTS, args, moe.attributes)
     assert "p_layers_0_gate_up" not in program.weights and "p_layers_0_down" in program.weights
     program.replace(
-        moe.node, ops.EXPERTS, (*args[:3], program.add("other", torch.zeros(4, 16, 16)), *args[4:]), moe.attributes
+        moe.node,
+        ops.EXPERTS,
+        (*args[:3], program.add("other", torch.zeros(4, 16, 16)), *args[4:]),
+        moe.attributes,
     )
     assert "layers.0.mine" not in program.tensors and not any(
         w.name == "layers.0.mine" for w in program.weights.values()
@@ -264,7 +298,9 @@ def test_a_copy_has_a_graph_of_its_own(tiny: Tiny) -> None:
     experts_of(copy).update_kwarg("act", "relu")
     copy.add("extra", torch.zeros(3))
     copy.facts.add("vq")
-    assert program.text() == text and "extra" not in program.tensors and program.facts == {"moments"}
+    assert (
+        program.text() == text and "extra" not in program.tensors and program.facts == {"moments"}
+    )
 
 
 # ---- weights
@@ -277,10 +313,14 @@ def test_gpt_oss_s_layout_becomes_canonical() -> None:
     state = model.state_dict()
     for moe in program.moe_layers():
         value = {n: moe.operand(n) for n in ("gate_up", "down", "gate_up_bias", "down_bias")}
-        got = {n: program.read(program.weights[v.name].name) for n, v in value.items() if v is not None}
+        got = {
+            n: program.read(program.weights[v.name].name) for n, v in value.items() if v is not None
+        }
         raw = {n: state[f"{moe.path}.{n}_proj"] for n in ("gate_up", "down")}
         bias = state[f"{moe.path}.gate_up_proj_bias"]
-        assert torch.equal(got["gate_up"], torch.cat([raw["gate_up"][..., 0::2], raw["gate_up"][..., 1::2]], -1).mT)
+        assert torch.equal(
+            got["gate_up"], torch.cat([raw["gate_up"][..., 0::2], raw["gate_up"][..., 1::2]], -1).mT
+        )
         assert torch.equal(got["gate_up_bias"], torch.cat([bias[..., 0::2], bias[..., 1::2]], -1))
         assert torch.equal(got["down"], raw["down"].mT)
         assert torch.equal(got["down_bias"], state[f"{moe.path}.down_proj_bias"])
@@ -291,7 +331,9 @@ def test_gpt_oss_s_layout_becomes_canonical() -> None:
 
 def test_reading_says_what_is_missing(tiny: Tiny) -> None:
     program = tiny("M")
-    with pytest.raises(MoeccError, match="nothing: not in the checkpoint tiny; give a complete checkpoint"):
+    with pytest.raises(
+        MoeccError, match="nothing: not in the checkpoint tiny; give a complete checkpoint"
+    ):
         program.read("nothing")
     program.store = None
     with pytest.raises(MoeccError, match="no weights, the program was traced from a config"):
@@ -311,7 +353,11 @@ def test_the_router_is_the_linear_behind_the_chosen_indices(family: str, weight:
     assert program.moe_layers()
     for moe in program.moe_layers():
         assert moe.logits is not None and moe.logits.meta["layer"] == moe.layer
-        names = [program.weights[i.name].name for i in weights_behind(moe.logits) if i.name in program.weights]
+        names = [
+            program.weights[i.name].name
+            for i in weights_behind(moe.logits)
+            if i.name in program.weights
+        ]
         assert f"model.layers.{moe.layer - 1}.{weight}" in names
         assert moe.top_k == (1 if family == "llama4_text" else 2)
 
@@ -348,14 +394,20 @@ def test_a_program_runs_as_the_model_does(qwen: tuple[Any, Program]) -> None:
     torch.testing.assert_close(run_program(program, [IDS])[0], want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_stream_taps_without_moving_and_keeps_what_later_stages_read(tiny: Tiny, batches: list[Tensor]) -> None:
+def test_a_stream_taps_without_moving_and_keeps_what_later_stages_read(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
     program = tiny("MD")
     seen: dict[str, list[Tensor]] = {}
-    run_program(program, batches, lambda node, value, batch: seen.setdefault(node.name, []).append(value))
+    run_program(
+        program, batches, lambda node, value, batch: seen.setdefault(node.name, []).append(value)
+    )
     stream = Stream(program, batches)
     stream.advance()
     for name in ("linear", "experts"):
-        assert all(torch.equal(a, b) for a, b in zip(stream.tap(1, [name])[name], seen[name], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(stream.tap(1, [name])[name], seen[name], strict=True)
+        )
     assert stream.stage == 1
     stream.advance()
     assert set(stream.values[0]) == {"add"} <= stream.needed_after(1)
@@ -374,7 +426,9 @@ def test_a_node_that_fails_is_named(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("which", ["qwen", "compressed"])
-def test_exported_programs_run_compile_and_survive_a_file(which: str, request: pytest.FixtureRequest) -> None:
+def test_exported_programs_run_compile_and_survive_a_file(
+    which: str, request: pytest.FixtureRequest
+) -> None:
     found = request.getfixturevalue(which)
     program: Program = found[1] if which == "qwen" else found
     want = run_program(program, [IDS])[0]
@@ -396,7 +450,13 @@ def test_exported_programs_run_compile_and_survive_a_file(which: str, request: p
 
 def first(result: Any) -> Tensor:
     """Logits out of whatever the exported module returns."""
-    value = result if isinstance(result, Tensor) else result[0] if isinstance(result, (list, tuple)) else result.logits
+    value = (
+        result
+        if isinstance(result, Tensor)
+        else result[0]
+        if isinstance(result, (list, tuple))
+        else result.logits
+    )
     assert isinstance(value, Tensor)
     return value
 

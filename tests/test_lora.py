@@ -36,9 +36,18 @@ def adapter(folder: Path, shapes: dict[str, tuple[int, ...]], **config: Any) -> 
     """An adapter folder as PEFT saves it, with random matrices; the tensors."""
     folder.mkdir(exist_ok=True)
     g = torch.Generator().manual_seed(0)
-    tensors = {f"base_model.model.{k}.weight": torch.randn(s, generator=g) * 0.2 for k, s in shapes.items()}
+    tensors = {
+        f"base_model.model.{k}.weight": torch.randn(s, generator=g) * 0.2 for k, s in shapes.items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors")
-    whole = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "bias": "none", "use_dora": False, **config}
+    whole = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 8,
+        "bias": "none",
+        "use_dora": False,
+        **config,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(whole))
     return tensors
 
@@ -59,7 +68,9 @@ def logits(program: Program) -> Tensor:
 
 @pytest.mark.parametrize(("options", "scaling"), [({}, 8 / 2), ({"use_rslora": True}, 8 / math.sqrt(2)),
                                                   ({"alpha_pattern": {"q_proj": 3}}, 3 / 2)])  # fmt: skip
-def test_a_linear_is_its_weight_plus_scaled_b_a(tmp_path: Path, options: dict[str, Any], scaling: float) -> None:
+def test_a_linear_is_its_weight_plus_scaled_b_a(
+    tmp_path: Path, options: dict[str, Any], scaling: float
+) -> None:
     model = make("qwen2_moe")
     module = "model.layers.1.self_attn.q_proj"
     tensors = adapter(tmp_path / "a", linear(module, 32, 32), **options)
@@ -78,15 +89,21 @@ def test_experts_are_adapted_one_by_one(tmp_path: Path, family: str) -> None:
     model = make(family)
     experts = model.get_submodule("model.layers.0.mlp.experts")
     down = experts.down_proj
-    count, rows, columns = down.shape if family == "qwen2_moe" else (down.shape[0], down.shape[2], down.shape[1])
+    count, rows, columns = (
+        down.shape if family == "qwen2_moe" else (down.shape[0], down.shape[2], down.shape[1])
+    )
     shapes = {"lora_A": (2 * count, columns), "lora_B": (rows, 2 * count)}
     path = "model.layers.0.mlp.experts"
-    tensors = adapter(tmp_path / "a", {f"{path}.{k}": s for k, s in shapes.items()}, target_parameters=EXPERTS[1:])
+    tensors = adapter(
+        tmp_path / "a", {f"{path}.{k}": s for k, s in shapes.items()}, target_parameters=EXPERTS[1:]
+    )
     program, _ = merge(model, tmp_path / "a")
     a, b = (tensors[f"base_model.model.{path}.lora_{s}.weight"] for s in "AB")
     out, got = "eoi" if family == "qwen2_moe" else "eio", logits(program)
     with torch.no_grad():
-        down += 4 * torch.einsum(f"ore,eri->{out}", b.reshape(rows, 2, count), a.reshape(count, 2, columns))
+        down += 4 * torch.einsum(
+            f"ore,eri->{out}", b.reshape(rows, 2, count), a.reshape(count, 2, columns)
+        )
     torch.testing.assert_close(got, logits(trace(model)), rtol=1e-5, atol=1e-6)
 
 
@@ -104,7 +121,11 @@ def test_nested_names_are_told_apart_by_depth(tmp_path: Path) -> None:
 def test_merged_experts_are_what_is_coded(tmp_path: Path) -> None:
     """Passes behind it see the merged weights, and compare with the merged model."""
     model = make("qwen2_moe")
-    adapter(tmp_path / "a", linear("model.layers.0.mlp.experts", 32, 16, 8), target_parameters=EXPERTS[1:])
+    adapter(
+        tmp_path / "a",
+        linear("model.layers.0.mlp.experts", 32, 16, 8),
+        target_parameters=EXPERTS[1:],
+    )
     resolved, _ = resolve(parse_passes(f"vq{{bits=4}},lora{{path={tmp_path / 'a'}}}")[0])
     assert [p.name for p in resolved] == ["lora", "moments", "vq"]
     program, ctx = trace(model), Context()
@@ -135,7 +156,9 @@ def test_merging_equals_peft_s_own(tmp_path: Path, family: str) -> None:
     parameters = dict(whole.named_parameters())
     assert len(ctx.audit) == 8 and any("experts.gate_up_proj" in name for name in ctx.audit)
     for name in ctx.audit:
-        torch.testing.assert_close(program.tensors[name], parameters[name].detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            program.tensors[name], parameters[name].detach(), rtol=1e-6, atol=1e-6
+        )
         assert not torch.equal(parameters[name], make(family).get_parameter(name))
 
 
@@ -164,8 +187,12 @@ def test_what_can_t_be_merged_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("passes", ["lora{path=%s}", "vq,affine,fold,absorb{path=%s}"])
-@pytest.mark.parametrize(("module", "other"), [("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")])
-def test_an_adapter_of_a_tied_weight_is_refused(tmp_path: Path, passes: str, module: str, other: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "other"), [("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")]
+)
+def test_an_adapter_of_a_tied_weight_is_refused(
+    tmp_path: Path, passes: str, module: str, other: str
+) -> None:
     """The artifact stores one tensor for both, so it can't hold the update of one."""
     model = make("qwen2_moe")
     model.config.tie_word_embeddings = True
@@ -173,7 +200,9 @@ def test_an_adapter_of_a_tied_weight_is_refused(tmp_path: Path, passes: str, mod
     adapter(tmp_path / "a", linear(module, 64, 32))
     resolved, _ = resolve(parse_passes(passes % (tmp_path / "a"))[0])
     ctx = Context()
-    with pytest.raises(MoeccError, match=f"updates {module}.weight, which is tied to {other}.weight; untie them"):
+    with pytest.raises(
+        MoeccError, match=f"updates {module}.weight, which is tied to {other}.weight; untie them"
+    ):
         run_passes(trace(model), resolved, ctx, IDS)
     assert not ctx.ledger  # before any pass
 
@@ -194,7 +223,11 @@ def test_a_folder_without_an_adapter_and_no_folder(tmp_path: Path) -> None:
 
 
 def absorbed(
-    tmp_path: Path, options: str, *, before: str = "klt{rank=2,mean=2},vq,affine,fold", size: float = 1.0
+    tmp_path: Path,
+    options: str,
+    *,
+    before: str = "klt{rank=2,mean=2},vq,affine,fold",
+    size: float = 1.0,
 ) -> tuple[Program, Program, Context]:
     """A compressed qwen2_moe before and after it took in an adapter of routed experts, attention and a shared expert."""
     model = make("qwen2_moe")
@@ -215,18 +248,29 @@ def decoded(program: Program, layer: int, projection: str) -> Tensor:
     """The dense [E, N, K] that a compressed projection stands for."""
     moe = program.moe_layers()[layer]
     nodes = {t: moe.operand(f"{projection}_{t}") for t in vq4.TENSORS}
-    t = {k: None if v is None else program.read(program.weights[v.name].name) for k, v in nodes.items()}
+    t = {
+        k: None if v is None else program.read(program.weights[v.name].name)
+        for k, v in nodes.items()
+    }
     hidden = moe.node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
-    columns = hidden if projection == "gate_up" else moe.operand("gate_up_scale").meta["val"].shape[1] // 2  # type: ignore[union-attr]
+    columns = (
+        hidden
+        if projection == "gate_up"
+        else moe.operand("gate_up_scale").meta["val"].shape[1] // 2
+    )  # type: ignore[union-attr]
     codes, codebook, scale = t["codes"], t["codebook"], t["scale"]
     assert codes is not None and codebook is not None and scale is not None
-    coded = vq4.decode(codes, t["signs"], codebook, columns, torch.float32) * scale.float().unsqueeze(-1)
+    coded = vq4.decode(
+        codes, t["signs"], codebook, columns, torch.float32
+    ) * scale.float().unsqueeze(-1)
     shared = vq4.shared_part(t, columns, torch.float32, input_side=projection == "gate_up")
     return coded if shared is None else coded + shared
 
 
 @pytest.mark.parametrize("before", ["klt{rank=2,mean=2},vq,affine,fold", "vq,affine,fold"])
-def test_a_basis_that_is_large_enough_takes_an_adapter_in_whole(tmp_path: Path, before: str) -> None:
+def test_a_basis_that_is_large_enough_takes_an_adapter_in_whole(
+    tmp_path: Path, before: str
+) -> None:
     plain, program, ctx = absorbed(tmp_path, ",rank=32", before=before)
     updates = Adapter.read("lora", str(tmp_path / "a")).updates(trace(make("qwen2_moe")))
     for projection, name in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
@@ -257,7 +301,12 @@ def test_transposed_experts_take_an_adapter_in_as_they_are_stored(tmp_path: Path
     run_passes(plain, resolve(parse_passes(text)[0])[0], Context(), IDS)
     absorbing = f"{text},absorb{{path={tmp_path / 'a'},rank=32}}"
     run_passes(program, resolve(parse_passes(absorbing)[0])[0], Context(), IDS)
-    update = Adapter.read("lora", str(tmp_path / "a")).updates(trace(model))[f"{path}.down_proj"].delta().mT
+    update = (
+        Adapter.read("lora", str(tmp_path / "a"))
+        .updates(trace(model))[f"{path}.down_proj"]
+        .delta()
+        .mT
+    )
     moved = decoded(program, 0, "down") - decoded(plain, 0, "down")
     assert float((moved - update).norm() / update.norm()) < 0.02
 
@@ -268,7 +317,11 @@ def test_inspect_counts_the_rows_that_an_adapter_of_the_experts_may_bring(tmp_pa
     make("qwen2_moe").save_pretrained(tmp_path / "model")
 
     def most(passes: str) -> float:
-        return float(inspect_model(str(tmp_path / "model"), passes=passes)["estimate"]["bits_per_weight_experts"][1])
+        return float(
+            inspect_model(str(tmp_path / "model"), passes=passes)["estimate"][
+                "bits_per_weight_experts"
+            ][1]
+        )
 
     taken = f"{before},absorb{{path={tmp_path / 'a'},rank=4}}"
     assert most(before) < experts_bits(program) <= most(taken)

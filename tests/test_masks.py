@@ -16,7 +16,12 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from moecc.backends.onnx.rewrites import masks  # noqa: E402
 
-SIZES = ((1, [0], 1), (3, [0, 2, 9], 8), (1, [4, 0], 9), (6, [1], 6))  # new tokens, padding of each row, all tokens
+SIZES = (
+    (1, [0], 1),
+    (3, [0, 2, 9], 8),
+    (1, [4, 0], 9),
+    (6, [1], 6),
+)  # new tokens, padding of each row, all tokens
 CASES = [(*size, window) for size in SIZES for window in (1, 3, masks.NO_WINDOW)]
 
 
@@ -42,7 +47,10 @@ def test_what_does_not_fit_is_an_error_that_says_so() -> None:
     session = one(3, True)
     ids = np.zeros((2, 4), np.int64)
     for counts, text in (
-        (np.ones((2, 3), np.int64), "attention_mask has shape [2, 3], which is of fewer tokens than input_ids [2, 4]"),
+        (
+            np.ones((2, 3), np.int64),
+            "attention_mask has shape [2, 3], which is of fewer tokens than input_ids [2, 4]",
+        ),
         (np.ones((1, 5), np.int64), "attention_mask has shape [1, 5], expected [2, 5]"),
     ):
         with pytest.raises(Exception, match="moecc::CausalMask") as failed:
@@ -65,7 +73,9 @@ def one(window: int, library: bool) -> Any:
 
 
 def of_one_node(window: int) -> Any:
-    node = onnx.helper.make_node(masks.NAME, list(masks._INPUTS), ["y"], domain="moecc", window=window)
+    node = onnx.helper.make_node(
+        masks.NAME, list(masks._INPUTS), ["y"], domain="moecc", window=window
+    )
     info, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
     graph = onnx.helper.make_graph(
         [node], "one", [info("input_ids", kinds.INT64, ["B", "S"]), info("attention_mask", kinds.INT64, ["B", "T"])],

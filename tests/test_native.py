@@ -97,7 +97,9 @@ class Case:
     tokens: Sequence[int] = TOKENS
     route: Callable[[int, int, int], Tensor] | None = None  # tokens, k, experts -> index
 
-    def projection(self, rows: int, columns: int, bits: int, mean: int, *, input_side: bool) -> Projection:
+    def projection(
+        self, rows: int, columns: int, bits: int, mean: int, *, input_side: bool
+    ) -> Projection:
         p: Projection = dict.fromkeys(vq4.TENSORS)
         p |= coded(self.experts, rows, columns, bits, 1 if self.shared else self.experts)
         if mean:
@@ -105,7 +107,11 @@ class Case:
         if self.bias:
             p["bias"] = torch.randn(self.experts, rows) * 0.3
         if self.rank:
-            shape = (self.experts, rows, self.rank) if input_side else (self.experts, self.rank, columns)
+            shape = (
+                (self.experts, rows, self.rank)
+                if input_side
+                else (self.experts, self.rank, columns)
+            )
             p["basis"] = torch.randn(self.rank, columns if input_side else rows) * 0.2
             p["coef"] = torch.randint(-127, 128, shape, dtype=torch.int8)
             p["coef_scale"] = torch.rand(shape[:2]) * 0.004
@@ -114,12 +120,16 @@ class Case:
     def layer(self) -> tuple[Projection, Projection, Tensor | None]:
         n = gates.rows_per_unit(self.gate) * self.intermediate
         up = self.projection(n, self.hidden, self.bits[0], self.means[0], input_side=True)
-        down = self.projection(self.hidden, self.intermediate, self.bits[1], self.means[1], input_side=False)
+        down = self.projection(
+            self.hidden, self.intermediate, self.bits[1], self.means[1], input_side=False
+        )
         return up, down, torch.rand(self.hidden) + 0.5 if self.post_norm else None
 
     def routed(self, tokens: int) -> list[Tensor]:
         x = torch.randn(tokens, self.hidden) * self.loud
-        index = torch.randint(0, self.experts, (tokens, self.top_k))  # an expert may come twice in a token
+        index = torch.randint(
+            0, self.experts, (tokens, self.top_k)
+        )  # an expert may come twice in a token
         if self.route is not None:
             index = self.route(tokens, self.top_k, self.experts)
         weight = torch.randn(tokens, self.top_k)
@@ -127,7 +137,13 @@ class Case:
         return [x.half() if self.half else x, index, weight]
 
     def attributes(self) -> dict[str, Any]:
-        return {"act": self.act, "gate": self.gate, "alpha": self.alpha, "limit": self.limit, "eps": 1e-6}
+        return {
+            "act": self.act,
+            "gate": self.gate,
+            "alpha": self.alpha,
+            "limit": self.limit,
+            "eps": 1e-6,
+        }
 
 
 def coded(matrices: int, rows: int, columns: int, bits: int, books: int) -> Projection:
@@ -158,12 +174,22 @@ def operands(up: Projection, down: Projection, post_norm: Tensor | None) -> list
     return [*found, post_norm]
 
 
-NAMES = ["x", "topk_index", "topk_weight", *(f"{p}_{t}" for p in ("gate_up", "down") for t in vq4.TENSORS), "post_norm"]
+NAMES = [
+    "x",
+    "topk_index",
+    "topk_weight",
+    *(f"{p}_{t}" for p in ("gate_up", "down") for t in vq4.TENSORS),
+    "post_norm",
+]
 TYPES = {torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int64: 7, torch.float16: 10}
 
 
 def node_model(
-    inputs: dict[str, Tensor | None], attributes: dict[str, Any], *, fed: bool = False, half: bool = False
+    inputs: dict[str, Tensor | None],
+    attributes: dict[str, Any],
+    *,
+    fed: bool = False,
+    half: bool = False,
 ) -> Any:
     """A model of one node; `inputs` by NAMES from 3 on are initializers, or inputs of the graph. Shapes are left open."""
     h = onnx.helper
@@ -173,19 +199,28 @@ def node_model(
     graph_inputs += [h.make_tensor_value_info("topk_weight", 1, [None, None])]
     given = {name: t for name, t in inputs.items() if t is not None}
     if fed:
-        graph_inputs += [h.make_tensor_value_info(name, TYPES[t.dtype], [None] * t.dim()) for name, t in given.items()]
-    initializers = [onnx.numpy_helper.from_array(t.numpy(), name) for name, t in given.items() if not fed]
+        graph_inputs += [
+            h.make_tensor_value_info(name, TYPES[t.dtype], [None] * t.dim())
+            for name, t in given.items()
+        ]
+    initializers = [
+        onnx.numpy_helper.from_array(t.numpy(), name) for name, t in given.items() if not fed
+    ]
     names = [name if name in given or i < 3 else "" for i, name in enumerate(NAMES)]
     while not names[-1]:
         names.pop()
     node = h.make_node("VQExperts", names, ["y"], domain="moecc", **attributes)
-    graph = h.make_graph([node], "g", graph_inputs, [h.make_tensor_value_info("y", x, [None, None])], initializers)
+    graph = h.make_graph(
+        [node], "g", graph_inputs, [h.make_tensor_value_info("y", x, [None, None])], initializers
+    )
     model = h.make_model(graph, opset_imports=[h.make_opsetid("", 21), h.make_opsetid("moecc", 1)])
     model.ir_version = 10
     return model
 
 
-def write(folder: Path, name: str, case: Case, change: Callable[[Tensors], None] | None = None) -> dict[str, Tensor]:
+def write(
+    folder: Path, name: str, case: Case, change: Callable[[Tensors], None] | None = None
+) -> dict[str, Tensor]:
     """Puts a case into a folder; what the reference gives, by run. change: of all that the node is given, to what is wrong."""
     torch.manual_seed(sum(name.removesuffix("_empty").encode()))
     up, down, norm = case.layer()
@@ -201,15 +236,25 @@ def write(folder: Path, name: str, case: Case, change: Callable[[Tensors], None]
             change(both)
             feed, tensors = ({n: both[n] for n in part} for part in (feed, tensors))
         if case.empty:
-            tensors |= {n: torch.zeros(0, dtype=NODE_DTYPES[n]) for n, t in tensors.items() if t is None}
+            tensors |= {
+                n: torch.zeros(0, dtype=NODE_DTYPES[n]) for n, t in tensors.items() if t is None
+            }
         fed = tensors if case.fed else {}
         runs |= {f"{tokens}/{n}": t.numpy() for n, t in (feed | fed).items() if t is not None}
-    onnx.save(node_model(tensors, case.attributes(), fed=case.fed, half=case.half), folder / f"{name}.onnx")
+    onnx.save(
+        node_model(tensors, case.attributes(), fed=case.fed, half=case.half),
+        folder / f"{name}.onnx",
+    )
     np.savez(folder / f"{name}.npz", **runs)
     return expected
 
 
-_OF_TENSOR = {"codes": torch.uint8, "signs": torch.uint8, "codebook": torch.int8, "coef": torch.int8}
+_OF_TENSOR = {
+    "codes": torch.uint8,
+    "signs": torch.uint8,
+    "codebook": torch.int8,
+    "coef": torch.int8,
+}
 NODE_DTYPES = {name: _OF_TENSOR.get(name.split("_")[-1], torch.float32) for name in NAMES[3:]}
 
 
@@ -287,7 +332,12 @@ class Batch:
             str(threads),
         ]
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=300
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | environment,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         errors = json.loads(done.stdout.splitlines()[-1])
@@ -337,14 +387,24 @@ def outcomes(batch: Batch, isas: list[str]) -> dict[str, Outcome]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_library_gives_what_the_reference_gives(name: str, batch: Batch, outcomes: dict[str, Outcome]) -> None:
+def test_the_library_gives_what_the_reference_gives(
+    name: str, batch: Batch, outcomes: dict[str, Outcome]
+) -> None:
     for what, outcome in outcomes.items():
         outcome.check(name, batch.expected[name], what)
 
 
 def test_values_that_are_no_numbers_stay_in_their_token(tmp_path: Path, isas: list[str]) -> None:
-    tall = {"hidden": 600, "intermediate": 330, "experts": 12}  # enough rows, and few tokens an expert, for lookups
-    cases = {"few": Case(tokens=(3,), **tall), "many": Case(tokens=(33,)), "signs": Case(tokens=(3,), bits=(3, 3))}
+    tall = {
+        "hidden": 600,
+        "intermediate": 330,
+        "experts": 12,
+    }  # enough rows, and few tokens an expert, for lookups
+    cases = {
+        "few": Case(tokens=(3,), **tall),
+        "many": Case(tokens=(33,)),
+        "signs": Case(tokens=(3,), bits=(3, 3)),
+    }
 
     def spoil(tensors: Tensors) -> None:
         tensors["x"][0, 5], tensors["x"][1, 70] = math.nan, math.inf
@@ -361,12 +421,17 @@ def test_values_that_are_no_numbers_stay_in_their_token(tmp_path: Path, isas: li
             (y,) = outcome.outputs[name].values()
             (right,) = expected.values()
             assert not np.isfinite(y[:2]).any()
-            np.testing.assert_allclose(y[2:], right[2:].numpy(), atol=1e-4 * float(right.norm(dim=1).max()))
+            np.testing.assert_allclose(
+                y[2:], right[2:].numpy(), atol=1e-4 * float(right.norm(dim=1).max())
+            )
 
 
 def test_numbers_may_be_tiny_or_huge(tmp_path: Path, isas: list[str]) -> None:
     cases = {
-        f"{kind}{exponent}": (Case(tokens=(2, 9), act="identity", gate="none", bits=bits, **sizes), exponent)
+        f"{kind}{exponent}": (
+            Case(tokens=(2, 9), act="identity", gate="none", bits=bits, **sizes),
+            exponent,
+        )
         for kind, bits, sizes in (
             ("lookup", (2, 2), {"hidden": 530, "intermediate": 530}),
             ("pairs", (2, 4), {}),
@@ -442,7 +507,9 @@ def test_without_codes_or_basis_what_belongs_to_them_is_nothing(tmp_path: Path) 
     outcome = batch.run(build.library())
     for name in without:
         assert outcome.errors[name] == outcome.errors[f"{name}_empty"] == []
-        np.testing.assert_array_equal(outcome.outputs[name]["2"], outcome.outputs[f"{name}_empty"]["2"])
+        np.testing.assert_array_equal(
+            outcome.outputs[name]["2"], outcome.outputs[f"{name}_empty"]["2"]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -452,7 +519,12 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         write(batch.folder, name, FULL, change)
     write(batch.folder, "odd", Case(tokens=(1,)), put("gate_up_scale", lambda t: t[:, :79]))
     pairs = Case(tokens=(1,), bits=(4, 4))
-    write(batch.folder, "pairs", pairs, put("down_signs", torch.zeros(5, 1, 2, 16, 32, dtype=torch.uint8)))
+    write(
+        batch.folder,
+        "pairs",
+        pairs,
+        put("down_signs", torch.zeros(5, 1, 2, 16, 32, dtype=torch.uint8)),
+    )
     for name, attributes in ATTRIBUTES.items():
         write(batch.folder, name, Case(tokens=(1,)))
         model = onnx.load(batch.folder / f"{name}.onnx")
@@ -460,7 +532,9 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         kept = [a for a in node.attribute if a.name not in attributes]
         del node.attribute[:]
         node.attribute.extend(kept)
-        node.attribute.extend(onnx.helper.make_attribute(n, v) for n, v in attributes.items() if v is not None)
+        node.attribute.extend(
+            onnx.helper.make_attribute(n, v) for n, v in attributes.items() if v is not None
+        )
         onnx.save(model, batch.folder / f"{name}.onnx")
     return batch.run(build.library(), threads=2)
 
@@ -487,7 +561,9 @@ def test_what_does_not_fit_is_an_error_that_says_so(name: str, wrong: Outcome) -
         ("no_eps", "attribute eps is missing or no float"),
     ],
 )
-def test_what_is_unknown_or_missing_is_an_error_that_says_so(name: str, text: str, wrong: Outcome) -> None:
+def test_what_is_unknown_or_missing_is_an_error_that_says_so(
+    name: str, text: str, wrong: Outcome
+) -> None:
     (said,) = wrong.errors[name]
     assert f"moecc::VQExperts: {text}" in said
 
@@ -498,7 +574,10 @@ def test_too_little_memory_is_an_error(tmp_path: Path) -> None:
     write(batch.folder, "memory", Case(tokens=(1,), top_k=1))
     runs = dict(np.load(batch.folder / "memory.npz"))
     many = 1 << 25
-    runs |= {"1/topk_index": np.zeros((1, many), np.int64), "1/topk_weight": np.zeros((1, many), np.float32)}
+    runs |= {
+        "1/topk_index": np.zeros((1, many), np.int64),
+        "1/topk_weight": np.zeros((1, many), np.float32),
+    }
     np.savez(batch.folder / "memory.npz", **runs)
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
     (said,) = batch.run(build.library(), before=limit).errors["memory"]
@@ -512,17 +591,25 @@ def sanitized() -> tuple[Path, dict[str, str]]:
     """The library with address and undefined-behaviour sanitizers, and the environment that it needs."""
     runtime = [
         subprocess.run(
-            [*build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+            [*build.compiler(), f"-print-file-name={name}"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for name in ("libasan.so", "libubsan.so")
     ]
     if not all(map(os.path.isabs, runtime)):
         pytest.skip("the compiler has no sanitizers that can be loaded first")
-    environment = {"LD_PRELOAD": " ".join(map(str.strip, runtime)), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = {
+        "LD_PRELOAD": " ".join(map(str.strip, runtime)),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
     return build.library(sanitize=True), environment
 
 
-def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path: Path, isas: list[str]) -> None:
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(
+    tmp_path: Path, isas: list[str]
+) -> None:
     """Weights are inputs here, so that each tensor has memory of its own that ends where the tensor does."""
     library, environment = sanitized()
     batch = Batch(tmp_path)
@@ -539,7 +626,8 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path: Path,
 
 
 @pytest.mark.skipif(
-    "MOECC_OTHER_ORT" not in os.environ, reason="MOECC_OTHER_ORT names no Python with another ONNX Runtime"
+    "MOECC_OTHER_ORT" not in os.environ,
+    reason="MOECC_OTHER_ORT names no Python with another ONNX Runtime",
 )
 def test_another_onnx_runtime_loads_the_same_library(batch: Batch) -> None:
     outcome = batch.run(build.library(), threads=2, python=os.environ["MOECC_OTHER_ORT"])
@@ -593,24 +681,38 @@ def test_the_library_is_built_once_and_found_again(tmp_path: Path, calls: list[l
     count = len(calls)
     assert build.library() == first and len(calls) == count
     assert build.library(sanitize=True) != first
-    assert sorted(p.name for p in first.parent.iterdir()) == sorted({first.name, build.library(sanitize=True).name})
+    assert sorted(p.name for p in first.parent.iterdir()) == sorted(
+        {first.name, build.library(sanitize=True).name}
+    )
 
 
 def test_a_kernel_file_gets_the_flags_of_its_instruction_set(calls: list[list[str]]) -> None:
-    for machine, own, other in (("AMD64", "avx2", "neon"), ("arm64", "neon", "avx2"), ("riscv64", "scalar", "neon")):
+    for machine, own, other in (
+        ("AMD64", "avx2", "neon"),
+        ("arm64", "neon", "avx2"),
+        ("riscv64", "scalar", "neon"),
+    ):
         calls.clear()
         build.compiled(("c++",), machine)
         lines = [" ".join(c) for c in calls]
-        assert any(f"kernel_{own}.cc" in line for line in lines) and any("kernel_scalar.cc" in line for line in lines)
+        assert any(f"kernel_{own}.cc" in line for line in lines) and any(
+            "kernel_scalar.cc" in line for line in lines
+        )
         assert not any(f"kernel_{other}.cc" in line for line in lines)
-        assert all(("-mavx" in line) == ("kernel_avx" in line) for line in lines[:-1])  # the last one links
+        assert all(
+            ("-mavx" in line) == ("kernel_avx" in line) for line in lines[:-1]
+        )  # the last one links
 
 
-def test_without_a_compiler_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_error_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MoeccError, match=r"needs a C\+\+17 compiler: install g\+\+ or clang\+\+, or set CXX"):
+    with pytest.raises(
+        MoeccError, match=r"needs a C\+\+17 compiler: install g\+\+ or clang\+\+, or set CXX"
+    ):
         build.library()
     monkeypatch.setenv("CXX", "nosuchcompiler -O2")
     with pytest.raises(MoeccError, match="CXX is 'nosuchcompiler', which is not installed"):
@@ -620,15 +722,21 @@ def test_without_a_compiler_the_error_says_what_to_do(tmp_path: Path, monkeypatc
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "cache"))
     script = tmp_path / "cxx"
-    script.write_text("#!/bin/sh\n[ \"$1\" = --version ] || { echo 'x.cc:1: error: no such thing' >&2; exit 1; }\n")
+    script.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] || { echo 'x.cc:1: error: no such thing' >&2; exit 1; }\n"
+    )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    with pytest.raises(MoeccError, match=r"can't compile the op library: x.cc:1: error: no such thing; set CXX"):
+    with pytest.raises(
+        MoeccError, match=r"can't compile the op library: x.cc:1: error: no such thing; set CXX"
+    ):
         build.library()
     assert list((tmp_path / "cache" / "ops").iterdir()) == []
 
 
-def test_a_cache_that_can_t_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_can_t_be_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "file"))
     with pytest.raises(MoeccError, match=r"can't write the op library to .*; set MOECC_CACHE"):
@@ -766,17 +874,38 @@ def test_kernels_are_what_plain_loops_are(machine: str, tmp_path: Path, isas: li
     (tmp_path / "check.cc").write_text(CHECK)
     flags = build.KERNELS[machine]
     objects = []
-    for source in (*(build.NATIVE / name for name in ("kernel_scalar.cc", *flags)), tmp_path / "check.cc"):
+    for source in (
+        *(build.NATIVE / name for name in ("kernel_scalar.cc", *flags)),
+        tmp_path / "check.cc",
+    ):
         objects.append(str(tmp_path / f"{source.stem}.o"))
         extra = flags.get(source.name, ())
         define = (f"-DOTHER={names[machine]}_KERNELS", f"-I{build.NATIVE}")
-        command = [*compiler.split(), *build.FLAGS, "-Werror", *extra, *define, "-c", str(source), "-o", objects[-1]]
+        command = [
+            *compiler.split(),
+            *build.FLAGS,
+            "-Werror",
+            *extra,
+            *define,
+            "-c",
+            str(source),
+            "-o",
+            objects[-1],
+        ]
         subprocess.run(command, check=True)
-    subprocess.run([*compiler.split(), "-static", *objects, "-o", str(tmp_path / "check")], check=True)
-    done = subprocess.run([*emulator, str(tmp_path / "check")], capture_output=True, text=True, check=False)
+    subprocess.run(
+        [*compiler.split(), "-static", *objects, "-o", str(tmp_path / "check")], check=True
+    )
+    done = subprocess.run(
+        [*emulator, str(tmp_path / "check")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and float(done.stdout) < 1e-6, done.stdout + done.stderr
 
 
-def test_the_sources_compile_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sources_compile_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
-    build.compiled(build.compiler(), platform.machine(), ("-Werror", "-O1"))  # optimised kernels are the test above's
+    build.compiled(
+        build.compiler(), platform.machine(), ("-Werror", "-O1")
+    )  # optimised kernels are the test above's

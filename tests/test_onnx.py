@@ -53,7 +53,9 @@ def coded(experts: int, rows: int, columns: int, bits: int, *, shared: bool) -> 
     v, padded = vq4.group_size(bits), vq4.padded(columns)
     made = {
         "codes": torch.randint(0, 256, (experts, rows, padded // v), dtype=torch.uint8),
-        "codebook": torch.randint(0 if bits == 3 else -127, 128, (1 if shared else experts, 256, v), dtype=torch.int8),
+        "codebook": torch.randint(
+            0 if bits == 3 else -127, 128, (1 if shared else experts, 256, v), dtype=torch.int8
+        ),
         "scale": (torch.rand(experts, rows) + 0.5) / columns**0.5 / 60,
     }
     if bits == 3:
@@ -62,7 +64,14 @@ def coded(experts: int, rows: int, columns: int, bits: int, *, shared: bool) -> 
 
 
 def projection(
-    part: str, bits: int, *, gate: str = "glu", shared: bool = False, bias: bool = False, rank: int = 0, mean: int = 0
+    part: str,
+    bits: int,
+    *,
+    gate: str = "glu",
+    shared: bool = False,
+    bias: bool = False,
+    rank: int = 0,
+    mean: int = 0,
 ) -> dict[str, Tensor]:
     """The stored tensors of gate_up or down with random numbers."""
     up = part == "gate_up"
@@ -72,7 +81,9 @@ def projection(
         made["bias"] = torch.randn(E, rows)
     if rank:
         made["basis"] = torch.randn(rank, D) / D**0.5
-        made["coef"] = torch.randint(-127, 128, (E, rows, rank) if up else (E, rank, columns), dtype=torch.int8)
+        made["coef"] = torch.randint(
+            -127, 128, (E, rows, rank) if up else (E, rank, columns), dtype=torch.int8
+        )
         made["coef_scale"] = torch.rand(E, rows if up else rank) / 100
     if mean:
         made |= {vq4.MEAN + k: t for k, t in coded(1, rows, columns, mean, shared=True).items()}
@@ -84,7 +95,9 @@ def blocked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     made = dict(tensors)
     for prefix in ("", vq4.MEAN):
         if f"{prefix}codes" in made:
-            made[f"{prefix}codes"] = layout.blocked_codes(made[f"{prefix}codes"], made[f"{prefix}codebook"].shape[2])
+            made[f"{prefix}codes"] = layout.blocked_codes(
+                made[f"{prefix}codes"], made[f"{prefix}codebook"].shape[2]
+            )
         if f"{prefix}signs" in made:
             made[f"{prefix}signs"] = layout.blocked_signs(made[f"{prefix}signs"])
     return made
@@ -93,14 +106,20 @@ def blocked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 Operands = dict[str, Tensor]  # by `bodies.coded_inputs()`
 
 
-def operands(gate_up: dict[str, Tensor], down: dict[str, Tensor], post_norm: Tensor | None = None) -> Operands:
-    made = {f"{p}_{k}": t for p, part in (("gate_up", gate_up), ("down", down)) for k, t in part.items()}
+def operands(
+    gate_up: dict[str, Tensor], down: dict[str, Tensor], post_norm: Tensor | None = None
+) -> Operands:
+    made = {
+        f"{p}_{k}": t for p, part in (("gate_up", gate_up), ("down", down)) for k, t in part.items()
+    }
     return made if post_norm is None else made | {"post_norm": post_norm}
 
 
 def structure(layers: list[Operands], attributes: dict[str, Any]) -> bodies.Structure:
     names = {n for layer in layers for n in layer}
-    return bodies.Structure(attributes, {n: bodies.Presence(True, all(n in x for x in layers)) for n in names})
+    return bodies.Structure(
+        attributes, {n: bodies.Presence(True, all(n in x for x in layers)) for n in names}
+    )
 
 
 def session(stored: Operands, function: ir.Function, attributes: dict[str, Any], opset: int) -> Any:
@@ -125,18 +144,24 @@ def session(stored: Operands, function: ir.Function, attributes: dict[str, Any],
     return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 
-def reference(x: Tensor, index: Tensor, weight: Tensor, stored: Operands, attributes: dict[str, Any]) -> Tensor:
+def reference(
+    x: Tensor, index: Tensor, weight: Tensor, stored: Operands, attributes: dict[str, Any]
+) -> Tensor:
     parts = [
         [*(stored.get(f"{p}_{t}") for t in vq4.TENSORS), None, None] for p in ("gate_up", "down")
     ]  # slope and offset are folded
-    return ops.vq_experts_reference(x, index, weight, *parts[0], *parts[1], stored.get("post_norm"), **attributes)
+    return ops.vq_experts_reference(
+        x, index, weight, *parts[0], *parts[1], stored.get("post_norm"), **attributes
+    )
 
 
 def assert_same(ort: Any, stored: Operands, attributes: dict[str, Any], tokens: int) -> None:
     x, weight = torch.randn(tokens, D), torch.randn(tokens, K)
     index = torch.randint(0, E - 1, (tokens, K))  # the last expert is chosen by nobody
     want = reference(x, index, weight, stored, attributes)
-    got = ort.run(None, {"x": x.numpy(), "topk_index": index.numpy(), "topk_weight": weight.numpy()})[0]
+    got = ort.run(
+        None, {"x": x.numpy(), "topk_index": index.numpy(), "topk_weight": weight.numpy()}
+    )[0]
     assert got.shape == tuple(want.shape)
     assert float(np.linalg.norm(got - want.numpy())) <= 1e-5 * float(want.norm()) + 1e-12
 
@@ -163,7 +188,9 @@ CASES = {
 def test_the_body_equals_the_reference(case: str, opset: int) -> None:
     gate_up, down, normed, more = CASES[case]
     stored = operands(
-        projection("gate_up", **gate_up), projection("down", **down), torch.rand(D) + 0.5 if normed else None
+        projection("gate_up", **gate_up),
+        projection("down", **down),
+        torch.rand(D) + 0.5 if normed else None,
     )  # type: ignore[arg-type]
     attributes = ATTRIBUTES | more
     function = bodies.vq_experts_function(structure([stored], attributes), opset)
@@ -185,9 +212,15 @@ def blocked_operands(stored: Operands) -> Operands:
 def test_every_gate_is_what_it_is_in_torch(gate: str, act: str) -> None:
     """By the operators of the body alone: x -> gate."""
     attributes = ATTRIBUTES | {"act": act, "gate": gate}
-    op, rows = bodies.Ops(), ir.Value(name="rows", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([5, 8]))
+    op, rows = (
+        bodies.Ops(),
+        ir.Value(name="rows", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([5, 8])),
+    )
     y = bodies.gate(op, rows, attributes)
-    y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([5, 8 // gates.rows_per_unit(gate)])
+    y.type, y.shape = (
+        ir.TensorType(ir.DataType.FLOAT),
+        ir.Shape([5, 8 // gates.rows_per_unit(gate)]),
+    )
     graph = ir.Graph([rows], [y], nodes=op.tape.nodes, opset_imports={"": 21}, name="gate")
     model = ir.serde.serialize_model(ir.Model(graph, ir_version=10))
     x = torch.randn(5, 8) * 2
@@ -260,10 +293,14 @@ def one_layer(family: str) -> dict[str, Any]:
     return {"num_hidden_layers": 1}
 
 
-def compiled(folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bits: float = 2, **config: Any) -> Path:
+def compiled(
+    folder: Path, family: str, passes: str = "kbvq{rank=4,mean=3}", bits: float = 2, **config: Any
+) -> Path:
     """A small artifact of a family."""
     source = checkpoint(folder / "model", family, **config)
-    compile_model(str(source), passes, folder / "art", bits=bits, calib=None, rows=8, length=32, backend=None)
+    compile_model(
+        str(source), passes, folder / "art", bits=bits, calib=None, rows=8, length=32, backend=None
+    )
     return folder / "art"
 
 
@@ -288,7 +325,11 @@ def test_a_family_is_exported(family: str, tmp_path: Path) -> None:
 
 def library() -> Path | None:
     """The op library, None (the function runs again) where there is no compiler."""
-    return build.library() if os.environ.get("CXX") or any(map(shutil.which, build.COMPILERS)) else None
+    return (
+        build.library()
+        if os.environ.get("CXX") or any(map(shutil.which, build.COMPILERS))
+        else None
+    )
 
 
 def greedy(session: run.Session, steps: int) -> list[list[int]]:
@@ -347,7 +388,10 @@ def changed(art: Path, out: Path, change: Any) -> Path:
     for file in art.iterdir():
         if file.is_file():
             (out / file.name).write_bytes(file.read_bytes())
-    tensors, config = load_file(art / "model.safetensors"), json.loads((art / "config.json").read_text())
+    tensors, config = (
+        load_file(art / "model.safetensors"),
+        json.loads((art / "config.json").read_text()),
+    )
     for path, entry in config["quantization_config"]["experts"].items():
         change(path, tensors)
         for part in ("gate_up", "down"):
@@ -406,7 +450,10 @@ ATTENTION = {
     "mixtral": "CachedAttentionRope",
 }
 # windows in every layer
-SLIDING = {"qwen3_moe": dict(use_sliding_window=True, sliding_window=8), "mixtral": dict(sliding_window=8)}
+SLIDING = {
+    "qwen3_moe": dict(use_sliding_window=True, sliding_window=8),
+    "mixtral": dict(sliding_window=8),
+}
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", *["mixtral"] * ALL])
@@ -430,7 +477,9 @@ def test_attention_is_one_node_whose_cache_may_have_room(
         whole = session.step(ids, session.start(1))
         cache = session.start(2, [0, 7])
         both = np.concatenate([ids, padded])
-        found = np.concatenate([session.step(part, cache) for part in np.split(both, [250, 251, 290], axis=1)], 1)
+        found = np.concatenate(
+            [session.step(part, cache) for part in np.split(both, [250, 251, 290], axis=1)], 1
+        )
         np.testing.assert_allclose(found[0], whole[0], atol=2e-5 * np.abs(whole).max())
         np.testing.assert_allclose(found[1, 7:], whole[0, :-7], atol=2e-5 * np.abs(whole).max())
 
@@ -446,18 +495,24 @@ def test_float16(family: str, tmp_path: Path, request: pytest.FixtureRequest) ->
     names = [n.op_type for n in model.graph.node if n.op_type.startswith("CachedAttention")]
     assert names == ([ATTENTION[family]] * 2 if family in ATTENTION else [])
     ids = torch.randint(0, 60, (4, 20))
-    portable, native = (run.Session(path, library=own).logits(ids, [15, 1, 4]) for own in (None, library()))
+    portable, native = (
+        run.Session(path, library=own).logits(ids, [15, 1, 4]) for own in (None, library())
+    )
     assert exporter.differences(native, portable)[1] <= 5e-3
 
 
-def test_a_layer_a_tenth_off_is_refused_at_float16(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_a_tenth_off_is_refused_at_float16(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def scale(path: str, tensors: dict[str, Tensor]) -> None:
         if ".1." in path:
             tensors[f"{path}.down.scale"] *= 1.1
 
     other = changed(qwen, tmp_path / "other", scale)
     monkeypatch.setattr(exporter, "trace", lambda folder, **told: trace(other, **told))
-    with pytest.raises(MoeccError, match=r"differ by .* of the largest, in too many tokens; nothing was kept"):
+    with pytest.raises(
+        MoeccError, match=r"differ by .* of the largest, in too many tokens; nothing was kept"
+    ):
         export(qwen, tmp_path / "onnx", dtype="float16")
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
 
@@ -482,9 +537,18 @@ def test_experts_that_are_left_dense(tmp_path: Path) -> None:
     assert_masks_are_known(graph(tmp_path / "onnx"), [8])
 
 
-@pytest.mark.parametrize(("bits", "opset", "runs_from"), [(4, 21, "1.20"), *[(8, 21, "1.22")] * ALL, (8, 23, "1.23")])
-def test_quantized_linears_become_matmulnbits(bits: int, opset: int, runs_from: str, tmp_path: Path) -> None:
-    art = compiled(tmp_path, "qwen2_moe", f"vq{{bits=2}},dense{{bits={bits},group=16}}", **one_layer("qwen2_moe"))
+@pytest.mark.parametrize(
+    ("bits", "opset", "runs_from"), [(4, 21, "1.20"), *[(8, 21, "1.22")] * ALL, (8, 23, "1.23")]
+)
+def test_quantized_linears_become_matmulnbits(
+    bits: int, opset: int, runs_from: str, tmp_path: Path
+) -> None:
+    art = compiled(
+        tmp_path,
+        "qwen2_moe",
+        f"vq{{bits=2}},dense{{bits={bits},group=16}}",
+        **one_layer("qwen2_moe"),
+    )
     made = export(art, tmp_path / "onnx", opset=opset)
     assert made["difference_of_most"] <= exporter.TOLERANCE["int8 activations"]
     assert made["runs_from"] == f"onnxruntime {runs_from}"
@@ -510,7 +574,9 @@ def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(
     assert "QMoE" in ops_used and not {"VQExperts", "Experts"} & ops_used
 
 
-@pytest.mark.parametrize(("tied", "dtype"), [(False, "float32"), *[(False, "float16")] * ALL, (True, "float16")])
+@pytest.mark.parametrize(
+    ("tied", "dtype"), [(False, "float32"), *[(False, "float16")] * ALL, (True, "float16")]
+)
 def test_embeddings_in_int8(tied: bool, dtype: str, tmp_path: Path) -> None:
     """Head and embedding are small integers, one tensor where they are tied, and the logits near."""
     art = compiled(tmp_path, "qwen2_moe", "vq", tie_word_embeddings=tied, **one_layer("qwen2_moe"))
@@ -520,8 +586,12 @@ def test_embeddings_in_int8(tied: bool, dtype: str, tmp_path: Path) -> None:
     used = [n.op_type for n in model.graph.node]
     assert used.count("GatherBlockQuantized") == used.count("MatMulNBits") == 1
     assert AutoConfig.from_pretrained(art).tie_word_embeddings == tied
-    assert len([i for i in model.graph.initializer if i.name.endswith(".packed")]) == (1 if tied else 2)
-    assert not [i for i in model.graph.initializer if "embed_tokens.weight" == i.name.removeprefix("model.")]
+    assert len([i for i in model.graph.initializer if i.name.endswith(".packed")]) == (
+        1 if tied else 2
+    )
+    assert not [
+        i for i in model.graph.initializer if "embed_tokens.weight" == i.name.removeprefix("model.")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -541,7 +611,9 @@ def test_qmoe_refuses_what_it_does_not_know_before_it_translates(
     assert not (tmp_path / "onnx").exists()
 
 
-def test_qmoe_wants_a_new_runtime(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qmoe_wants_a_new_runtime(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", "1.30.1")
     with pytest.raises(MoeccError, match=r"needs onnxruntime 1\.31 or newer, this is 1\.30\.1"):
         export(qwen, tmp_path / "onnx", profile="qmoe")
@@ -576,7 +648,8 @@ console.log(JSON.stringify(Array.from(logits.data)));
 
 
 @pytest.mark.skipif(
-    "MOECC_ONNX_WEB" not in os.environ, reason="set MOECC_ONNX_WEB to where onnxruntime-web is installed"
+    "MOECC_ONNX_WEB" not in os.environ,
+    reason="set MOECC_ONNX_WEB to where onnxruntime-web is installed",
 )
 @pytest.mark.parametrize(("bits", "opset"), [(2, 21), (3, 23)])
 def test_a_browser_computes_the_same(bits: int, opset: int, tmp_path: Path) -> None:
@@ -585,7 +658,9 @@ def test_a_browser_computes_the_same(bits: int, opset: int, tmp_path: Path) -> N
     export(art, tmp_path / "onnx", opset=opset)
     ids = list(range(5, 16))
     command = ["node", "--input-type=module", "-e", WEB, str(tmp_path / "onnx"), json.dumps(ids)]
-    done = subprocess.run(command, cwd=os.environ["MOECC_ONNX_WEB"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=os.environ["MOECC_ONNX_WEB"], capture_output=True, text=True, check=True
+    )
     want = run.Session(tmp_path / "onnx" / "model.onnx").logits(torch.tensor([ids]), [len(ids)])
     got = torch.tensor(json.loads(done.stdout)).view_as(want)
     assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
@@ -595,20 +670,32 @@ def test_the_file_says_nothing_of_where_it_was_made(exported: Path) -> None:
     content = (exported / "model.onnx").read_bytes()
     assert b"site-packages" not in content and str(exported.parents[1]).encode() not in content
     model = graph(exported)
-    named = {d.dim_param for v in (*model.graph.input, *model.graph.output) for d in v.type.tensor_type.shape.dim}
+    named = {
+        d.dim_param
+        for v in (*model.graph.input, *model.graph.output)
+        for d in v.type.tensor_type.shape.dim
+    }
     assert named == {"", "batch", "sequence", "past", "total"}
 
 
 def test_codes_are_stored_once(qwen: Path, exported: Path) -> None:
     model = graph(exported)
-    held = sum(int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type == TensorProto.UINT8)
+    held = sum(
+        int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type == TensorProto.UINT8
+    )
     codes = 0
-    for entry in json.loads((qwen / "config.json").read_text())["quantization_config"]["experts"].values():
-        for part, (name, spec) in ((entry[p], item) for p in ("gate_up", "down") for item in entry[p].items()):
+    for entry in json.loads((qwen / "config.json").read_text())["quantization_config"][
+        "experts"
+    ].values():
+        for part, (name, spec) in (
+            (entry[p], item) for p in ("gate_up", "down") for item in entry[p].items()
+        ):
             if name.endswith(("codes", "signs")):
                 (experts, rows, width), book = spec[0], part.get(name.replace("codes", "codebook"))
                 weights_each = book[0][2] if name.endswith("codes") else 8
-                blocks = -(-rows // 64) * -(-width * weights_each // 64)  # of 64 x 64, the last ones padded
+                blocks = -(-rows // 64) * -(
+                    -width * weights_each // 64
+                )  # of 64 x 64, the last ones padded
                 codes += experts * blocks * 64 * 64 // weights_each
     assert held == codes
 
@@ -622,7 +709,13 @@ def test_the_command_writes_a_folder_and_says_how_it_compares(
     got = Run(capsys, "export", qwen, "--to", "onnx{opset=21}", "-o", tmp_path / "made", "--json")
     assert got.code == 0, got.err
     names = {f.name for f in (tmp_path / "made").iterdir()}
-    assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", exporter.RECORD} <= names
+    assert {
+        "model.onnx",
+        "model.onnx.data",
+        "genai_config.json",
+        "tokenizer.json",
+        exporter.RECORD,
+    } <= names
     assert got.json["opset"] == 21 and got.json["difference"] <= 1e-4
     settings = json.loads((tmp_path / "made" / "genai_config.json").read_text())["model"]
     assert settings["decoder"]["num_hidden_layers"] == 2 and settings["vocab_size"] == 64
@@ -647,7 +740,9 @@ def test_without_a_compiler_the_export_is_portable_and_says_so(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    got = Run(capsys, "export", qwen, "--to", "onnx{profile=native}", "-o", tmp_path / "made", "--json")
+    got = Run(
+        capsys, "export", qwen, "--to", "onnx{profile=native}", "-o", tmp_path / "made", "--json"
+    )
     assert got.code == 0 and "no op library: CXX is '/no/such/compiler'" in got.err
     assert got.json["profile"] == "portable" and not (tmp_path / "made" / exporter.LIBRARY).exists()
     assert Run(capsys, "build-ops").code == 2
@@ -660,11 +755,18 @@ def test_compile_can_export_at_once(tmp_path: Path, capsys: pytest.CaptureFixtur
         "--length", "32", "--json",
     )  # fmt: skip
     assert got.code == 0, got.err
-    assert got.json["backend"]["difference"] <= 1e-4 and (tmp_path / "out" / "onnx" / "model.onnx").exists()
+    assert (
+        got.json["backend"]["difference"] <= 1e-4
+        and (tmp_path / "out" / "onnx" / "model.onnx").exists()
+    )
 
 
-def test_a_file_that_is_wrong_is_not_kept(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "blocked_codes", lambda codes, v: layout.blocked_codes(codes ^ 1, v))
+def test_a_file_that_is_wrong_is_not_kept(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        weights, "blocked_codes", lambda codes, v: layout.blocked_codes(codes ^ 1, v)
+    )
     with pytest.raises(MoeccError, match=r"differ by .* of the largest; nothing was kept"):
         export(qwen, tmp_path / "onnx")
     assert not list(tmp_path.iterdir())
@@ -677,7 +779,11 @@ def test_layers_with_a_state_of_their_own_are_refused(
 ) -> None:
     model = checkpoint(tmp_path / "model", family)
     got = Run(capsys, "export", model, "--to", "onnx", "-o", tmp_path / "onnx")
-    why = "don't keep keys and values" if family == "openai_privacy_filter" else "keep a state of their own"
+    why = (
+        "don't keep keys and values"
+        if family == "openai_privacy_filter"
+        else "keep a state of their own"
+    )
     assert got.code == 2 and why in got.err and not (tmp_path / "onnx").exists()
 
 
@@ -691,7 +797,10 @@ def test_genai_generates_what_transformers_does(qwen: Path, exported: Path) -> N
     while not generator.is_done():
         generator.generate_next_token()
     made = [int(t) for t in generator.get_sequence(0)]
-    assert made == generated(load(qwen), PROMPT, 8)[0, : len(made)].tolist() and len(made) > PROMPT.shape[1]
+    assert (
+        made == generated(load(qwen), PROMPT, 8)[0, : len(made)].tolist()
+        and len(made) > PROMPT.shape[1]
+    )
 
 
 def test_bench_says_how_fast_an_export_is(
@@ -702,7 +811,9 @@ def test_bench_says_how_fast_an_export_is(
     got = Run(capsys, "bench", tmp_path / "onnx", *options, "--json")
     assert got.code == 0, got.err
     assert {r["ops"] for r in got.json["rows"]} <= {"portable", "native"}
-    assert all(r["decode_tokens_per_second"] > 0 and r["private_bytes"] > 0 for r in got.json["rows"])
+    assert all(
+        r["decode_tokens_per_second"] > 0 and r["private_bytes"] > 0 for r in got.json["rows"]
+    )
     got = Run(capsys, "bench", qwen)
     assert got.code == 2 and "moecc export" in got.err
     got = Run(capsys, "bench", tmp_path / "onnx", "--new-tokens", "1000000")

@@ -24,11 +24,15 @@ Call = tuple[Any, list[Any], dict[str, Any]]
 # ---- calls of every op
 
 
-def floats(salt: int, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
+def floats(
+    salt: int, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0
+) -> Tensor:
     return (torch.from_numpy(slow.uniform(salt, *shape)) * scale).to(dtype)
 
 
-def whole(salt: int, *shape: int, low: int = 0, high: int = 255, dtype: torch.dtype = torch.uint8) -> Tensor:
+def whole(
+    salt: int, *shape: int, low: int = 0, high: int = 255, dtype: torch.dtype = torch.uint8
+) -> Tensor:
     return torch.from_numpy(slow.numbers(salt, *shape) % (high - low + 1) + low).to(dtype)
 
 
@@ -39,7 +43,9 @@ def routed(tokens: int = 5, top_k: int = 2, dtype: torch.dtype = torch.float64) 
     return [floats(1, tokens, D, dtype=dtype), index, floats(3, tokens, top_k, dtype=dtype)]
 
 
-def dense(*, optional: bool, gate: str = "glu", dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+def dense(
+    *, optional: bool, gate: str = "glu", dtype: torch.dtype = torch.float64
+) -> list[Tensor | None]:
     n = gates.rows_per_unit(gate) * F
     extra = [floats(6, E, n, dtype=dtype), floats(7, E, D, dtype=dtype), floats(8, D, dtype=dtype)]
     return [
@@ -68,9 +74,15 @@ def cast(value: Any, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or not t.is_floating_point() else t.to(dtype)
 
 
-def klt(*, optional: bool, means: bool | None = None, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+def klt(
+    *, optional: bool, means: bool | None = None, dtype: torch.dtype = torch.float64
+) -> list[Tensor | None]:
     weights = dense(optional=optional, dtype=dtype)
-    up, down = (basis(20, (E, 2 * F, 3), dtype), basis(30, (E, 2, F), dtype)) if optional else ([None] * 3, [None] * 3)
+    up, down = (
+        (basis(20, (E, 2 * F, 3), dtype), basis(30, (E, 2, F), dtype))
+        if optional
+        else ([None] * 3, [None] * 3)
+    )
     up_mean, down_mean = [None] * 4, [None] * 4
     if optional if means is None else means:
         up_mean, down_mean = mean(25, 3, 2 * F, D, dtype), mean(35, 4, D, F, dtype)
@@ -110,8 +122,16 @@ def calls(dtype: torch.dtype = torch.float64) -> dict[str, Call]:
     for optional in (False, True):
         suffix = "-all" if optional else ""
         r = routed(dtype=dtype)
-        found[f"experts{suffix}"] = (ops.EXPERTS, [*r, *dense(optional=optional, dtype=dtype)], ATTRIBUTES)
-        found[f"klt{suffix}"] = (ops.KLT_EXPERTS, [*r, *klt(optional=optional, dtype=dtype)], ATTRIBUTES)
+        found[f"experts{suffix}"] = (
+            ops.EXPERTS,
+            [*r, *dense(optional=optional, dtype=dtype)],
+            ATTRIBUTES,
+        )
+        found[f"klt{suffix}"] = (
+            ops.KLT_EXPERTS,
+            [*r, *klt(optional=optional, dtype=dtype)],
+            ATTRIBUTES,
+        )
         for bits in (2, 3, 4):
             operands = vq(bits, optional=optional, shared=bits == 4, dtype=dtype)
             found[f"vq{bits}{suffix}"] = (ops.VQ_EXPERTS, [*r, *operands], ATTRIBUTES)
@@ -119,12 +139,24 @@ def calls(dtype: torch.dtype = torch.float64) -> dict[str, Call]:
             args = quantized(bits, bias=optional, dtype=dtype)
             found[f"q_linear{bits}{suffix}"] = (ops.Q_LINEAR, args, {"bits": bits})
     x, index, _ = r = routed(dtype=dtype)
-    found["klt-mean"] = (ops.KLT_EXPERTS, [*r, *klt(optional=False, means=True, dtype=dtype)], ATTRIBUTES)
-    found["vq2-mean"] = (ops.VQ_EXPERTS, [*r, *vq(2, optional=False, means=True, dtype=dtype)], ATTRIBUTES)
+    found["klt-mean"] = (
+        ops.KLT_EXPERTS,
+        [*r, *klt(optional=False, means=True, dtype=dtype)],
+        ATTRIBUTES,
+    )
+    found["vq2-mean"] = (
+        ops.VQ_EXPERTS,
+        [*r, *vq(2, optional=False, means=True, dtype=dtype)],
+        ATTRIBUTES,
+    )
     weight = floats(70, E, 3, D, dtype=dtype)
     found["expert_linear"] = (torch.ops.moecc.expert_linear.default, [x, index, weight], {})
     per_slot = floats(71, 5, 2, D, dtype=dtype)
-    found["expert_linear-slots"] = (torch.ops.moecc.expert_linear.default, [per_slot, index, weight], {})
+    found["expert_linear-slots"] = (
+        torch.ops.moecc.expert_linear.default,
+        [per_slot, index, weight],
+        {},
+    )
     return found
 
 
@@ -160,7 +192,9 @@ def test_gradcheck(name: str) -> None:
         result: Tensor = op(*full, **attributes)
         return result
 
-    assert gradcheck(call, [args[i].detach().clone().requires_grad_() for i in places], fast_mode=True, atol=1e-6)
+    assert gradcheck(
+        call, [args[i].detach().clone().requires_grad_() for i in places], fast_mode=True, atol=1e-6
+    )
 
 
 def test_what_is_not_wanted_gets_no_gradient() -> None:
@@ -176,7 +210,9 @@ def test_what_is_not_wanted_gets_no_gradient() -> None:
 PLAIN: dict[str, Callable[[float], float]] = {
     "silu": lambda x: x / (1 + math.exp(-x)),
     "gelu": lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_tanh": lambda x: (
+        0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    ),
     "relu": lambda x: max(x, 0.0),
     "relu2": lambda x: max(x, 0.0) ** 2,
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
@@ -216,7 +252,10 @@ def test_every_activation_and_gate_against_its_formula(act: str, gate: str) -> N
     if gate == "none":
         want = [[PLAIN[act](x) for x in row] for row in rows.tolist()]
     else:
-        want = [[plain_gate(gate, act, row[i], row[4 + i], alpha, limit) for i in range(4)] for row in rows.tolist()]
+        want = [
+            [plain_gate(gate, act, row[i], row[4 + i], alpha, limit) for i in range(4)]
+            for row in rows.tolist()
+        ]
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
@@ -288,8 +327,13 @@ def undone(args: list[Any]) -> list[Any]:
                 low = coef[e].double() * coef_scale[e][:, None]
                 weight[e] += low @ base if input_side else base.T @ low
             if coded[0] is not None:
-                p = {name: None if t is None else t.numpy() for name, t in zip(slow.NAMES[:4], coded, strict=True)}
-                weight[e] += torch.from_numpy(slow.unscaled(p, weight.shape[2])[0]) * coded[3][0][:, None]
+                p = {
+                    name: None if t is None else t.numpy()
+                    for name, t in zip(slow.NAMES[:4], coded, strict=True)
+                }
+                weight[e] += (
+                    torch.from_numpy(slow.unscaled(p, weight.shape[2])[0]) * coded[3][0][:, None]
+                )
     return [*r, *weights, *rest]
 
 
@@ -338,7 +382,9 @@ def test_q_linear_against_the_loop(bits: int, bias: bool) -> None:
     for i in range(3):
         for j in range(5):
             for n in range(7):
-                want[i, j, n] = sum(full[n, k] * x[i, j, k] for k in range(16)) + (0 if shift is None else shift[n])
+                want[i, j, n] = sum(full[n, k] * x[i, j, k] for k in range(16)) + (
+                    0 if shift is None else shift[n]
+                )
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
@@ -349,7 +395,10 @@ def test_expert_linear_against_the_loop(name: str) -> None:
     for t in range(index.shape[0]):
         for j in range(index.shape[1]):
             row = x[t] if x.dim() == 2 else x[t, j]
-            want = [sum(weight[index[t, j], n, d] * row[d] for d in range(D)) for n in range(weight.shape[1])]
+            want = [
+                sum(weight[index[t, j], n, d] * row[d] for d in range(D))
+                for n in range(weight.shape[1])
+            ]
             torch.testing.assert_close(got[t, j], torch.stack(want), rtol=1e-12, atol=1e-13)
 
 
@@ -358,7 +407,9 @@ def test_expert_linear_against_the_loop(name: str) -> None:
 ROUTED = ["experts-all", "klt-all", "vq2-all", "vq3-all", "vq4-all", "expert_linear"]
 
 
-def with_routing(name: str, x: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+def with_routing(
+    name: str, x: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
     op, args, attributes = calls(dtype)[name]
     first = [x, index] if name == "expert_linear" else [x, index, weight]
     result: Tensor = op(*first, *args[len(first) :], **attributes)
@@ -377,7 +428,13 @@ def one_by_one(name: str, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ROUTED)
 @pytest.mark.parametrize(
     "index",
-    [[[0, 1], [1, 0], [3, 1]], [[2, 2], [2, 2], [2, 2]], [[1, 1], [0, 3], [3, 3]], [[0], [3], [0]], [[3, 2, 1, 0]] * 3],
+    [
+        [[0, 1], [1, 0], [3, 1]],
+        [[2, 2], [2, 2], [2, 2]],
+        [[1, 1], [0, 3], [3, 3]],
+        [[0], [3], [0]],
+        [[3, 2, 1, 0]] * 3,
+    ],
     ids=["empty-expert", "one-takes-all", "duplicates", "k1", "every-expert"],
 )
 def test_routing_at_its_edges(name: str, index: list[list[int]]) -> None:
@@ -392,7 +449,10 @@ def test_no_tokens(name: str) -> None:
     x = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
     index, weight = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.float64)
     got = with_routing(name, x, index, weight)
-    assert got.shape == ((0, 2, 3) if name == "expert_linear" else (0, D)) and got.dtype == torch.float64
+    assert (
+        got.shape == ((0, 2, 3) if name == "expert_linear" else (0, D))
+        and got.dtype == torch.float64
+    )
     got.sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape
 
@@ -423,7 +483,9 @@ def test_permuting_experts_changes_nothing(name: str) -> None:
     order = torch.tensor([2, 0, 3, 1])
     inverse = torch.argsort(order)
     r = 2 if name == "expert_linear" else 3
-    moved = [t[order] if isinstance(t, Tensor) and t.dim() > 1 and len(t) == E else t for t in args[r:]]
+    moved = [
+        t[order] if isinstance(t, Tensor) and t.dim() > 1 and len(t) == E else t for t in args[r:]
+    ]
     got = op(args[0], inverse[args[1]], *args[2:r], *moved, **attributes)
     torch.testing.assert_close(got, op(*args, **attributes), rtol=1e-12, atol=1e-13)
 
@@ -438,7 +500,14 @@ class Calls(nn.Module):
     """One call of each op, its weights as buffers."""
 
     def __init__(
-        self, names: tuple[str, ...] = ("experts-all", "klt-all", "vq3-all", "q_linear4-all", "expert_linear")
+        self,
+        names: tuple[str, ...] = (
+            "experts-all",
+            "klt-all",
+            "vq3-all",
+            "q_linear4-all",
+            "expert_linear",
+        ),
     ):
         super().__init__()
         self.calls = []
@@ -479,11 +548,16 @@ def test_every_op_compiles_in_one_graph_forward_and_backward() -> None:
         torch.testing.assert_close(results[1], results[0])
 
 
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None,
+    reason="inductor needs a C++ compiler",
+)
 def test_inductor_gives_the_same() -> None:
     module = Calls(("experts-all", "vq2-all"))
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(module, fullgraph=True)(*inputs(5)), module(*inputs(5)))
+        torch.testing.assert_close(
+            torch.compile(module, fullgraph=True)(*inputs(5)), module(*inputs(5))
+        )
 
 
 def test_every_op_is_exported_saved_and_loaded() -> None:

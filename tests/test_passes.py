@@ -46,11 +46,16 @@ pytestmark = pytest.mark.usefixtures("traced_once")
 Tiny = Callable[[str], Program]
 ROOT = Path(__file__).parents[1]
 MY_PASS = str(ROOT / "examples" / "my_pass.py")
-TOKENS = [torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+TOKENS = [
+    torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(8)
+]
 # Options under which a pass is run here; a pass that is not listed runs with its defaults. Small, and for each pass of ours one
 # that changes the tiny model and one that leaves it as it is.
 OPTIONS: dict[str, list[str]] = {
-    "budget": ["budget{bits=6,codebook=layer}", "budget{bits=6,codebook=layer,mean=off},klt,vq{codebook=layer}"],
+    "budget": [
+        "budget{bits=6,codebook=layer}",
+        "budget{bits=6,codebook=layer,mean=off},klt,vq{codebook=layer}",
+    ],
     "klt": ["klt{rank=2,mean=3}", "klt{rank=0}"],
     "vq": ["vq{bits=3,codebook=layer}", "vq{rounds=1,feedback=false}"],
     "sensitivity": ["sensitivity", "sensitivity{kl=0,routing=0}"],
@@ -81,19 +86,28 @@ class Run:
     ctx: Context
     reports: list[PassReport]
     differed: dict[str, bool] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)  # by "layer001-vq" and the like, "before" the first
+    texts: dict[str, str] = field(
+        default_factory=dict
+    )  # by "layer001-vq" and the like, "before" the first
 
     def output(self) -> Tensor:
         return torch.cat(run_program(self.program, TOKENS))
 
 
 def compiled(
-    program: Program, text: str, *, seed: int = 0, batches: list[Tensor] | None = None, facts: tuple[str, ...] = ()
+    program: Program,
+    text: str,
+    *,
+    seed: int = 0,
+    batches: list[Tensor] | None = None,
+    facts: tuple[str, ...] = (),
 ) -> Run:
     """`text` run over a copy of `program`, with an eye on what each pass changed."""
     program = program.copy()
     passes, _ = resolve(parse_passes(text)[0], facts)
-    found = Run(program, Context(seed=seed), [], {p.name: False for p in passes}, {"before": program.text()})
+    found = Run(
+        program, Context(seed=seed), [], {p.name: False for p in passes}, {"before": program.text()}
+    )
     last = found.texts["before"]
 
     def look(name: str, after: str) -> None:
@@ -112,7 +126,9 @@ def compiled(
             look(p.name, now.text())
 
     hooks = Hooks(dump=dump, after_pass=after_pass)
-    found.reports = run_passes(program, passes, found.ctx, TOKENS if batches is None else batches, hooks)
+    found.reports = run_passes(
+        program, passes, found.ctx, TOKENS if batches is None else batches, hooks
+    )
     return found
 
 
@@ -132,7 +148,9 @@ def test_a_pass_says_honestly_whether_it_changed_anything_and_leaves_a_legal_gra
     said = dict(zip(run.differed, (r.changed for r in run.reports), strict=True))
     assert said == run.differed
     out = run.output()
-    assert out.shape == torch.cat(run_program(traced, TOKENS)).shape and bool(torch.isfinite(out).all())
+    assert out.shape == torch.cat(run_program(traced, TOKENS)).shape and bool(
+        torch.isfinite(out).all()
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes(traced: Program, text_and_run: tuple[str, Run]) -> None:
@@ -193,11 +211,16 @@ def test_a_model_without_experts_is_left_alone(tiny: Tiny, batches: list[Tensor]
 
 
 def expert_errors(run: Run) -> dict[str, list[float]]:
-    return {path: row["expert_error"] for path, row in run.ctx.audit.items() if "expert_error" in row}
+    return {
+        path: row["expert_error"] for path, row in run.ctx.audit.items() if "expert_error" in row
+    }
 
 
 def test_error_falls_as_bits_rise(traced: Program) -> None:
-    runs = [compiled(traced, f"klt{{rank=2}},vq{{bits={b},codebook=layer}},affine,fold") for b in (2, 3, 4)]
+    runs = [
+        compiled(traced, f"klt{{rank=2}},vq{{bits={b},codebook=layer}},affine,fold")
+        for b in (2, 3, 4)
+    ]
     for path in expert_errors(runs[0]):
         errors = [sum(expert_errors(r)[path]) for r in runs]
         assert errors[0] > errors[1] > errors[2] > 0, path
@@ -212,7 +235,11 @@ def permuted(model: Any, order: list[int]) -> Any:
     """The same model with its experts in another order: weights and router rows."""
     model = copy.deepcopy(model)
     for layer in model.model.layers:
-        for p in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, layer.mlp.gate.weight):
+        for p in (
+            layer.mlp.experts.gate_up_proj,
+            layer.mlp.experts.down_proj,
+            layer.mlp.gate.weight,
+        ):
             p.data = p.data[order].clone()
     return model
 
@@ -223,7 +250,9 @@ def test_permuting_experts_permutes_results() -> None:
     model = make("qwen2_moe")
     programs = [trace(model), trace(permuted(model, order))]
     want = torch.cat(run_program(programs[0], TOKENS))
-    torch.testing.assert_close(torch.cat(run_program(programs[1], TOKENS)), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.cat(run_program(programs[1], TOKENS)), want, rtol=1e-4, atol=1e-4
+    )
 
     first, second = (compiled(p, "klt{rank=3}") for p in programs)
     torch.testing.assert_close(second.output(), first.output(), rtol=1e-3, atol=1e-3)
@@ -238,7 +267,9 @@ def test_permuting_experts_permutes_results() -> None:
     first, second = (compiled(p, text) for p in programs)
     for path, errors in expert_errors(first).items():
         tokens = first.ctx.audit[path]["tokens"]
-        assert second.ctx.audit[path]["tokens"] == [tokens[e] for e in order] or path.startswith("model.layers.1")
+        assert second.ctx.audit[path]["tokens"] == [tokens[e] for e in order] or path.startswith(
+            "model.layers.1"
+        )
         for got, e in zip(expert_errors(second)[path], order, strict=True):
             assert got == pytest.approx(errors[e], rel=0.5)
 
@@ -252,16 +283,25 @@ def starved() -> Program:
     return trace(model)
 
 
-@pytest.mark.parametrize("text", ["kbvq{rank=2,offset=on},vsraq{steps=2}", "vq{bits=3}", "moments{min_tokens=1},vq"])
+@pytest.mark.parametrize(
+    "text", ["kbvq{rank=2,offset=on},vsraq{steps=2}", "vq{bits=3}", "moments{min_tokens=1},vq"]
+)
 def test_an_expert_with_no_routed_token_works_and_is_named(starved: Program, text: str) -> None:
     run = compiled(starved, text)
     path = starved.moe_layers()[0].path
-    named = [n for n in run.ctx.notes if n.startswith(f"{path} expert 3: 0 routed tokens; calibrated on ")]
+    named = [
+        n
+        for n in run.ctx.notes
+        if n.startswith(f"{path} expert 3: 0 routed tokens; calibrated on ")
+    ]
     assert len(named) == 1 and named[0].endswith(" sent to it on purpose")
     row = run.ctx.audit[f"{path}.gate_up"]
     assert row["tokens"][3] == 0 and "3" in {str(e) for e in row["starved"]}
     for projection in ("gate_up", "down"):
-        assert all(math.isfinite(e) and e < 0.5 for e in run.ctx.audit[f"{path}.{projection}"]["expert_error"])
+        assert all(
+            math.isfinite(e) and e < 0.5
+            for e in run.ctx.audit[f"{path}.{projection}"]["expert_error"]
+        )
     assert bool(torch.isfinite(run.output()).all())
 
 
@@ -269,7 +309,12 @@ def test_calibration_sees_compressed_earlier_layers(traced: Program) -> None:
     """The second layer's codes depend on what the first was coded to."""
     runs = [compiled(traced, f"vq{{bits={b},codebook=layer}}") for b in (2, 4)]
     texts = [
-        {k: v for k, v in r.program.tensors.items() if "layers.1" in k and k.endswith("gate_up.scale")} for r in runs
+        {
+            k: v
+            for k, v in r.program.tensors.items()
+            if "layers.1" in k and k.endswith("gate_up.scale")
+        }
+        for r in runs
     ]
     assert texts[0].keys() == texts[1].keys() and len(texts[0]) == 1
     alone = compiled(traced, "vq{bits=2,codebook=layer}", batches=TOKENS[:2])
@@ -278,7 +323,9 @@ def test_calibration_sees_compressed_earlier_layers(traced: Program) -> None:
 
 @pytest.mark.parametrize("rank", ["40", "1024"])
 def test_a_rank_beyond_the_dimensions_is_an_error(traced: Program, rank: str) -> None:
-    with pytest.raises(MoeccError, match=rf"klt\{{rank={rank}\}} failed in layer 0 .*more than .* dimensions"):
+    with pytest.raises(
+        MoeccError, match=rf"klt\{{rank={rank}\}} failed in layer 0 .*more than .* dimensions"
+    ):
         compiled(traced, f"klt{{rank={rank}}}")
 
 
@@ -286,7 +333,9 @@ def test_a_rank_beyond_the_dimensions_is_an_error(traced: Program, rank: str) ->
 def test_klt_changes_the_program_by_rounding_only(traced: Program, options: str) -> None:
     run = compiled(traced, f"klt{{{options}}}")
     assert [m.node.target for m in run.program.moe_layers()] == [KLT_EXPERTS] * 2
-    torch.testing.assert_close(run.output(), torch.cat(run_program(traced, TOKENS)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        run.output(), torch.cat(run_program(traced, TOKENS)), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -306,7 +355,9 @@ def test_basis_and_mean_are_there_as_told(
         assert (row["rank"], row["mean"]) == (rank, f"{bits} bit" if bits else "none")
 
 
-def test_experts_of_one_parent_get_a_mean_where_it_is_worth_its_bits(tiny: Tiny, batches: list[Tensor]) -> None:
+def test_experts_of_one_parent_get_a_mean_where_it_is_worth_its_bits(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
     """And what is left of them is coded the better for it."""
     alike, off, independent, few = (
         compiled(tiny(kind), f"{klt},vq{{rounds=1,codebook=layer}}", batches=batches).ctx.audit
@@ -321,10 +372,19 @@ def test_experts_of_one_parent_get_a_mean_where_it_is_worth_its_bits(tiny: Tiny,
 def test_a_mean_s_codebook_and_scale_are_trained_and_stored_as_the_format_has_them(
     tiny: Tiny, batches: list[Tensor]
 ) -> None:
-    program = compiled(tiny("M"), "klt{rank=2,mean=3},vq{rounds=1},affine,fold", batches=batches).program
+    program = compiled(
+        tiny("M"), "klt{rank=2,mean=3},vq{rounds=1},affine,fold", batches=batches
+    ).program
     (moe,) = program.moe_layers()
     tuned = Tuned(program, [moe])
-    assert set(tuned.kinds.values()) >= {"codebook", "scale", "basis", "coef", "mean_codebook", "mean_scale"}
+    assert set(tuned.kinds.values()) >= {
+        "codebook",
+        "scale",
+        "basis",
+        "coef",
+        "mean_codebook",
+        "mean_scale",
+    }
     mean = {k: kind for k, kind in tuned.kinds.items() if kind.startswith(vq4.MEAN)}
     assert [tuned.bits[k] for k in tuned.kinds] == [3 if k in mean else 2 for k in tuned.kinds]
 
@@ -332,7 +392,9 @@ def test_a_mean_s_codebook_and_scale_are_trained_and_stored_as_the_format_has_th
     with torch.enable_grad():
         shared = StageWeights.sharing(weights, tuned.rounded())
         values: dict[str, Any] = {program.user_inputs[0].name: batches[0]}
-        for _ in run_nodes([n for n in program.graph.nodes if n.op == "call_function"], values, shared):
+        for _ in run_nodes(
+            [n for n in program.graph.nodes if n.op == "call_function"], values, shared
+        ):
             pass
         values[output_node(program).name].square().mean().backward()
     optimizer = torch.optim.Adam(tuned.groups(10.0))
@@ -342,7 +404,9 @@ def test_a_mean_s_codebook_and_scale_are_trained_and_stored_as_the_format_has_th
     for k, kind in mean.items():
         assert not torch.equal(after[k], before[k])
         assert after[k].dtype == (torch.int8 if kind == "mean_codebook" else torch.float16)
-        assert kind != "mean_codebook" or int(after[k].min()) >= 0  # as three bits' symmetric codebooks are
+        assert (
+            kind != "mean_codebook" or int(after[k].min()) >= 0
+        )  # as three bits' symmetric codebooks are
     assert tuned.store() and all(torch.equal(program.read(tuned.names[k]), after[k]) for k in mean)
     program.verify()
 
@@ -377,15 +441,23 @@ def test_fold_is_exact_up_to_rounding(family: str, before: str) -> None:
         for name, want in exact.items():
             assert (now[name] is None) == (want is None), name
             if want is not None:  # double: one of the four above
-                within = dict(rtol=unit, atol=2**-25) if want.dtype == torch.float64 else dict(rtol=0, atol=0)
+                within = (
+                    dict(rtol=unit, atol=2**-25)
+                    if want.dtype == torch.float64
+                    else dict(rtol=0, atol=0)
+                )
                 torch.testing.assert_close(now[name].to(want.dtype), want, **within)
 
         # every token, with the inputs and the experts that it has in `start`
         routed = [torch.cat(seen[n.name]) for n in old.node.args[:3]]
         kinds = [was, now, *({**was, n: None} for n in corrections)]
         wanted, got, *without = [VQ_EXPERTS(*routed, *t.values(), **old.attributes) for t in kinds]
-        moved, *lost = [float(((y - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()) for y in (got, *without)]
-        assert moved < 3 * unit < min(lost) / 2  # gate, up and down are rounded; `lost`: had fold dropped a tensor
+        moved, *lost = [
+            float(((y - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()) for y in (got, *without)
+        ]
+        assert (
+            moved < 3 * unit < min(lost) / 2
+        )  # gate, up and down are rounded; `lost`: had fold dropped a tensor
 
 
 @pytest.mark.parametrize("before", ["", "klt{rank=0,mean=2},"])
@@ -424,7 +496,9 @@ def test_sensitivity_is_that_of_the_whole_graph(traced: Program) -> None:
         logits = values[output_node(traced).name].flatten(0, 1)
         drawn = torch.Generator().manual_seed(Context().seed_for("sensitivity", "kl", 0, "output"))
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn).squeeze(-1)
-        grads = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), list(probes.values()))
+        grads = torch.autograd.grad(
+            F.cross_entropy(logits, labels, reduction="sum"), list(probes.values())
+        )
     for path, g in zip(probes, grads, strict=True):
         torch.testing.assert_close(layered[path], g.T @ g / len(g), rtol=1e-3, atol=1e-9)
 
@@ -443,8 +517,12 @@ def test_sensitivity_foretells_the_divergence(traced: Program) -> None:
                 generator = torch.Generator().manual_seed(1)
                 values[node.name] = value + noise * torch.randn(value.shape, generator=generator)
         logits.append(values[output_node(traced).name].double().log_softmax(-1))
-    divergence = float((logits[0].exp() * (logits[0] - logits[1]).square()).sum(-1).mean()) / 2  # to second order
-    assert divergence == pytest.approx(0.002**2 * float(run.ctx.sensitivity[moe.path].trace()) / 2, rel=0.1)
+    divergence = (
+        float((logits[0].exp() * (logits[0] - logits[1]).square()).sum(-1).mean()) / 2
+    )  # to second order
+    assert divergence == pytest.approx(
+        0.002**2 * float(run.ctx.sensitivity[moe.path].trace()) / 2, rel=0.1
+    )
 
 
 class Peak(TorchDispatchMode):
@@ -460,7 +538,9 @@ class Peak(TorchDispatchMode):
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 self.count(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), 1)
-                weakref.finalize(t, self.count, t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), -1)
+                weakref.finalize(
+                    t, self.count, t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), -1
+                )
         return result
 
     def count(self, storage: int, nbytes: int, more: int) -> None:
@@ -480,7 +560,11 @@ def test_moments_are_in_memory_once(tiny: Tiny, batches: list[Tensor]) -> None:
     with Peak() as peak:
         found = measure(layer, moe, routed, torch.eye(16))
     weights = (layer.weight(moe, p) for p in ("gate_up", "down"))
-    size = sum(t.nbytes for t in (found.gate_up, found.down, found.output["gate_up"], *weights) if t is not None)
+    size = sum(
+        t.nbytes
+        for t in (found.gate_up, found.down, found.output["gate_up"], *weights)
+        if t is not None
+    )
     assert size <= peak.most < 1.1 * size
 
 
@@ -503,7 +587,9 @@ def test_sensitivity_is_the_same_where_weights_do_not_stay_in_memory(
     program = tiny("MMM")
     want = {k: Gradients(program, Context()).measure(k, batches).tensors for k in ("kl", "routing")}
     monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: False)
-    monkeypatch.setattr("moecc.passes.sensitivity.free_memory", lambda: memory)  # batches one by one, and all together
+    monkeypatch.setattr(
+        "moecc.passes.sensitivity.free_memory", lambda: memory
+    )  # batches one by one, and all together
     got = {k: Gradients(program, Context()).measure(k, batches).tensors for k in want}
     for kind, found in want.items():
         assert found.keys() == got[kind].keys() and found
@@ -515,7 +601,9 @@ def test_sensitivity_of_routing_is_that_of_the_routers_behind(traced: Program) -
     first, last = (m.path for m in traced.moe_layers())
     assert first in run.ctx.sensitivity and last not in run.ctx.sensitivity
     both = compiled(traced, "sensitivity")
-    assert float(both.ctx.sensitivity[first].trace()) > float(both.ctx.sensitivity[last].trace()) > 0
+    assert (
+        float(both.ctx.sensitivity[first].trace()) > float(both.ctx.sensitivity[last].trace()) > 0
+    )
 
 
 def test_without_sensitivity_all_output_channels_count_alike(traced: Program) -> None:
@@ -537,16 +625,22 @@ def test_gradients_layer_by_layer_are_those_of_the_whole(traced: Program) -> Non
     routers = {selection_scores(m).name for m in program.moe_layers()}
     whole = Whole(program, trained.placeholders, watch=routers)
     inner = {name: lambda scores: scores.float().sin().sum() for name in routers}
-    whole.backward(TOKENS[0], trained.values, lambda values, logits: logits.float().square().mean(), inner)
+    whole.backward(
+        TOKENS[0], trained.values, lambda values, logits: logits.float().square().mean(), inner
+    )
     got = [p.grad for p in trained.parameters]
 
     weights = StageWeights(program)
     values: dict[str, Any] = {program.user_inputs[0].name: TOKENS[0]}
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     with torch.enable_grad():
-        for _ in run_nodes(nodes, values, StageWeights.sharing(weights, trained.values(trained.placeholders))):
+        for _ in run_nodes(
+            nodes, values, StageWeights.sharing(weights, trained.values(trained.placeholders))
+        ):
             pass
-        want = values[whole.output].float().square().mean() + sum(values[n].float().sin().sum() for n in routers)
+        want = values[whole.output].float().square().mean() + sum(
+            values[n].float().sin().sum() for n in routers
+        )
         grads = torch.autograd.grad(want, trained.parameters, allow_unused=True)
     assert sum(g is not None for g in got) > 20
     for g, w in zip(got, grads, strict=True):
@@ -562,14 +656,20 @@ def test_a_linear_of_zeros_has_no_error() -> None:
     assert compiled(trace(model), "dense{group=16}").ctx.audit[f"{name}.weight"]["error"] == 0
 
 
-def test_rilq_lowers_the_held_out_loss_and_merging_changes_nothing_but_rounding(traced: Program) -> None:
+def test_rilq_lowers_the_held_out_loss_and_merging_changes_nothing_but_rounding(
+    traced: Program,
+) -> None:
     more = list(torch.randint(0, 64, (16, 4, 64), generator=torch.Generator().manual_seed(0)))
-    run = compiled(traced, "vq{codebook=layer},affine,fold,rilq{steps=20,rank=4,lr=3}", batches=more)
+    run = compiled(
+        traced, "vq{codebook=layer},affine,fold,rilq{steps=20,rank=4,lr=3}", batches=more
+    )
     told = run.ctx.audit["model.layers.0.mlp.experts.down"]["rilq"]
     assert told["after"]["loss"] < told["before"]["loss"] and run.differed["rilq"]
     adapted = attached(run.program)
     names = [a.weight for a in adapted]
-    assert any("self_attn.q_proj" in n for n in names) and any("shared_expert.down_proj" in n for n in names)
+    assert any("self_attn.q_proj" in n for n in names) and any(
+        "shared_expert.down_proj" in n for n in names
+    )
     assert not any("mlp.gate." in n or "shared_expert_gate" in n or "lm_head" in n for n in names)
     assert run.ctx.audit["model.layers.0.mlp.gate.weight"]["adapter"] == "none: router"
     with pytest.raises(MoeccError, match="rilq leaves what can't be stored before 'merged'"):
@@ -577,28 +677,48 @@ def test_rilq_lowers_the_held_out_loss_and_merging_changes_nothing_but_rounding(
 
     before, program = run.output(), run.program
     run_passes(program, [find_pass("merge")()], run.ctx)
-    assert not attached(program) and "lora" not in program.text() and not any("lora" in n for n in program.tensors)
-    torch.testing.assert_close(torch.cat(run_program(program, TOKENS)), before, rtol=1e-4, atol=1e-5)
+    assert (
+        not attached(program)
+        and "lora" not in program.text()
+        and not any("lora" in n for n in program.tensors)
+    )
+    torch.testing.assert_close(
+        torch.cat(run_program(program, TOKENS)), before, rtol=1e-4, atol=1e-5
+    )
     assert all(run.ctx.audit[n]["rounding"] < 1e-12 for n in names)  # the checkpoint is float32
 
 
 def test_rilq_of_a_model_without_a_head_has_its_hidden_state_and_its_routers() -> None:
     bare = trace(make("qwen2_moe").model)
     more = list(torch.randint(0, 64, (16, 2, 64), generator=torch.Generator().manual_seed(0)))
-    run = compiled(bare, "vq{rounds=1,codebook=layer},affine,fold,rilq{steps=20,rank=2,lr=3}", batches=more)
+    run = compiled(
+        bare, "vq{rounds=1,codebook=layer},affine,fold,rilq{steps=20,rank=2,lr=3}", batches=more
+    )
     told = run.ctx.audit[f"{bare.moe_layers()[0].path}.down"]["rilq"]
-    assert told["before"].keys() == {"loss", "hidden", "routing"} and told["before"]["loss"] == pytest.approx(2)
+    assert told["before"].keys() == {"loss", "hidden", "routing"} and told["before"][
+        "loss"
+    ] == pytest.approx(2)
     assert told["after"]["loss"] < 2
     note = "rilq: the model gives no logits of its vocabulary; kl and lm are left out of the loss"
     assert run.ctx.notes.count(note) == 1
-    with pytest.raises(MoeccError, match="gives no logits, so kl and lm can't be measured; give hidden a weight"):
+    with pytest.raises(
+        MoeccError, match="gives no logits, so kl and lm can't be measured; give hidden a weight"
+    ):
         compiled(bare, "vq{rounds=1,codebook=layer},affine,fold,rilq{hidden=0}")
 
 
 def test_rilq_reads_the_text_s_own_next_token_only_where_it_counts(traced: Program) -> None:
-    for options, terms in (("", {"hidden", "kl", "routing"}), (",lm=1", {"hidden", "kl", "lm", "routing"})):
-        run = compiled(traced, f"vq{{rounds=1,codebook=layer}},affine,fold,rilq{{steps=1,rank=2{options}}}")
-        assert run.ctx.audit["model.layers.0.mlp.experts.down"]["rilq"]["before"].keys() == {"loss", *terms}
+    for options, terms in (
+        ("", {"hidden", "kl", "routing"}),
+        (",lm=1", {"hidden", "kl", "lm", "routing"}),
+    ):
+        run = compiled(
+            traced, f"vq{{rounds=1,codebook=layer}},affine,fold,rilq{{steps=1,rank=2{options}}}"
+        )
+        assert run.ctx.audit["model.layers.0.mlp.experts.down"]["rilq"]["before"].keys() == {
+            "loss",
+            *terms,
+        }
 
 
 def test_rilq_without_anything_to_gain_leaves_all_as_it_was(traced: Program) -> None:
@@ -612,7 +732,11 @@ def test_a_pass_of_one_s_own_takes_biases_out(traced: Program) -> None:
     """examples/my_pass.py, by its path."""
     kept = compiled(traced, f"affine{{offset=on}},{MY_PASS}{{below=0}}")
     gone = compiled(traced, f"affine{{offset=on}},{MY_PASS}{{below=100}}")
-    assert list(gone.differed)[-1] == "drop_bias" and gone.differed["drop_bias"] and not kept.differed["drop_bias"]
+    assert (
+        list(gone.differed)[-1] == "drop_bias"
+        and gone.differed["drop_bias"]
+        and not kept.differed["drop_bias"]
+    )
     assert "gate_up.bias" in kept.program.text() and "gate_up.bias" not in gone.program.text()
     assert gone.reports[-1].bits < kept.reports[-1].bits
     assert 0 < gone.ctx.audit["model.layers.0.mlp.experts.gate_up"]["bias_share"] < 100
@@ -656,7 +780,12 @@ def layer_text(program: Program, text: str, batches: list[Tensor], names: tuple[
     ],
 )
 def test_the_text_before_and_after_a_pass(
-    name: str, text: str, names: tuple[str, str], tiny: Tiny, batches: list[Tensor], golden: Callable[[str, str], None]
+    name: str,
+    text: str,
+    names: tuple[str, str],
+    tiny: Tiny,
+    batches: list[Tensor],
+    golden: Callable[[str, str], None],
 ) -> None:
     golden(f"{name}.txt", layer_text(tiny("M"), text, batches, names))
 
@@ -670,7 +799,9 @@ def test_the_text_before_and_after_a_pass(
         ("vsraq", "vsraq{steps=2}"),
     ],
 )
-def test_a_layer_that_does_not_match_keeps_its_text(name: str, text: str, tiny: Tiny, batches: list[Tensor]) -> None:
+def test_a_layer_that_does_not_match_keeps_its_text(
+    name: str, text: str, tiny: Tiny, batches: list[Tensor]
+) -> None:
     run = compiled(tiny("MD"), text, batches=batches)
     before = run.texts[f"layer001-{list(run.differed)[-1]}"]
     assert run.texts[f"layer002-{name}"] == before
@@ -686,14 +817,22 @@ def test_the_author_s_guide_in_python_runs(
     guide = (ROOT / "passes" / "README.md").read_text()
     code = guide[guide.index("## In Python") :].split("```python\n")[1].split("```")[0]
     make("qwen2_moe").save_pretrained(tmp_path)
-    for theirs, ours in (('"examples/tinymoe"', repr(str(tmp_path))), ("4096, (2, 64)", "64, (2, 8)")):
+    for theirs, ours in (
+        ('"examples/tinymoe"', repr(str(tmp_path))),
+        ("4096, (2, 64)", "64, (2, 8)"),
+    ):
         assert theirs in code
         code = code.replace(theirs, ours)
     monkeypatch.chdir(ROOT)
     names: dict[str, Any] = {}
     exec(code, names)
-    assert "= moecc.vq_experts(" in (told := capsys.readouterr().out) and "\n./examples/my_pass.py: " in told
-    torch.testing.assert_close(names["module"](input_ids=names["batches"][0])[0], names["logits"][0])
+    assert (
+        "= moecc.vq_experts(" in (told := capsys.readouterr().out)
+        and "\n./examples/my_pass.py: " in told
+    )
+    torch.testing.assert_close(
+        names["module"](input_ids=names["batches"][0])[0], names["logits"][0]
+    )
 
 
 def test_the_author_s_guide_shows_the_example_as_it_is() -> None:

@@ -83,7 +83,10 @@ def test_a_pipeline_is_read_with_spaces_and_a_last_comma() -> None:
     [
         ("kbvqq", "no pass 'kbvqq'; did you mean 'kbvq'?"),
         ("vq{bitz=3}", "vq has no option 'bitz'; did you mean 'bits'?"),
-        ("kbvq{zzz=3}", "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'mean', 'offset', 'rank']"),
+        (
+            "kbvq{zzz=3}",
+            "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'mean', 'offset', 'rank']",
+        ),
         ("vq{bits=2,bits=3}", "vq: option 'bits' is there twice; leave one out"),
         ("vq{bits}", "vq: option 'bits' lacks a value; write bits=VALUE"),
         ("vq{bits=5}", "vq: bits=5 is out of range; it takes 2 | 3 | 4"),
@@ -91,17 +94,38 @@ def test_a_pipeline_is_read_with_spaces_and_a_last_comma() -> None:
         ("vq{rounds=0}", "vq: rounds=0 is out of range; it takes 1 <= number <= 50"),
         ("vq{rounds=2.5}", "vq: rounds='2.5' is out of range; it takes 1 <= number <= 50"),
         ("vq{feedback=maybe}", "vq: feedback='maybe' is out of range; it takes true | false"),
-        ("vq{codebook=shared}", "vq: codebook='shared' is out of range; it takes auto | expert | layer"),
+        (
+            "vq{codebook=shared}",
+            "vq: codebook='shared' is out of range; it takes auto | expert | layer",
+        ),
         ("klt{rank=-1}", "klt: rank=-1 is out of range; it takes auto | 0 <= number <= 1024"),
         ("klt{rank=most}", "klt: rank='most' is out of range; it takes auto | 0 <= number <= 1024"),
         ("vsraq{value=nan}", "vsraq: value=nan is out of range; it takes 0 <= number <= 10000"),
-        ("vq klt", "can't read the pipeline at column 1: 'vq klt'; expected name or name{key=value,...}"),
-        ("klt,vq{bits=3", "can't read the pipeline at column 5: 'vq{bits=3'; expected name or name{key=value,...}"),
-        ("klt,,vq", "can't read the pipeline at column 5: ',vq'; expected name or name{key=value,...}"),
+        (
+            "vq klt",
+            "can't read the pipeline at column 1: 'vq klt'; expected name or name{key=value,...}",
+        ),
+        (
+            "klt,vq{bits=3",
+            "can't read the pipeline at column 5: 'vq{bits=3'; expected name or name{key=value,...}",
+        ),
+        (
+            "klt,,vq",
+            "can't read the pipeline at column 5: ',vq'; expected name or name{key=value,...}",
+        ),
         ("", "no passes given; try --passes kbvq, or `moecc passes` for what there is"),
-        ("./nothing.py", "no pass file nothing.py; give the path of a Python file that defines a pass"),
-        ("./my_pass", "./my_pass is no pass: the path of a pass file ends in .py, e.g. ./my_pass.py"),
-        ("./README.md", "./README.md is no pass: the path of a pass file ends in .py, e.g. ./my_pass.py"),
+        (
+            "./nothing.py",
+            "no pass file nothing.py; give the path of a Python file that defines a pass",
+        ),
+        (
+            "./my_pass",
+            "./my_pass is no pass: the path of a pass file ends in .py, e.g. ./my_pass.py",
+        ),
+        (
+            "./README.md",
+            "./README.md is no pass: the path of a pass file ends in .py, e.g. ./my_pass.py",
+        ),
     ],
 )
 def test_what_can_t_be_read_says_why(text: str, message: str) -> None:
@@ -168,14 +192,28 @@ RUN = "    def run_layer(self, layer, ctx):\n        return False\n"
     ("body", "message"),
     [
         (RUN, "Mine.name is None; give a word of letters, digits, '_', '-' and '.'"),
-        (f"    name = 'a/b'\n{RUN}", "Mine.name is 'a/b'; give a word of letters, digits, '_', '-' and '.'"),
-        (f"    name = 'mine'\n    requires = 'vq'\n{RUN}", "Mine.requires is 'vq'; give a frozenset of facts"),
-        (f"    name = 'mine'\n    provides = ['vq']\n{RUN}", "Mine.provides is ['vq']; give a frozenset of facts"),
+        (
+            f"    name = 'a/b'\n{RUN}",
+            "Mine.name is 'a/b'; give a word of letters, digits, '_', '-' and '.'",
+        ),
+        (
+            f"    name = 'mine'\n    requires = 'vq'\n{RUN}",
+            "Mine.requires is 'vq'; give a frozenset of facts",
+        ),
+        (
+            f"    name = 'mine'\n    provides = ['vq']\n{RUN}",
+            "Mine.provides is ['vq']; give a frozenset of facts",
+        ),
         ("    name = 'mine'\n", "Mine lacks run_layer"),
-        (f"    name = 'mine'\n    by: int\n{RUN}", "the option 'by' has no default; write option(DEFAULT, help=...)"),
+        (
+            f"    name = 'mine'\n    by: int\n{RUN}",
+            "the option 'by' has no default; write option(DEFAULT, help=...)",
+        ),
     ],
 )
-def test_a_pass_that_does_not_say_what_it_must_is_refused(body: str, message: str, tmp_path: Path) -> None:
+def test_a_pass_that_does_not_say_what_it_must_is_refused(
+    body: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "mine.py").write_text(HEAD + body)
     assert error(str(tmp_path / "mine.py")) == f"mine.py: {message}"
 
@@ -309,23 +347,31 @@ def test_what_lies_within_a_layer_is_measured_again_in_every_round_that_needs_it
     names = ["moments", "vq", "model", "needs_moments"]
     assert [p.name for p in passes] == [*names[:3], "moments", "needs_moments"]
     assert str(passes[3]) == "moments{min_tokens=2}"
-    assert remarks == ["needs_moments requires 'moments'; 'moments' runs again before it, in its round"]
+    assert remarks == [
+        "needs_moments requires 'moments'; 'moments' runs again before it, in its round"
+    ]
     assert resolve(passes) == (passes, remarks)
     passes, remarks = resolve([parsed[0], NeedsMoments(), parsed[1]])
     assert [p.name for p in passes] == ["moments", "needs_moments", "vq"] and not remarks
     ctx = Context()
-    passes, _ = resolve([parsed[0], made("model", requires="moments2"), NeedsMoments()], {"moments2"})
+    passes, _ = resolve(
+        [parsed[0], made("model", requires="moments2"), NeedsMoments()], {"moments2"}
+    )
     run_passes(tiny("M"), passes, ctx, batches)
     assert ctx.notes[-1:] == ["layers.0"]
 
 
 def test_what_lies_within_a_layer_is_nothing_for_a_round_that_has_not_begun() -> None:
-    alone = dataclass(frozen=True, kw_only=True)(type("Alone", (NeedsMoments,), {"own_round": True}))
+    alone = dataclass(frozen=True, kw_only=True)(
+        type("Alone", (NeedsMoments,), {"own_round": True})
+    )
     for p, what in (
         (alone(), "begins a round of its own"),
         (made("m", requires="moments"), "works on the whole model"),
     ):
-        message = f"requires 'moments', which holds within one layer and one round, but {p.name} {what}"
+        message = (
+            f"requires 'moments', which holds within one layer and one round, but {p.name} {what}"
+        )
         with pytest.raises(MoeccError, match=message):
             resolve([*parse_passes("moments")[0], p])
 
@@ -337,7 +383,9 @@ def test_the_resolved_text_resolves_to_itself() -> None:
     assert ",".join(map(str, again)) == text and remarks == []
 
 
-def made(name: str, *, requires: str = "", provides: str = "", after: str = "", spoils: str = "") -> Pass:
+def made(
+    name: str, *, requires: str = "", provides: str = "", after: str = "", spoils: str = ""
+) -> Pass:
     """A model pass with these facts."""
     facts = {
         k: frozenset(v.split())
@@ -372,12 +420,16 @@ def test_after_and_spoils_order_without_inserting() -> None:
 
 def test_passes_that_need_each_other() -> None:
     a, b = made("a", requires="y", provides="x"), made("b", requires="x", provides="y")
-    with pytest.raises(MoeccError, match=r"these passes need each other: (a -> b|b -> a); leave one out"):
+    with pytest.raises(
+        MoeccError, match=r"these passes need each other: (a -> b|b -> a); leave one out"
+    ):
         resolve([a, b])
 
 
 def test_a_fact_that_nothing_provides() -> None:
-    with pytest.raises(MoeccError, match="user requires 'magic'; provided by no known pass; name one of them"):
+    with pytest.raises(
+        MoeccError, match="user requires 'magic'; provided by no known pass; name one of them"
+    ):
         resolve([made("user", requires="magic")])
 
 
@@ -390,10 +442,14 @@ class Touch(LayerPass):
 
     name: ClassVar[str] = "touch"
     fail_in: int = option(-1, help="stage", low=-1, high=100)
-    how: str = option("raise", help="what goes wrong", choices=("raise", "moecc", "break", "interrupt"))
+    how: str = option(
+        "raise", help="what goes wrong", choices=("raise", "moecc", "break", "interrupt")
+    )
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
-        ctx.notes.append(f"{layer.index}: inputs before {layer.inputs.stage}, targets before {layer.targets.stage}")
+        ctx.notes.append(
+            f"{layer.index}: inputs before {layer.inputs.stage}, targets before {layer.targets.stage}"
+        )
         if layer.index == self.fail_in:
             if self.how == "raise":
                 raise RuntimeError("boom")
@@ -428,8 +484,12 @@ def test_a_pass_that_breaks_the_graph_is_named(tiny: Tiny, batches: list[Tensor]
 
 
 @pytest.mark.parametrize("returned", [None, "yes", 1])
-def test_a_pass_says_whether_it_changed_anything(tiny: Tiny, batches: list[Tensor], returned: Any) -> None:
-    kind = type("Silent", (LayerPass,), {"name": "silent", "run_layer": lambda self, layer, ctx: returned})
+def test_a_pass_says_whether_it_changed_anything(
+    tiny: Tiny, batches: list[Tensor], returned: Any
+) -> None:
+    kind = type(
+        "Silent", (LayerPass,), {"name": "silent", "run_layer": lambda self, layer, ctx: returned}
+    )
     message = failure(tiny("M"), batches, dataclass(frozen=True, kw_only=True)(kind)())
     assert message == (
         f"silent failed in layer 0: it returned {returned!r}; return True or False, whether it changed the program"
@@ -442,7 +502,9 @@ def test_what_is_recorded_must_be_json(tiny: Tiny, batches: list[Tensor], value:
         ctx.record("some.weight", share=value)
         return False
 
-    kind = dataclass(frozen=True, kw_only=True)(type("Tell", (LayerPass,), {"name": "tell", "run_layer": run_layer}))
+    kind = dataclass(frozen=True, kw_only=True)(
+        type("Tell", (LayerPass,), {"name": "tell", "run_layer": run_layer})
+    )
     message = failure(tiny("M"), batches, kind())
     assert message.startswith("tell failed in layer 0: some.weight: can't record ['share'] (")
     assert message.endswith("give finite numbers, text, lists or dicts")
@@ -456,9 +518,13 @@ def test_a_layer_that_no_longer_runs_names_what_ran(tiny: Tiny, batches: list[Te
                 node.args = (node.args[0], node.args[0])
         return True
 
-    kind = dataclass(frozen=True, kw_only=True)(type("Break", (LayerPass,), {"name": "break", "run_layer": run_layer}))
+    kind = dataclass(frozen=True, kw_only=True)(
+        type("Break", (LayerPass,), {"name": "break", "run_layer": run_layer})
+    )
     message = failure(tiny("MD"), batches, Touch(), kind())
-    assert message.startswith("layer 1 no longer runs behind touch, break: node %tanh (aten.mm) in stage 2 failed: ")
+    assert message.startswith(
+        "layer 1 no longer runs behind touch, break: node %tanh (aten.mm) in stage 2 failed: "
+    )
 
 
 def test_an_interrupt_stays_an_interrupt(tiny: Tiny, batches: list[Tensor]) -> None:
@@ -470,12 +536,17 @@ def test_a_model_pass_that_fails_names_no_layer(tiny: Tiny) -> None:
     def run(self: Pass, program: Program, ctx: Context) -> bool:
         raise ValueError("no luck")
 
-    broken = dataclass(frozen=True, kw_only=True)(type("Broken", (Pass,), {"name": "broken", "run": run}))
+    broken = dataclass(frozen=True, kw_only=True)(
+        type("Broken", (Pass,), {"name": "broken", "run": run})
+    )
     assert failure(tiny("M"), [], broken()) == "broken failed: ValueError: no luck"
 
 
 def test_a_pass_that_needs_data_asks_for_it(tiny: Tiny) -> None:
-    assert failure(tiny("M"), [], find_pass("moments")()) == "moments needs calibration text; give --calib FILE"
+    assert (
+        failure(tiny("M"), [], find_pass("moments")())
+        == "moments needs calibration text; give --calib FILE"
+    )
 
 
 def test_layer_passes_go_through_together_and_see_inputs_before_and_targets_after(
@@ -491,7 +562,9 @@ def test_layer_passes_go_through_together_and_see_inputs_before_and_targets_afte
     once = [f"{i}: inputs before {i}, targets before {min(i + 1, 3)}" for i in (1, 2, 3)]
     assert ctx.notes == once + [line for line in once for _ in range(2)]
     first = [f"layer00{i}-touch" for i in (1, 2, 3)]
-    second = [f"layer00{i}-touch-{k}" for i in (1, 2, 3) for k in (2, 3)]  # a text of its own for each
+    second = [
+        f"layer00{i}-touch-{k}" for i in (1, 2, 3) for k in (2, 3)
+    ]  # a text of its own for each
     assert dumps == [*first, "01-after-touch", "02-after-model", *second, "04-after-touch"]
     assert layers == [1, 2, 3, 1, 2, 3]
 
@@ -520,11 +593,15 @@ class Seen(LayerPass):
     name: ClassVar[str] = "seen"
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
-        ctx.notes += [str(m.node.target) for m in layer.reference.moe_layers() if m.layer == layer.index]
+        ctx.notes += [
+            str(m.node.target) for m in layer.reference.moe_layers() if m.layer == layer.index
+        ]
         return False
 
 
-def test_the_float_model_stays_the_float_model_behind_a_model_pass(tiny: Tiny, batches: list[Tensor]) -> None:
+def test_the_float_model_stays_the_float_model_behind_a_model_pass(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
     ctx = Context()
     coded = resolve(parse_passes("vq")[0])[0]
     run_passes(tiny("M"), [*coded, made("model"), Seen()], ctx, batches)
@@ -539,7 +616,9 @@ def test_a_pipeline_that_nothing_can_store_is_refused_before_it_runs(text: str, 
     require_whole(resolve(parse_passes("klt,vq,affine,fold")[0])[0])
 
 
-def test_a_layer_that_was_restored_is_not_worked_on_again(tiny: Tiny, batches: list[Tensor]) -> None:
+def test_a_layer_that_was_restored_is_not_worked_on_again(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
     ctx = Context()
     hooks = Hooks(restore_layer=lambda stage, program, ctx: stage < 2)
     run_passes(tiny("MD"), [Touch()], ctx, batches, hooks)
@@ -560,7 +639,11 @@ def test_reports_say_what_each_pass_did(tiny: Tiny, batches: list[Tensor]) -> No
     assert [r.text for r in result] == seen == ["moments", "klt{rank=2}", "vq{codebook=layer}"]
     assert [r.changed for r in result] == [False, True, True]
     lines = [r.line() for r in result]
-    assert lines[0].startswith("moments: ") and "nothing changed" in lines[0] and "nothing changed" not in lines[2]
+    assert (
+        lines[0].startswith("moments: ")
+        and "nothing changed" in lines[0]
+        and "nothing changed" not in lines[2]
+    )
     assert "bits/weight, error 0." in lines[2]
     assert result[0].bits == 32.0 and len({r.bits for r in result}) == 3  # each pass its own
 
@@ -573,7 +656,9 @@ def test_a_pass_that_stands_there_twice_has_two_reports(tiny: Tiny, batches: lis
         seen.append(layer.index)
         return seen.count(layer.index) == 1
 
-    once = dataclass(frozen=True, kw_only=True)(type("Once", (LayerPass,), {"name": "once", "run_layer": first_time}))()
+    once = dataclass(frozen=True, kw_only=True)(
+        type("Once", (LayerPass,), {"name": "once", "run_layer": first_time})
+    )()
     passes, _ = resolve([made("model"), once, once, made("model")])
     reports = run_passes(tiny("MD"), passes, Context(), batches)
     assert [(r.text, r.changed) for r in reports] == [
@@ -590,11 +675,19 @@ def test_bits_of_float_experts_are_what_the_checkpoint_stores(tiny: Tiny) -> Non
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_bits_of_compressed_experts_count_every_tensor(tiny: Tiny, batches: list[Tensor], bits: int) -> None:
+def test_bits_of_compressed_experts_count_every_tensor(
+    tiny: Tiny, batches: list[Tensor], bits: int
+) -> None:
     program = tiny("M")
-    resolved, _ = resolve(parse_passes(f"klt{{rank=2}},vq{{bits={bits}}},affine{{offset=on}},fold")[0])
+    resolved, _ = resolve(
+        parse_passes(f"klt{{rank=2}},vq{{bits={bits}}},affine{{offset=on}},fold")[0]
+    )
     run_passes(program, resolved, Context(), batches)
     moe = program.moe_layers()[0]
-    held = [program.read(program.weights[n.name].name) for n in moe.node.all_input_nodes if n.name in program.weights]
+    held = [
+        program.read(program.weights[n.name].name)
+        for n in moe.node.all_input_nodes
+        if n.name in program.weights
+    ]
     stored = sum(8 * t.numel() * t.element_size() for t in held)
     assert experts_bits(program) == stored / (4 * 16 * 16 + 4 * 16 * 8)

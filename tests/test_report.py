@@ -30,9 +30,17 @@ def experts(layer: int) -> list[Row]:
     """Eight experts, D = 64, F = 96; expert 3 starved, expert 5 without any token."""
     rows = []
     tokens = [60, 120, 500, 9, 75, 0, 300, 64 + layer]
-    losses = {"reconstruction": 0.02 * layer, "value": 0.3, "order": 0.1, "boundary": 0.2, "flips": 0.0625}
+    losses = {
+        "reconstruction": 0.02 * layer,
+        "value": 0.3,
+        "order": 0.1,
+        "boundary": 0.2,
+        "flips": 0.0625,
+    }
     after = {k: 0.7 * v for k, v in losses.items()}
-    for i, (projection, shape, error) in enumerate([("gate_up", (8, 192, 64), 0.05), ("down", (8, 64, 96), 0.08)]):
+    for i, (projection, shape, error) in enumerate(
+        [("gate_up", (8, 192, 64), 0.05), ("down", (8, 64, 96), 0.08)]
+    ):
         parts = {"codes": 3 * shape[1] * shape[2], "codebook": 1024, "scale": 16 * shape[1]}
         chosen = {"rank": 32 * i, "codebook": "layer", "affine": "slope"}
         details = {
@@ -54,12 +62,31 @@ def audit() -> list[Row]:
     rows = [Row("model.embed_tokens.weight", "embeddings", (1000, 64), "as it was", 128_000, 16.0)]
     for layer in (10, 2):  # not in the order of numbers, and not the order of text either
         name = f"model.layers.{layer}"
-        rows.append(Row(f"{name}.self_attn.q_proj.weight", "attention", (64, 64), "4 bit groups", 2_304, 4.5, 0.01))
+        rows.append(
+            Row(
+                f"{name}.self_attn.q_proj.weight",
+                "attention",
+                (64, 64),
+                "4 bit groups",
+                2_304,
+                4.5,
+                0.01,
+            )
+        )
         rows += experts(layer)
-        rows.append(Row(f"{name}.mlp.gate.e_score_correction_bias", "router", (8,), "as it was", 32, 32.0))
-    rows.append(Row("lm_head.weight", "embeddings", (1000, 64), "tied to model.embed_tokens.weight", 0))
-    rows.append(Row(EVIL, "not part of the model", (), "left out", 0, fallback=f"no parameter takes {EVIL}"))
-    return [*rows, Row("(safetensors headers)", "file format", (), "names, shapes and types", 1_736)]
+        rows.append(
+            Row(f"{name}.mlp.gate.e_score_correction_bias", "router", (8,), "as it was", 32, 32.0)
+        )
+    rows.append(
+        Row("lm_head.weight", "embeddings", (1000, 64), "tied to model.embed_tokens.weight", 0)
+    )
+    rows.append(
+        Row(EVIL, "not part of the model", (), "left out", 0, fallback=f"no parameter takes {EVIL}")
+    )
+    return [
+        *rows,
+        Row("(safetensors headers)", "file format", (), "names, shapes and types", 1_736),
+    ]
 
 
 class Cells(HTMLParser):
@@ -132,16 +159,22 @@ def test_size_before_follows_the_stated_rule() -> None:
     rows = audit()
     by_name = dict(zip((r.name for r in rows), report.bytes_before(rows), strict=True))
     assert by_name["model.layers.2.mlp.experts.gate_up_proj"] == 8 * 192 * 64 * 2
-    assert by_name["model.layers.2.mlp.gate.e_score_correction_bias"] == 32  # float32 in the source, and stored so
+    assert (
+        by_name["model.layers.2.mlp.gate.e_score_correction_bias"] == 32
+    )  # float32 in the source, and stored so
     assert by_name["lm_head.weight"] == by_name[EVIL] == by_name["(safetensors headers)"] == 0
-    lead = Row("a", "routed experts", (4, 4), "vq4 2 bit", 8, 2.0, details={"bytes": {}, "source_bits": 32})
+    lead = Row(
+        "a", "routed experts", (4, 4), "vq4 2 bit", 8, 2.0, details={"bytes": {}, "source_bits": 32}
+    )
     assert report.bytes_before([lead, Row("b", "routed experts", (4, 4), "in a", 0)]) == [64, 64]
 
 
 def test_layers_in_order_of_their_numbers_with_both_projections() -> None:
     layers = report.layers_of(audit())
     assert list(layers) == ["2", "10"]
-    assert [(p, r.name.rsplit(".", 1)[1]) for p, r in layers["10"]] == [(p, f"{p}_proj") for p in ("gate_up", "down")]
+    assert [(p, r.name.rsplit(".", 1)[1]) for p, r in layers["10"]] == [
+        (p, f"{p}_proj") for p in ("gate_up", "down")
+    ]
 
 
 def test_layers_of_two_stacks_are_kept_apart() -> None:
@@ -153,7 +186,9 @@ def test_layers_of_two_stacks_are_kept_apart() -> None:
 def test_what_passes_recorded_of_a_projection_is_in_its_row() -> None:
     """And a column that no projection has anything for is left out."""
     rows = audit()
-    next(r for r in rows if r.name.endswith("down_proj")).details.update(lora="rank 8 of the basis", lora_lost=0.0625)
+    next(r for r in rows if r.name.endswith("down_proj")).details.update(
+        lora="rank 8 of the basis", lora_lost=0.0625
+    )
     found = Cells(report.page(FACTS, rows)).rows
     start = next(i for i, r in enumerate(found) if r[:2] == ["layer", "projection"])
     head, lines = found[start], found[start + 1 : start + 5]
@@ -168,12 +203,17 @@ def test_what_passes_recorded_of_a_projection_is_in_its_row() -> None:
 
 def test_what_rilq_gained_is_there_once() -> None:
     rows = audit()
-    told = {"before": {"loss": 3.0, "kl": 0.5, "lm": 2.0}, "after": {"loss": 2.5, "kl": 0.25, "lm": 2.125}}
+    told = {
+        "before": {"loss": 3.0, "kl": 0.5, "lm": 2.0},
+        "after": {"loss": 2.5, "kl": 0.25, "lm": 2.125},
+    }
     for row in rows:
         if row.role == "routed experts":
             row.details["rilq"] = told
     found = Cells(report.page(FACTS, rows)).rows
-    assert [r for r in found if "3 → 2.5" in r] == [["3 → 2.5", "–", "0.5 → 0.25", "2 → 2.125", "–"]]
+    assert [r for r in found if "3 → 2.5" in r] == [
+        ["3 → 2.5", "–", "0.5 → 0.25", "2 → 2.125", "–"]
+    ]
 
 
 def test_starved_experts_are_marked() -> None:
@@ -186,7 +226,9 @@ def test_starved_experts_are_marked() -> None:
 def test_little_or_nothing_to_say_still_makes_a_page() -> None:
     assert not Cells(report.page({}, [])).open
     name, details = "model.layers.0.experts.w", {"bytes": {}}
-    blank = Row(name, "routed experts", (4, 4), "vq4", 8, 2.0, float("nan"), [0, 0], details=details)
+    blank = Row(
+        name, "routed experts", (4, 4), "vq4", 8, 2.0, float("nan"), [0, 0], details=details
+    )
     assert not Cells(report.page({}, [blank])).open
 
 

@@ -25,9 +25,13 @@ class Letters:
         self.bos_token_id, self.eos_token_id, self.begins = 1, end, begins
         self.characters = 0
 
-    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, verbose: bool = True
+    ) -> dict[str, list[int]]:
         self.characters += len(text)
-        return {"input_ids": [1] * (self.begins and add_special_tokens) + [ord(c) % 1000 for c in text]}
+        return {
+            "input_ids": [1] * (self.begins and add_special_tokens) + [ord(c) % 1000 for c in text]
+        }
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,9 @@ def test_every_row_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("end", [0, None])
 def test_nul_separates_documents(tmp_path: Path, end: int | None) -> None:
-    got = token_rows(Letters(end=end), written(tmp_path, "ab\0\0cd" + "e" * 2000), count=1, length=5)
+    got = token_rows(
+        Letters(end=end), written(tmp_path, "ab\0\0cd" + "e" * 2000), count=1, length=5
+    )
     assert got.tolist() == [[*map(ord, "ab"), *([0] if end == 0 else []), *map(ord, "cde")][:5]]
 
 
@@ -112,7 +118,9 @@ def test_default_rows_are_the_same_every_time_and_read_little(tokenizer: Any) ->
     assert letters.characters < 20_000
 
 
-def test_whole_documents_follow_where_excerpts_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_documents_follow_where_excerpts_do_not_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     documents = {"a": "a" * 20_000, "b": "b" * 20_000}
     monkeypatch.setattr(rows, "default_text", lambda purpose: iter(documents.items()))
     got = token_rows(Letters(end=None), count=3, length=10_000, say=lambda line: None)
@@ -132,7 +140,9 @@ def test_bad_files(tmp_path: Path) -> None:
     assert "no UTF-8 text" in refused(letters, written(tmp_path, "grün".encode("utf-16")))
     assert "is binary" in refused(letters, written(tmp_path, b"abc\0" * 1000))
     assert "no UTF-8 text" in refused(letters, TINYMOE / "model.safetensors")
-    assert "give a longer text or --length 5" in refused(letters, written(tmp_path, "abcde"), length=6)
+    assert "give a longer text or --length 5" in refused(
+        letters, written(tmp_path, "abcde"), length=6
+    )
     assert "at least 1 row" in refused(letters, written(tmp_path, "abcde"), count=0)
     assert "at least 1 row" in refused(letters, written(tmp_path, "abcde"), length=1)
 
@@ -147,8 +157,12 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
         tokenizer_of(tmp_path)
 
 
-def test_a_tokenizer_that_is_code_runs_only_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_a_tokenizer_that_is_code_runs_only_if_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     folder = Path(shutil.copytree(TINYMOE, tmp_path / "model"))
     (folder / "mine.py").write_text(
         "from transformers import PreTrainedTokenizerFast\nclass Mine(PreTrainedTokenizerFast): ..."
@@ -157,7 +171,9 @@ def test_a_tokenizer_that_is_code_runs_only_if_asked_for(tmp_path: Path, monkeyp
     config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"model_type": "mine"}))
-    with pytest.raises(MoeccError, match="its tokenizer is Python code; read it, then --trust-remote-code"):
+    with pytest.raises(
+        MoeccError, match="its tokenizer is Python code; read it, then --trust-remote-code"
+    ):
         tokenizer_of(folder)
     assert type(tokenizer_of(folder, trust_remote_code=True)).__name__ == "Mine"
 

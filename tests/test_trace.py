@@ -104,7 +104,10 @@ def test_dtype_is_the_one_asked_for(dtype: torch.dtype) -> None:
 
 def test_dtype_is_the_configs_by_default() -> None:
     assert next(skeleton(MixtralConfig(**TINY)).model.parameters()).dtype == torch.float32
-    assert next(skeleton(MixtralConfig(**TINY, dtype="bfloat16")).model.parameters()).dtype == torch.bfloat16
+    assert (
+        next(skeleton(MixtralConfig(**TINY, dtype="bfloat16")).model.parameters()).dtype
+        == torch.bfloat16
+    )
 
 
 def test_correction_bias_keeps_float32_in_a_bfloat16_model() -> None:
@@ -120,7 +123,9 @@ def test_a_folder_gives_the_same_program_as_its_config(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     found = skeleton(tmp_path)
     assert found.folder == tmp_path
-    assert [n.target for n in capture(found).graph.nodes] == [n.target for n in capture(skeleton(config)).graph.nodes]
+    assert [n.target for n in capture(found).graph.nodes] == [
+        n.target for n in capture(skeleton(config)).graph.nodes
+    ]
 
 
 def test_a_module_is_left_as_it_was() -> None:
@@ -150,7 +155,10 @@ def one_line(error: pytest.ExceptionInfo[MoeccError], *words: str) -> None:
         (T5Config(), ("t5", "encoder-decoder")),
         ("./no/such/folder", ("no folder './no/such/folder'", "give a checkpoint folder")),
         (nn.Linear(2, 2), ("Linear", "no experts")),
-        (MixtralConfig(**TINY, quantization_config={"quant_method": "gptq"}), ("gptq", "unquantized")),
+        (
+            MixtralConfig(**TINY, quantization_config={"quant_method": "gptq"}),
+            ("gptq", "unquantized"),
+        ),
     ],
 )
 def test_wrong_sources_are_one_line_errors(source: Any, words: tuple[str, ...]) -> None:
@@ -190,7 +198,9 @@ def test_an_unknown_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_experts_of_an_unknown_class_are_said_to_be_so() -> None:
-    config = AutoConfig.for_model("doge", **{k: v for k, v in TINY.items() if k != "num_local_experts"}, is_moe=True)
+    config = AutoConfig.for_model(
+        "doge", **{k: v for k, v in TINY.items() if k != "num_local_experts"}, is_moe=True
+    )
     config.num_experts = 16
     with pytest.raises(MoeccError) as error:
         skeleton(config)
@@ -220,7 +230,9 @@ def halves(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 UNKNOWN = {
     "another activation": lambda rows: nn.functional.mish(halves(rows)[0]) * halves(rows)[1],
     "swapped halves": lambda rows: nn.functional.silu(halves(rows)[1]) * halves(rows)[0],
-    "an unseen clamp": lambda rows: nn.functional.silu(halves(rows)[0].clamp(max=500.0)) * halves(rows)[1],
+    "an unseen clamp": lambda rows: (
+        nn.functional.silu(halves(rows)[0].clamp(max=500.0)) * halves(rows)[1]
+    ),
     "a constant": lambda rows: nn.functional.silu(halves(rows)[0]) * (halves(rows)[1] + 0.01),
     "not a gate": lambda rows: rows,
 }
@@ -242,8 +254,16 @@ def test_a_gate_that_fails_alone_is_an_error() -> None:
 def test_the_probe_reads_rounding_clamp_and_order() -> None:
     from moecc.ir.gates import apply_gate
 
-    for gate, limit in (("glu", 0.0), ("f32", 0.0), ("clamp", 7.0), ("clamp_f32", 7.0), ("clamp_after", 7.0)):
-        module = Gated(lambda rows, g=gate, m=limit: apply_gate(rows, "silu", g, 1.0, m), limit=limit)
+    for gate, limit in (
+        ("glu", 0.0),
+        ("f32", 0.0),
+        ("clamp", 7.0),
+        ("clamp_f32", 7.0),
+        ("clamp_after", 7.0),
+    ):
+        module = Gated(
+            lambda rows, g=gate, m=limit: apply_gate(rows, "silu", g, 1.0, m), limit=limit
+        )
         assert probe.probe_gate(module) == probe.Layout("silu", gate, 1.0, limit)
     module = Gated(lambda rows: nn.functional.silu(rows[..., ::2]) * rows[..., 1::2])
     assert probe.probe_gate(module) == probe.Layout("silu", interleaved=True)
@@ -268,7 +288,9 @@ def specs(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
 def compressed(model: nn.Module) -> None:
     for module in experts.experts_modules(model).values():
         attributes = {**experts.gate_of(module), "eps": 0.0}
-        experts.compress_module(module, specs(32, 32), specs(32, 16), attributes, ["gate_up_proj", "down_proj"])
+        experts.compress_module(
+            module, specs(32, 32), specs(32, 16), attributes, ["gate_up_proj", "down_proj"]
+        )
 
 
 def test_a_compressed_module_runs_its_stored_tensors() -> None:
@@ -280,7 +302,9 @@ def test_a_compressed_module_runs_its_stored_tensors() -> None:
     compressed(model)
     names = {k for k in model.state_dict() if k.startswith("model.layers.0.mlp.experts.")}
     assert names == {
-        f"model.layers.0.mlp.experts.{p}.{t}" for p in ("gate_up", "down") for t in ("codes", "codebook", "scale")
+        f"model.layers.0.mlp.experts.{p}.{t}"
+        for p in ("gate_up", "down")
+        for t in ("codes", "codebook", "scale")
     }
     with torch.no_grad():
         for name, buffer in model.named_buffers():
@@ -296,14 +320,19 @@ def test_a_compressed_module_runs_its_stored_tensors() -> None:
     assert sum(n.target is ops.VQ_EXPERTS for n in program.graph.nodes) == 2
 
 
-def test_a_compressed_checkpoint_is_traced_without_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compressed_checkpoint_is_traced_without_its_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("moecc.frontend.skeleton.prepare", lambda model, found: compressed(model))
     found = skeleton(MixtralConfig(**TINY, quantization_config={"quant_method": "moecc"}))
     buffers = dict(found.model.named_buffers())
     assert isinstance(buffers["model.layers.0.mlp.experts.down.codes"], FakeTensor)
     program = capture(found)
     nodes = [n for n in program.graph.nodes if n.target is ops.VQ_EXPERTS]
-    assert [n.meta["path"] for n in nodes] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert [n.meta["path"] for n in nodes] == [
+        "model.layers.0.mlp.experts",
+        "model.layers.1.mlp.experts",
+    ]
     assert [n.meta["layer"] for n in nodes] == [1, 2]
 
 

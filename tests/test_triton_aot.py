@@ -22,7 +22,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 triton = pytest.importorskip("triton")
 from moecc.backends.triton import aot, around, grouped, hopper  # noqa: E402
-from moecc.backends.triton.aot import SHAPES, TARGETS, Report, Shape, Target, abstract_plan, compile_launch  # noqa: E402
+from moecc.backends.triton.aot import (
+    SHAPES,
+    TARGETS,
+    Report,
+    Shape,
+    Target,
+    abstract_plan,
+    compile_launch,
+)
 from moecc.backends.triton.launch import Launch, most_tokens  # noqa: E402
 from moecc.backends.triton.tiles import Tile  # noqa: E402
 
@@ -30,10 +38,15 @@ MIXTRAL, QWEN = SHAPES["Mixtral-8x7B"], SHAPES["Qwen3-30B-A3B"]
 BUDGET = {2: 1.75, 3: 2.6}  # instructions per weight, one token
 COUNTED_WITH = "3.9."  # another compiler makes other code
 PINNED = triton.__version__.startswith(COUNTED_WITH)
-STACK = 0 if PINNED else 32  # bytes: other versions spill up to eight registers, for a round number of them
+STACK = (
+    0 if PINNED else 32
+)  # bytes: other versions spill up to eight registers, for a round number of them
 FLOATS = Tile(tokens=16, height=1, unroll=1, warps=4, stages=2, waves=0, half=True)
 KERNELS = {
-    value for module in (around, grouped, hopper) for name, value in vars(module).items() if name.endswith("_kernel")
+    value
+    for module in (around, grouped, hopper)
+    for name, value in vars(module).items()
+    if name.endswith("_kernel")
 }
 EVERYTHING: dict[str, Any] = dict(rank=32, mean=3, bias=True)
 
@@ -48,10 +61,14 @@ def wrong(report: Report, target: Target, launch: Launch) -> list[str]:
     if "HEIGHT" in launch.arguments and not report.matrix:
         found.append("no matrix instruction")
     if launch.kernel is hopper.persistent_kernel:
-        slow = re.compile(r"(?:LDL|STL)\b|WARPGROUP\.DEPBAR.*, 0x0")  # a spilled register, a wait for every product
+        slow = re.compile(
+            r"(?:LDL|STL)\b|WARPGROUP\.DEPBAR.*, 0x0"
+        )  # a spilled register, a wait for every product
         found += [f"in every step: {o}" for loop in report.loops for o in loop if slow.match(o)]
         if len(report.loops) != 2:
-            found.append(f"{len(report.loops)} loops with products, not those of full and of half full blocks")
+            found.append(
+                f"{len(report.loops)} loops with products, not those of full and of half full blocks"
+            )
     if target.name == "sm_90" and early(report.assembly):
         found.append("doesn't wait for the kernel before")
     return found
@@ -59,7 +76,10 @@ def wrong(report: Report, target: Target, launch: Launch) -> list[str]:
 
 def early(ptx: str) -> bool:
     """Whether memory is read or written before the kernel before has ended (`moecc.backends.triton.chain`)."""
-    wait, access = ptx.find("griddepcontrol.wait"), re.search(r"\b(?:ld|st)\.global\b|\bcp\.async\.c", ptx)
+    wait, access = (
+        ptx.find("griddepcontrol.wait"),
+        re.search(r"\b(?:ld|st)\.global\b|\bcp\.async\.c", ptx),
+    )
     assert access
     return wait < 0 or access.start() < wait
 
@@ -90,17 +110,30 @@ def launches(target: str) -> dict[str, Launch]:
         "prefill, 4 bit": (abstract_plan(MIXTRAL, 4096, 4, card=target), ["down"]),
         "prefill, plain": (abstract_plan(MIXTRAL, 4096, 3, card=target), ["gate_up", "down"]),
         "prefill, basis": (abstract_plan(MIXTRAL, 4096, 2, card=target, rank=32), ["down coef"]),
-        "prefill, float32": (abstract_plan(MIXTRAL, 4096, 2, card=target, dtype=torch.float32), ["gate_up", "down"]),
-        "prefill, mean": (abstract_plan(QWEN, 4096, 2, card=target, mean=3), ["count", "prepare", "down mean"]),
+        "prefill, float32": (
+            abstract_plan(MIXTRAL, 4096, 2, card=target, dtype=torch.float32),
+            ["gate_up", "down"],
+        ),
+        "prefill, mean": (
+            abstract_plan(QWEN, 4096, 2, card=target, mean=3),
+            ["count", "prepare", "down mean"],
+        ),
         # hidden units that are left as floats, on whatever card
         "prefill, sums": (abstract_plan(QWEN, 4096, 2, card=target, mean=3, tile=FLOATS), ["sums"]),
     }
     if target == "sm_90":  # tiles that other cards haven't
         plans |= {
-            "prefill, mean and bias": (abstract_plan(MIXTRAL, 4096, 2, card=target, mean=3, bias=True), ["gate_up"]),
+            "prefill, mean and bias": (
+                abstract_plan(MIXTRAL, 4096, 2, card=target, mean=3, bias=True),
+                ["gate_up"],
+            ),
             "prefill, less": (abstract_plan(MIXTRAL, 256, 2, card=target), ["gate_up", "down"]),
         }
-    found = {f"{label}: {name}": made.named(name) for label, (made, names) in plans.items() for name in names}
+    found = {
+        f"{label}: {name}": made.named(name)
+        for label, (made, names) in plans.items()
+        for name in names
+    }
     return {label: launch for label, launch in found.items() if target in WHOLE or label in MOST}
 
 
@@ -110,17 +143,24 @@ def test_every_kernel_fits_every_card(name: str) -> None:
     assert {launch.kernel for launch in found.values()} == KERNELS - (
         {hopper.persistent_kernel} if name != "sm_90" else set()
     )
-    faults = {label: wrong(compile_launch(launch, target), target, launch) for label, launch in found.items()}
+    faults = {
+        label: wrong(compile_launch(launch, target), target, launch)
+        for label, launch in found.items()
+    }
     assert not {label: fault for label, fault in faults.items() if fault}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [*SHAPES.values(), Shape(1024, 16, 2048, 512), Shape(2, 1, 64, 64)])
+@pytest.mark.parametrize(
+    "shape", [*SHAPES.values(), Shape(1024, 16, 2048, 512), Shape(2, 1, 64, 64)]
+)
 def test_no_grid_is_too_large_however_many_tokens_come(shape: Shape, dtype: torch.dtype) -> None:
     """CUDA's limits: 2^31 - 1 programs along the first axis, 65535 along the others."""
     tokens = min(1_500_000, most_tokens(shape.top_k))
     for card, norm in ((card, norm) for card in TARGETS for norm in (False, True)):
-        for launch in abstract_plan(shape, tokens, 2, card=card, dtype=dtype, norm=norm, mean=2, rank=8).launches:
+        for launch in abstract_plan(
+            shape, tokens, 2, card=card, dtype=dtype, norm=norm, mean=2, rank=8
+        ).launches:
             assert launch.grid[0] < 1 << 31 and all(n <= 65535 for n in launch.grid[1:]), (
                 card,
                 launch.name,
@@ -131,14 +171,25 @@ def test_no_grid_is_too_large_however_many_tokens_come(shape: Shape, dtype: torc
 def steps(ptx: str) -> list[str]:
     """The code's loops with products in them, and with each what comes after it till all products are waited for."""
     labels = {m[1]: m.end() for m in re.finditer(r"^(\$L__BB\w+):", ptx, re.MULTILINE)}
-    jumps = [(labels[m[1]], m.start()) for m in re.finditer(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", ptx) if m[1] in labels]
-    loops = [(start, end) for start, end in jumps if start < end and "wgmma.mma_async" in ptx[start:end]]
+    jumps = [
+        (labels[m[1]], m.start())
+        for m in re.finditer(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", ptx)
+        if m[1] in labels
+    ]
+    loops = [
+        (start, end) for start, end in jumps if start < end and "wgmma.mma_async" in ptx[start:end]
+    ]
     straight = [(start, end) for start, end in loops if "\n$L__BB" not in ptx[start:end]]
     assert straight
     for start, end in loops:  # a branch in a loop isn't followed here
         inside = [ptx[s:e] for s, e in straight if start <= s and e <= end]
-        assert ptx[start:end].count("wgmma.mma_async") == sum(body.count("wgmma.mma_async") for body in inside)
-    return [ptx[s:e] * 2 + re.split(r"(?<=wgmma\.wait_group\.sync\.aligned 0)", ptx[e:])[0] for s, e in straight]
+        assert ptx[start:end].count("wgmma.mma_async") == sum(
+            body.count("wgmma.mma_async") for body in inside
+        )
+    return [
+        ptx[s:e] * 2 + re.split(r"(?<=wgmma\.wait_group\.sync\.aligned 0)", ptx[e:])[0]
+        for s, e in straight
+    ]
 
 
 def overrun(ptx: str) -> set[str]:
@@ -153,7 +204,9 @@ def overrun(ptx: str) -> set[str]:
             operands = re.findall(r"\{[^}]*\}|[^,{}]+", statement.partition(" ")[2] or statement)
             wait = re.search(r"wgmma\.wait_group\S*\s+(\d+)$", statement)
             if "wgmma.mma_async" in statement:
-                running[-1] = running[-1] | set(re.findall(r"%\w+", re.findall(r"\{[^}]*\}", statement)[1]))
+                running[-1] = running[-1] | set(
+                    re.findall(r"%\w+", re.findall(r"\{[^}]*\}", statement)[1])
+                )
             elif "wgmma.commit_group" in statement:
                 running.append(set())
             elif wait:
@@ -171,9 +224,13 @@ def overrun(ptx: str) -> set[str]:
         (4096, 2, EVERYTHING, "down mean"),
     ],
 )  # fmt: skip
-def test_no_product_runs_into_what_writes_its_operands(tokens: int, bits: int, told: dict[str, Any], name: str) -> None:
+def test_no_product_runs_into_what_writes_its_operands(
+    tokens: int, bits: int, told: dict[str, Any], name: str
+) -> None:
     """wgmma reads registers until it is waited for (PTX ISA); on an H100 results differed from run to run without."""
-    ptx = compile_launch(abstract_plan(MIXTRAL, tokens, bits, **told).named(name), TARGETS["sm_90"]).assembly
+    ptx = compile_launch(
+        abstract_plan(MIXTRAL, tokens, bits, **told).named(name), TARGETS["sm_90"]
+    ).assembly
     assert all(
         "fence.proxy.async" in step for step in steps(ptx)
     )  # of what cp.async has written; triton 3.6 has none of its own
@@ -198,7 +255,9 @@ def test_what_the_persistent_kernel_does_in_every_step_is_looked_at() -> None:
     assert not wrong(report, target, launch)
     full, half = report.loops
     for bad in ("LDL R1, [R2]", "WARPGROUP.DEPBAR.LE gsb0, 0x0"):
-        assert wrong(replace(report, loops=[full, [*half, bad]]), target, launch) == [f"in every step: {bad}"]
+        assert wrong(replace(report, loops=[full, [*half, bad]]), target, launch) == [
+            f"in every step: {bad}"
+        ]
     assert wrong(replace(report, loops=[full]), target, launch)
 
 
@@ -207,7 +266,9 @@ def test_what_the_persistent_kernel_does_in_every_step_is_looked_at() -> None:
     reason=f"budgets were counted with triton {COUNTED_WITH}x, not this version",
 )
 @pytest.mark.parametrize("bits", BUDGET)
-@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.backend == "cuda"])
+@pytest.mark.parametrize(
+    "name", [name for name, target in TARGETS.items() if target.backend == "cuda"]
+)
 def test_decode_takes_few_instructions(name: str, bits: int) -> None:
     report = compile_launch(abstract_plan(MIXTRAL, 1, bits, card=name).named("down"), TARGETS[name])
     assert not over_budget(report, bits), report.per_weight
@@ -218,7 +279,8 @@ def test_a_tile_too_large_is_found_to_spill() -> None:
     target = TARGETS["sm_100"]
     launch = abstract_plan(MIXTRAL, 4096, 2, card="sm_100").named("down")
     large = launch._replace(
-        arguments={**launch.arguments, "TOKENS": 64, "UNROLL": 2}, options={"num_warps": 4, "num_stages": 3}
+        arguments={**launch.arguments, "TOKENS": 64, "UNROLL": 2},
+        options={"num_warps": 4, "num_stages": 3},
     )
     assert any("spills" in fault for fault in wrong(compile_launch(large, target), target, large))
 
@@ -234,7 +296,9 @@ def test_a_kernel_that_does_not_wait_for_the_one_before_is_found() -> None:
     target, launch = TARGETS["sm_90"], abstract_plan(MIXTRAL, 1, 2).named("combine")
     careless = launch._replace(arguments={**launch.arguments, "HOPPER": False})
     assert not wrong(compile_launch(launch, target), target, launch)
-    assert wrong(compile_launch(careless, target), target, careless) == ["doesn't wait for the kernel before"]
+    assert wrong(compile_launch(careless, target), target, careless) == [
+        "doesn't wait for the kernel before"
+    ]
 
 
 def test_too_many_instructions_are_found() -> None:
@@ -244,5 +308,7 @@ def test_too_many_instructions_are_found() -> None:
 
 
 def test_the_table_has_a_line_for_every_card() -> None:
-    table = aot.table([aot.row(abstract_plan(QWEN, 1, 2, card="sm_90").named("down"), TARGETS["sm_90"])])
+    table = aot.table(
+        [aot.row(abstract_plan(QWEN, 1, 2, card="sm_90").named("down"), TARGETS["sm_90"])]
+    )
     assert table.splitlines()[0].startswith("| card ") and "| sm_90 " in table.splitlines()[2]

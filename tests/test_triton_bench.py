@@ -30,7 +30,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_it_writes_what_it_says(gpu: Any, tmp_path: Path) -> None:
     assert gpu.main() == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert {(row["bits"], row["tokens"]) for row in found["checks"]} == {(b, t) for b in (2, 3, 4) for t in (1, 9)}
+    assert {(row["bits"], row["tokens"]) for row in found["checks"]} == {
+        (b, t) for b in (2, 3, 4) for t in (1, 9)
+    }
     assert {row["what"] for row in found["layers"]} == {
         "moecc 2 bit", "moecc 3 bit", "transformers grouped_mm", "transformers batched_mm", "torch grouped_mm, products alone",
     }  # fmt: skip
@@ -58,12 +60,19 @@ def test_what_is_not_run_is_kept_if_it_is_of_the_same_card(gpu: Any, tmp_path: P
         for t in (1, 4, 9)
         for w in ("torch", "moecc 2 bit", "moecc 3 bit")
     ]
-    (tmp_path / "gpu.json").write_text(json.dumps(dict(of, bandwidth=1, layers=rows, model=[2], model_shape="tiny")))
+    (tmp_path / "gpu.json").write_text(
+        json.dumps(dict(of, bandwidth=1, layers=rows, model=[2], model_shape="tiny"))
+    )
     assert gpu.kept(new, tmp_path, "model", *told) == dict(new, layers=rows, kept=["the layers"])
     found = gpu.kept(new, tmp_path, "layers", *told)
-    old = [r for r in rows if (r["shape"], r["tokens"]) not in told[0] or r["what"] == "moecc 3 bit"]
+    old = [
+        r for r in rows if (r["shape"], r["tokens"]) not in told[0] or r["what"] == "moecc 3 bit"
+    ]
     assert found == dict(new, layers=old, model=[2], model_shape="tiny", kept=found["kept"])
-    assert found["kept"][:2] == ["the model", "layers of 9 tokens"] and "moecc 3 bit of a, 1 tokens" in found["kept"]
+    assert (
+        found["kept"][:2] == ["the model", "layers of 9 tokens"]
+        and "moecc 3 bit of a, 1 tokens" in found["kept"]
+    )
     other = dict(new, device="H200")
     assert gpu.kept(other, tmp_path, "layers", *told) == other
 
@@ -80,15 +89,20 @@ def test_nothing_is_timed_if_the_kernels_are_wrong(
     assert not list(tmp_path.iterdir())
 
 
-def test_tiles_are_timed_if_they_are_right(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tiles_are_timed_if_they_are_right(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import gpu_tiles
 
     wrong = gpu_tiles.Case.wrong
-    monkeypatch.setattr(gpu_tiles.Case, "wrong", lambda case, tile, y: wrong(case, tile, 2 * y if tile.half else y))
+    monkeypatch.setattr(
+        gpu_tiles.Case, "wrong", lambda case, tile, y: wrong(case, tile, 2 * y if tile.half else y)
+    )
     assert gpu_tiles.main() == 0
     lines = (tmp_path / "gpu_tiles.md").read_text().splitlines()
     fast, slow = (
-        [line for line in lines if ("half" in line) is half and line.endswith(" |")] for half in (False, True)
+        [line for line in lines if ("half" in line) is half and line.endswith(" |")]
+        for half in (False, True)
     )
     assert slow and all(line.startswith(("| error 5.0e-01 ", "| error 5.1e-01 ")) for line in slow)
     assert sum(line.split()[1].replace(".", "").isdigit() for line in fast) > 3

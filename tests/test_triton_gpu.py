@@ -54,13 +54,21 @@ def test_routings(routing: str, bits: int) -> None:
     check(draw_routed(routing, bits))
 
 
-@pytest.mark.parametrize("extras", [{}, dict(rank=2, bias=True, mean=3)], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "extras", [{}, dict(rank=2, bias=True, mean=3)], ids=["plain", "everything"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [3, 25, 90, 400, 1200])
-def test_every_tile_of_the_card_s_table(tokens: int, bits: int, dtype: torch.dtype, extras: dict[str, Any]) -> None:
+def test_every_tile_of_the_card_s_table(
+    tokens: int, bits: int, dtype: torch.dtype, extras: dict[str, Any]
+) -> None:
     """Tails of rows, columns and steps, by each of the tiles that the number of tokens leads to."""
-    check(draw_layer(bits, tokens=tokens, dtype=dtype, experts=3, hidden=1352, intermediate=200, **extras))
+    check(
+        draw_layer(
+            bits, tokens=tokens, dtype=dtype, experts=3, hidden=1352, intermediate=200, **extras
+        )
+    )
 
 
 LASTING = {f"{tile.tokens} slots": tile for _, tile in TILES["sm_90"] if tile.persistent}
@@ -81,7 +89,10 @@ def test_the_persistent_kernel(tile: Tile, bits: int, told: dict[str, Any]) -> N
     """Full blocks, blocks at most half full and experts without any; tails of rows and columns; more tiles than programs."""
     for tokens in (3, 700):
         layer = draw_layer(
-            bits, tokens=tokens, dtype=torch.bfloat16, **{**dict(experts=3, hidden=1352, intermediate=200), **told}
+            bits,
+            tokens=tokens,
+            dtype=torch.bfloat16,
+            **{**dict(experts=3, hidden=1352, intermediate=200), **told},
         )
         made = check(layer, tile)
         assert all(made.named(name).kernel is persistent_kernel for name in ("gate_up", "down"))
@@ -89,7 +100,10 @@ def test_the_persistent_kernel(tile: Tile, bits: int, told: dict[str, Any]) -> N
 
 def test_tiles_are_chosen_for_this_card() -> None:
     card = card_of(torch.device("cuda", 0))
-    assert card.processors > 1 and len({choose_tile(s, 8, card, torch.bfloat16) for s in (8, 128, 4096)}) == 3
+    assert (
+        card.processors > 1
+        and len({choose_tile(s, 8, card, torch.bfloat16) for s in (8, 128, 4096)}) == 3
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3])
@@ -97,8 +111,12 @@ def test_whole_numbers_are_exact(bits: int) -> None:
     """What tensor cores add up is what PyTorch adds up in 64 bits on the CPU."""
     from moecc.ir import vq4
 
-    layer = draw_layer(bits, tokens=9, experts=3, hidden=512, intermediate=72, act="identity", gate="none")
-    tile = choose_tile(18, 3, card_of(torch.device("cuda", 0)))._replace(waves=0)  # one part, one sum
+    layer = draw_layer(
+        bits, tokens=9, experts=3, hidden=512, intermediate=72, act="identity", gate="none"
+    )
+    tile = choose_tile(18, 3, card_of(torch.device("cuda", 0)))._replace(
+        waves=0
+    )  # one part, one sum
     made = plan(*layer.to("cuda").packed(), **layer.attributes, tile=tile)
     made.named("gate_up").arguments["scale_ptr"] = torch.ones(3, 72, device="cuda")
     made.named("prepare")()
@@ -113,7 +131,8 @@ def test_whole_numbers_are_exact(bits: int) -> None:
     out = args["out_ptr"].cpu().view(18, 72)
     for slot, e in enumerate(layer.index.flatten().tolist()):
         steps = (
-            weights[e].unflatten(1, (args["steps"], -1)) * q[slot // 2, :512].unflatten(0, (args["steps"], -1))
+            weights[e].unflatten(1, (args["steps"], -1))
+            * q[slot // 2, :512].unflatten(0, (args["steps"], -1))
         ).sum(2)
         wanted = torch.zeros(72)
         for step in steps.unbind(1):
@@ -122,12 +141,15 @@ def test_whole_numbers_are_exact(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "top_k"), [(4096, 128, 8), (4096, 128, 1), (1100, 60, 4), (16384, 1024, 8)]
+    ("tokens", "experts", "top_k"),
+    [(4096, 128, 8), (4096, 128, 1), (1100, 60, 4), (16384, 1024, 8)],
 )
 def test_slots_are_sorted_into_blocks(tokens: int, experts: int, top_k: int) -> None:
     """Of few slots and of many; some choices are no expert, and every third expert is chosen by nobody."""
     layer = draw_layer(2, tokens=1, experts=experts, hidden=8, intermediate=8)
-    layer.index = torch.randint(-1, experts + 1, (tokens, top_k), generator=torch.Generator().manual_seed(0))
+    layer.index = torch.randint(
+        -1, experts + 1, (tokens, top_k), generator=torch.Generator().manual_seed(0)
+    )
     layer.index[layer.index % 3 == 1] += 1
     layer.x, layer.weight = torch.ones(tokens, 8), torch.ones(tokens, top_k)
     made = plan(*layer.to("cuda").packed(), **layer.attributes)
@@ -141,7 +163,9 @@ def test_slots_are_sorted_into_blocks(tokens: int, experts: int, top_k: int) -> 
         wanted.append(torch.nn.functional.pad(mine, (0, -len(mine) % block), value=-1))
         owners += [e] * (len(wanted[-1]) // block)
     assert owner.tolist() == owners + [-1] * (len(owner) - len(owners))
-    assert torch.equal(arguments["slots_ptr"].cpu()[: len(owners) * block].long(), torch.cat(wanted))
+    assert torch.equal(
+        arguments["slots_ptr"].cpu()[: len(owners) * block].long(), torch.cat(wanted)
+    )
 
 
 def test_a_cuda_graph_takes_new_tokens_and_choices() -> None:
@@ -171,23 +195,41 @@ def test_a_cuda_graph_takes_new_tokens_and_choices() -> None:
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     model = checkpoint(folder / "model", request.param)
-    assert cli.main(["compile", str(model), "--passes", "kbvq{bits=3,rank=2}", "-o", str(folder / "out"), *ROWS]) == 0
+    assert (
+        cli.main(
+            [
+                "compile",
+                str(model),
+                "--passes",
+                "kbvq{bits=3,rank=2}",
+                "-o",
+                str(folder / "out"),
+                *ROWS,
+            ]
+        )
+        == 0
+    )
     return folder / "out"
 
 
 def on_card(artifact: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, device_map="cuda").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        artifact, dtype=torch.float32, device_map="cuda"
+    ).eval()
 
 
 def test_a_model_loaded_on_the_card_runs_by_the_kernels(artifact: Path, tmp_path: Path) -> None:
     reference, model = load(artifact), on_card(artifact)
     assert projections(model) and all(
-        p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32 for p in projections(model)
+        p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32
+        for p in projections(model)
     )
     wanted = logits(reference)
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-3)
     told = dict(max_new_tokens=8, do_sample=False)
-    assert torch.equal(model.generate(PROMPT.cuda(), **told).cpu(), reference.generate(PROMPT, **told))
+    assert torch.equal(
+        model.generate(PROMPT.cuda(), **told).cpu(), reference.generate(PROMPT, **told)
+    )
     model.save_pretrained(tmp_path)
     again = load(tmp_path).state_dict()
     assert all(torch.equal(again[name], value) for name, value in reference.state_dict().items())

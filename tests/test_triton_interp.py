@@ -71,7 +71,16 @@ def test_a_layer_by_16_bit_floats(feature: str, bits: int) -> None:
 def test_tails_by_16_bit_floats(bits: int, unroll: int) -> None:
     tile = HALF._replace(unroll=unroll, height=2)
     check(
-        draw_layer(bits, tokens=3, experts=2, hidden=1352, intermediate=70, rank=2, bias=True, dtype=torch.float16),
+        draw_layer(
+            bits,
+            tokens=3,
+            experts=2,
+            hidden=1352,
+            intermediate=70,
+            rank=2,
+            bias=True,
+            dtype=torch.float16,
+        ),
         tile,
     )
 
@@ -94,9 +103,13 @@ def test_a_block_that_is_half_empty_takes_half_the_work_to_the_same_result() -> 
 @pytest.mark.parametrize("tile", [SMALL, WHOLE, LARGE], ids=["split", "whole", "large"])
 def test_tails_of_rows_columns_and_steps(bits: int, tile: Tile) -> None:
     """Row tiles, column tiles and steps that aren't full; the columns split among programs, or the gate in the product."""
-    made = check(draw_layer(bits, tokens=3, experts=2, hidden=1352, intermediate=70, rank=2, bias=True), tile)
+    made = check(
+        draw_layer(bits, tokens=3, experts=2, hidden=1352, intermediate=70, rank=2, bias=True), tile
+    )
     gate_up = made.named("gate_up")
-    assert gate_up.arguments["FUSED"] == (tile.waves == 0) and (gate_up.grid[2] > 1) == (tile.waves > 0)
+    assert gate_up.arguments["FUSED"] == (tile.waves == 0) and (gate_up.grid[2] > 1) == (
+        tile.waves > 0
+    )
     assert gate_up.arguments["TAIL"]  # 11 column tiles: neither 3 steps of 4 nor 6 of 2 are full
 
 
@@ -111,10 +124,16 @@ GATES = [
 @pytest.mark.parametrize(("gate", "act"), GATES)
 def test_every_gate(gate: str, act: str) -> None:
     """In the product, and in the kernel that sums split columns."""
-    made = check(draw_layer(2, tokens=2, experts=2, hidden=16, intermediate=8, act=act, gate=gate, bias=True))
+    made = check(
+        draw_layer(2, tokens=2, experts=2, hidden=16, intermediate=8, act=act, gate=gate, bias=True)
+    )
     assert made.named("gate_up").arguments["FUSED"]  # one step can't be split
     if ALL or act == "silu" or gate == "glu":  # one function applies both, wherever it is called
-        made = check(draw_layer(2, tokens=1, experts=2, hidden=520, intermediate=8, act=act, gate=gate, bias=True))
+        made = check(
+            draw_layer(
+                2, tokens=1, experts=2, hidden=520, intermediate=8, act=act, gate=gate, bias=True
+            )
+        )
         assert not made.named("gate_up").arguments["FUSED"]
 
 
@@ -130,7 +149,9 @@ def test_a_choice_that_is_no_expert_counts_as_zero() -> None:
     made = run(layer)
     layer.weight[(layer.index < 0) | (layer.index >= 4)] = 0.0
     layer.index = torch.where((layer.index < 0) | (layer.index >= 4), 0, layer.index)
-    torch.testing.assert_close(made.out, layer.reference(), rtol=0, atol=float(layer.reference().abs().max()) * 2e-4)
+    torch.testing.assert_close(
+        made.out, layer.reference(), rtol=0, atol=float(layer.reference().abs().max()) * 2e-4
+    )
     assert bool((made.out[3] == 0).all())
 
 
@@ -168,7 +189,11 @@ def test_infinity_and_no_number_stay_in_their_token() -> None:
     layer = draw_layer(2, tokens=3)
     layer.x[0, 0], layer.x[2, 5] = torch.inf, torch.nan
     out = run(layer).out
-    assert bool(out[1].isfinite().all()) and not bool(out[0].isfinite().any()) and not bool(out[2].isfinite().any())
+    assert (
+        bool(out[1].isfinite().all())
+        and not bool(out[0].isfinite().any())
+        and not bool(out[2].isfinite().any())
+    )
 
 
 def test_zero_in_zero_out() -> None:
@@ -184,7 +209,11 @@ def fixed(made: Plan, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """What a product read: whole numbers i64 [R, steps, STEP], scale f32 [R, steps]; and what it wrote."""
     args = made.named(name).arguments
     values, scale = args["x_ptr"].long(), args["x_scale_ptr"]
-    return (values[:, 0] * 256 + values[:, 1]).unflatten(1, (scale.shape[1], -1)), scale, args["out_ptr"]
+    return (
+        (values[:, 0] * 256 + values[:, 1]).unflatten(1, (scale.shape[1], -1)),
+        scale,
+        args["out_ptr"],
+    )
 
 
 def whole_weights(p: dict[str, Tensor | None], columns: int, width: int) -> Tensor:
@@ -196,10 +225,14 @@ def whole_weights(p: dict[str, Tensor | None], columns: int, width: int) -> Tens
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("tile", [WHOLE, LARGE, WHOLE._replace(tokens=16, unroll=1)], ids=["small", "large", "middle"])
+@pytest.mark.parametrize(
+    "tile", [WHOLE, LARGE, WHOLE._replace(tokens=16, unroll=1)], ids=["small", "large", "middle"]
+)
 def test_whole_numbers_are_exact(bits: int, tile: Tile) -> None:
     """With scales of one: a sum of whole numbers per step, rounded once to float32, then added in order."""
-    layer = draw_layer(bits, tokens=9, experts=3, hidden=1096, intermediate=72, act="identity", gate="none")
+    layer = draw_layer(
+        bits, tokens=9, experts=3, hidden=1096, intermediate=72, act="identity", gate="none"
+    )
     made = plan(*layer.packed(), **layer.attributes, tile=tile)
     made.named("gate_up").arguments["scale_ptr"] = torch.ones(3, 72)
     made.named("prepare")()
@@ -217,7 +250,9 @@ def test_whole_numbers_are_exact(bits: int, tile: Tile) -> None:
 
 def test_the_largest_whole_number_doesn_t_overflow() -> None:
     """512 columns of -128 * 32512, which is within 2^31."""
-    layer = draw_layer(2, tokens=1, top_k=1, experts=1, hidden=512, intermediate=8, gate="none", act="identity")
+    layer = draw_layer(
+        2, tokens=1, top_k=1, experts=1, hidden=512, intermediate=8, gate="none", act="identity"
+    )
     codebook = layer.gate_up["codebook"]
     assert codebook is not None
     codebook.fill_(-128)
@@ -226,14 +261,18 @@ def test_the_largest_whole_number_doesn_t_overflow() -> None:
     made.named("gate_up").arguments["scale_ptr"] = torch.ones(1, 8)
     made.named("prepare")()
     made.named("gate_up")()
-    assert torch.equal(made.named("gate_up").arguments["out_ptr"], torch.full((1, 8), -3.0 * 128 * 512))
+    assert torch.equal(
+        made.named("gate_up").arguments["out_ptr"], torch.full((1, 8), -3.0 * 128 * 512)
+    )
 
 
 def test_fixed_point_is_within_half_a_unit() -> None:
     layer = draw_layer(2, tokens=3, hidden=600)
     made = run(layer)
     q, scale, _ = fixed(made, "gate_up")
-    padded = torch.nn.functional.pad(layer.x, (0, q.shape[1] * q.shape[2] - 600)).unflatten(1, q.shape[1:])
+    padded = torch.nn.functional.pad(layer.x, (0, q.shape[1] * q.shape[2] - 600)).unflatten(
+        1, q.shape[1:]
+    )
     error = (q.double() * scale.double().unsqueeze(2) - padded.double()).abs()
     assert bool((error <= scale.double().unsqueeze(2) * 0.501).all())
 
@@ -286,7 +325,9 @@ def check_blocks(index: Tensor, experts: int, block: int) -> Plan:
 
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 2), (7, 2), (70, 20)])
 @pytest.mark.parametrize("block", [8, 32])
-def test_slots_are_sorted_into_blocks(tokens: int, top_k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_are_sorted_into_blocks(
+    tokens: int, top_k: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """70 tokens are more slots than one chunk; the order within an expert is that of the slots."""
     monkeypatch.setattr(launch, "_CHUNK", 1024)
     index = torch.from_numpy(slow.numbers(7, tokens, top_k) % 6) - 1  # some are no expert
@@ -305,19 +346,25 @@ MANY = {
 
 @pytest.mark.parametrize("choices", MANY)
 @pytest.mark.parametrize("block", [8, 32])
-def test_many_slots_are_counted_before(choices: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_slots_are_counted_before(
+    choices: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """300 slots are two segments of 128 and a part of one, scanned 32 at a time."""
     for name, value in dict(_UNCOUNTED=299, _CHUNK=128, _COUNTS=96).items():
         monkeypatch.setattr(launch, name, value)
     index = MANY[choices](torch.from_numpy(slow.numbers(7, 15, 20)))
     made = check_blocks(index, 9, block)
-    assert [each.name for each in made.launches[:2]] == ["count", "prepare"] and made.launches[0].grid == (3,)
+    assert [each.name for each in made.launches[:2]] == ["count", "prepare"] and made.launches[
+        0
+    ].grid == (3,)
     counts = made.named("prepare").arguments["counts_ptr"].sum(0)
     assert counts.tolist() == [int((index == e).sum()) for e in range(32)][:9] + [0] * 23
 
 
 @pytest.mark.parametrize("experts", [1, 4, 40])
-def test_experts_that_fill_their_programs_or_do_not(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_fill_their_programs_or_do_not(
+    experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Choices of 32 bits, in one segment of three steps, even where that has more counts than a program would read."""
     for name, value in dict(_UNCOUNTED=0, _CHUNK=64, _COUNTS=32).items():
         monkeypatch.setattr(launch, name, value)
@@ -337,16 +384,27 @@ def test_counts_are_few_enough_to_be_read_by_every_program(experts: int) -> None
     for slots in (4097, 32768, 131072):
         layer = Shape(experts, 1, 64, 64)
         made = abstract_plan(layer, slots, 2)
-        counts, span = made.named("count").arguments["counts_ptr"], made.named("count").arguments["span"]
-        assert counts.numel() <= max(4096, counts.shape[1]) and 0 <= len(counts) * span - slots < span
+        counts, span = (
+            made.named("count").arguments["counts_ptr"],
+            made.named("count").arguments["span"],
+        )
+        assert (
+            counts.numel() <= max(4096, counts.shape[1]) and 0 <= len(counts) * span - slots < span
+        )
 
 
 def test_the_table_of_tiles() -> None:
     h100 = Card("sm_90", 132)
     assert choose_tile(8, 128, h100).tokens == 8 and choose_tile(512, 128, h100).tokens == 8
     assert choose_tile(2048, 128, h100).tokens == 16
-    assert choose_tile(32768, 128, h100, torch.bfloat16).half and not choose_tile(32768, 128, h100).half
-    assert choose_tile(8, 128, Card("gfx1100", 96)).unroll < choose_tile(8, 128, Card("gfx942", 304)).unroll
+    assert (
+        choose_tile(32768, 128, h100, torch.bfloat16).half
+        and not choose_tile(32768, 128, h100).half
+    )
+    assert (
+        choose_tile(8, 128, Card("gfx1100", 96)).unroll
+        < choose_tile(8, 128, Card("gfx942", 304)).unroll
+    )
     assert [choose_unroll(n, 4) for n in (1, 2, 3, 5, 6, 11, 16)] == [1, 2, 1, 1, 2, 4, 4]
 
 
@@ -361,7 +419,11 @@ def _sum_of_bfloat16(x_ptr, y_ptr, out_ptr):
 
 def test_the_interpreter_s_bfloat16_is_still_wrong() -> None:
     """It adds the bits. So kernels convert to float32 first; the day this test fails they needn't for its sake."""
-    x, y, out = torch.full((16,), 1.0).bfloat16(), torch.full((16,), 2.0).bfloat16(), torch.empty(16)
+    x, y, out = (
+        torch.full((16,), 1.0).bfloat16(),
+        torch.full((16,), 2.0).bfloat16(),
+        torch.empty(16),
+    )
     _sum_of_bfloat16[(1,)](x, y, out)
     assert not torch.allclose(out, torch.full((16,), 3.0))
 

@@ -28,7 +28,10 @@ from moecc.frontend import experts
 from moecc.ir import vq4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-in_interpreter = [pytest.mark.interp, pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")]
+in_interpreter = [
+    pytest.mark.interp,
+    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+]
 PASSES = "kbvq{bits=3,rank=2}"
 
 
@@ -43,7 +46,9 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Compiled models: a plain one, one with biases, interleaved rows and a gate of its own, one with a shared expert."""
     folder = tmp_path_factory.mktemp(request.param)
     model = checkpoint(folder / "model", request.param)
-    assert cli.main(["compile", str(model), "--passes", PASSES, "-o", str(folder / "out"), *ROWS]) == 0
+    assert (
+        cli.main(["compile", str(model), "--passes", PASSES, "-o", str(folder / "out"), *ROWS]) == 0
+    )
     return folder / "out"
 
 
@@ -73,7 +78,10 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("artifact", ["mixtral", "gpt_oss"], indirect=True)
 def test_a_model_by_the_kernels_gives_the_reference_s_answers(artifact: Path) -> None:
     reference, model = load(artifact), backend.runtime(artifact, torch.float32)
-    assert all(p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32 for p in projections(model))
+    assert all(
+        p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32
+        for p in projections(model)
+    )
     wanted = logits(reference)
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=float(wanted.abs().max()) * 1e-3)
     told = dict(max_new_tokens=4, do_sample=False)
@@ -105,7 +113,10 @@ def test_stored_tensors_are_loaded_into_a_packed_model(artifact: Path) -> None:
             p.codes.zero_()
     model.load_state_dict(reference.state_dict())
     assert all(p.packed == backend.KERNELS.name for p in projections(model))
-    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, reference.state_dict()[name])
+        for name, value in model.state_dict().items()
+    )
 
 
 def saved_and_loaded(model: Any) -> Any:
@@ -114,14 +125,21 @@ def saved_and_loaded(model: Any) -> Any:
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": saved_and_loaded}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": saved_and_loaded,
+}
 
 
 @pytest.mark.parametrize("way", COPIES)
 def test_a_packed_model_can_be_copied(artifact: Path, way: str) -> None:
     model = packed(load(artifact))
     again = COPIES[way](model)
-    assert all(p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32 for p in projections(again))
+    assert all(
+        p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32
+        for p in projections(again)
+    )
     assert torch.equal(logits(again), logits(model))
     wanted = model.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in again.state_dict().items())
@@ -141,7 +159,10 @@ def test_a_packed_model_without_numbers(artifact: Path) -> None:
 def test_packing_takes_no_second_copy(artifact: Path) -> None:
     """What stays is the packed tensors alone; those that need no other order are the same tensors as before."""
     model = load(artifact)
-    before = {id(p): {name: getattr(p, name) for name in ("codebook", "scale", "coef")} for p in projections(model)}
+    before = {
+        id(p): {name: getattr(p, name) for name in ("codebook", "scale", "coef")}
+        for p in projections(model)
+    }
     for p in projections(packed(model)):
         assert set(dict(p.named_buffers())) <= set(vq4.TENSORS)
         assert all(getattr(p, name) is tensor for name, tensor in before[id(p)].items())
@@ -160,15 +181,20 @@ def test_a_model_follows_the_device(artifact: Path, monkeypatch: pytest.MonkeyPa
     assert all(p.packed == backend.KERNELS.name for p in projections(load(artifact)))
 
 
-def test_experts_that_are_lent_to_a_device_are_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_are_lent_to_a_device_are_refused(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What accelerate's offloading does: tensors are on the device during a forward, and no one has packed them."""
     model = load(artifact)
     for p in projections(model):
         p.place = "meta"
-    assert bool(logits(model).isfinite().all())  # no kernels for this device: nothing is slow behind one's back
+    assert bool(
+        logits(model).isfinite().all()
+    )  # no kernels for this device: nothing is slow behind one's back
     monkeypatch.setattr(target, "kernels_for", {"cpu": backend.KERNELS}.get)
     with pytest.raises(
-        MoeccError, match=r"^experts that were loaded on meta are lent to cpu for a moment, .*MOECC_KERNELS=ref"
+        MoeccError,
+        match=r"^experts that were loaded on meta are lent to cpu for a moment, .*MOECC_KERNELS=ref",
     ):
         logits(model)
 
@@ -212,14 +238,19 @@ def test_what_is_missing_is_named(asked: Any, monkeypatch: pytest.MonkeyPatch) -
     pytest.importorskip("triton")
     asked((9, 0), (8, 0))
     asked((7, 5), hip="6.4")  # the number means another thing there
-    with pytest.raises(MoeccError, match=r"^the target triton needs a CUDA or ROCm device, and torch sees none$"):
+    with pytest.raises(
+        MoeccError, match=r"^the target triton needs a CUDA or ROCm device, and torch sees none$"
+    ):
         asked()
     with pytest.raises(
-        MoeccError, match=r"^.*8\.0, and card 1 has 7\.5; MOECC_KERNELS=reference runs the reference on it$"
+        MoeccError,
+        match=r"^.*8\.0, and card 1 has 7\.5; MOECC_KERNELS=reference runs the reference on it$",
     ):
         asked((9, 0), (7, 5))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MoeccError, match=r"needs triton, which isn't installed; pip install 'moecc\[triton\]'$"):
+    with pytest.raises(
+        MoeccError, match=r"needs triton, which isn't installed; pip install 'moecc\[triton\]'$"
+    ):
         asked((9, 0))
 
 
@@ -242,7 +273,14 @@ def test_it_is_compiled_for_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
 
 def operands(layer: Layer) -> list[Any]:
     x, index, weight, gate_up, down, post_norm = layer.packed()
-    return [x, index, weight, *(gate_up[n] for n in vq4.TENSORS), *(down[n] for n in vq4.TENSORS), post_norm]
+    return [
+        x,
+        index,
+        weight,
+        *(gate_up[n] for n in vq4.TENSORS),
+        *(down[n] for n in vq4.TENSORS),
+        post_norm,
+    ]
 
 
 OP: Any = torch.ops.moecc.vq_experts_packed.default
@@ -259,7 +297,9 @@ def test_the_op_s_definition_is_that_of_the_stored_form(name: str) -> None:
     assert torch.equal(OP(*operands(layer), **layer.attributes), layer.reference())
 
 
-@pytest.mark.parametrize("name", [*LAYERS, pytest.param("2 bit", marks=in_interpreter, id="kernels")])
+@pytest.mark.parametrize(
+    "name", [*LAYERS, pytest.param("2 bit", marks=in_interpreter, id="kernels")]
+)
 def test_opcheck(name: str) -> None:
     layer = draw_layer(**LAYERS[name])
     torch.library.opcheck(OP, operands(layer), layer.attributes)
@@ -300,18 +340,24 @@ def test_fake_tensors_export_and_compile() -> None:
 
     routed = tuple(args[:3])
     batch = torch.export.Dim("tokens", min=2, max=64)
-    exported = torch.export.export(Experts(), routed, dynamic_shapes={n: {0: batch} for n in ("x", "index", "weight")})
+    exported = torch.export.export(
+        Experts(), routed, dynamic_shapes={n: {0: batch} for n in ("x", "index", "weight")}
+    )
     assert OP in [node.target for node in exported.graph.nodes]
     wanted = Experts()(*routed)
     torch.testing.assert_close(exported.module()(*routed), wanted)
     compiled = torch.compile(Experts(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*routed), wanted)
-    assert torch.equal(exported.module()(*(t[:2] for t in routed)), Experts()(*(t[:2] for t in routed)))
+    assert torch.equal(
+        exported.module()(*(t[:2] for t in routed)), Experts()(*(t[:2] for t in routed))
+    )
 
 
 @interp
 @pytest.mark.parametrize("artifact", ["mixtral"], indirect=True)
-def test_a_compressed_module_calls_the_kernels(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compressed_module_calls_the_kernels(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The implementation that transformers was given ("moecc") is what leads there."""
     from moecc.backends.triton import launch
 

@@ -31,12 +31,16 @@ def slow_words(codes: np.ndarray, v: int, gated: bool) -> np.ndarray:
     out = np.zeros((experts, down, planes, across, 512, 4), dtype=np.uint8)
     inner = itertools.product(range(4), range(8), range(4), range(2), range(2), range(4))
     places = [(w, r, t, i, h, b) for w, r, t, i, h, b in inner]
-    for e, tile, plane, column in itertools.product(range(experts), range(down), range(planes), range(across)):
+    for e, tile, plane, column in itertools.product(
+        range(experts), range(down), range(planes), range(across)
+    ):
         for w, r, t, i, h, b in places:
             row = stored_row(64 * tile + 16 * w + 8 * i + r, rows, gated)
             code = (32 * column + 4 * (4 * h + b) + t) * planes + plane
             if row is not None and code < width:
-                out[e, tile, plane, column, ((w * 8 + r) * 4 + t) * 4 + i * 2 + h, b] = codes[e, row, code]
+                out[e, tile, plane, column, ((w * 8 + r) * 4 + t) * 4 + i * 2 + h, b] = codes[
+                    e, row, code
+                ]
     return out
 
 
@@ -48,7 +52,10 @@ def slow_signs(signs: np.ndarray, gated: bool) -> np.ndarray:
     places = list(itertools.product(range(4), range(8), range(4), range(2), range(4), range(8)))
     for e, tile, column in itertools.product(range(experts), range(down), range(across)):
         for w, r, t, i, b, c in places:
-            row, k = stored_row(64 * tile + 16 * w + 8 * i + r, rows, gated), 128 * column + 4 * (4 * c + t) + b
+            row, k = (
+                stored_row(64 * tile + 16 * w + 8 * i + r, rows, gated),
+                128 * column + 4 * (4 * c + t) + b,
+            )
             if row is not None and k < 8 * width:
                 bit = (int(signs[e, row, k // 8]) >> (k % 8)) & 1
                 out[e, tile, column, ((w * 8 + r) * 4 + t) * 2 + i, b] |= bit << c
@@ -58,12 +65,16 @@ def slow_signs(signs: np.ndarray, gated: bool) -> np.ndarray:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("v", [2, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_codes_lie_where_the_definition_says(shape: tuple[int, int, int], v: int, gated: bool) -> None:
+def test_codes_lie_where_the_definition_says(
+    shape: tuple[int, int, int], v: int, gated: bool
+) -> None:
     experts, rows, columns = shape
     codes = (slow.numbers(1, experts, rows, columns // v) % 256).astype(np.uint8)
     words = pack.pack_codes(torch.from_numpy(codes), v, gated=gated)
     assert words.dtype == torch.int32 and words.is_contiguous()
-    assert np.array_equal(words.unsqueeze(-1).view(torch.uint8).numpy(), slow_words(codes, v, gated))
+    assert np.array_equal(
+        words.unsqueeze(-1).view(torch.uint8).numpy(), slow_words(codes, v, gated)
+    )
     back = pack.unpack_codes(words, v, rows, columns // v, gated=gated)
     assert torch.equal(back, torch.from_numpy(codes))
 
@@ -75,11 +86,16 @@ def test_signs_lie_where_the_definition_says(shape: tuple[int, int, int], gated:
     signs = (slow.numbers(2, experts, rows, columns // 8) % 256).astype(np.uint8)
     words = pack.pack_signs(torch.from_numpy(signs), gated=gated)
     assert np.array_equal(words.unsqueeze(-1).view(torch.uint8).numpy(), slow_signs(signs, gated))
-    assert torch.equal(pack.unpack_signs(words, rows, columns // 8, gated=gated), torch.from_numpy(signs))
+    assert torch.equal(
+        pack.unpack_signs(words, rows, columns // 8, gated=gated), torch.from_numpy(signs)
+    )
 
 
 def test_whole_tiles_take_no_more_room_than_what_is_stored() -> None:
-    codes, signs = torch.zeros(2, 128, 64, dtype=torch.uint8), torch.zeros(2, 128, 32, dtype=torch.uint8)
+    codes, signs = (
+        torch.zeros(2, 128, 64, dtype=torch.uint8),
+        torch.zeros(2, 128, 32, dtype=torch.uint8),
+    )
     assert pack.pack_codes(codes, 4, gated=True).nbytes == codes.nbytes
     assert pack.pack_codes(codes, 2, gated=True).nbytes == codes.nbytes
     assert pack.pack_signs(signs, gated=True).nbytes == signs.nbytes

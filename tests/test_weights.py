@@ -19,17 +19,47 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moecc.checkpoint.files import LazyTensor, TensorEntry, TensorFile, free_space, write_safetensors
+from moecc.checkpoint.files import (
+    LazyTensor,
+    TensorEntry,
+    TensorFile,
+    free_space,
+    write_safetensors,
+)
 from moecc.checkpoint.module import ModuleStore
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore, require_finite
 from moecc.errors import MoeccError
 
 COMMON: dict[str, Any] = dict(
-    **dict(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2),
-    **dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0),
-    **dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1),
-    **dict(shared_expert_intermediate_size=16, n_shared_experts=1, first_k_dense_replace=1, decoder_sparse_step=1),
+    **dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+    ),
+    **dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        pad_token_id=0,
+    ),
+    **dict(
+        num_experts=4,
+        num_local_experts=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+    ),
+    **dict(
+        shared_expert_intermediate_size=16,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        decoder_sparse_step=1,
+    ),
     **dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8),
     **dict(mamba_d_state=4, mamba_d_conv=2, mamba_dt_rank=4, bos_token_id=1, eos_token_id=2),
 )
@@ -38,7 +68,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {},
     "deepseek_v3": {"num_key_value_heads": 4},
     "phimoe": {},
-    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=1, expert_layer_offset=0),
+    "jamba": dict(
+        attn_layer_period=2, attn_layer_offset=1, expert_layer_period=1, expert_layer_offset=0
+    ),
     "gpt_oss": dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8),
     "olmoe": {},
     "minimax_m2": {},
@@ -67,7 +99,9 @@ def fake_parameters() -> Iterator[None]:
     def faked(self: nn.Module, name: str, param: Any) -> None:
         if param is not None:
             with mode:
-                param = nn.Parameter(torch.empty(param.shape, dtype=param.dtype), requires_grad=False)
+                param = nn.Parameter(
+                    torch.empty(param.shape, dtype=param.dtype), requires_grad=False
+                )
         register(self, name, param)
 
     nn.Module.register_parameter = faked  # type: ignore[method-assign]
@@ -109,7 +143,9 @@ def fails(action: Any, *words: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reads_what_from_pretrained_loads(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    tiny(family, dtype).save_pretrained(tmp_path, max_shard_size="20KB" if dtype == torch.float32 else "1GB")
+    tiny(family, dtype).save_pretrained(
+        tmp_path, max_shard_size="20KB" if dtype == torch.float32 else "1GB"
+    )
     store = CheckpointStore(tmp_path, skeleton(tmp_path, dtype))
     store.check()
     assert (store.missing, store.unexpected) == ([], [])
@@ -127,7 +163,10 @@ def test_reads_what_from_pretrained_loads(family: str, dtype: torch.dtype, tmp_p
 def test_float32_exceptions_and_the_dtype_on_disk(tmp_path: Path) -> None:
     saved(tmp_path, "deepseek_v3")
     store = CheckpointStore(tmp_path, skeleton(tmp_path, torch.bfloat16))
-    bias, up = "model.layers.1.mlp.gate.e_score_correction_bias", "model.layers.1.mlp.experts.gate_up_proj"
+    bias, up = (
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+        "model.layers.1.mlp.experts.gate_up_proj",
+    )
     assert store.dtype(up) == store.read(up).dtype == torch.float32
     assert store.read(up, dtype=torch.bfloat16).dtype == torch.bfloat16
     want = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
@@ -136,7 +175,9 @@ def test_float32_exceptions_and_the_dtype_on_disk(tmp_path: Path) -> None:
         assert_same(store.read(name, dtype=torch.bfloat16), tensor, name)
 
 
-def test_a_subset_of_experts_touches_only_their_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subset_of_experts_touches_only_their_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = CheckpointStore(saved(tmp_path), skeleton(tmp_path))
     touched, read = [], TensorEntry.read
 
@@ -178,16 +219,25 @@ def test_runtime_names_and_buffers_of_our_own_are_read_as_they_are(tmp_path: Pat
     bare.model.layers[0].mlp.experts.add_module("gate_up", ours)
     store = CheckpointStore(tmp_path, bare)
     store.check()
-    assert_same(store.read("model.layers.0.mlp.experts.gate_up.codes", dtype=torch.bfloat16), codes, "codes")
-    assert_same(store.read("model.layers.0.mlp.experts.gate_up.scale", dtype=torch.bfloat16), scale, "scale")
+    assert_same(
+        store.read("model.layers.0.mlp.experts.gate_up.codes", dtype=torch.bfloat16), codes, "codes"
+    )
+    assert_same(
+        store.read("model.layers.0.mlp.experts.gate_up.scale", dtype=torch.bfloat16), scale, "scale"
+    )
     up = "model.layers.1.mlp.experts.gate_up_proj"
     assert_same(store.read(up, experts=[1, -1]), tensors[up][[1, -1]], up)
     assert_same(store.read(up), tensors[up], up)
 
 
-def test_a_multi_token_prediction_head_is_ignored_and_the_rest_is_unexpected(tmp_path: Path) -> None:
+def test_a_multi_token_prediction_head_is_ignored_and_the_rest_is_unexpected(
+    tmp_path: Path,
+) -> None:
     saved(tmp_path, "deepseek_v3")
-    extra = {"model.layers.61.embed_tokens.weight": torch.ones(2), "model.stray.weight": torch.ones(2)}
+    extra = {
+        "model.layers.61.embed_tokens.weight": torch.ones(2),
+        "model.stray.weight": torch.ones(2),
+    }
     edit(tmp_path, extra)
     store = CheckpointStore(tmp_path, skeleton(tmp_path))
     assert store.ignored == ["model.layers.61.embed_tokens.weight"]
@@ -233,7 +283,9 @@ def test_the_example_model() -> None:
 def edit(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
     """Replace, add or (None) drop tensors of a single-file checkpoint."""
     tensors = {**safetensors.torch.load_file(folder / "model.safetensors"), **changes}
-    write_safetensors(folder / "model.safetensors", {n: t for n, t in tensors.items() if t is not None})
+    write_safetensors(
+        folder / "model.safetensors", {n: t for n, t in tensors.items() if t is not None}
+    )
 
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -261,7 +313,9 @@ def header(file: Path, table: dict[str, Any], data: bytes) -> None:
     file.write_bytes(len(head).to_bytes(8, "little") + head + data)
 
 
-@pytest.mark.parametrize("offsets", [[0.0, 8.0], [0, 8.0], ["0", "8"], [None, 8], [0], [-8, 0]], ids=str)
+@pytest.mark.parametrize(
+    "offsets", [[0.0, 8.0], [0, 8.0], ["0", "8"], [None, 8], [0], [-8, 0]], ids=str
+)
 def test_offsets_that_are_no_bytes(offsets: list[Any], tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     header(file, {"a": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}, bytes(8))
@@ -277,13 +331,20 @@ def test_shapes_that_are_no_numbers(shape: list[Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("second", "third", "said"),
-    [([4, 12], [12, 16], "overlaps"), ([0, 8], [8, 16], "overlaps"), ([12, 20], [20, 24], "leaves a gap")],
+    [
+        ([4, 12], [12, 16], "overlaps"),
+        ([0, 8], [8, 16], "overlaps"),
+        ([12, 20], [20, 24], "leaves a gap"),
+    ],
 )
 def test_tensors_that_share_bytes_or_leave_some_out(
     second: list[int], third: list[int], said: str, tmp_path: Path
 ) -> None:
     file, entries = tmp_path / "x.safetensors", {"a": [0, 8], "b": second, "c": third}
-    table = {n: {"dtype": "F32", "shape": [(e - s) // 4], "data_offsets": [s, e]} for n, (s, e) in entries.items()}
+    table = {
+        n: {"dtype": "F32", "shape": [(e - s) // 4], "data_offsets": [s, e]}
+        for n, (s, e) in entries.items()
+    }
     header(file, table, bytes(third[1]))
     fails(lambda: TensorFile(file), "'b' in", str(file), said, "fetch it again")
 
@@ -305,7 +366,15 @@ def test_missing_shard_and_index_that_lies(tmp_path: Path) -> None:
     good = index.read_text()
     index.write_text(json.dumps({"weight_map": lying}))
     fails(lambda: CheckpointStore(tmp_path, bare), "model.ghost.weight", where["weight_map"][NORM])
-    for bad in ("{", "[]", "{}", "3", '{"weight_map": 3}', '{"weight_map": {"x": 3}}', '{"weight_map": {"x": ["y"]}}'):
+    for bad in (
+        "{",
+        "[]",
+        "{}",
+        "3",
+        '{"weight_map": 3}',
+        '{"weight_map": {"x": 3}}',
+        '{"weight_map": {"x": ["y"]}}',
+    ):
         index.write_text(bad)
         fails(lambda: CheckpointStore(tmp_path, bare), "index")
     index.write_text(good)
@@ -322,7 +391,12 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     fails(store.check, NORM, "1 of")
     fails(lambda: store.read(NORM), NORM)
     edit(tmp_path, {NORM: torch.ones(32), EXPERT: None})
-    fails(CheckpointStore(tmp_path, skeleton(tmp_path)).check, f"'{EXPERT}' is missing", "4 experts", "has 3")
+    fails(
+        CheckpointStore(tmp_path, skeleton(tmp_path)).check,
+        f"'{EXPERT}' is missing",
+        "4 experts",
+        "has 3",
+    )
 
 
 def test_an_expert_under_the_wrong_number_is_not_taken_for_another(tmp_path: Path) -> None:
@@ -348,8 +422,15 @@ def test_shapes_the_config_does_not_imply(tmp_path: Path) -> None:
 
 def test_projections_that_do_not_merge(tmp_path: Path) -> None:
     saved(tmp_path)
-    edit(tmp_path, {f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.ones(16, 31) for e in range(4)})
-    fails(CheckpointStore(tmp_path, skeleton(tmp_path)).check, "model.layers.0.mlp.experts.gate_up_proj", "merge")
+    edit(
+        tmp_path,
+        {f"model.layers.0.mlp.experts.{e}.up_proj.weight": torch.ones(16, 31) for e in range(4)},
+    )
+    fails(
+        CheckpointStore(tmp_path, skeleton(tmp_path)).check,
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "merge",
+    )
 
 
 def test_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -367,11 +448,18 @@ def test_values_that_are_not_finite(value: float, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, skeleton(tmp_path))
     store.check()
     fused = "model.layers.1.mlp.experts.gate_up_proj"
-    fails(lambda: store.read(fused), EXPERT, "model.safetensors", "2 NaN" if value != value else "2 infinite")
+    fails(
+        lambda: store.read(fused),
+        EXPERT,
+        "model.safetensors",
+        "2 NaN" if value != value else "2 infinite",
+    )
     assert store.read(fused, experts=[0, 1]).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 @pytest.mark.parametrize("at", [0, 517, 1000])
 def test_one_bad_value_anywhere_is_seen(dtype: torch.dtype, at: int) -> None:
     tensor = torch.randn(1001).to(dtype)
@@ -387,7 +475,9 @@ def test_sources_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     fails(lambda: checkpoint_folder(str(tmp_path / "config.json")), "is a file")
     assert checkpoint_folder(str(tmp_path)) == tmp_path
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    fails(lambda: checkpoint_folder(str(tmp_path)), "pytorch_model.bin", "never loads", "safetensors")
+    fails(
+        lambda: checkpoint_folder(str(tmp_path)), "pytorch_model.bin", "never loads", "safetensors"
+    )
 
     def offline(*args: Any, **kwargs: Any) -> str:
         raise OSError("no network\nand a long explanation")
@@ -419,7 +509,11 @@ def test_hub_ids_ask_for_safetensors_only(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_written_files_are_the_ones_safetensors_writes(tmp_path: Path) -> None:
     tensors = {
-        **{"b": torch.randn(3, 5), "a": torch.randn(2, 2).bfloat16(), "codes": torch.arange(7, dtype=torch.uint8)},
+        **{
+            "b": torch.randn(3, 5),
+            "a": torch.randn(2, 2).bfloat16(),
+            "codes": torch.arange(7, dtype=torch.uint8),
+        },
         **{
             "scalar": torch.tensor(3),
             "empty": torch.empty(0, 4),
@@ -428,7 +522,9 @@ def test_written_files_are_the_ones_safetensors_writes(tmp_path: Path) -> None:
         },
     }
     write_safetensors(tmp_path / "x.safetensors", tensors, {"z": "1", "a": "2"})
-    write_safetensors(tmp_path / "y.safetensors", dict(reversed(tensors.items())), {"a": "2", "z": "1"})
+    write_safetensors(
+        tmp_path / "y.safetensors", dict(reversed(tensors.items())), {"a": "2", "z": "1"}
+    )
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
     theirs = safetensors.torch.load_file(tmp_path / "x.safetensors")
     ours = TensorFile(tmp_path / "x.safetensors")
@@ -459,13 +555,17 @@ def test_tensors_that_are_read_when_written_are_in_memory_one_at_a_time(tmp_path
     write_safetensors(tmp_path / "lazy.safetensors", lazy)
     write_safetensors(tmp_path / "plain.safetensors", tensors)
     assert len(alive) == 3
-    assert (tmp_path / "lazy.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    assert (tmp_path / "lazy.safetensors").read_bytes() == (
+        tmp_path / "plain.safetensors"
+    ).read_bytes()
     lying = {"a": LazyTensor((3, 4), torch.float32, lambda: tensors["a"])}
     fails(lambda: write_safetensors(tmp_path / "x.safetensors", lying), "'a'", "[3, 5]", "[3, 4]")
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.safetensors"
     write_safetensors(path, {"a": torch.ones(3)})
     before = path.read_bytes()
@@ -477,7 +577,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     fails(lambda: write_safetensors(path, {"a": torch.zeros(3)}), str(path), "No space left")
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-    fails(lambda: write_safetensors(tmp_path / "no" / "x.safetensors", {"a": torch.ones(3)}), "No such file")
+    fails(
+        lambda: write_safetensors(tmp_path / "no" / "x.safetensors", {"a": torch.ones(3)}),
+        "No such file",
+    )
 
 
 def test_free_space(tmp_path: Path) -> None:

@@ -33,8 +33,12 @@ class OnnxTarget(Target):
         choices=("portable", "native", "qmoe"),
     )
     opset: int = option(23, help="21 for ONNX Runtime before 1.23", choices=(21, 23))
-    dtype: str = option("float32", help="of activations and dense weights", choices=("float32", "float16"))
-    bits: int | str = option("auto", help="of experts in the profile qmoe; auto: 4", choices=("auto", 4, 8))
+    dtype: str = option(
+        "float32", help="of activations and dense weights", choices=("float32", "float16")
+    )
+    bits: int | str = option(
+        "auto", help="of experts in the profile qmoe; auto: 4", choices=("auto", 4, 8)
+    )
     embeddings: str = option(
         "float",
         help="embedding and output head as the other dense weights, or as 8-bit integers",
@@ -51,7 +55,9 @@ class OnnxTarget(Target):
                 importlib.import_module(name)
             except ImportError as error:
                 advice = f"pip install 'moecc[{self.name}]'"
-                raise MoeccError(f"the target onnx needs {name}, which can't be imported ({error}); {advice}") from None
+                raise MoeccError(
+                    f"the target onnx needs {name}, which can't be imported ({error}); {advice}"
+                ) from None
 
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
         from moecc.backends.onnx.exporter import export, summary
@@ -67,7 +73,9 @@ class OnnxTarget(Target):
     def exported(self, folder: Path) -> bool:
         return (folder / "model.onnx").exists()
 
-    def bench(self, folder: Path, *, threads: Sequence[int], prompt: int, new_tokens: int, say: Say) -> Any:
+    def bench(
+        self, folder: Path, *, threads: Sequence[int], prompt: int, new_tokens: int, say: Say
+    ) -> Any:
         from moecc.backends.onnx.speed import bench
 
         return bench(folder, threads=threads, prompt=prompt, new_tokens=new_tokens, say=say)

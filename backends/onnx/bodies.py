@@ -54,7 +54,9 @@ class Structure:
 
     attributes: dict[str, Any]  # act, gate, alpha, limit, eps
     present: dict[str, Presence]  # operand -> which layers have it
-    ragged: bool = True  # whether some sizes are no multiples of 64: then inputs are padded and outputs cut
+    ragged: bool = (
+        True  # whether some sizes are no multiples of 64: then inputs are padded and outputs cut
+    )
 
     def has(self, name: str) -> bool:
         return name in self.present and self.present[name].some
@@ -72,7 +74,9 @@ class Ops:
 
         return make
 
-    def several(self, op_type: str, count: int, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
+    def several(
+        self, op_type: str, count: int, *inputs: ir.Value | None, **attributes: Any
+    ) -> Sequence[ir.Value]:
         """The outputs of a node that has more than one."""
         outputs = [self.value() for _ in range(count)]
         return self.tape.op_multi_out(op_type, inputs, attributes, outputs=outputs)
@@ -103,7 +107,10 @@ class Ops:
         return self.Transpose(x, perm=[1, 0])
 
     def graph(
-        self, build: Callable[[Ops], Sequence[ir.Value]], inputs: Sequence[ir.Value] = (), name: str = "branch"
+        self,
+        build: Callable[[Ops], Sequence[ir.Value]],
+        inputs: Sequence[ir.Value] = (),
+        name: str = "branch",
     ) -> ir.Graph:
         """A subgraph (of If, Loop): what `build` makes."""
         inner = Ops(self.numbers)
@@ -112,13 +119,20 @@ class Ops:
 
     def each(self, count: ir.Value, build: Callable[[Ops, ir.Value], ir.Value]) -> ir.Value:
         """What `build(op, i)` makes for i below `count`, one after the other along a new first dimension."""
-        i, going = self.value(ir.DataType.INT64, ir.Shape([])), self.value(ir.DataType.BOOL, ir.Shape([]))
+        i, going = (
+            self.value(ir.DataType.INT64, ir.Shape([])),
+            self.value(ir.DataType.BOOL, ir.Shape([])),
+        )
         body = self.graph(lambda op: [op.Identity(going), build(op, i)], [i, going], "each")
         return self.Loop(count, None, body=body)
 
-    def choose(self, condition: ir.Value, yes: Callable[[Ops], ir.Value], no: Callable[[Ops], ir.Value]) -> ir.Value:
+    def choose(
+        self, condition: ir.Value, yes: Callable[[Ops], ir.Value], no: Callable[[Ops], ir.Value]
+    ) -> ir.Value:
         return self.If(
-            condition, then_branch=self.graph(lambda op: [yes(op)]), else_branch=self.graph(lambda op: [no(op)])
+            condition,
+            then_branch=self.graph(lambda op: [yes(op)]),
+            else_branch=self.graph(lambda op: [no(op)]),
         )
 
 
@@ -135,7 +149,9 @@ def put_instead(model: ir.Model, node: ir.Node, op: Ops, y: ir.Value) -> None:
     y.name = name
 
 
-def lazy(model: ir.Model, name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], Tensor]) -> ir.Value:
+def lazy(
+    model: ir.Model, name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], Tensor]
+) -> ir.Value:
     """A new initializer of a model's graph; `make()` is called when it is written."""
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     give(value, make)
@@ -148,7 +164,10 @@ def give(value: ir.Value, make: Callable[[], Tensor]) -> None:
     shape, dtype = value.shape, value.dtype
     assert shape is not None and dtype is not None
     value.const_value = ir.LazyTensor(
-        lambda: tensor_adapters.TorchTensor(make(), name=value.name), dtype=dtype, shape=shape, name=value.name
+        lambda: tensor_adapters.TorchTensor(make(), name=value.name),
+        dtype=dtype,
+        shape=shape,
+        name=value.name,
     )
 
 
@@ -166,12 +185,20 @@ def vq_experts_function(structure: Structure, opset: int) -> ir.Function:
 def experts_function(structure: Structure, opset: int) -> ir.Function:
     """The body of moecc::Experts, the experts of a layer that was left dense."""
     return _function(
-        "Experts", [*ROUTED, *DENSE], structure, opset, lambda op, inputs: _Layer(structure, inputs).many(op)
+        "Experts",
+        [*ROUTED, *DENSE],
+        structure,
+        opset,
+        lambda op, inputs: _Layer(structure, inputs).many(op),
     )
 
 
 def _function(
-    name: str, names: list[str], structure: Structure, opset: int, body: Callable[[Ops, dict[str, ir.Value]], ir.Value]
+    name: str,
+    names: list[str],
+    structure: Structure,
+    opset: int,
+    body: Callable[[Ops, dict[str, ir.Value]], ir.Value],
 ) -> ir.Function:
     values = {n: ir.Value(name=n) for n in names}
     op = Ops()
@@ -216,7 +243,11 @@ class _Layer:
 
     def _per_token(self, op: Ops, rows: ir.Value) -> ir.Value:
         """[P, n] -> [T, n], summed over a token's routes."""
-        sizes = [op.size(self.index, 0), op.size(self.index, 1), op.size(rows, 1)]  # -1 would not do for no tokens
+        sizes = [
+            op.size(self.index, 0),
+            op.size(self.index, 1),
+            op.size(rows, 1),
+        ]  # -1 would not do for no tokens
         return op.ReduceSum(op.shaped(rows, *sizes), op.ints(1), keepdims=0)
 
     def _looked_up(self, op: Ops, part: str, x: ir.Value, which: ir.Value) -> ir.Value:
@@ -225,7 +256,12 @@ class _Layer:
 
         def route(op: Ops, p: ir.Value) -> ir.Value:
             expert = op.Gather(which, p)
-            return self._pick(op, op.Gather(parts, p), self._entries(op, part, expert), self._picked(op, part, expert))
+            return self._pick(
+                op,
+                op.Gather(parts, p),
+                self._entries(op, part, expert),
+                self._picked(op, part, expert),
+            )
 
         scale = self.inputs[f"{part}_scale"]
         y = self._cut(op, op.each(op.Squeeze(op.size(x, 0)), route), op.size(scale, 1))
@@ -244,13 +280,17 @@ class _Layer:
     def _entries(self, op: Ops, part: str, which: ir.Value) -> ir.Value:
         """The weights that may be picked in one matrix: [v, M]."""
         codebook = self.inputs[f"{part}_codebook"]
-        last = op.Sub(op.Squeeze(op.size(codebook, 0)), op.number(1))  # an expert has its own, or there is one for all
+        last = op.Sub(
+            op.Squeeze(op.size(codebook, 0)), op.number(1)
+        )  # an expert has its own, or there is one for all
         entries = op.transposed(op.Cast(op.Gather(codebook, op.Min(which, last)), to=_FLOAT))
         if not self.structure.has(f"{part}_signs"):
             return entries
         v = op.size(codebook, 2)
         every = [float(pattern >> i & 1) for i in range(4) for pattern in range(16)]
-        bits = op.Slice(op.shaped(op.Constant(value_floats=every), 4, 16, 1), op.ints(0), v, op.ints(0))
+        bits = op.Slice(
+            op.shaped(op.Constant(value_floats=every), 4, 16, 1), op.ints(0), v, op.ints(0)
+        )
         plain = op.Sub(op.number(1.0), op.Add(bits, bits))
         signed = op.Sub(op.Mul(op.Unsqueeze(entries, op.ints(1)), plain), bits)  # p, or -1 - p
         return op.shaped(signed, v, 4096)
@@ -261,13 +301,20 @@ class _Layer:
         picked = op.Cast(self._by_group(op, codes), to=_INT32)
         if not self.structure.has(f"{part}_signs"):
             return picked
-        signs = op.Cast(self._by_group(op, self._signs(op, f"{part}_signs", which, codes)), to=_INT32)
+        signs = op.Cast(
+            self._by_group(op, self._signs(op, f"{part}_signs", which, codes)), to=_INT32
+        )
         return op.Add(picked, op.Mul(signs, op.Cast(op.number(256), to=_INT32)))
 
     def _by_group(self, op: Ops, blocks: ir.Value) -> ir.Value:
         """[Kp / 64, Np / 64, S, 64] -> [J, Np]."""
-        groups, rows = op.Mul(op.size(blocks, 0), op.size(blocks, 2)), op.Mul(op.size(blocks, 1), op.size(blocks, 3))
-        return op.shaped(op.Transpose(blocks, perm=[0, 2, 1, 3]), groups, rows)  # not -1, for a mean may be empty
+        groups, rows = (
+            op.Mul(op.size(blocks, 0), op.size(blocks, 2)),
+            op.Mul(op.size(blocks, 1), op.size(blocks, 3)),
+        )
+        return op.shaped(
+            op.Transpose(blocks, perm=[0, 2, 1, 3]), groups, rows
+        )  # not -1, for a mean may be empty
 
     def _signs(self, op: Ops, name: str, which: ir.Value, codes: ir.Value) -> ir.Value:
         """Four signs a code: u8 [Kp / 64, Np / 64, S, 64], below 16."""
@@ -300,16 +347,23 @@ class _Layer:
 
         basis, coef, coef_scale = (self.get(f"{part}_{n}") for n in ("basis", "coef", "coef_scale"))
         if basis is not None and coef is not None and coef_scale is not None:
-            own, own_scale = op.Cast(op.Gather(coef, routes), to=_FLOAT), op.Gather(coef_scale, routes)
+            own, own_scale = (
+                op.Cast(op.Gather(coef, routes), to=_FLOAT),
+                op.Gather(coef_scale, routes),
+            )
             if part == "gate_up":  # coef [P, N, r]
                 low = op.Unsqueeze(spread(op.MatMul(x, op.transposed(basis))), op.ints(2))
                 y = op.Add(y, op.Mul(op.Squeeze(op.MatMul(own, low), op.ints(2)), own_scale))
             else:  # coef [P, r, F]
-                low = op.Mul(op.Squeeze(op.MatMul(own, op.Unsqueeze(x, op.ints(2))), op.ints(2)), own_scale)
+                low = op.Mul(
+                    op.Squeeze(op.MatMul(own, op.Unsqueeze(x, op.ints(2))), op.ints(2)), own_scale
+                )
                 y = op.Add(y, op.MatMul(low, basis))
         return self._plus_mean(op, part, y, lambda: spread(self._mean(op, part, x)))
 
-    def _plus_shared_down(self, op: Ops, y: ir.Value, hidden: ir.Value, routes: ir.Value) -> ir.Value:
+    def _plus_shared_down(
+        self, op: Ops, y: ir.Value, hidden: ir.Value, routes: ir.Value
+    ) -> ir.Value:
         """y [T, D] plus what the experts share applied once a token; hidden [P, F] is weighted by the routes."""
         basis, coef, coef_scale = (self.get(f"down_{n}") for n in ("basis", "coef", "coef_scale"))
         if basis is not None and coef is not None and coef_scale is not None:
@@ -317,10 +371,16 @@ class _Layer:
             low = op.Squeeze(op.MatMul(own, op.Unsqueeze(hidden, op.ints(2))), op.ints(2))
             low = self._per_token(op, op.Mul(low, op.Gather(coef_scale, routes)))
             y = op.Add(y, op.MatMul(low, basis))
-        return self._plus_mean(op, "down", y, lambda: self._mean(op, "down", self._per_token(op, hidden)))
+        return self._plus_mean(
+            op, "down", y, lambda: self._mean(op, "down", self._per_token(op, hidden))
+        )
 
     def _plus_mean(self, op: Ops, part: str, y: ir.Value, mean: Callable[[], ir.Value]) -> ir.Value:
-        return op.Add(y, self._whole(op, f"{part}_{vq4.MEAN}codes", mean(), y)) if self._has_mean(part) else y
+        return (
+            op.Add(y, self._whole(op, f"{part}_{vq4.MEAN}codes", mean(), y))
+            if self._has_mean(part)
+            else y
+        )
 
     def _has_mean(self, part: str) -> bool:
         return self.structure.has(f"{part}_{vq4.MEAN}codes")
@@ -329,7 +389,9 @@ class _Layer:
         """x [n, N], which has no columns where a layer lacks the operand `name`: then zeros, as many as `like` has."""
         if self.structure.present[name].all:
             return x
-        return op.Pad(x, op.Concat(op.ints(0, 0, 0), op.Sub(op.size(like, 1), op.size(x, 1)), axis=0))
+        return op.Pad(
+            x, op.Concat(op.ints(0, 0, 0), op.Sub(op.size(like, 1), op.size(x, 1)), axis=0)
+        )
 
     # ---- many routes
 
@@ -338,7 +400,10 @@ class _Layer:
         chosen = op.Unique(op.shaped(self.index, -1))
         shared_in = self._shared_in(op)
         parts = [op.Expand(op.number(0.0), op.Shape(self.x)), *self._sums(op)]
-        i, going = op.value(ir.DataType.INT64, ir.Shape([])), op.value(ir.DataType.BOOL, ir.Shape([]))
+        i, going = (
+            op.value(ir.DataType.INT64, ir.Shape([])),
+            op.value(ir.DataType.BOOL, ir.Shape([])),
+        )
         carried = [op.value(ir.DataType.FLOAT) for _ in parts]
 
         def body(op: Ops) -> list[ir.Value]:
@@ -364,7 +429,10 @@ class _Layer:
 
     def _sums(self, op: Ops) -> list[ir.Value]:
         zero, tokens = op.number(0.0), op.size(self.x, 0)
-        widths = {"low": lambda: op.size(self.inputs["down_basis"], 0), "hidden": lambda: self._intermediate(op)}
+        widths = {
+            "low": lambda: op.size(self.inputs["down_basis"], 0),
+            "hidden": lambda: self._intermediate(op),
+        }
         return [op.Expand(zero, op.Concat(tokens, widths[n](), axis=0)) for n in self._sum_names()]
 
     def _intermediate(self, op: Ops) -> ir.Value:
@@ -384,7 +452,9 @@ class _Layer:
     ) -> list[ir.Value]:
         """The sums after one expert has added its part."""
         hit = op.Equal(self.index, expert)
-        tokens = op.Squeeze(op.NonZero(op.ReduceMax(op.Cast(hit, to=_INT64), op.ints(1), keepdims=0)), op.ints(0))
+        tokens = op.Squeeze(
+            op.NonZero(op.ReduceMax(op.Cast(hit, to=_INT64), op.ints(1), keepdims=0)), op.ints(0)
+        )
         weight = op.ReduceSum(op.Where(hit, self.weight, op.number(0.0)), op.ints(1), keepdims=1)
         weight = op.Gather(weight, tokens)  # [n, 1]
         rows = self._projected(op, "gate_up", op.Gather(self.x, tokens), expert)
@@ -393,7 +463,9 @@ class _Layer:
             low = op.MatMul(op.Gather(shared_in["low"], tokens), op.transposed(coef))
             rows = op.Add(rows, op.Mul(low, op.Gather(self.inputs["gate_up_coef_scale"], expert)))
         if self._has_mean("gate_up"):
-            rows = self._plus_mean(op, "gate_up", rows, lambda: op.Gather(shared_in["mean"], tokens))
+            rows = self._plus_mean(
+                op, "gate_up", rows, lambda: op.Gather(shared_in["mean"], tokens)
+            )
         hidden = gate(op, rows, self.structure.attributes)
         y = self._projected(op, "down", hidden, expert)
         low_out = self._low_out(op, hidden, expert)
@@ -422,7 +494,9 @@ class _Layer:
         if part in self.inputs:  # dense
             y = op.MatMul(x, op.transposed(op.Gather(self.inputs[part], expert)))
         else:
-            y = op.Mul(self._times(op, part, x, expert), op.Gather(self.inputs[f"{part}_scale"], expert))
+            y = op.Mul(
+                self._times(op, part, x, expert), op.Gather(self.inputs[f"{part}_scale"], expert)
+            )
         bias = self.get(f"{part}_bias")
         return y if bias is None else op.Add(y, op.Gather(bias, expert))
 
@@ -430,18 +504,32 @@ class _Layer:
         """x [n, K] through one matrix of a coded stack, not scaled: [n, N]. J = Kp / v groups.
 
         Decoded, component c of all groups is a matrix of its own, [J, Np]; x is taken apart alike."""
-        picked, entries, parts = self._picked(op, part, which), self._entries(op, part, which), self._parts(op, part, x)
-        tokens, v, groups, rows = op.size(x, 0), op.size(entries, 0), op.size(picked, 0), op.size(picked, 1)
+        picked, entries, parts = (
+            self._picked(op, part, which),
+            self._entries(op, part, which),
+            self._parts(op, part, x),
+        )
+        tokens, v, groups, rows = (
+            op.size(x, 0),
+            op.size(entries, 0),
+            op.size(picked, 0),
+            op.size(picked, 1),
+        )
 
         def look_up(op: Ops) -> ir.Value:
-            return op.each(op.Squeeze(tokens), lambda op, t: self._pick(op, op.Gather(parts, t), entries, picked))
+            return op.each(
+                op.Squeeze(tokens),
+                lambda op, t: self._pick(op, op.Gather(parts, t), entries, picked),
+            )
 
         def decode(op: Ops) -> ir.Value:
             index = op.shaped(picked, STRIPES, op.Div(op.Mul(groups, rows), op.ints(STRIPES)))
             columns = op.Transpose(parts, perm=[2, 0, 1])
 
             def component(op: Ops, i: ir.Value) -> ir.Value:
-                entry = op.Expand(op.Gather(entries, i), op.Concat(op.ints(STRIPES), op.size(entries, 1), axis=0))
+                entry = op.Expand(
+                    op.Gather(entries, i), op.Concat(op.ints(STRIPES), op.size(entries, 1), axis=0)
+                )
                 weight = op.shaped(op.GatherElements(entry, index, axis=1), groups, rows)
                 return op.MatMul(op.Gather(columns, i), weight)
 
@@ -519,29 +607,39 @@ def _clamped(op: Ops, g: ir.Value, u: ir.Value, limit: float) -> tuple[ir.Value,
     return op.Min(g, high), op.Max(op.Min(u, high), low)
 
 
-def _clamp(op: Ops, g: ir.Value, u: ir.Value, act: Activation, alpha: float, limit: float) -> ir.Value:
+def _clamp(
+    op: Ops, g: ir.Value, u: ir.Value, act: Activation, alpha: float, limit: float
+) -> ir.Value:
     g, u = _clamped(op, g, u, limit)
     return op.Mul(act(op, g), u)
 
 
-def _clamp_after(op: Ops, g: ir.Value, u: ir.Value, act: Activation, alpha: float, limit: float) -> ir.Value:
+def _clamp_after(
+    op: Ops, g: ir.Value, u: ir.Value, act: Activation, alpha: float, limit: float
+) -> ir.Value:
     g, u = _clamped(op, act(op, g), u, limit)
     return op.Mul(g, u)
 
 
-def _oai(op: Ops, g: ir.Value, u: ir.Value, act: Activation, alpha: float, limit: float) -> ir.Value:
+def _oai(
+    op: Ops, g: ir.Value, u: ir.Value, act: Activation, alpha: float, limit: float
+) -> ir.Value:
     g, u = _clamped(op, g, u, limit)
     return op.Mul(op.Add(u, op.number(1.0)), op.Mul(g, op.Sigmoid(op.Mul(g, op.number(alpha)))))
 
 
-def _softcap(op: Ops, g: ir.Value, u: ir.Value, act: Activation, alpha: float, limit: float) -> ir.Value:
+def _softcap(
+    op: Ops, g: ir.Value, u: ir.Value, act: Activation, alpha: float, limit: float
+) -> ir.Value:
     def capped(x: ir.Value, cap: float) -> ir.Value:
         return op.Mul(op.Tanh(op.Div(x, op.number(cap))), op.number(cap))
 
     return op.Mul(op.Mul(capped(g, alpha), op.Sigmoid(g)), capped(u, limit))
 
 
-def _glu(op: Ops, g: ir.Value, u: ir.Value, act: Activation, alpha: float, limit: float) -> ir.Value:
+def _glu(
+    op: Ops, g: ir.Value, u: ir.Value, act: Activation, alpha: float, limit: float
+) -> ir.Value:
     return op.Mul(act(op, g), u)
 
 

@@ -25,7 +25,12 @@ FLAGS = (
     # no fast-math: NaN and infinity stay what they are; only what hinders vectorising and changes no number is dropped
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 )  # fmt: skip
-SANITIZE = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZE = (
+    "-g1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+)
 _AVX512 = ("f", "bw", "vl", "vbmi", "vnni")
 # Kernel files that an architecture has besides kernel_scalar.cc, and their flags.
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -52,7 +57,9 @@ def compiled(cxx: tuple[str, ...], machine: str, flags: tuple[str, ...] = ()) ->
     machine = _NAMES.get(machine.lower(), machine.lower())
     own = KERNELS.get(machine, {})
     every = {name for files in KERNELS.values() for name in files}
-    sources = [path for path in sorted(NATIVE.glob("*.cc")) if path.name in own or path.name not in every]
+    sources = [
+        path for path in sorted(NATIVE.glob("*.cc")) if path.name in own or path.name not in every
+    ]
     digest = hashlib.sha256(repr((_version(cxx), machine, FLAGS, flags, own)).encode())
     for path in sorted((*NATIVE.glob("*.h"), *NATIVE.glob("*.cc"))):
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
@@ -66,12 +73,18 @@ def compiled(cxx: tuple[str, ...], machine: str, flags: tuple[str, ...] = ()) ->
             made = _compile(cxx, sources, own, flags, Path(place))
             made.replace(result)  # at once: a process that looks for it finds all of it or none
     except OSError as error:
-        raise MoeccError(f"can't write the op library to {folder}: {error.strerror}; set MOECC_CACHE") from error
+        raise MoeccError(
+            f"can't write the op library to {folder}: {error.strerror}; set MOECC_CACHE"
+        ) from error
     return result
 
 
 def _compile(
-    cxx: tuple[str, ...], sources: list[Path], own: dict[str, tuple[str, ...]], flags: tuple[str, ...], place: Path
+    cxx: tuple[str, ...],
+    sources: list[Path],
+    own: dict[str, tuple[str, ...]],
+    flags: tuple[str, ...],
+    place: Path,
 ) -> Path:
     objects = [str(place / f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -90,9 +103,15 @@ def run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise MoeccError(f"can't run the compiler {command[0]}: {error.strerror}; set CXX to another one") from error
+        raise MoeccError(
+            f"can't run the compiler {command[0]}: {error.strerror}; set CXX to another one"
+        ) from error
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["nothing"]
+        said = (
+            [line for line in done.stderr.splitlines() if "error" in line]
+            or done.stderr.splitlines()
+            or ["nothing"]
+        )
         raise MoeccError(
             f"{command[0]} can't compile the op library: {said[0].strip()}; set CXX to another C++17 compiler"
         )

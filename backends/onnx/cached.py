@@ -68,14 +68,20 @@ class _WithCache(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache()
         for layer, (key, value) in enumerate(past):
             cache.update(key, value, layer)
-        out = _run(self.model, input_ids, cache, attention_mask=attention_mask, position_ids=position_ids)
+        out = _run(
+            self.model, input_ids, cache, attention_mask=attention_mask, position_ids=position_ids
+        )
         return out[0], _pairs(cache)
 
 
@@ -105,7 +111,10 @@ def capture_cached(found: Skeleton) -> Cached:
             positions = torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, -1).contiguous()
             dtype = next(p.dtype for p in found.model.parameters() if p.is_floating_point())
             past = [
-                tuple(torch.zeros(_BATCH, c.heads, _PAST, w, dtype=dtype) for w in (c.key_width, c.value_width))
+                tuple(
+                    torch.zeros(_BATCH, c.heads, _PAST, w, dtype=dtype)
+                    for w in (c.key_width, c.value_width)
+                )
                 for c in cache
             ]
         row, grown = {**batch, 1: dynamic}, {**batch, 2: dynamic}
@@ -127,7 +136,9 @@ def _unsqueeze_as_pairs(program: ExportedProgram) -> None:
             continue
         with graph.inserting_before(node):
             pairs = graph.call_function(aten.view_as_real.default, (value,))
-            longer = graph.call_function(aten.unsqueeze.default, (pairs, dim if dim >= 0 else dim - 1))
+            longer = graph.call_function(
+                aten.unsqueeze.default, (pairs, dim if dim >= 0 else dim - 1)
+            )
             again = graph.call_function(aten.view_as_complex.default, (longer,))
         pairs.meta["val"] = aten.view_as_real.default(value.meta["val"])
         longer.meta["val"] = aten.unsqueeze.default(pairs.meta["val"], longer.args[1])

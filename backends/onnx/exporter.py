@@ -45,7 +45,11 @@ _MOST = 0.75  # of tokens, which are to be within it, all at float32
 
 
 def export(
-    folder: Path, out: Path, options: OnnxTarget | None = None, *, say: Callable[[str], None] = lambda line: None
+    folder: Path,
+    out: Path,
+    options: OnnxTarget | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Export the artifact (or checkpoint) `folder` to the new folder `out`; what was written and how it compares.
 
@@ -81,9 +85,15 @@ def export(
         onnx.checker.check_model(str(partial / MODEL))
         copy_small_files(folder, partial)
         library = _library(partial, say) if profile == "native" else None
-        (partial / genai.FILE).write_text(json.dumps(genai.config(found, cached, folder, library), indent=1) + "\n")
-        rounded = any(node.op_type in ("MatMulNBits", "QMoE", "GatherBlockQuantized") for node in model.graph)
-        rounding = "other weights" if profile == "qmoe" else "int8 activations" if rounded else dtype
+        (partial / genai.FILE).write_text(
+            json.dumps(genai.config(found, cached, folder, library), indent=1) + "\n"
+        )
+        rounded = any(
+            node.op_type in ("MatMulNBits", "QMoE", "GatherBlockQuantized") for node in model.graph
+        )
+        rounding = (
+            "other weights" if profile == "qmoe" else "int8 activations" if rounded else dtype
+        )
         record = _compare(folder, partial, text_config(found.config).vocab_size, rounding, library)
         record |= {
             "moecc": __version__, "source": store.digest(), "opset": opset,
@@ -111,7 +121,10 @@ def oldest_runtime(model: ir.Model) -> str:
     """The first ONNX Runtime that has all operators of a graph (1.20.1, 1.21.1, 1.22.1 and 1.23.2 were tried)."""
     needs = [{21: 20, 23: 23}[model.opset_imports[""]]]
     for node in model.graph:
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized") and node.attributes["bits"].as_int() == 8:
+        if (
+            node.op_type in ("MatMulNBits", "GatherBlockQuantized")
+            and node.attributes["bits"].as_int() == 8
+        ):
             needs.append(22 if node.op_type == "MatMulNBits" else 23)
         elif node.op_type == "QMoE":
             needs.append(31)
@@ -127,7 +140,9 @@ def _library(partial: Path, say: Callable[[str], None]) -> Path | None:
         return None
 
 
-def _compare(folder: Path, partial: Path, vocabulary: int, rounding: str, library: Path | None) -> dict[str, Any]:
+def _compare(
+    folder: Path, partial: Path, vocabulary: int, rounding: str, library: Path | None
+) -> dict[str, Any]:
     """How far the file's logits are from the artifact's. MoeccError where that is more than `rounding` explains."""
     rows, tokens = _TOKENS
     ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,9 @@ FILE = "genai_config.json"
 def config(found: Skeleton, cached: Cached, folder: Path, library: Path | None) -> dict[str, Any]:
     """Its content. The cache grows by concatenation, so past and present don't share a buffer."""
     part, first = text_config(found.config), cached.cache[0]
-    eos, bos, pad = (_token(part, folder, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id"))
+    eos, bos, pad = (
+        _token(part, folder, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")
+    )
     options: dict[str, Any] = {"provider_options": []}
     if library is not None:
         options["custom_ops_library"] = library.name

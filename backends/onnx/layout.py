@@ -41,4 +41,8 @@ def _blocked(x: Tensor, columns: int) -> Tensor:
     across = -(-groups // columns)
     padded = x.new_zeros(experts, blocks(rows) * BLOCK, across * columns)
     padded[:, :rows, :groups] = x
-    return padded.view(experts, blocks(rows), BLOCK, across, columns).permute(0, 3, 1, 4, 2).contiguous()
+    return (
+        padded.view(experts, blocks(rows), BLOCK, across, columns)
+        .permute(0, 3, 1, 4, 2)
+        .contiguous()
+    )

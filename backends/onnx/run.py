@@ -40,7 +40,11 @@ class Cache:
     def count(self, room: int) -> None:
         """Know attention_mask and position_ids, i64 [B, room], of so many tokens."""
         places = np.arange(room) - self.padding
-        self.room, self.counted, self.places = room, (places >= 0).astype(np.int64), np.maximum(places, 0)
+        self.room, self.counted, self.places = (
+            room,
+            (places >= 0).astype(np.int64),
+            np.maximum(places, 0),
+        )
 
     def given(self, tokens: int) -> dict[str, np.ndarray]:
         """attention_mask [B, length + tokens] and position_ids [B, tokens] of new tokens."""
@@ -54,17 +58,25 @@ class Cache:
 class Session:
     """One exported file. library: moecc's op library, without which the functions in the file run. pinned: see `pin`."""
 
-    def __init__(self, path: Path, *, library: Path | None = None, threads: int = 0, pinned: bool = False):
+    def __init__(
+        self, path: Path, *, library: Path | None = None, threads: int = 0, pinned: bool = False
+    ):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         if pinned:
             pin(options, threads)
-        options.log_severity_level = 3  # errors; it warns about what an inlined function leaves over
+        options.log_severity_level = (
+            3  # errors; it warns about what an inlined function leaves over
+        )
         if library is not None:
             options.register_custom_ops_library(str(library))
-            options.enable_mem_pattern = False  # made anew for every number of tokens, which comes once
+            options.enable_mem_pattern = (
+                False  # made anew for every number of tokens, which comes once
+            )
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime has no base class of its errors
             raise MoeccError(f"{path}: {version()} can't load it: {reason(error)}") from error
         self.inputs = {i.name: i for i in self.session.get_inputs()}
@@ -75,7 +87,10 @@ class Session:
 
     def start(self, batch: int, padding: Sequence[int] = ()) -> Cache:
         """A cache that holds nothing. padding: how many tokens in front of each row stand for none."""
-        memory = {name: _shared(self._memory(name, batch, _LEAST_ROOM if self.room else 0)) for name in self.past}
+        memory = {
+            name: _shared(self._memory(name, batch, _LEAST_ROOM if self.room else 0))
+            for name in self.past
+        }
         first = np.array(padding or [0] * batch).reshape(batch, 1)
         cache = Cache(memory, first, self.session.io_binding(), _LEAST_ROOM)
         self._bind(cache)
@@ -101,7 +116,13 @@ class Session:
     def logits(self, ids: Tensor, pieces: list[int]) -> Tensor:
         """float32 [B, S, vocabulary] of token ids [B, S], fed in pieces of so many tokens."""
         cache = self.start(len(ids))
-        return torch.cat([torch.from_numpy(self.step(p.numpy(), cache)).float() for p in ids.split(pieces, dim=1)], 1)
+        return torch.cat(
+            [
+                torch.from_numpy(self.step(p.numpy(), cache)).float()
+                for p in ids.split(pieces, dim=1)
+            ],
+            1,
+        )
 
     def _memory(self, name: str, batch: int, tokens: int) -> np.ndarray:
         _, heads, _, width = self.inputs[name].shape

@@ -46,23 +46,33 @@ def bench(
 def _require_positions(folder: Path, length: int) -> None:
     """MoeccError where the model has not so many positions, by the genai_config.json beside it."""
     config = folder / "genai_config.json"
-    if config.is_file() and length > (limit := int(json.loads(config.read_text())["model"]["context_length"])):
+    if config.is_file() and length > (
+        limit := int(json.loads(config.read_text())["model"]["context_length"])
+    ):
         raise MoeccError(
             f"{length} tokens, but {config} says that the model has {limit} positions; give fewer --prompt-tokens or --new-tokens"
         )
 
 
-def _apart(model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int) -> dict[str, Any]:
+def _apart(
+    model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int
+) -> dict[str, Any]:
     arguments = [str(model), str(library or ""), str(threads), str(prompt), str(new_tokens)]
-    done = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise MoeccError(lines[-1].partition("MoeccError: ")[2] or f"{model}: can't be run: {lines[-1]}")
+        raise MoeccError(
+            lines[-1].partition("MoeccError: ")[2] or f"{model}: can't be run: {lines[-1]}"
+        )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def measure(model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int) -> dict[str, Any]:
+def measure(
+    model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int
+) -> dict[str, Any]:
     """One row, in this process."""
     import numpy as np
 

@@ -73,7 +73,9 @@ def translate(cached: Cached, opset: int, stored: Container[str]) -> ir.Model:
     except MoeccError:
         raise
     except Exception as error:
-        raise MoeccError(f"the model can't be translated to ONNX opset {opset}: {reason(_first(error))}") from error
+        raise MoeccError(
+            f"the model can't be translated to ONNX opset {opset}: {reason(_first(error))}"
+        ) from error
     model.ir_version = OPSETS[opset]
     model.opset_imports.update({bodies.DOMAIN: bodies.VERSION, "com.microsoft": 1})
     _name_sizes(model)
@@ -145,9 +147,19 @@ def _operand_types(names: list[str]) -> list[tuple[str, str]]:
     return [(n, known.get(n, f"W{i}")) for i, n in enumerate(names)]
 
 
-_ATTRIBUTES = {"act": "STRING", "gate": "STRING", "alpha": "FLOAT", "limit": "FLOAT", "eps": "FLOAT"}
-_VQ_EXPERTS = _operator(bodies.DOMAIN, "VQExperts", _operand_types(bodies.coded_inputs()), 3, _ATTRIBUTES)
-_EXPERTS = _operator(bodies.DOMAIN, "Experts", _operand_types([*bodies.ROUTED, *bodies.DENSE]), 5, _ATTRIBUTES)
+_ATTRIBUTES = {
+    "act": "STRING",
+    "gate": "STRING",
+    "alpha": "FLOAT",
+    "limit": "FLOAT",
+    "eps": "FLOAT",
+}
+_VQ_EXPERTS = _operator(
+    bodies.DOMAIN, "VQExperts", _operand_types(bodies.coded_inputs()), 3, _ATTRIBUTES
+)
+_EXPERTS = _operator(
+    bodies.DOMAIN, "Experts", _operand_types([*bodies.ROUTED, *bodies.DENSE]), 5, _ATTRIBUTES
+)
 _MATMUL_NBITS = _operator(
     "com.microsoft", "MatMulNBits",
     [("A", "T"), ("B", "tensor(uint8)"), ("scales", "W2"), ("zero_points", "W3"), ("g_idx", "W4"), ("bias", "W5")], 3,
@@ -160,10 +172,14 @@ def _float(x: Any) -> Any:
     return x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=int(ir.DataType.FLOAT))
 
 
-def _vq_experts(x: Any, topk_index: Any, topk_weight: Any, *operands: Any, **attributes: Any) -> Any:
+def _vq_experts(
+    x: Any, topk_index: Any, topk_weight: Any, *operands: Any, **attributes: Any
+) -> Any:
     names = [a.name for a in ops.VQ_EXPERTS._schema.arguments][3:]
     given = dict(zip(names, operands, strict=False))
-    if any(given.get(f"{p}_{t}") is not None for p in ("gate_up", "down") for t in ("slope", "offset")):
+    if any(
+        given.get(f"{p}_{t}") is not None for p in ("gate_up", "down") for t in ("slope", "offset")
+    ):
         raise MoeccError("an affine correction that isn't folded can't be exported")
     stored = [given.get(n) for n in bodies.coded_inputs()[3:]]
     return _VQ_EXPERTS(x, topk_index, _float(topk_weight), *stored, **attributes)
@@ -178,7 +194,9 @@ def _q_linear(x: Any, weight: Any, scale: Any, zero: Any, bias: Any = None, *, b
     (rows, packed), groups = weight.shape, scale.shape[1]
     columns = packed * 8 // bits
     inputs = [x, weight, scale, zero] if bias is None else [x, weight, scale, zero, None, bias]
-    return _MATMUL_NBITS(*inputs, K=columns, N=rows, bits=bits, block_size=columns // groups, accuracy_level=4)
+    return _MATMUL_NBITS(
+        *inputs, K=columns, N=rows, bits=bits, block_size=columns // groups, accuracy_level=4
+    )
 
 
 def _expert_linear(x: Any, topk_index: Any, weight: Any) -> Any:
@@ -281,7 +299,9 @@ def _strip(model: ir.Model) -> None:
         for value in node.outputs:
             value.metadata_props.clear()
             if id(value) not in ends and value.shape is not None:
-                value.shape = ir.Shape([size if isinstance(size, int) else None for size in value.shape])
+                value.shape = ir.Shape(
+                    [size if isinstance(size, int) else None for size in value.shape]
+                )
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "moecc", None, None

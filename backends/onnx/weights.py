@@ -34,7 +34,9 @@ class Weights:
 
     def __init__(self, model: ir.Model, store: CheckpointStore):
         self.model, self.store = model, store
-        self.origins = {id(v): n for v in model.graph.initializers.values() if (n := weight_name(v)) is not None}
+        self.origins = {
+            id(v): n for v in model.graph.initializers.values() if (n := weight_name(v)) is not None
+        }
 
     def fill(self) -> None:
         """Everything; the functions that the graph's experts nodes need are added to the model."""
@@ -57,7 +59,9 @@ class Weights:
         self._fill_transposed()
         for value in list(self.model.graph.initializers.values()):
             if value.const_value is None:
-                self._give(value, _numbers(value), partial(torch.Tensor.to, dtype=self._torch_dtype(value)))
+                self._give(
+                    value, _numbers(value), partial(torch.Tensor.to, dtype=self._torch_dtype(value))
+                )
 
     def _nodes(self, domain: str, op_type: str) -> list[ir.Node]:
         return [n for n in self.model.graph if (n.domain, n.op_type) == (domain, op_type)]
@@ -71,7 +75,13 @@ class Weights:
                 continue
             part = name.partition("_")[0] if name.startswith("down") else "gate_up"
             kind = name.removeprefix(f"{part}_")
-            if name == "post_norm" or kind in ("scale", "bias", "basis", "coef_scale", f"{vq4.MEAN}scale"):
+            if name == "post_norm" or kind in (
+                "scale",
+                "bias",
+                "basis",
+                "coef_scale",
+                f"{vq4.MEAN}scale",
+            ):
                 self._give_or_cast(node, name, value)
             elif kind.endswith("codes"):
                 book = given[f"{part}_{kind.removesuffix('codes')}codebook"]
@@ -79,7 +89,11 @@ class Weights:
                 self._give_codes(value, int(book.shape[2]))  # type: ignore[arg-type]
             elif kind.endswith("signs"):
                 experts, rows, eighths = _numbers(value)
-                self._give(value, (experts, blocks(eighths * 8), blocks(rows), BLOCK // 4, BLOCK // 2), blocked_signs)
+                self._give(
+                    value,
+                    (experts, blocks(eighths * 8), blocks(rows), BLOCK // 4, BLOCK // 2),
+                    blocked_signs,
+                )
             else:
                 self._give(value, _numbers(value), lambda t: t)
 
@@ -102,7 +116,9 @@ class Weights:
     def _fill_absent(self, nodes: list[ir.Node]) -> None:
         names = bodies.coded_inputs()
         for index, name in enumerate(names):
-            with_it = next((n for n in nodes if index < len(n.inputs) and n.inputs[index] is not None), None)
+            with_it = next(
+                (n for n in nodes if index < len(n.inputs) and n.inputs[index] is not None), None
+            )
             if with_it is None:
                 continue
             for node in nodes:
@@ -128,8 +144,12 @@ class Weights:
             shape[2 if part == "gate_up" else 1] = 0
         else:
             assert shape == experts_rows or kind == f"{vq4.MEAN}codebook"
-        value = ir.Value(name=f"{scale.name}.no_{kind}", shape=ir.Shape(shape), type=ir.TensorType(like.dtype))  # type: ignore[arg-type]
-        value.const_value = ir.tensor(torch.zeros(shape, dtype=self._torch_dtype(like)).numpy(), name=value.name)
+        value = ir.Value(
+            name=f"{scale.name}.no_{kind}", shape=ir.Shape(shape), type=ir.TensorType(like.dtype)
+        )  # type: ignore[arg-type]
+        value.const_value = ir.tensor(
+            torch.zeros(shape, dtype=self._torch_dtype(like)).numpy(), name=value.name
+        )
         self.model.graph.register_initializer(value)
         return value
 
@@ -157,7 +177,10 @@ class Weights:
             users = [node for node, _ in value.uses()]
             if value.const_value is not None or len(_numbers(value)) != 2 or not users:
                 continue
-            if not all(n.op_type == "Transpose" and list(n.attributes["perm"].as_ints()) == [1, 0] for n in users):
+            if not all(
+                n.op_type == "Transpose" and list(n.attributes["perm"].as_ints()) == [1, 0]
+                for n in users
+            ):
                 continue
             rows, columns = _numbers(value)
             dtype = self._torch_dtype(value)
@@ -168,7 +191,9 @@ class Weights:
 
     # ---- values
 
-    def _give(self, value: ir.Value, shape: Sequence[int], make: Make, dtype: ir.DataType | None = None) -> None:
+    def _give(
+        self, value: ir.Value, shape: Sequence[int], make: Make, dtype: ir.DataType | None = None
+    ) -> None:
         """Read and make the tensor when it is written."""
         name, dtype = self.origins[id(value)], dtype or value.dtype
         assert dtype is not None
@@ -193,14 +218,21 @@ def structure_of(nodes: Iterable[ir.Node], names: list[str]) -> bodies.Structure
     nodes = list(nodes)
     found = [{k: a.value for k, a in n.attributes.items()} for n in nodes]
     if any(f != found[0] for f in found):
-        raise MoeccError("the experts of this model's layers have different gates; that can't be exported")
+        raise MoeccError(
+            "the experts of this model's layers have different gates; that can't be exported"
+        )
     present = {}
     for index, name in enumerate(names):
         having = [index < len(n.inputs) and n.inputs[index] is not None for n in nodes]
         present[name] = bodies.Presence(any(having), all(having))
     # gate_up's rows come in gates and units, and its units are down's columns
     units = {"gate_up_scale": BLOCK * rows_per_unit(found[0]["gate"]), "down_scale": BLOCK}
-    scales = [(unit, n.inputs[names.index(name)]) for name, unit in units.items() if name in names for n in nodes]
+    scales = [
+        (unit, n.inputs[names.index(name)])
+        for name, unit in units.items()
+        if name in names
+        for n in nodes
+    ]
     ragged = any(_numbers(scale)[1] % unit for unit, scale in scales if scale is not None)
     return bodies.Structure(found[0], present, ragged)
 

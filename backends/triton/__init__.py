@@ -40,7 +40,9 @@ class TritonTarget(Target):
     name: ClassVar[str] = "triton"
 
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
-        return Emitted(summary=f"{artifact}: transformers runs it by Triton kernels once it is on a GPU")
+        return Emitted(
+            summary=f"{artifact}: transformers runs it by Triton kernels once it is on a GPU"
+        )
 
     def kernels(self) -> Kernels:
         return KERNELS
@@ -54,10 +56,14 @@ class TritonKernels(Kernels):
     def require_device(self) -> None:
         require_device()
 
-    def pack(self, tensors: Mapping[str, Tensor | None], *, gated: bool) -> dict[str, Tensor | None]:
+    def pack(
+        self, tensors: Mapping[str, Tensor | None], *, gated: bool
+    ) -> dict[str, Tensor | None]:
         return pack_projection(tensors, gated=gated)
 
-    def unpack(self, tensors: Mapping[str, Tensor | None], columns: int, *, gated: bool) -> dict[str, Tensor | None]:
+    def unpack(
+        self, tensors: Mapping[str, Tensor | None], columns: int, *, gated: bool
+    ) -> dict[str, Tensor | None]:
         return unpack_projection(tensors, columns, gated=gated)
 
 
@@ -68,7 +74,9 @@ KERNELS = TritonKernels()
 def require_device() -> None:
     """MoeccError in one line where triton or a card for it isn't there. Under TRITON_INTERPRET=1 none is needed."""
     if importlib.util.find_spec("triton") is None:
-        raise MoeccError("the target triton needs triton, which isn't installed; pip install 'moecc[triton]'")
+        raise MoeccError(
+            "the target triton needs triton, which isn't installed; pip install 'moecc[triton]'"
+        )
     if os.environ.get("TRITON_INTERPRET") == "1":
         return
     if not torch.cuda.is_available():

@@ -47,8 +47,17 @@ TARGETS = {
         Target("sm_80", "cuda", 80, 32, 163 << 10, r"\bIMMA\.16832\.S8\.S8"),
         Target("sm_86", "cuda", 86, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
         Target("sm_89", "cuda", 89, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
-        Target("sm_90", "cuda", 90, 32, 227 << 10, r"\bIGMMA\.64x\d+x32\.S8\.S8|\bHGMMA\.64x\d+x16\.F32"),
-        Target("sm_100", "cuda", 100, 32, 227 << 10, r"\bUTCIMMA|\bIMMA\.16832\.S8\.S8"),  # triton 3.6 knows the second
+        Target(
+            "sm_90",
+            "cuda",
+            90,
+            32,
+            227 << 10,
+            r"\bIGMMA\.64x\d+x32\.S8\.S8|\bHGMMA\.64x\d+x16\.F32",
+        ),
+        Target(
+            "sm_100", "cuda", 100, 32, 227 << 10, r"\bUTCIMMA|\bIMMA\.16832\.S8\.S8"
+        ),  # triton 3.6 knows the second
         Target("sm_120", "cuda", 120, 32, 99 << 10, r"\bIMMA\.16832\.S8\.S8"),
         Target("gfx90a", "hip", "gfx90a", 64, 64 << 10, r"\bv_mfma_i32_\w*i8"),
         Target("gfx942", "hip", "gfx942", 64, 64 << 10, r"\bv_mfma_i32_\w*i8"),
@@ -67,7 +76,9 @@ class Report:
     shared: int  # bytes
     matrix: int  # matrix instructions
     loops: list[list[str]]  # instructions of the innermost loops with a matrix instruction
-    per_weight: float | None  # of the longest of them, for each weight and lane; None where there is none
+    per_weight: (
+        float | None
+    )  # of the longest of them, for each weight and lane; None where there is none
     code: str  # of the machine; empty for a kernel of an NVIDIA card without product and stack: reading it takes half a second
     assembly: str  # what it was made of: PTX, AMD's as code
 
@@ -80,14 +91,21 @@ _POINTERS = {
 
 def compile_launch(launch: Launch, target: Target) -> Report:
     """Compile what a launch would run on `target`. Integers are specialised as triton does: 1, and multiples of 16."""
-    names, constants = launch.kernel.arg_names, {p.name for p in launch.kernel.params if p.is_constexpr}
+    names, constants = (
+        launch.kernel.arg_names,
+        {p.name for p in launch.kernel.params if p.is_constexpr},
+    )
     plain = {p.name for p in launch.kernel.params if p.do_not_specialize}
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for i, name in enumerate(names):
         value = launch.arguments[name]
-        if name in constants or value is None or (isinstance(value, int) and value == 1 and name not in plain):
+        if (
+            name in constants
+            or value is None
+            or (isinstance(value, int) and value == 1 and name not in plain)
+        ):
             signature[name], constexprs[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name], attributes[(i,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
@@ -104,7 +122,9 @@ def compile_launch(launch: Launch, target: Target) -> Report:
         of = GluonASTSource
     source = of(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     options = {**launch.options, "enable_fp_fusion": True}
-    made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.lanes), options=options)
+    made = triton.compile(
+        source, target=GPUTarget(target.backend, target.arch, target.lanes), options=options
+    )
     read = _amd if target.backend == "hip" else _nvidia
     return read(made, target, _weights(launch) / (target.lanes * launch.options["num_warps"]))
 
@@ -122,7 +142,9 @@ def _nvidia(made: Any, target: Target, weights_per_lane: float) -> Report:
         usage = _cuobjdump("-res-usage", file.name)
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         if found is None:
-            raise MoeccError(f"cuobjdump reports no registers for {target.name}: {usage.strip()[:200]!r}")
+            raise MoeccError(
+                f"cuobjdump reports no registers for {target.name}: {usage.strip()[:200]!r}"
+            )
         code = _cuobjdump("-sass", file.name) if weights_per_lane or int(found[2]) else ""
     instructions = [(int(a, 16), op, rest) for a, op, rest in _INSTRUCTION.findall(code)]
     loops = _loops(instructions, target.matrix)
@@ -135,7 +157,9 @@ def _nvidia(made: Any, target: Target, weights_per_lane: float) -> Report:
     )  # fmt: skip
 
 
-_TABLE = re.compile(r"\.b32 moecc_table\[(\d+)\]")  # of grouped._spread and of hopper; triton doesn't count it
+_TABLE = re.compile(
+    r"\.b32 moecc_table\[(\d+)\]"
+)  # of grouped._spread and of hopper; triton doesn't count it
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*?);")
 
 
@@ -149,7 +173,11 @@ def _loops(instructions: list[tuple[int, str, str]], matrix: str) -> list[list[s
             if any(re.search(matrix, o) for a, o, _ in instructions if start <= a <= address):
                 spans.append((start, address))
     spans = [(s, e) for s, e in spans if not any(a < s <= b < e for a, b in spans)]
-    inner = [(s, e) for s, e in spans if not any((s, e) != (a, b) and s <= a and b <= e for a, b in spans)]
+    inner = [
+        (s, e)
+        for s, e in spans
+        if not any((s, e) != (a, b) and s <= a and b <= e for a, b in spans)
+    ]
     return [[o + r for a, o, r in instructions if s <= a <= e] for s, e in inner]
 
 
@@ -160,7 +188,10 @@ def _cuobjdump(*options: str) -> str:
 
 def _amd(made: Any, target: Target, weights_per_lane: float) -> Report:
     code = made.asm["amdgcn"]
-    numbers = {n: int(v) for n, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", code)}
+    numbers = {
+        n: int(v)
+        for n, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", code)
+    }
     spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
     return Report(
         registers=numbers["vgpr_count"], stack=spills, spills=len(re.findall(r"\bscratch_(?:load|store)", code)),
@@ -201,17 +232,25 @@ def abstract_plan(
     """The plan of a layer of this shape, on the meta device. mean: bits of a shared mean, 0 for none; tile: as `plan`'s."""
     e, d, f = shape.experts, shape.hidden, shape.intermediate
 
-    def coded(prefix: str, matrices: int, rows: int, columns: int, bits: int, gated: bool) -> dict[str, Tensor]:
+    def coded(
+        prefix: str, matrices: int, rows: int, columns: int, bits: int, gated: bool
+    ) -> dict[str, Tensor]:
         down, across = tiles(rows, gated=gated), -(-columns // COLUMNS)
         found = {
             "codes": torch.empty(
-                (matrices, down, 2 if bits == 4 else 1, across, 512), dtype=torch.int32, device="meta"
+                (matrices, down, 2 if bits == 4 else 1, across, 512),
+                dtype=torch.int32,
+                device="meta",
             ),
-            "codebook": torch.empty((matrices, 256, 2 if bits == 4 else 4), dtype=torch.int8, device="meta"),
+            "codebook": torch.empty(
+                (matrices, 256, 2 if bits == 4 else 4), dtype=torch.int8, device="meta"
+            ),
             "scale": torch.empty((matrices, rows), dtype=dtype, device="meta"),
         }
         if bits == 3:
-            found["signs"] = torch.empty((matrices, down, across, 256), dtype=torch.int32, device="meta")
+            found["signs"] = torch.empty(
+                (matrices, down, across, 256), dtype=torch.int32, device="meta"
+            )
         return {prefix + name: t for name, t in found.items()}
 
     def projection(rows: int, columns: int, *, input_side: bool) -> dict[str, Tensor]:
@@ -235,7 +274,9 @@ def abstract_plan(
     down = projection(d, f, input_side=False)
     post_norm = torch.empty(d, dtype=dtype, device="meta") if norm else None
     attributes: dict[str, Any] = dict(act=act, gate=gate, alpha=1.0, limit=1.0, eps=1e-6)
-    return plan(x, index, weight, gate_up, down, post_norm, **attributes, tile=tile, card=Card(card))
+    return plan(
+        x, index, weight, gate_up, down, post_norm, **attributes, tile=tile, card=Card(card)
+    )
 
 
 # ---------------------------------------------------------------- a table

@@ -49,7 +49,9 @@ def _route(
         placed += tl.sum(mine)
     rest = count + tl.arange(0, TOKENS)
     tl.store(base + rest, tl.full([TOKENS], -1, tl.int32), mask=rest < own * TOKENS)
-    last = blocks if e == EXPERTS - 1 else first + own  # the last expert's program marks the blocks that nobody needs
+    last = (
+        blocks if e == EXPERTS - 1 else first + own
+    )  # the last expert's program marks the blocks that nobody needs
     for start in range(first, last, CHUNK):
         b = start + lane
         tl.store(block_expert_ptr + b, tl.where(b < first + own, e, -1), mask=b < last)
@@ -82,7 +84,10 @@ def _route_counted(
 
     One scan ranks the slots of all of them: each expert counts in 16 bits of its own, which CHUNK doesn't overflow."""
     e, lane, bins, own = group * GROUP, tl.arange(0, CHUNK), tl.arange(0, BINS), tl.arange(0, GROUP)
-    start, stop = segment * span, tl.minimum((segment + 1) * span, slots)  # all loads first, so that none waits
+    start, stop = (
+        segment * span,
+        tl.minimum((segment + 1) * span, slots),
+    )  # all loads first, so that none waits
     index = tl.load(index_ptr + start + lane, mask=start + lane < stop, other=-1)
     part = tl.arange(0, SEGMENTS)[:, None]
     row, inside = counts_ptr + part * BINS, part < segments
@@ -93,7 +98,9 @@ def _route_counted(
     first += tl.sum(tl.where(own[:, None] < own[None, :], needed[:, None], 0), 0)
     place = first * TOKENS + tl.sum(tl.where(part < segment, mine, 0), 0)
     for here in range(start, stop, CHUNK):
-        following = tl.load(index_ptr + here + CHUNK + lane, mask=here + CHUNK + lane < stop, other=-1)
+        following = tl.load(
+            index_ptr + here + CHUNK + lane, mask=here + CHUNK + lane < stop, other=-1
+        )
         chosen = (index >= e) & (index < tl.minimum(e + GROUP, EXPERTS))
         which = tl.where(chosen, index - e, 0).to(tl.int32)
         ones = chosen.to(tl.int64) << (which * 16)
@@ -104,13 +111,25 @@ def _route_counted(
     if segment == 0:
         t = tl.arange(0, TOKENS)[None, :]
         rest, room = count[:, None] + t, (needed * TOKENS)[:, None]
-        tl.store(slots_ptr + (first * TOKENS)[:, None] + rest, tl.full([GROUP, TOKENS], -1, tl.int32), mask=rest < room)
+        tl.store(
+            slots_ptr + (first * TOKENS)[:, None] + rest,
+            tl.full([GROUP, TOKENS], -1, tl.int32),
+            mask=rest < room,
+        )
         for start in range(0, tl.max(needed), TOKENS):
             b = start + t
-            tl.store(block_expert_ptr + first[:, None] + b, e + own[:, None] + 0 * t, mask=b < needed[:, None])
+            tl.store(
+                block_expert_ptr + first[:, None] + b,
+                e + own[:, None] + 0 * t,
+                mask=b < needed[:, None],
+            )
         if e + GROUP >= EXPERTS:  # the last experts' program marks the blocks that nobody needs
             for start in range(tl.max(first + needed), blocks, CHUNK):
-                tl.store(block_expert_ptr + start + lane, tl.full([CHUNK], -1, tl.int32), mask=start + lane < blocks)
+                tl.store(
+                    block_expert_ptr + start + lane,
+                    tl.full([CHUNK], -1, tl.int32),
+                    mask=start + lane < blocks,
+                )
 
 
 @triton.jit
@@ -131,15 +150,21 @@ def _project(x_ptr, basis_ptr, z_ptr, group, part, tokens, columns, span, rank, 
     for start in range(part * span, tl.minimum((part + 1) * span, columns), 32):
         d = start + lane
         at = t.to(tl.int64)[:, None] * columns + d[None, :]
-        x = tl.load(x_ptr + at, mask=(t < tokens)[:, None] & (d < columns)[None, :], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=(t < tokens)[:, None] & (d < columns)[None, :], other=0.0).to(
+            tl.float32
+        )
         inside = (r < rank)[None, :] & (d < columns)[:, None]
-        b = tl.load(basis_ptr + r[None, :] * columns + d[:, None], mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(basis_ptr + r[None, :] * columns + d[:, None], mask=inside, other=0.0).to(
+            tl.float32
+        )
         z = tl.dot(x, b, z, input_precision="ieee")
     at = (part * tokens + t).to(tl.int64)[:, None] * RANK + r[None, :]
     tl.store(z_ptr + at, z, mask=(t < tokens)[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "slots", "blocks", "segments", "span", "z_parts", "z_span"])
+@triton.jit(
+    do_not_specialize=["tokens", "slots", "blocks", "segments", "span", "z_parts", "z_span"]
+)
 def prepare_kernel(
     x_ptr,  # [tokens, columns] of any float type
     index_ptr,  # i64 or i32 [slots]
@@ -163,7 +188,18 @@ def prepare_kernel(
         routes = segments * ((EXPERTS + GROUP - 1) // GROUP)
     if program < routes:
         if counts_ptr is None:
-            _route(program, index_ptr, slots_ptr, block_expert_ptr, slots, blocks, EXPERTS, BINS, TOKENS, CHUNK)
+            _route(
+                program,
+                index_ptr,
+                slots_ptr,
+                block_expert_ptr,
+                slots,
+                blocks,
+                EXPERTS,
+                BINS,
+                TOKENS,
+                CHUNK,
+            )
         else:
             _route_counted(
                 program // segments, program % segments, index_ptr, counts_ptr, slots_ptr, block_expert_ptr, slots, blocks,
@@ -175,13 +211,26 @@ def prepare_kernel(
         d = place if out_scale_ptr is not None else paired(place)
         x = tl.load(x_ptr + token.to(tl.int64) * columns + d, mask=d < columns, other=0.0)
         if out_scale_ptr is not None:
-            _store_fixed(x.to(tl.float32), out_ptr, out_scale_ptr, token.to(tl.int64), block, steps, STEP)
+            _store_fixed(
+                x.to(tl.float32), out_ptr, out_scale_ptr, token.to(tl.int64), block, steps, STEP
+            )
         else:
             tl.store(out_ptr + token.to(tl.int64) * (steps * STEP) + place, x)
     else:
         if basis_ptr is not None:
             rest = program - routes - tokens * steps
-            _project(x_ptr, basis_ptr, z_ptr, rest // z_parts, rest % z_parts, tokens, columns, z_span, rank, RANK)
+            _project(
+                x_ptr,
+                basis_ptr,
+                z_ptr,
+                rest // z_parts,
+                rest % z_parts,
+                tokens,
+                columns,
+                z_span,
+                rank,
+                RANK,
+            )
 
 
 @triton.jit
@@ -229,14 +278,42 @@ def hidden_kernel(
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = block * STEP + tl.arange(0, STEP)
     if row < slots:
-        h = _hidden(rows_ptr, index_ptr, row, f, rows, units, slots, alpha, limit, ACT, GATE, FUSED, PARTS, EXPERTS)
+        h = _hidden(
+            rows_ptr,
+            index_ptr,
+            row,
+            f,
+            rows,
+            units,
+            slots,
+            alpha,
+            limit,
+            ACT,
+            GATE,
+            FUSED,
+            PARTS,
+            EXPERTS,
+        )
         _store_fixed(h, out_ptr, out_scale_ptr, row, block, steps, STEP)
     else:
         total = tl.zeros([STEP], tl.float32)
         for j in range(TOP_K):
             slot = (row - slots) * TOP_K + j
             h = _hidden(
-                rows_ptr, index_ptr, slot, f, rows, units, slots, alpha, limit, ACT, GATE, FUSED, PARTS, EXPERTS
+                rows_ptr,
+                index_ptr,
+                slot,
+                f,
+                rows,
+                units,
+                slots,
+                alpha,
+                limit,
+                ACT,
+                GATE,
+                FUSED,
+                PARTS,
+                EXPERTS,
             )
             total += tl.load(weight_ptr + slot).to(tl.float32) * h
         _store_fixed(total, out_ptr, out_scale_ptr, row, block, steps, STEP)
@@ -285,7 +362,11 @@ def combine_kernel(
         inside = (j < TOP_K)[:, None] & (d < columns)[None, :]  # rows don't wait for the choices
         y = tl.zeros([CHOICES, BLOCK], tl.float32)
         for piece in tl.static_range(PARTS):
-            y += tl.load(rows_ptr + (piece * slots + slot)[:, None] * columns + d[None, :], mask=inside, other=0.0)
+            y += tl.load(
+                rows_ptr + (piece * slots + slot)[:, None] * columns + d[None, :],
+                mask=inside,
+                other=0.0,
+            )
         total = tl.sum(tl.where(chosen[:, None], y, 0.0) * weight[:, None], 0)
     else:  # many tokens, rounded: one choice after the other, so that a thread adds up columns of its own
         total = tl.zeros([BLOCK], tl.float32)
@@ -295,16 +376,24 @@ def combine_kernel(
             width = _width(tl.load(index_ptr + one), columns, EXPERTS)
             total += tl.where(d < width, y, 0.0) * tl.load(weight_ptr + one).to(tl.float32)
     for piece in tl.static_range(SHARED):
-        total += tl.load(shared_ptr + (piece * (slots // TOP_K) + token) * columns + d, mask=d < columns, other=0.0)
+        total += tl.load(
+            shared_ptr + (piece * (slots // TOP_K) + token) * columns + d,
+            mask=d < columns,
+            other=0.0,
+        )
     if c_ptr is not None:
         r = tl.arange(0, RANK)
         c = tl.zeros([CHOICES, RANK], tl.float32)
         for part in range(c_parts):
             row = (part * slots + slot)[:, None] * rank
-            c += tl.load(c_ptr + row + r[None, :], mask=chosen[:, None] & (r < rank)[None, :], other=0.0)
+            c += tl.load(
+                c_ptr + row + r[None, :], mask=chosen[:, None] & (r < rank)[None, :], other=0.0
+            )
         low = tl.sum(c * weight[:, None], 0)
         inside = (r < rank)[:, None] & (d < columns)[None, :]
-        basis = tl.load(basis_ptr + r[:, None] * columns + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        basis = tl.load(basis_ptr + r[:, None] * columns + d[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         total += tl.sum(low[:, None] * basis, 0)
     tl.store(out_ptr + token * columns + d, total.to(out_ptr.dtype.element_ty), mask=d < columns)
 
@@ -328,18 +417,25 @@ def norm_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for j in range(TOP_K):
         slot = token * TOP_K + j
-        width, weight = _width(tl.load(index_ptr + slot), columns, EXPERTS), tl.load(weight_ptr + slot).to(tl.float32)
+        width, weight = (
+            _width(tl.load(index_ptr + slot), columns, EXPERTS),
+            tl.load(weight_ptr + slot).to(tl.float32),
+        )
         chosen = d < width
         y = tl.zeros([BLOCK], tl.float32)
         for piece in tl.static_range(PARTS):
-            y += tl.load(rows_ptr + (piece * slots + slot) * columns + d, mask=chosen, other=0.0).to(tl.float32)
+            y += tl.load(
+                rows_ptr + (piece * slots + slot) * columns + d, mask=chosen, other=0.0
+            ).to(tl.float32)
         for piece in tl.static_range(SHARED):
             y += tl.load(shared_ptr + (piece * slots + slot) * columns + d, mask=chosen, other=0.0)
         if c_ptr is not None:
             for r in range(rank):
                 c = 0.0
                 for part in range(c_parts):
-                    c += tl.load(c_ptr + (part * slots + slot) * rank + r, mask=width > 0, other=0.0)
+                    c += tl.load(
+                        c_ptr + (part * slots + slot) * rank + r, mask=width > 0, other=0.0
+                    )
                 y += c * tl.load(basis_ptr + r * columns + d, mask=inside, other=0.0).to(tl.float32)
         y = y * norm
         y = y * tl.rsqrt(tl.sum(y * y) / columns + eps)

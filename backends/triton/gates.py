@@ -16,7 +16,9 @@ def activation(x, ACT: tl.constexpr):
     elif ACT == "gelu":
         y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":
-        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(z)) / 2 = sigmoid(2z)
+        y = x * tl.sigmoid(
+            1.5957691216057308 * (x + 0.044715 * x * x * x)
+        )  # (1 + tanh(z)) / 2 = sigmoid(2z)
     elif ACT == "relu":
         y = tl.maximum(x, 0.0)
     elif ACT == "relu2":

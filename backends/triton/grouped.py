@@ -48,7 +48,14 @@ def peak_of(v, keep_dims: tl.constexpr):
 
 @triton.jit
 def _words(
-    ptr, stride, down, across, SIZE: tl.constexpr, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, TAIL: tl.constexpr
+    ptr,
+    stride,
+    down,
+    across,
+    SIZE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """i32 [HEIGHT * UNROLL * SIZE]: SIZE words of each of HEIGHT row tiles, `stride` words apart, and UNROLL column tiles; zeros
     past the `down` and `across` tiles that there are."""
@@ -87,7 +94,9 @@ def _spread(entries, one, COPIES: tl.constexpr):
         )  # fmt: skip
     tl.debug_barrier()
     # what loads from an address that is only known here isn't moved before the barrier
-    return tl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [table], dtype=tl.int32, is_pure=False, pack=1)
+    return tl.inline_asm_elementwise(
+        "mov.u32 $0, $1;", "=r,r", [table], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -98,7 +107,9 @@ def _lookup(w, table, HEIGHT: tl.constexpr, UNROLL: tl.constexpr, COPIES: tl.con
         copy, size = tl.arange(0, 512 * HEIGHT * UNROLL) // 4 % COPIES * 4, COPIES * 4
         c0, c1, c2, c3 = copy + c0 * size, copy + c1 * size, copy + c2 * size, copy + c3 * size
     code = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-    code = tl.reshape(code, [HEIGHT, UNROLL, 4, 8, 4, 2, 2, 4])  # row tile, column tile, w, r, t, i, h, b
+    code = tl.reshape(
+        code, [HEIGHT, UNROLL, 4, 8, 4, 2, 2, 4]
+    )  # row tile, column tile, w, r, t, i, h, b
     code = tl.reshape(tl.permute(code, (0, 2, 5, 3, 1, 6, 7, 4)), [2048 * HEIGHT * UNROLL])
     if COPIES > 1:
         found = tl.inline_asm_elementwise(
@@ -137,10 +148,14 @@ def _stored(
         more = _words(even + column_tiles * 512, stride, down, across, 512, HEIGHT, UNROLL, TAIL)
     else:
         first += index * column_tiles
-        words = _words(words_ptr + first * 512, 512 * column_tiles, down, across, 512, HEIGHT, UNROLL, TAIL)
+        words = _words(
+            words_ptr + first * 512, 512 * column_tiles, down, across, 512, HEIGHT, UNROLL, TAIL
+        )
         more = words
         if BITS == 3:
-            more = _words(signs_ptr + first * 256, 256 * column_tiles, down, across, 256, HEIGHT, UNROLL, TAIL)
+            more = _words(
+                signs_ptr + first * 256, 256 * column_tiles, down, across, 256, HEIGHT, UNROLL, TAIL
+            )
     return words, more
 
 
@@ -175,7 +190,12 @@ def place_of(column):
 @triton.jit
 def _int8(p, ROWS: tl.constexpr, STEP: tl.constexpr):
     """Words of four weights -> the weights, int8 [ROWS, STEP]."""
-    b0, b1, b2, b3 = p.to(tl.int8), (p >> 8).to(tl.int8), (p >> 16).to(tl.int8), (p >> 24).to(tl.int8)
+    b0, b1, b2, b3 = (
+        p.to(tl.int8),
+        (p >> 8).to(tl.int8),
+        (p >> 16).to(tl.int8),
+        (p >> 24).to(tl.int8),
+    )
     return tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), [ROWS, STEP])
 
 
@@ -196,14 +216,23 @@ def pairs(p):
 @triton.jit
 def _of_pairs(low, high, ROWS: tl.constexpr, STEP: tl.constexpr):
     """-> the weights, bfloat16 [ROWS, STEP] in the order of words."""
-    h0, h1, h2, h3 = low.to(tl.int16), (low >> 16).to(tl.int16), high.to(tl.int16), (high >> 16).to(tl.int16)
-    return tl.reshape(tl.join(tl.join(h0, h2), tl.join(h1, h3)), [ROWS, STEP]).to(tl.bfloat16, bitcast=True)
+    h0, h1, h2, h3 = (
+        low.to(tl.int16),
+        (low >> 16).to(tl.int16),
+        high.to(tl.int16),
+        (high >> 16).to(tl.int16),
+    )
+    return tl.reshape(tl.join(tl.join(h0, h2), tl.join(h1, h3)), [ROWS, STEP]).to(
+        tl.bfloat16, bitcast=True
+    )
 
 
 @triton.jit
 def _paired(w, ROWS: tl.constexpr, STEP: tl.constexpr):
     """Columns in the order of `paired`, which takes no word from one thread to another."""
-    return tl.reshape(tl.permute(tl.reshape(w, [ROWS, STEP // 16, 4, 2, 2]), (0, 1, 3, 2, 4)), [ROWS, STEP])
+    return tl.reshape(
+        tl.permute(tl.reshape(w, [ROWS, STEP // 16, 4, 2, 2]), (0, 1, 3, 2, 4)), [ROWS, STEP]
+    )
 
 
 @triton.jit
@@ -211,7 +240,12 @@ def _fence(one):
     """What cp.async has written to shared memory is seen by wgmma (PTX ISA, fence.proxy.async): triton before 3.7 leaves it out
     (its pull request 9610). one: a scalar."""
     tl.inline_asm_elementwise(
-        "fence.proxy.async.shared::cta; mov.u32 $0, $1;", "=r,r", [one], dtype=tl.int32, is_pure=False, pack=1
+        "fence.proxy.async.shared::cta; mov.u32 $0, $1;",
+        "=r,r",
+        [one],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -219,7 +253,9 @@ def _fence(one):
 def _finished(total):
     """The same, for a dot that has ended. Left to itself, triton lets wgmma run into the next step, which may write the registers
     that it still reads (PTX ISA, wgmma.wait_group, forbids that; triton's issue 9433)."""
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -242,7 +278,11 @@ def _low_rank(
     if HALF:  # into y's own registers
         z = tl.zeros([RANK, TOKENS], tl.float32)
         for part in range(z_parts):
-            z += tl.load(z_ptr + (part * z_tokens + token)[None, :] * RANK + r[:, None], mask=held[None, :], other=0.0)
+            z += tl.load(
+                z_ptr + (part * z_tokens + token)[None, :] * RANK + r[:, None],
+                mask=held[None, :],
+                other=0.0,
+            )
         y = tl.dot(coef.to(tl.float32) * factor, z, y, input_precision="tf32")
     else:
         z = tl.zeros([RANK, 2 * TOKENS], tl.float32)
@@ -270,7 +310,9 @@ def _program(
     """What `grouped_kernel` does for row group `group` and TOKENS slots of expert e."""
     STEP: tl.constexpr = 128 * UNROLL
     ROWS: tl.constexpr = 64 * HEIGHT
-    FLOAT: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty  # the interpreter's bfloat16 is wrong
+    FLOAT: tl.constexpr = (
+        tl.float32 if UPCAST else x_ptr.dtype.element_ty
+    )  # the interpreter's bfloat16 is wrong
     pair = tl.arange(0, 2 * TOKENS)
     held = slot >= 0
     token = tl.where(held, slot // TOP_K, 0).to(tl.int64)
@@ -279,7 +321,10 @@ def _program(
     if HALF:
         x_ptrs, x_held = x_ptr + token[None, :] * (steps * STEP), held[None, :]
     else:
-        x_ptrs, x_held = x_ptr + (pair_token * 2 + pair % 2)[None, :] * (steps * STEP), pair_held[None, :]
+        x_ptrs, x_held = (
+            x_ptr + (pair_token * 2 + pair % 2)[None, :] * (steps * STEP),
+            pair_held[None, :],
+        )
     place = group * ROWS + tl.arange(0, ROWS)
     tile = group * HEIGHT
 
@@ -294,13 +339,19 @@ def _program(
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     index, down = e * row_tiles + tile, row_tiles - tile
     for step in range(part * steps_per_part, tl.minimum((part + 1) * steps_per_part, steps)):
-        if BITS == 8:  # a column tile at a time, because nothing is gained by more and registers are lost
+        if (
+            BITS == 8
+        ):  # a column tile at a time, because nothing is gained by more and registers are lost
             hi_lo = tl.zeros([ROWS, 2 * TOKENS], tl.int32)
             for u in tl.static_range(UNROLL):
                 at = step * STEP + u * 128 + tl.arange(0, 128)
                 k = paired(at) if HALF else at
                 inside = (place < rows)[:, None] & (k < columns)[None, :]
-                w = tl.load(words_ptr + (e * rows + place)[:, None] * columns + k[None, :], mask=inside, other=0)
+                w = tl.load(
+                    words_ptr + (e * rows + place)[:, None] * columns + k[None, :],
+                    mask=inside,
+                    other=0,
+                )
                 x = tl.load(x_ptrs + at[:, None], mask=x_held, other=0)
                 if HOPPER:
                     _fence(steps)
@@ -314,7 +365,9 @@ def _program(
             x = tl.load(x_ptrs + (step * STEP + tl.arange(0, STEP))[:, None], mask=x_held, other=0)
             if HOPPER:
                 _fence(steps)
-            words, more = _stored(words_ptr, signs_ptr, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL)
+            words, more = _stored(
+                words_ptr, signs_ptr, index, down, step, column_tiles, BITS, HEIGHT, UNROLL, TAIL
+            )
             p = _weights(words, more, table, BITS, HEIGHT, UNROLL, COPIES, HOPPER)
             if HALF:
                 if HOPPER:
@@ -352,13 +405,21 @@ def _program(
         unit = tile * 32 + tl.arange(0, ROWS // 2)
         mask = (unit < rows // 2)[:, None] & held[None, :]
         unit = place_of(unit) if HALF else unit
-        tl.store(out_ptr + at[None, :] * out_width + unit[:, None], h.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            out_ptr + at[None, :] * out_width + unit[:, None],
+            h.to(out_ptr.dtype.element_ty),
+            mask=mask,
+        )
     else:
         mask = real[:, None] & held[None, :]
         if FUSED:
             y = activation(y, ACT)
             row = place_of(row) if HALF else row
-        tl.store(out_ptr + at[None, :] * out_width + row[:, None], y.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            out_ptr + at[None, :] * out_width + row[:, None],
+            y.to(out_ptr.dtype.element_ty),
+            mask=mask,
+        )
 
 
 @triton.jit(do_not_specialize=["slots", "z_parts", "z_tokens"])
@@ -385,7 +446,9 @@ def grouped_kernel(
     lane, pair = tl.arange(0, TOKENS), tl.arange(0, 2 * TOKENS)
     if block_expert_ptr is not None:
         e = tl.load(block_expert_ptr + block).to(tl.int64)
-        slot = tl.load(slots_ptr + block * TOKENS + lane)  # before the branch: they needn't wait for the expert
+        slot = tl.load(
+            slots_ptr + block * TOKENS + lane
+        )  # before the branch: they needn't wait for the expert
         pair_slot = tl.load(slots_ptr + block * TOKENS + pair // 2)
         if e < 0:
             return

@@ -64,7 +64,9 @@ def _read(ptr, stride, down, more, HEIGHT: gl.constexpr, SIZE: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1, 1, SIZE], [1, 32, 1], [2, 4, 1], [2, 1, 0])
     tile = gl.arange(0, HEIGHT, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     word = gl.arange(0, SIZE, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    return gl.load(ptr + tile * stride + _threads(SIZE) * SIZE + word, mask=(tile < down) & more, other=0)
+    return gl.load(
+        ptr + tile * stride + _threads(SIZE) * SIZE + word, mask=(tile < down) & more, other=0
+    )
 
 
 @gluon.jit
@@ -89,7 +91,9 @@ def _weights(
             is_pure=True, pack=1,
         )  # fmt: skip
         a = _bytes(first << FIRST, first << (FIRST - 1), first << (FIRST - 2), first << (FIRST - 3))
-        b = _bytes(second << FIRST, second << (FIRST - 1), second << (FIRST - 2), second << (FIRST - 3))
+        b = _bytes(
+            second << FIRST, second << (FIRST - 1), second << (FIRST - 2), second << (FIRST - 3)
+        )
         low, high = gl.inline_asm_elementwise(
             """{ .reg .b32 s, less; mov.b32 less, 0xbf00bf00;
             lop3.b32 s, $4, 0x80008000, 0x3f803f80, 0xea; fma.rn.bf16x2 $0, $2, s, less;
@@ -97,7 +101,9 @@ def _weights(
             "=&r,=r,r,r,r,r", [low, high, _in_rows(a, HEIGHT), _in_rows(b, HEIGHT)], dtype=(gl.int32, gl.int32), is_pure=True,
             pack=1,
         )  # fmt: skip
-    w = _bytes(low.to(gl.int16), (low >> 16).to(gl.int16), high.to(gl.int16), (high >> 16).to(gl.int16))
+    w = _bytes(
+        low.to(gl.int16), (low >> 16).to(gl.int16), high.to(gl.int16), (high >> 16).to(gl.int16)
+    )
     w = gl.permute(gl.reshape(w, [64 * HEIGHT, 4, 4, 2, 2]), (0, 1, 3, 2, 4))  # `grouped.paired`
     w = gl.reshape(w, [64 * HEIGHT, 64]).to(gl.bfloat16, bitcast=True)
     return gl.convert_layout(w, left, assert_trivial=True)
@@ -129,7 +135,9 @@ def _multiply(
     COPIES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One tile: rows 64 * tile.. of expert e, and TOKENS slots."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, TOKENS, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, TOKENS, 16]
+    )
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=2)
     ROWS: gl.constexpr = 64 * HEIGHT
     down, index = row_tiles - tile, e.to(gl.int64) * row_tiles + tile
@@ -149,7 +157,9 @@ def _multiply(
         mbarrier.wait(full.index(stage), phase)
         mbarrier.wait(full.index(second), second_phase)
         hopper.fence_async_shared()  # what cp.async has written is seen by wgmma (PTX ISA)
-        total = hopper.warpgroup_mma(w, buffers.index(stage).slice(0, TOKENS, 0).permute((1, 0)), total, is_async=True)
+        total = hopper.warpgroup_mma(
+            w, buffers.index(stage).slice(0, TOKENS, 0).permute((1, 0)), total, is_async=True
+        )
         more, signs0 = step + 1 < column_tiles, signs
         words = _read(words_ptr + (step + 1) * 512, column_tiles * 512, down, more, HEIGHT, 4)
         if BITS == 3:
@@ -157,7 +167,9 @@ def _multiply(
         total = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=[total]))
         mbarrier.arrive(empty.index(before), pred=step > 0)
         w = _weights(words1, signs0, copies, table, 1, BITS, HEIGHT, COPIES, left)
-        total = hopper.warpgroup_mma(w, buffers.index(second).slice(0, TOKENS, 0).permute((1, 0)), total, is_async=True)
+        total = hopper.warpgroup_mma(
+            w, buffers.index(second).slice(0, TOKENS, 0).permute((1, 0)), total, is_async=True
+        )
         total = hopper.warpgroup_mma_init(hopper.warpgroup_mma_wait(1, deps=[total]))
         mbarrier.arrive(empty.index(stage))
         before = second
@@ -189,9 +201,20 @@ def _multiply(
             h = gl.where(real[:, None], activation(y, ACT), 0.0)
         h = gl.reshape(h.to(out_ptr.dtype.element_ty), [UNITS // 16, 4, 2, 2, TOKENS])
         h = gl.reshape(gl.permute(h, (0, 2, 1, 3, 4)), [UNITS, TOKENS])  # `grouped.paired`
-        _store(h, out_ptr, out_width, slots_ptr, tile * 64 * UNITS // ROWS, out_width, UNITS, TOKENS)
+        _store(
+            h, out_ptr, out_width, slots_ptr, tile * 64 * UNITS // ROWS, out_width, UNITS, TOKENS
+        )
     else:
-        _store(y.to(out_ptr.dtype.element_ty), out_ptr, out_width, slots_ptr, tile * 64, rows, ROWS, TOKENS)
+        _store(
+            y.to(out_ptr.dtype.element_ty),
+            out_ptr,
+            out_width,
+            slots_ptr,
+            tile * 64,
+            rows,
+            ROWS,
+            TOKENS,
+        )
     return stage, phase
 
 
@@ -254,7 +277,11 @@ def _bring(
     slot = gl.load(slots_ptr + gl.arange(0, TOKENS, gl.SliceLayout(1, layout)))
     # what isn't a slot has sums of its own, which nobody stores
     token = gl.where(slot >= 0, slot // TOP_K, 0).to(gl.int64)
-    x_ptrs = x_ptr + token[:, None] * (steps * _COLUMNS) + gl.arange(0, _COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    x_ptrs = (
+        x_ptr
+        + token[:, None] * (steps * _COLUMNS)
+        + gl.arange(0, _COLUMNS, gl.SliceLayout(0, layout))[None, :]
+    )
     for step in range(steps):
         mbarrier.wait(empty.index(stage), phase)
         _async_load(buffers.index(stage).slice(0, TOKENS, 0), x_ptrs + step * _COLUMNS)
@@ -275,9 +302,23 @@ def _produce(
         own = slots_ptr + block * TOKENS
         if gl.load(block_expert_ptr + block) >= 0:
             if gl.load(own + TOKENS // 2) >= 0:
-                stage, phase = _bring(buffers, full, empty, stage, phase, x_ptr, own, steps, TOP_K, TOKENS, STAGES)
+                stage, phase = _bring(
+                    buffers, full, empty, stage, phase, x_ptr, own, steps, TOP_K, TOKENS, STAGES
+                )
             else:
-                stage, phase = _bring(buffers, full, empty, stage, phase, x_ptr, own, steps, TOP_K, TOKENS // 2, STAGES)
+                stage, phase = _bring(
+                    buffers,
+                    full,
+                    empty,
+                    stage,
+                    phase,
+                    x_ptr,
+                    own,
+                    steps,
+                    TOP_K,
+                    TOKENS // 2,
+                    STAGES,
+                )
 
 
 @gluon.jit(do_not_specialize=["tiles", "slots"])
@@ -291,7 +332,9 @@ def persistent_kernel(
 ):  # fmt: skip
     """Grid: as many programs as the card has multiprocessors. groups * blocks = tiles."""
     after_last(HOPPER)
-    x_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    x_layout: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=16, rank=2
+    )
     buffers = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TOKENS, _COLUMNS], x_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

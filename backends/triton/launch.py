@@ -63,9 +63,13 @@ def _allow_shared_memory(module: Any, function: int, name: str, group: Any, dige
     most = active.utils.get_device_properties(active.get_current_device())["max_shared_mem"]
     cuda, handle, static = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(function), ctypes.c_int()
     failed = cuda.cuFuncGetAttribute(ctypes.byref(static), _SHARED_SIZE, handle)
-    failed = failed or cuda.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED_SIZE, most - static.value)
+    failed = failed or cuda.cuFuncSetAttribute(
+        handle, _MAX_DYNAMIC_SHARED_SIZE, most - static.value
+    )
     if failed:
-        raise MoeccError(f"CUDA error {failed}: no more than 48 KB of shared memory can be had for a kernel of moecc's")
+        raise MoeccError(
+            f"CUDA error {failed}: no more than 48 KB of shared memory can be had for a kernel of moecc's"
+        )
 
 
 _SHARED_SIZE, _MAX_DYNAMIC_SHARED_SIZE = 1, 8  # CUfunction_attribute
@@ -150,9 +154,13 @@ def vq_experts(
     most = most_tokens(topk_index.shape[1])
     if len(x) > most:
         pieces = zip(*(t.split(most) for t in (x, topk_index, topk_weight)), strict=True)
-        return torch.cat([vq_experts(s, i, w, gate_up, down, post_norm, **told) for s, i, w in pieces])
+        return torch.cat(
+            [vq_experts(s, i, w, gate_up, down, post_norm, **told) for s, i, w in pieces]
+        )
     made = plan(x, topk_index, topk_weight, gate_up, down, post_norm, **told)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # triton launches on the current one
+    with (
+        torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    ):  # triton launches on the current one
         for launch in made.launches:
             launch()
     return made.out
@@ -177,7 +185,11 @@ def plan(
     if not slots:
         made.out.zero_()
         return made
-    wide = 4 in (up.bits, below.bits) or gate_up.get("basis") is not None or down.get("basis") is not None
+    wide = (
+        4 in (up.bits, below.bits)
+        or gate_up.get("basis") is not None
+        or down.get("basis") is not None
+    )
     chosen = tile or choose_tile(slots, experts, card, x.dtype, wide=wide)
     assert not (chosen.half and chosen.waves)  # its hidden units aren't added up
     if chosen.persistent:  # what `moecc.backends.triton.hopper` is written for
@@ -191,17 +203,27 @@ def plan(
     rows = up.scale.shape[1]
     units = rows // rows_per_unit(gate)
 
-    columns, blocks, z = build.prepare(x.contiguous(), index, gate_up.get("basis"), up.words.shape[3])
+    columns, blocks, z = build.prepare(
+        x.contiguous(), index, gate_up.get("basis"), up.words.shape[3]
+    )
     shared = build.mean("gate_up mean", gate_up, columns, rows, hidden, gated=gate != "none")
     coef, scale = gate_up.get("coef"), gate_up.get("coef_scale")
-    low = None if z is None or coef is None or scale is None else (z, coef.contiguous(), scale.contiguous())
-    summed = down.get("mean_codes") is not None and post_norm is None  # the mean then meets sum_j w_j h_j
+    low = (
+        None
+        if z is None or coef is None or scale is None
+        else (z, coef.contiguous(), scale.contiguous())
+    )
+    summed = (
+        down.get("mean_codes") is not None and post_norm is None
+    )  # the mean then meets sum_j w_j h_j
     h, averaged = build.gate_up(
         up, gate_up.get("bias"), columns, blocks, rows, hidden, shared, low, index, weight, units, below.words.shape[3], summed,
     )  # fmt: skip
     mean = build.mean("down mean", down, averaged, hidden, units, gated=False)
     c = build.coefficients(down, h, blocks, units)
-    y = build.product("down", below, h, blocks, hidden, units, bias=down.get("bias"), rounded=chosen.half)
+    y = build.product(
+        "down", below, h, blocks, hidden, units, bias=down.get("bias"), rounded=chosen.half
+    )
     build.combine(y, index, weight, mean, c, down.get("basis"), post_norm, eps, made.out)
     return made
 
@@ -229,10 +251,14 @@ class _Builder:
         self, name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, stages: int = 2,
         registers: int = 0,
     ) -> None:  # fmt: skip
-        options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
+        options = {"num_warps": warps, "num_stages": stages} | (
+            {"maxnreg": registers} if registers else {}
+        )
         if self.hopper and self.launches:
             options["launch_pdl"] = True  # `moecc.backends.triton.chain`
-        self.launches.append(Launch(name, kernel, grid, {**arguments, "HOPPER": self.hopper}, options))
+        self.launches.append(
+            Launch(name, kernel, grid, {**arguments, "HOPPER": self.hopper}, options)
+        )
 
     @property
     def hopper(self) -> bool:
@@ -267,23 +293,35 @@ class _Builder:
         tokens, columns = x.shape
         made = self.rows(x, tokens, column_tiles)
         # at most one block per slot, and one that isn't full per expert that is chosen
-        full = (self.slots + min(self.experts, self.slots) * (self.tile.tokens - 1)) // self.tile.tokens
+        full = (
+            self.slots + min(self.experts, self.slots) * (self.tile.tokens - 1)
+        ) // self.tile.tokens
         count = min(self.slots, full)
-        slots, owners = (x.new_empty(n, dtype=torch.int32) for n in (count * self.tile.tokens, count))
+        slots, owners = (
+            x.new_empty(n, dtype=torch.int32) for n in (count * self.tile.tokens, count)
+        )
         blocks = Blocks(self.tile, count, slots, owners)
         rank = 0 if basis is None else basis.shape[0]
         # every program that multiplies by z adds up its parts, so that they are few where there are many tokens
         z_span = 32 * -(-columns // (32 * max(1, min(made.steps, 1024 // tokens))))
         z_parts = -(-columns // z_span)
-        z = None if basis is None else x.new_empty((z_parts, tokens, _power(rank, 32)), dtype=torch.float32)
+        z = (
+            None
+            if basis is None
+            else x.new_empty((z_parts, tokens, _power(rank, 32)), dtype=torch.float32)
+        )
         width = made.values.shape[-1]
-        step = COLUMNS * made.unroll if made.scale is not None else math.gcd(width, 1024)  # columns of a program
+        step = (
+            COLUMNS * made.unroll if made.scale is not None else math.gcd(width, 1024)
+        )  # columns of a program
         counts, span = self.count(index)
         segments, bins = counts.shape if counts is not None else (0, _power(self.experts + 1))
         # a scan of more slots takes registers that x's programs would be short of
         chunk = _CHUNK // 4 if segments else min(_power(self.slots, 128), _CHUNK)
         routes = segments * -(-self.experts // GROUP.value) if segments else self.experts
-        programs = routes + tokens * (width // step) + (0 if z is None else -(-tokens // 16) * z_parts)
+        programs = (
+            routes + tokens * (width // step) + (0 if z is None else -(-tokens // 16) * z_parts)
+        )
         self.add("prepare", prepare_kernel, (programs,), dict(
             x_ptr=x, index_ptr=index, counts_ptr=counts, basis_ptr=None if basis is None else basis.contiguous(), z_ptr=z,
             out_ptr=made.values, out_scale_ptr=made.scale, slots_ptr=slots, block_expert_ptr=owners, tokens=tokens,
@@ -295,8 +333,14 @@ class _Builder:
 
     def parts(self, x: Rows, groups: int, blocks: Blocks) -> tuple[int, int]:
         """Programs that share the columns of one tile, and the steps of each."""
-        wanted = -(-blocks.tile.waves * self.card.processors // (groups * blocks.number)) if blocks.tile.waves else 1
-        each = -(-x.steps // max(1, min(wanted, x.steps, 16)))  # what adds parts up has a load for each in its code
+        wanted = (
+            -(-blocks.tile.waves * self.card.processors // (groups * blocks.number))
+            if blocks.tile.waves
+            else 1
+        )
+        each = -(
+            -x.steps // max(1, min(wanted, x.steps, 16))
+        )  # what adds parts up has a load for each in its code
         return -(-x.steps // each), each
 
     def product(
@@ -311,7 +355,11 @@ class _Builder:
         parts, each = self.parts(x, groups, blocks)
         fused = fuse and parts == 1
         shape = (slots, rows // 2 if gated else rows) if fused else (parts, slots, rows)
-        out = into.values if into else x.values.new_empty(shape, dtype=self.dtype if rounded else torch.float32)
+        out = (
+            into.values
+            if into
+            else x.values.new_empty(shape, dtype=self.dtype if rounded else torch.float32)
+        )
         z, coef, coef_scale = low or (None, None, None)
         column_tiles = m.words.shape[3] if m.bits != 8 else 0
         common: dict[str, Any] = dict(
@@ -341,14 +389,20 @@ class _Builder:
         ), warps=blocks.tile.warps, stages=blocks.tile.stages, registers=blocks.tile.registers)  # fmt: skip
         return out
 
-    def mean(self, name: str, p: Projection, x: Rows, rows: int, columns: int, *, gated: bool) -> Tensor | None:
+    def mean(
+        self, name: str, p: Projection, x: Rows, rows: int, columns: int, *, gated: bool
+    ) -> Tensor | None:
         """What all experts share as it is, of every row of x: f32 [parts, R, rows], or None without one."""
         m = Matrices.of(p, vq4.MEAN)
         if m is None:
             return None
         count = x.values.shape[0]
         if x.scale is None:
-            tile = choose_tile(count, 1, self.card, self.dtype, wide=True) if self.tile.persistent else self.tile
+            tile = (
+                choose_tile(count, 1, self.card, self.dtype, wide=True)
+                if self.tile.persistent
+                else self.tile
+            )
         else:
             tile = self.tile if self.forced else choose_tile(count, 1, self.card)
         blocks = Blocks(tile, -(-count // tile.tokens))
@@ -360,14 +414,18 @@ class _Builder:
     ) -> tuple[Rows, Rows]:  # fmt: skip
         """Hidden units of the S slots, and what a shared mean multiplies: T sums over a token's choices if `summed`, else those."""
         gated = self.gate["GATE"] != "none"
-        into = self.rows(x.values, self.slots, column_tiles, filled=units) if x.scale is None else None
+        into = (
+            self.rows(x.values, self.slots, column_tiles, filled=units) if x.scale is None else None
+        )
         out = self.product(
             "gate_up", m, x, blocks, rows, columns, bias=bias, shared=shared, low=low, gated=gated, fuse=True,
             top_k=self.choices, into=into,
         )  # fmt: skip
         if into:
             return into, self.sums(into, index, weight) if summed else into
-        return self.hidden(out, index, weight, units, column_tiles, fused=out.dim() == 2, summed=summed)
+        return self.hidden(
+            out, index, weight, units, column_tiles, fused=out.dim() == 2, summed=summed
+        )
 
     def sums(self, h: Rows, index: Tensor, weight: Tensor) -> Rows:
         tokens, width = index.shape[0], h.values.shape[1]
@@ -379,7 +437,15 @@ class _Builder:
         return Rows(out, None, h.unroll)
 
     def hidden(
-        self, first: Tensor, index: Tensor, weight: Tensor, units: int, column_tiles: int, *, fused: bool, summed: bool
+        self,
+        first: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        units: int,
+        column_tiles: int,
+        *,
+        fused: bool,
+        summed: bool,
     ) -> tuple[Rows, Rows]:
         """As fixed point. first: rows of every slot f32 [parts, S, rows], or `fused` hidden units [S, units]."""
         tokens = index.shape[0] if summed else 0
@@ -392,7 +458,8 @@ class _Builder:
             STEP=COLUMNS * made.unroll,
         ), warps=4)  # fmt: skip
         each, sums = (
-            Rows(made.values[s], made.scale[s], made.unroll) for s in (slice(self.slots), slice(self.slots, None))
+            Rows(made.values[s], made.scale[s], made.unroll)
+            for s in (slice(self.slots), slice(self.slots, None))
         )
         return each, sums if summed else each
 
@@ -425,7 +492,13 @@ class _Builder:
         else:
             block = 256 if y.dtype == torch.float32 or c is not None else 1024
             shapes = dict(CHOICES=_power(self.choices), BLOCK=block, RANK=_power(rank, 16))
-            self.add("combine", combine_kernel, (tokens, -(-columns // block)), {**common, **shapes}, warps=4)
+            self.add(
+                "combine",
+                combine_kernel,
+                (tokens, -(-columns // block)),
+                {**common, **shapes},
+                warps=4,
+            )
 
 
 assert ROWS == 64 and COLUMNS == 128  # what the kernels are written for

@@ -18,14 +18,23 @@ from moecc.ir import ops, vq4
 from moecc.ir.gates import rows_per_unit
 
 
-def _projections(operands: tuple[Tensor | None, ...]) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+def _projections(
+    operands: tuple[Tensor | None, ...],
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     count = len(vq4.TENSORS)
-    gate_up, down = (dict(zip(vq4.TENSORS, operands[i : i + count], strict=True)) for i in (0, count))
+    gate_up, down = (
+        dict(zip(vq4.TENSORS, operands[i : i + count], strict=True)) for i in (0, count)
+    )
     return gate_up, down
 
 
 def reference(
-    x: Tensor, topk_index: Tensor, topk_weight: Tensor, *operands: Tensor | None, gate: str, **attributes: Any
+    x: Tensor,
+    topk_index: Tensor,
+    topk_weight: Tensor,
+    *operands: Tensor | None,
+    gate: str,
+    **attributes: Any,
 ) -> Tensor:
     """The definition. operands: gate_up, down, post_norm."""
     gate_up, down = _projections(operands)
@@ -34,16 +43,22 @@ def reference(
     up = pack.unpack_projection(gate_up, x.shape[1], gated=gate != "none")
     below = pack.unpack_projection(down, scale.shape[1] // rows_per_unit(gate), gated=False)
     stored = [t for p in (up, below) for t in (*(p[name] for name in vq4.TENSORS), None, None)]
-    return ops.vq_experts_reference(x, topk_index, topk_weight, *stored, operands[-1], gate=gate, **attributes)
+    return ops.vq_experts_reference(
+        x, topk_index, topk_weight, *stored, operands[-1], gate=gate, **attributes
+    )
 
 
-def kernel(x: Tensor, topk_index: Tensor, topk_weight: Tensor, *operands: Tensor | None, **attributes: Any) -> Tensor:
+def kernel(
+    x: Tensor, topk_index: Tensor, topk_weight: Tensor, *operands: Tensor | None, **attributes: Any
+) -> Tensor:
     """What runs. An index outside 0..E-1 counts as zero in the kernels; the reference raises IndexError."""
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return reference(x, topk_index, topk_weight, *operands, **attributes)
     from moecc.backends.triton.launch import vq_experts
 
-    return vq_experts(x, topk_index, topk_weight, *_projections(operands), operands[-1], **attributes)
+    return vq_experts(
+        x, topk_index, topk_weight, *_projections(operands), operands[-1], **attributes
+    )
 
 
 ops.define(

@@ -50,7 +50,9 @@ def unpack_projection(p: Projection, columns: int, *, gated: bool) -> dict[str, 
         if codes is not None and codebook is not None and scale is not None:
             rows, group = scale.shape[1], codebook.shape[2]
             stored[prefix + "codes"] = unpack_codes(codes, group, rows, wide // group, gated=gated)
-            stored[prefix + "signs"] = None if signs is None else unpack_signs(signs, rows, wide // 8, gated=gated)
+            stored[prefix + "signs"] = (
+                None if signs is None else unpack_signs(signs, rows, wide // 8, gated=gated)
+            )
     return stored
 
 
@@ -80,9 +82,13 @@ def pack_codes(codes: Tensor, group: int, *, gated: bool) -> Tensor:
     order = packed_rows(rows, gated=gated, device=codes.device)
     planes, across = 4 // group, -(-width * group // COLUMNS)
     words = torch.empty(
-        (experts, len(order) // ROWS, planes, across, 4 * ROWS * _GROUPS // 16), dtype=torch.int32, device=codes.device
+        (experts, len(order) // ROWS, planes, across, 4 * ROWS * _GROUPS // 16),
+        dtype=torch.int32,
+        device=codes.device,
     )
-    for expert, out in zip(codes, words, strict=True):  # one at a time: what is in between is as large as an expert
+    for expert, out in zip(
+        codes, words, strict=True
+    ):  # one at a time: what is in between is as large as an expert
         wide = _padded(expert, order, across * COLUMNS // group)
         for plane in range(planes):
             out[:, plane] = _fragments(wide[:, plane::planes])
@@ -94,7 +100,9 @@ def unpack_codes(words: Tensor, group: int, rows: int, width: int, *, gated: boo
     experts, down, planes, across, _ = words.shape
     places = _places(rows, gated=gated, device=words.device)
     codes = torch.empty((experts, rows, width), dtype=torch.uint8, device=words.device)
-    wide = torch.empty((down * ROWS, across * COLUMNS // group), dtype=torch.uint8, device=words.device)
+    wide = torch.empty(
+        (down * ROWS, across * COLUMNS // group), dtype=torch.uint8, device=words.device
+    )
     for packed, out in zip(words, codes, strict=True):
         for plane in range(planes):
             wide[:, plane::planes] = _from_fragments(packed[:, plane])
@@ -111,7 +119,9 @@ def pack_signs(signs: Tensor, *, gated: bool) -> Tensor:
     words = torch.empty(shape, dtype=torch.int32, device=signs.device)
     for expert, out in zip(signs, words, strict=True):
         negative = vq4.unpack_signs(_padded(expert, order, across * COLUMNS // 8))
-        parts = negative.view(-1, 4, 2, 8, across, 8, 4, 4)  # row tile, w, i, r, column tile, c, t, b
+        parts = negative.view(
+            -1, 4, 2, 8, across, 8, 4, 4
+        )  # row tile, w, i, r, column tile, c, t, b
         eights = parts.permute(0, 4, 1, 3, 6, 2, 7, 5).flatten()
         out.copy_(vq4.pack_signs(eights).view(torch.int32).view(out.shape))
     return words

@@ -20,7 +20,9 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     waves: int  # programs per multiprocessor below which columns are split among programs; 0: never
-    copies: int = 1  # of the codebook in shared memory, against bank conflicts; 1: `tl.gather`, on every card
+    copies: int = (
+        1  # of the codebook in shared memory, against bank conflicts; 1: `tl.gather`, on every card
+    )
     half: bool = False  # x as the bfloat16 that it is, not as fixed point; in float16 hidden units could overflow
     persistent: bool = False  # of `half` on sm_90: `moecc.backends.triton.hopper`, eight warps; stages: of 64 columns
     registers: int = 0  # of a thread at most; 0: as the compiler likes, which is to spill a few for a round number
@@ -35,13 +37,18 @@ _MIDDLE = Tile(tokens=16, height=1, unroll=4, warps=4, stages=2, waves=2)
 _LARGE = Tile(tokens=32, height=1, unroll=2, warps=4, stages=2, waves=0)
 _COPIED = Tile(tokens=8, height=1, unroll=2, warps=4, stages=3, waves=3, copies=32)
 _HALF = Tile(tokens=64, height=2, unroll=1, warps=4, stages=3, waves=0, copies=32, half=True)
-TILES: dict[str, tuple[tuple[int | None, Tile], ...]] = {  # by the longest beginning of the card's name
+TILES: dict[
+    str, tuple[tuple[int | None, Tile], ...]
+] = {  # by the longest beginning of the card's name
     "sm_": ((8, _SMALL), (24, _MIDDLE._replace(unroll=2)), (None, _LARGE._replace(warps=8))),
     "sm_90": (
         (8, _COPIED),
         (24, _COPIED._replace(tokens=16)),
         (96, _HALF),
-        (512, _HALF._replace(tokens=128, copies=4)),  # more copies: a multiprocessor has one program at 3 bit, not two
+        (
+            512,
+            _HALF._replace(tokens=128, copies=4),
+        ),  # more copies: a multiprocessor has one program at 3 bit, not two
         (None, _HALF._replace(tokens=256, warps=8, stages=5, copies=16, persistent=True)),
         (None, _HALF._replace(tokens=128, copies=4)),
         (None, _LARGE._replace(tokens=64)),
@@ -86,7 +93,11 @@ def card_of(device: torch.device) -> Card:
     if device.type != "cuda":
         return Card()
     found = torch.cuda.get_device_properties(device)
-    name = found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+    name = (
+        found.gcnArchName.partition(":")[0]
+        if torch.version.hip
+        else f"sm_{found.major}{found.minor}"
+    )
     return Card(name, found.multi_processor_count)
 
 

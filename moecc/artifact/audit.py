@@ -54,7 +54,9 @@ class Plan:
     rows: list[Row] = field(default_factory=list)
     experts: dict[str, Any] = field(default_factory=dict)
     linears: dict[str, Any] = field(default_factory=dict)
-    held: set[str] = field(default_factory=set)  # names that the program has for what is stored of experts and linears
+    held: set[str] = field(
+        default_factory=set
+    )  # names that the program has for what is stored of experts and linears
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +64,9 @@ class Plan:
 
     def put(self, name: str, tensor: LazyTensor) -> None:
         if name in self.tensors:
-            raise MoeccError(f"{name}: two tensors of the artifact have this name; rename the one a pass adds")
+            raise MoeccError(
+                f"{name}: two tensors of the artifact have this name; rename the one a pass adds"
+            )
         self.tensors[name] = tensor
 
 
@@ -104,7 +108,9 @@ def _require_storable(found: Plan, program: Program, original: Program) -> None:
     new = (name for name in program.tensors if not program.tensors.same(original.tensors, name))
     if lost := next((name for name in new if name not in places), None):
         why = (
-            f"it is tied to {store.tied[lost]}" if lost in store.names() else "the model has no parameter of that name"
+            f"it is tied to {store.tied[lost]}"
+            if lost in store.names()
+            else "the model has no parameter of that name"
         )
         raise MoeccError(f"a pass gave {lost} a value that can't be stored: {why}")
 
@@ -123,17 +129,23 @@ def _note_unused(found: Plan, program: Program, ctx: Context) -> None:
         ctx.notes.append(f"{name}: recorded, but no weight is called so: {ctx.audit[name]}")
 
 
-def _plan_experts(found: Plan, program: Program, original: Program, moe: MoE, ctx: Context) -> dict[str, str]:
+def _plan_experts(
+    found: Plan, program: Program, original: Program, moe: MoE, ctx: Context
+) -> dict[str, str]:
     """Plans one layer's experts; parameter -> projection that stands for it now. Nothing for experts left dense."""
     if moe.node.target is ops.EXPERTS:
         return {}
     if moe.node.target is not ops.VQ_EXPERTS:
-        raise MoeccError(f"{moe.path}: still {moe.node.target} after the last pass; add 'vq' to the pipeline")
+        raise MoeccError(
+            f"{moe.path}: still {moe.node.target} after the last pass; add 'vq' to the pipeline"
+        )
     before = next(m for m in original.moe_layers() if m.path == moe.path)
     entry: dict[str, Any] = {"attributes": moe.attributes, "remove": []}
     taken: dict[str, str] = {}
     for projection in ("gate_up", "down"):
-        stored = _operands(program, moe.node, [f"{projection}_{t}" for t in vq4.TENSORS], projection)
+        stored = _operands(
+            program, moe.node, [f"{projection}_{t}" for t in vq4.TENSORS], projection
+        )
         entry[projection] = {k: _spec(node) for k, (node, _) in stored.items()}
         for tensor, (node, name) in stored.items():
             found.put(f"{moe.path}.{projection}.{tensor}", _held(program, node, name))
@@ -152,7 +164,9 @@ def _origins(original: Program, moe: MoE, projection: str) -> list[str]:
     for operand in (projection, f"{projection}_bias"):
         node = moe.operand(operand)
         if node is not None:
-            names += [s for s in original.origins(original.weights[node.name].name) if s not in names]
+            names += [
+                s for s in original.origins(original.weights[node.name].name) if s not in names
+            ]
     return names
 
 
@@ -220,7 +234,9 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
         if name in taken:
             continue
         if name in tied and tied[name] != name:
-            found.rows.append(Row(name, role_of(name), tuple(store.shape(name)), f"tied to {tied[name]}", 0))
+            found.rows.append(
+                Row(name, role_of(name), tuple(store.shape(name)), f"tied to {tied[name]}", 0)
+            )
             continue
         rewritten, shape = name in program.tensors, tuple(store.shape(name))
         if rewritten:
@@ -229,8 +245,16 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
             tensor = LazyTensor(shape, store.dtype(name), partial(store.read, name))
         found.put(name, tensor)
         facts = {**ctx.audit.get(recorded.get(name, ""), {}), **ctx.audit.get(name, {})}
-        reason = "no path of the trace reads it" if name in program.unreached else facts.get("fallback", "")
-        details = {"source_bits": _source_bits(program, name), **_details(facts)} if rewritten or facts else {}
+        reason = (
+            "no path of the trace reads it"
+            if name in program.unreached
+            else facts.get("fallback", "")
+        )
+        details = (
+            {"source_bits": _source_bits(program, name), **_details(facts)}
+            if rewritten or facts
+            else {}
+        )
         bits = 8 * tensor.nbytes / max(math.prod(shape), 1)
         became = facts.get("became", "rewritten" if rewritten else "as it was")
         found.rows.append(
@@ -240,7 +264,14 @@ def _plan_rest(found: Plan, program: Program, taken: Mapping[str, str], ctx: Con
         )  # fmt: skip
     for name in (*getattr(store, "unexpected", ()), *getattr(store, "ignored", ())):
         found.rows.append(
-            Row(name, "not part of the model", (), "left out", 0, fallback="no parameter of the model takes it")
+            Row(
+                name,
+                "not part of the model",
+                (),
+                "left out",
+                0,
+                fallback="no parameter of the model takes it",
+            )
         )
 
 
@@ -252,10 +283,16 @@ def _dense_experts(program: Program) -> dict[str, str]:
 
 def _details(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that a row has no field of its own for."""
-    return {k: v for k, v in facts.items() if k not in ("became", "error", "tokens", "starved", "fallback")}
+    return {
+        k: v
+        for k, v in facts.items()
+        if k not in ("became", "error", "tokens", "starved", "fallback")
+    }
 
 
-Stored = dict[str, tuple[fx.Node, str]]  # short name of a stored tensor -> its placeholder, the weight's name
+Stored = dict[
+    str, tuple[fx.Node, str]
+]  # short name of a stored tensor -> its placeholder, the weight's name
 
 
 def _operands(program: Program, node: fx.Node, operands: Iterable[str], projection: str) -> Stored:
@@ -278,7 +315,9 @@ def _held(program: Program, node: fx.Node, name: str) -> LazyTensor:
 def _rewritten(program: Program, name: str) -> LazyTensor:
     """A weight of the checkpoint that a pass changed: in the checkpoint's type where that holds it exactly, else the program's."""
     dtype = program.stored_dtype(name) if name in program.rounded else program.dtype
-    return LazyTensor(_shape(program, name), dtype, lambda: program.tensors[name].to(dtype).contiguous())
+    return LazyTensor(
+        _shape(program, name), dtype, lambda: program.tensors[name].to(dtype).contiguous()
+    )
 
 
 def _nbytes(node: fx.Node) -> int:

@@ -41,7 +41,12 @@ class MoeccConfig(QuantizationConfigMixin):
         self.version, self.experts, self.linears = version, dict(experts or {}), dict(linears or {})
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "version": self.version, "experts": self.experts, "linears": self.linears}
+        return {
+            "quant_method": METHOD,
+            "version": self.version,
+            "experts": self.experts,
+            "linears": self.linears,
+        }
 
 
 class MoeccQuantizer(HfQuantizer):
@@ -69,7 +74,9 @@ class MoeccQuantizer(HfQuantizer):
 def load(folder: str, dtype: torch.dtype | None = None) -> Any:
     """The transformers model of an artifact (or of any checkpoint), by the class that its configuration asks for."""
     config, _ = read_config(folder)
-    model = model_class(config).from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    model = model_class(config).from_pretrained(
+        folder, dtype=dtype or "auto", local_files_only=True
+    )
     return model.eval()
 
 

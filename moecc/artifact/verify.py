@@ -28,7 +28,9 @@ class Comparison:
     loaded_by: str
 
     def line(self) -> str:
-        return f"reloaded by {self.loaded_by}: logits differ by {self.difference:.1e} of the largest"
+        return (
+            f"reloaded by {self.loaded_by}: logits differ by {self.difference:.1e} of the largest"
+        )
 
 
 def reload_and_compare(
@@ -43,7 +45,9 @@ def reload_and_compare(
     fits = size * _EXPANSION < (free_memory() if memory is None else memory)
     got = _reloaded(folder, batches, fits)
     largest = max(float(w.abs().max()) for w in want)
-    difference = max(float((w - g).abs().max()) for w, g in zip(want, got, strict=True)) / max(largest, 1e-12)
+    difference = max(float((w - g).abs().max()) for w, g in zip(want, got, strict=True)) / max(
+        largest, 1e-12
+    )
     found = Comparison(difference, "transformers" if fits else "moecc, layer by layer")
     if not difference <= TOLERANCE:
         raise MoeccError(
@@ -61,7 +65,9 @@ def _reloaded(folder: Path, batches: Sequence[Tensor], by_transformers: bool) ->
         raise
     except Exception as error:  # whatever the family's code makes of weights that don't fit it
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MoeccError(f"{folder.name}: what was written can't be loaded again: {why}; nothing was kept") from error
+        raise MoeccError(
+            f"{folder.name}: what was written can't be loaded again: {why}; nothing was kept"
+        ) from error
 
 
 @torch.no_grad()

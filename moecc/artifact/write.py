@@ -24,7 +24,12 @@ _NOT_COPIED = ("config.json", "moecc.json", "model.safetensors.index.json")
 
 
 def write_artifact(
-    folder: Path, found: Plan, program: Program, source: Path | None, facts: Mapping[str, Any], progress: Any = None
+    folder: Path,
+    found: Plan,
+    program: Program,
+    source: Path | None,
+    facts: Mapping[str, Any],
+    progress: Any = None,
 ) -> list[Row]:
     """Write the artifact into the existing folder `folder`; the complete audit, whose bytes equal those on disk."""
     free_space(folder, int(found.nbytes * 1.01) + (1 << 20))
@@ -34,7 +39,9 @@ def write_artifact(
         if len(shards) == 1
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
-    for name, keys in (progress or (lambda items, label: items))(list(zip(names, shards, strict=True)), "writing"):
+    for name, keys in (progress or (lambda items, label: items))(
+        list(zip(names, shards, strict=True)), "writing"
+    ):
         write_safetensors(folder / name, {k: found.tensors[k] for k in keys}, {"format": "pt"})
     if len(shards) > 1:
         index = {k: name for name, keys in zip(names, shards, strict=True) for k in keys}
@@ -71,7 +78,10 @@ def _header_row(folder: Path, names: list[str], tensors: int) -> Row:
 
 
 def _check_total(folder: Path, names: list[str], rows: Iterable[Row]) -> None:
-    on_disk, accounted = sum((folder / n).stat().st_size for n in names), sum(r.nbytes for r in rows)
+    on_disk, accounted = (
+        sum((folder / n).stat().st_size for n in names),
+        sum(r.nbytes for r in rows),
+    )
     if on_disk != accounted:
         raise MoeccError(
             f"the audit accounts for {accounted} bytes but the files hold {on_disk}; this is a fault of moecc"
@@ -93,11 +103,15 @@ def copy_small_files(source: Path | None, folder: Path) -> None:
 
 def _config(program: Program, source: Path | None, found: Plan) -> dict[str, Any]:
     config: dict[str, Any] = (
-        json.loads((source / "config.json").read_text()) if source is not None else program.config.to_dict()
+        json.loads((source / "config.json").read_text())
+        if source is not None
+        else program.config.to_dict()
     )
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
-            part.pop("quantization_config", None)  # how the source's weights were stored (`moecc.checkpoint.low_bit`)
+            part.pop(
+                "quantization_config", None
+            )  # how the source's weights were stored (`moecc.checkpoint.low_bit`)
     if found.experts or found.linears:
         config["quantization_config"] = {
             "quant_method": "moecc", "version": vq4.VERSION, "experts": found.experts, "linears": found.linears,

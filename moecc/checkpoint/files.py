@@ -23,10 +23,26 @@ from moecc.errors import MoeccError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "BOOL": torch.bool,
+    },
+    **{
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+    },
     **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu},
+    **{
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+    },
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -50,13 +66,18 @@ class TensorEntry:
         else:
             out = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
             at = [range(self.shape[0])[row] for row in rows]
-            parts = [(out[i], self.start + row * (self.nbytes // self.shape[0])) for i, row in enumerate(at)]
+            parts = [
+                (out[i], self.start + row * (self.nbytes // self.shape[0]))
+                for i, row in enumerate(at)
+            ]
         try:
             with open(self.file, "rb", buffering=0) as file:
                 for part, start in parts:
                     self._fill(file, part, start)
         except OSError as error:
-            raise MoeccError(f"can't read '{self.name}' from {self.file}: {error.strerror or error}") from error
+            raise MoeccError(
+                f"can't read '{self.name}' from {self.file}: {error.strerror or error}"
+            ) from error
         return out
 
     def _fill(self, file: Any, part: Tensor, start: int) -> None:
@@ -65,7 +86,9 @@ class TensorEntry:
         while len(view):  # one call gives at most 2 GiB
             got = file.readinto(view)
             if not got:
-                raise MoeccError(f"{self.file} ends inside '{self.name}'; it was cut while in use: fetch it again")
+                raise MoeccError(
+                    f"{self.file} ends inside '{self.name}'; it was cut while in use: fetch it again"
+                )
             view = view[got:]
 
 
@@ -79,7 +102,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         size = file.stat().st_size
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            head = f.read(length) if length <= min(size - 8, 100 << 20) else b""  # 100 MiB: safetensors' own limit
+            head = (
+                f.read(length) if length <= min(size - 8, 100 << 20) else b""
+            )  # 100 MiB: safetensors' own limit
     except OSError as error:
         raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
     try:
@@ -89,10 +114,14 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     except MoeccError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MoeccError(f"{file} has no valid safetensors header (truncated or corrupt): fetch it again") from error
+        raise MoeccError(
+            f"{file} has no valid safetensors header (truncated or corrupt): fetch it again"
+        ) from error
     end = _end_of_data(file, entries.values(), 8 + length)
     if end != size:
-        raise MoeccError(f"{file} is {size} bytes and its header says {end} (truncated or corrupt): fetch it again")
+        raise MoeccError(
+            f"{file} is {size} bytes and its header says {end} (truncated or corrupt): fetch it again"
+        )
     return entries, metadata
 
 
@@ -100,15 +129,21 @@ def _end_of_data(file: Path, entries: Iterable[TensorEntry], start: int) -> int:
     """Where the last tensor ends; each must begin where the one before it ends, as the format has it."""
     for entry in sorted(entries, key=lambda e: (e.start, e.nbytes)):
         if entry.start != start:
-            what = "overlaps the tensor before it" if entry.start < start else "leaves a gap before it"
-            raise MoeccError(f"'{entry.name}' in {file} {what} (corrupt data_offsets): fetch it again")
+            what = (
+                "overlaps the tensor before it" if entry.start < start else "leaves a gap before it"
+            )
+            raise MoeccError(
+                f"'{entry.name}' in {file} {what} (corrupt data_offsets): fetch it again"
+            )
         start += entry.nbytes
     return start
 
 
 def _entry(name: str, file: Path, base: int, item: dict[str, Any]) -> TensorEntry:
     if item["dtype"] not in DTYPES:
-        raise MoeccError(f"'{name}' in {file} has dtype {item['dtype']}, which torch can't hold; use a bf16 checkpoint")
+        raise MoeccError(
+            f"'{name}' in {file} has dtype {item['dtype']}, which torch can't hold; use a bf16 checkpoint"
+        )
     dtype, shape, (start, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
     whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
     if not whole or end - start != math.prod(shape) * dtype.itemsize:
@@ -130,14 +165,20 @@ class LazyTensor:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor | LazyTensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `path` whole or not at all: a temporary file beside it, synced, then renamed.
 
     The same tensors give the same bytes; safetensors' own writer orders metadata by chance, and copies every tensor.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # keeps every tensor aligned
-    table: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)
+    )  # keeps every tensor aligned
+    table: dict[str, Any] = {
+        "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
+    }
     end = 0
     for name in order:
         start, end = end, end + tensors[name].nbytes
@@ -150,7 +191,9 @@ def write_safetensors(
         with open(part, "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
             for name in order:
-                file.write(cast(Any, as_bytes(_value(name, tensors[name]).cpu().contiguous()).numpy()))
+                file.write(
+                    cast(Any, as_bytes(_value(name, tensors[name]).cpu().contiguous()).numpy())
+                )
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -216,18 +259,24 @@ def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)[0]
     if not (folder / INDEX).exists():
-        raise MoeccError(f"{folder} has neither {SINGLE} nor {INDEX}; moecc reads safetensors checkpoints only")
+        raise MoeccError(
+            f"{folder} has neither {SINGLE} nor {INDEX}; moecc reads safetensors checkpoints only"
+        )
     where = read_index(folder / INDEX)
     shards = sorted(set(where.values()))
     for shard in shards:
         if not (folder / shard).is_file():
-            raise MoeccError(f"{folder} lacks {shard}, one of the {len(shards)} files its index names: fetch it again")
+            raise MoeccError(
+                f"{folder} lacks {shard}, one of the {len(shards)} files its index names: fetch it again"
+            )
     entries: dict[str, TensorEntry] = {}
     for shard in shards:
         entries.update(read_header(folder / shard)[0])
     for name, shard in where.items():
         if name not in entries:
-            raise MoeccError(f"{folder / shard} has no '{name}', which {INDEX} says it has: fetch both again")
+            raise MoeccError(
+                f"{folder / shard} has no '{name}', which {INDEX} says it has: fetch both again"
+            )
     return entries
 
 
@@ -238,5 +287,7 @@ def read_index(file: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MoeccError(f"{file} isn't a valid index (no 'weight_map'): fetch it again") from error
     if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
-        raise MoeccError(f"{file} isn't a valid index ('weight_map' must give file names): fetch it again")
+        raise MoeccError(
+            f"{file} isn't a valid index ('weight_map' must give file names): fetch it again"
+        )
     return where

@@ -63,9 +63,18 @@ class Decoded:
         """bfloat16, or the given rows of the first dimension."""
         if rows is not None and len(self.shape) < 3:  # rows share scales
             return self.read()[list(rows)]
-        codes, scale = self.codes.read(rows), _plain(self.scale.read(rows if self.scale.shape else None))
+        codes, scale = (
+            self.codes.read(rows),
+            _plain(self.scale.read(rows if self.scale.shape else None)),
+        )
         if self.block is None:
-            return (fp4(codes) * scale[..., None]).flatten(-2).transpose(-1, -2).contiguous().to(self.dtype)
+            return (
+                (fp4(codes) * scale[..., None])
+                .flatten(-2)
+                .transpose(-1, -2)
+                .contiguous()
+                .to(self.dtype)
+            )
         weight = codes.float() if codes.dtype in _FP8 else fp4(codes)
         if scale.dim() >= 2:
             for dim, size in zip((-2, -1), self.block, strict=True):
@@ -97,7 +106,11 @@ def block_size(folder: Path) -> tuple[int, int] | None:
         return None  # read_config says what is wrong with it
     for part in (config, config.get("text_config") or {}):
         size = (part.get("quantization_config") or {}).get("weight_block_size")
-        if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
+        if (
+            isinstance(size, list)
+            and len(size) == 2
+            and all(type(n) is int and n > 0 for n in size)
+        ):
             return size[0], size[1]
     return None
 
@@ -119,7 +132,11 @@ def _in_blocks(codes: Entry, scale: Entry, block: tuple[int, int] | None) -> Dec
     columns *= pairs
     if math.prod(scale.shape) == 1 and not lead:
         return Decoded(codes.name, codes, scale, (rows, columns), (rows, columns))
-    fits = len(scale.shape) == len(codes.shape) and list(scale.shape[:-2]) == lead and min(scale.shape) > 0
+    fits = (
+        len(scale.shape) == len(codes.shape)
+        and list(scale.shape[:-2]) == lead
+        and min(scale.shape) > 0
+    )
     grid = scale.shape[-2:] if fits else (1, 1)
     # what the configuration says is of FP8: experts in FP4 beside it have blocks of their own
     size = block if block and pairs == 1 else (-(-rows // grid[0]), -(-columns // grid[1]))

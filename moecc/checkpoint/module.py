@@ -26,9 +26,13 @@ class ModuleStore:
         self.model = model
         self._tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
         owners: dict[int, str] = {}
-        shared = {name: owners.setdefault(id(tensor), name) for name, tensor in self._tensors.items()}
+        shared = {
+            name: owners.setdefault(id(tensor), name) for name, tensor in self._tensors.items()
+        }
         self.tied = {name: owner for name, owner in shared.items() if name != owner}
-        self.missing = [name for name, tensor in self._tensors.items() if tensor.is_meta or is_fake(tensor)]
+        self.missing = [
+            name for name, tensor in self._tensors.items() if tensor.is_meta or is_fake(tensor)
+        ]
 
     def names(self) -> list[str]:
         return [name for name in self._tensors if name in self]

@@ -16,7 +16,9 @@ from moecc.errors import MoeccError
 from moecc.ir import vq4
 
 METHOD = "moecc"  # quant_method of the checkpoints that moecc writes
-TensorSpecs = Mapping[str, tuple[Sequence[int], str]]  # tensor name -> (shape, dtype as torch spells it: "uint8")
+TensorSpecs = Mapping[
+    str, tuple[Sequence[int], str]
+]  # tensor name -> (shape, dtype as torch spells it: "uint8")
 
 
 @dataclass(frozen=True)

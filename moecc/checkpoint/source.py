@@ -25,7 +25,9 @@ def model_folder(source: str, files: list[str], *, revision: str | None = None) 
     """The folder behind `source`, which holds a config.json: a local one, or `files` of a hub id downloaded."""
     folder = Path(source).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise MoeccError(f"{source} is a file; give the folder that holds config.json and the safetensors files")
+        raise MoeccError(
+            f"{source} is a file; give the folder that holds config.json and the safetensors files"
+        )
     if not folder.is_dir():
         if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
             raise MoeccError(
@@ -33,7 +35,9 @@ def model_folder(source: str, files: list[str], *, revision: str | None = None) 
             )
         folder = _download(source, files, revision)
     if not (folder / "config.json").is_file():
-        raise MoeccError(f"{source} has no config.json; give the folder of a transformers checkpoint")
+        raise MoeccError(
+            f"{source} has no config.json; give the folder of a transformers checkpoint"
+        )
     return folder
 
 
@@ -41,8 +45,14 @@ def _download(repo: str, files: list[str], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=HUB_SKIPPED))
-    except Exception as error:  # the hub client raises OSError, ValueError and httpx's own errors for one bad name
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=files, ignore_patterns=HUB_SKIPPED
+            )
+        )
+    except (
+        Exception
+    ) as error:  # the hub client raises OSError, ValueError and httpx's own errors for one bad name
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise MoeccError(
             f"no folder '{repo}' here, and the hub gave no model of that name ({type(error).__name__}: {why[0]}); "

@@ -44,7 +44,9 @@ class _Recipe:
 
     target: str
     converter: WeightConverter | None
-    sources: dict[str, list[str]] = field(default_factory=dict)  # source pattern -> checkpoint names, in expert order
+    sources: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # source pattern -> checkpoint names, in expert order
 
     @property
     def keys(self) -> list[str]:
@@ -80,8 +82,12 @@ class CheckpointStore:
         self.tied = self._find_tied()
         skip = _pattern(self.model, "_keys_to_ignore_on_load_missing")
         given = self._recipes.keys() | self.tied.keys()
-        self.missing = [n for n in self._declared if n not in given and not (skip and skip.search(n))]
-        skip = _pattern(self.model, "_keys_to_ignore_on_load_unexpected", _moved_buffers(self._buffers))
+        self.missing = [
+            n for n in self._declared if n not in given and not (skip and skip.search(n))
+        ]
+        skip = _pattern(
+            self.model, "_keys_to_ignore_on_load_unexpected", _moved_buffers(self._buffers)
+        )
         ignored = {key for key, name in unmatched.items() if skip and skip.search(name)}
         self.ignored = sorted(ignored, key=dot_natural_key)
         self.unexpected = [key for key in unmatched if key not in ignored]
@@ -105,8 +111,12 @@ class CheckpointStore:
                 left[key] = name
         return left
 
-    def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
-        return rename_source_key(key, renamings, converters, self.model.base_model_prefix, self._declared)
+    def _rename(
+        self, key: str, renamings: list[Any], converters: list[Any]
+    ) -> tuple[str, str | None]:
+        return rename_source_key(
+            key, renamings, converters, self.model.base_model_prefix, self._declared
+        )
 
     def _take(self, name: str, converter: WeightConverter | None, pattern: str, key: str) -> bool:
         recipe = self._recipes.get(name)
@@ -188,7 +198,11 @@ class CheckpointStore:
 
         `experts` asks for those rows of a fused [E, ...] parameter, in that order. NaN or infinity raises."""
         recipe = self._recipe(name)
-        to = self.dtype(name) if dtype is None else kept_dtype(self.model, name, self._declared[name], dtype)
+        to = (
+            self.dtype(name)
+            if dtype is None
+            else kept_dtype(self.model, name, self._declared[name], dtype)
+        )
         load = partial(self._load, dtype=to, device=torch.device(device))
         if experts is None:
             return self._make(recipe, load)[self.tied.get(name, name)]
@@ -198,7 +212,14 @@ class CheckpointStore:
             return self._make(recipe, load, experts)[self.tied.get(name, name)]
         return self._make(recipe, load)[self.tied.get(name, name)][list(experts)]
 
-    def _load(self, key: str, rows: Sequence[int] | None = None, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _load(
+        self,
+        key: str,
+        rows: Sequence[int] | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
         entry = self.entries[key]
         tensor = entry.read(rows)
         require_finite(tensor, f"'{key}' in {entry.file}")
@@ -214,7 +235,9 @@ class CheckpointStore:
             for key in keys if experts is None else [keys[e] for e in experts]:
                 converter.add_tensor(recipe.target, key, pattern, cast(Any, partial(load, key)))
         made = converter.convert(recipe.target, model=self.model, config=self.model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
 
     # -- checks that need no weights
 
@@ -222,10 +245,18 @@ class CheckpointStore:
         """Raise if the checkpoint doesn't fit the model: missing tensors, quantized ones, shapes that the config
         doesn't imply. The converters run on tensors without storage, made from the file headers."""
         if self.missing:
-            lost, left = f"{len(self.missing)} of {len(self._declared)} missing", len(self.unexpected)
+            lost, left = (
+                f"{len(self.missing)} of {len(self._declared)} missing",
+                len(self.unexpected),
+            )
             hint = f", {left} fit nothing, e.g. '{self.unexpected[0]}'" if left else ""
-            todo = self._quantized() or "check that config.json belongs to these weights, or fetch them again"
-            raise MoeccError(f"{self.folder} has no tensor for '{self.missing[0]}' ({lost}{hint}); {todo}")
+            todo = (
+                self._quantized()
+                or "check that config.json belongs to these weights, or fetch them again"
+            )
+            raise MoeccError(
+                f"{self.folder} has no tensor for '{self.missing[0]}' ({lost}{hint}); {todo}"
+            )
         names: dict[int, list[str]] = defaultdict(list)
         for name, recipe in self._recipes.items():
             names[id(recipe)].append(name)
@@ -234,7 +265,11 @@ class CheckpointStore:
 
     def _quantized(self) -> str:
         quantization = getattr(self.model.config, "quantization_config", None)
-        return "the checkpoint is quantized already; use one in bf16, fp16 or fp32" if quantization else ""
+        return (
+            "the checkpoint is quantized already; use one in bf16, fp16 or fp32"
+            if quantization
+            else ""
+        )
 
     def _check_recipe(self, recipe: _Recipe, names: list[str]) -> None:
         for key in recipe.keys:
@@ -244,19 +279,33 @@ class CheckpointStore:
         first = self.entries[recipe.keys[0]]
         what = f"'{first.name}' in {first.file} is {list(first.shape)}"
         try:
-            made = self._make(recipe, lambda key: torch.empty(self.entries[key].shape, device="meta"))
-        except Exception as error:  # converters check little: whatever torch makes of shapes they didn't expect
+            made = self._make(
+                recipe, lambda key: torch.empty(self.entries[key].shape, device="meta")
+            )
+        except (
+            Exception
+        ) as error:  # converters check little: whatever torch makes of shapes they didn't expect
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise MoeccError(f"{what} and doesn't merge into '{recipe.target}' with its siblings: {why}") from error
+            raise MoeccError(
+                f"{what} and doesn't merge into '{recipe.target}' with its siblings: {why}"
+            ) from error
         for name in names:
-            got, want = list(made[name].shape) if name in made else None, list(self._declared[name].shape)
+            got, want = (
+                list(made[name].shape) if name in made else None,
+                list(self._declared[name].shape),
+            )
             if got != want:
                 what += f", which makes '{name}' {got}" if got != list(first.shape) else ""
-                raise MoeccError(f"{what}, but config.json implies {want}; check that it belongs to these weights")
+                raise MoeccError(
+                    f"{what}, but config.json implies {want}; check that it belongs to these weights"
+                )
 
     def _check_dtype(self, entry: Entry, declared: Tensor) -> None:
         if declared.is_floating_point():
-            fits, todo = entry.dtype.is_floating_point and entry.dtype.itemsize > 1, self._quantized()
+            fits, todo = (
+                entry.dtype.is_floating_point and entry.dtype.itemsize > 1,
+                self._quantized(),
+            )
         else:
             fits, todo = torch.promote_types(entry.dtype, declared.dtype) == declared.dtype, ""
         if not fits:
@@ -278,7 +327,9 @@ class CheckpointStore:
             usual = Counter(self.entries[key].shape for key in keys).most_common(1)[0][0]
             for entry in (self.entries[key] for key in keys if self.entries[key].shape != usual):
                 what = f"'{entry.name}' in {entry.file} is {list(entry.shape)}"
-                raise MoeccError(f"{what}, but the other experts have {list(usual)}; fetch it again")
+                raise MoeccError(
+                    f"{what}, but the other experts have {list(usual)}; fetch it again"
+                )
 
     def digest(self) -> str:
         """SHA-256 over config.json, names, sizes and headers of the weight files and samples of their content.
@@ -306,7 +357,9 @@ def _absent_expert(keys: list[str], experts: int) -> str | None:
         numbers = {int(part) for part in column if part.isdigit()}
         if len(numbers) > 1:
             gap = min(set(range(experts)) - numbers, default=None)
-            return None if gap is None else ".".join([*parts[0][:at], str(gap), *parts[0][at + 1 :]])
+            return (
+                None if gap is None else ".".join([*parts[0][:at], str(gap), *parts[0][at + 1 :]])
+            )
     return None
 
 
@@ -329,7 +382,9 @@ def kept_dtype(model: Any, name: str, declared: Tensor, dtype: torch.dtype) -> t
     nor the float32 exceptions transformers lists (routing biases, for the most part)."""
     if not declared.is_floating_point():
         return declared.dtype
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    plan: dict[str, torch.dtype] = (
+        model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    )
     for pattern, kept in plan.items():
         if re.search(pattern.replace("*", ".*"), name):
             return kept

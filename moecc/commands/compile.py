@@ -94,11 +94,19 @@ def compile_model(
     made = [p for p in (partial, *partial.parents) if not p.exists()]
     journal = None
     try:
-        held = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())  # by a run that goes on
-        free_space(partial, least_bytes(program, resolved) - held)  # a full disk is better met now than later
-        same = {k: v for k, v in vars(job).items() if k != "source"}  # its digest tells; it may be typed another way
+        held = sum(
+            f.stat().st_size for f in partial.rglob("*") if f.is_file()
+        )  # by a run that goes on
+        free_space(
+            partial, least_bytes(program, resolved) - held
+        )  # a full disk is better met now than later
+        same = {
+            k: v for k, v in vars(job).items() if k != "source"
+        }  # its digest tells; it may be typed another way
         journal = Journal(partial / "journal", same)
-        result = _run(program, resolved, batches, job, target, journal, partial, folder, dump, progress, say)
+        result = _run(
+            program, resolved, batches, job, target, journal, partial, folder, dump, progress, say
+        )
         (partial / "artifact").rename(out)
         journal.remove()
         shutil.rmtree(partial, ignore_errors=True)
@@ -127,9 +135,13 @@ def _partial_of(out: Path) -> Path:
         )
     above = next(p for p in out.absolute().parents if os.path.lexists(p))
     if not above.is_dir():
-        raise MoeccError(f"{out} can't be made: {above} is not a folder; choose another output folder")
+        raise MoeccError(
+            f"{out} can't be made: {above} is not a folder; choose another output folder"
+        )
     if not os.access(above, os.W_OK | os.X_OK):
-        raise MoeccError(f"{out} can't be made: no permission to write in {above}; choose another output folder")
+        raise MoeccError(
+            f"{out} can't be made: no permission to write in {above}; choose another output folder"
+        )
     return partial
 
 
@@ -216,23 +228,34 @@ def _pipeline(passes: str, bits: float | None, say: Callable[[str], None]) -> li
 
 
 def _calibration(
-    folder: Path, calib: Path | None, rows: int, length: int, passes: list[Pass], trust_remote_code: bool
+    folder: Path,
+    calib: Path | None,
+    rows: int,
+    length: int,
+    passes: list[Pass],
+    trust_remote_code: bool,
 ) -> tuple[list[Tensor], str]:
     """Calibration rows in batches [B, S], and their digest; none where no pass needs them."""
     if not any(p.needs_data for p in passes):
         return [], ""
-    ids = token_rows(tokenizer_of(folder, trust_remote_code=trust_remote_code), calib, count=rows, length=length)
+    ids = token_rows(
+        tokenizer_of(folder, trust_remote_code=trust_remote_code), calib, count=rows, length=length
+    )
     return list(ids.split(BATCH)), rows_digest(ids)
 
 
 def _require_fresh(program: Program, model: str, say: Callable[[str], None]) -> None:
     store: Any = program.store
     if store is None:
-        raise MoeccError(f"{model}: no *.safetensors weights in this folder; give a complete checkpoint")
+        raise MoeccError(
+            f"{model}: no *.safetensors weights in this folder; give a complete checkpoint"
+        )
     store.check()
     if getattr(program.config, "quantization_config", None) is not None:
         raise MoeccError(f"{model} is compressed already; give the checkpoint it was made from")
-    if packed := [name for name, entry in getattr(store, "entries", {}).items() if isinstance(entry, Decoded)]:
+    if packed := [
+        name for name, entry in getattr(store, "entries", {}).items() if isinstance(entry, Decoded)
+    ]:
         say(
             f"note: {len(packed)} tensors of {model} are stored in 8 or 4 bits and read as bfloat16, e.g. {packed[0]!r}"
         )

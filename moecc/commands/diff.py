@@ -45,13 +45,16 @@ class Side:
             "source": self.manifest.get("source"),
             "tensors": len(self.entries),
             "bytes": self.nbytes,
-            "bits_per_weight": summary.get("bits_per_weight") or (8 * stored / weights if weights else None),
+            "bits_per_weight": summary.get("bits_per_weight")
+            or (8 * stored / weights if weights else None),
             "bits_per_weight_experts": summary.get("bits_per_weight_experts"),
         }
 
 
 def compare_models(
-    a: str, b: str, progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
+    a: str,
+    b: str,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items,
 ) -> Any:
     """What `moecc diff --json` prints; `identical` says whether there is any difference."""
     left, right = _side(a), _side(b)
@@ -61,7 +64,10 @@ def compare_models(
         found = compare(left.entries[name], right.entries[name])
         if found is not None:
             different.append({"name": name, **found})
-    only = [[n for n in one.entries if n not in other.entries] for one, other in ((left, right), (right, left))]
+    only = [
+        [n for n in one.entries if n not in other.entries]
+        for one, other in ((left, right), (right, left))
+    ]
     files = _other_files(left, right)
     return {
         "identical": not (different or only[0] or only[1] or files),
@@ -96,7 +102,11 @@ def compare(a: TensorEntry, b: TensorEntry) -> dict[str, Any] | None:
     if same:
         return None
     if floating:
-        return {"a": kinds[0], "b": kinds[1], "relative_error": math.sqrt(error / norm) if norm else None}
+        return {
+            "a": kinds[0],
+            "b": kinds[1],
+            "relative_error": math.sqrt(error / norm) if norm else None,
+        }
     return {"a": kinds[0], "b": kinds[1], "unequal": unequal / math.prod(a.shape)}
 
 
@@ -122,16 +132,24 @@ def _side(name: str) -> Side:
         entries.update(read_header(file)[0])
     manifest = _json(folder / "moecc.json") if (folder / "moecc.json").is_file() else {}
     if not isinstance(manifest, dict):
-        raise MoeccError(f"{folder / 'moecc.json'} isn't what moecc writes; compile the model again")
-    return Side(name, folder, dict(sorted(entries.items())), sum(f.stat().st_size for f in files), manifest)
+        raise MoeccError(
+            f"{folder / 'moecc.json'} isn't what moecc writes; compile the model again"
+        )
+    return Side(
+        name, folder, dict(sorted(entries.items())), sum(f.stat().st_size for f in files), manifest
+    )
 
 
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         return [folder / name for name in sorted(set(read_index(folder / INDEX).values()))]
-    found = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    found = (
+        [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+    )
     if not found:
-        raise MoeccError(f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact")
+        raise MoeccError(
+            f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact"
+        )
     return found
 
 
@@ -145,10 +163,16 @@ def _json(file: Path) -> Any:
 def _other_files(a: Side, b: Side) -> list[str]:
     """Names of other files of a model (configurations, tokenizer, code) that only one has, or that say another thing."""
     names = {
-        f.name for side in (a, b) for kind in (*SMALL_FILES, "*.py") for f in side.folder.glob(kind) if f.name != INDEX
+        f.name
+        for side in (a, b)
+        for kind in (*SMALL_FILES, "*.py")
+        for f in side.folder.glob(kind)
+        if f.name != INDEX
     }
     both = {n for n in names if (a.folder / n).is_file() and (b.folder / n).is_file()}
-    return sorted(n for n in names if n not in both or _content(a.folder / n) != _content(b.folder / n))
+    return sorted(
+        n for n in names if n not in both or _content(a.folder / n) != _content(b.folder / n)
+    )
 
 
 def _content(file: Path) -> Any:
@@ -169,7 +193,9 @@ def table(found: dict[str, Any], most: int = 40) -> str:
     lines = [_side_line(key, found[key]) for key in ("a", "b")]
     if found["identical"]:
         return "\n".join([*lines, f"identical: {found['same_tensors']} tensors"])
-    lines.append(f"{found['same_tensors']} tensors are the same, {len(found['different_tensors'])} differ")
+    lines.append(
+        f"{found['same_tensors']} tensors are the same, {len(found['different_tensors'])} differ"
+    )
     for row in _first(found["different_tensors"], most):
         lines.append(row if isinstance(row, str) else f"  {row['name']}: {_difference(row)}")
     for key, side in (("only_in_a", "A"), ("only_in_b", "B")):
@@ -182,7 +208,11 @@ def table(found: dict[str, Any], most: int = 40) -> str:
 
 
 def _first(rows: list[Any], most: int) -> list[Any]:
-    return rows if len(rows) <= most else [*rows[:most], f"  ... and {len(rows) - most} more (--json lists all)"]
+    return (
+        rows
+        if len(rows) <= most
+        else [*rows[:most], f"  ... and {len(rows) - most} more (--json lists all)"]
+    )
 
 
 def _side_line(key: str, side: dict[str, Any]) -> str:

@@ -86,8 +86,13 @@ def evaluate(
     """Compare `program` with `reference` on token rows i64 [count, S]. MoeccError where they can't be compared."""
     pairs = _check(program, reference, rows)
     vocabulary = _width(reference)
-    batches = list(torch.split(rows, max(1, min(batch, _LOGITS_AT_ONCE // (rows.shape[1] * vocabulary)))))
-    ours, theirs = _Side(program, [p for p, _ in pairs], batches), _Side(reference, [r for _, r in pairs], batches)
+    batches = list(
+        torch.split(rows, max(1, min(batch, _LOGITS_AT_ONCE // (rows.shape[1] * vocabulary))))
+    )
+    ours, theirs = (
+        _Side(program, [p for p, _ in pairs], batches),
+        _Side(reference, [r for _, r in pairs], batches),
+    )
     tallies = [_Tally(r.path) for _, r in pairs]
     totals = _Totals()
     for stage in progress(range(reference.layers), "evaluating layers"):
@@ -141,7 +146,9 @@ def _traced(folder: Path, say: Say) -> Program:
     say(f"tracing {folder}")
     program = trace(folder, dtype=torch.float32)
     if program.store is None:
-        raise MoeccError(f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact")
+        raise MoeccError(
+            f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact"
+        )
     program.store.check()
     return program
 
@@ -171,8 +178,12 @@ def table(found: Json) -> str:
     return "\n".join(lines)
 
 
-def _evaluation(totals: _Totals, tallies: list[_Tally], program: Program, reference: Program) -> Evaluation:
-    nll, reference_nll, kl = (float(x) / totals.tokens for x in (totals.nll, totals.reference_nll, totals.kl))
+def _evaluation(
+    totals: _Totals, tallies: list[_Tally], program: Program, reference: Program
+) -> Evaluation:
+    nll, reference_nll, kl = (
+        float(x) / totals.tokens for x in (totals.nll, totals.reference_nll, totals.kl)
+    )
     for name, value in (("the reference", reference_nll), ("the compiled program", nll)):
         if math.isnan(value):
             raise MoeccError(
@@ -211,11 +222,17 @@ def _check(program: Program, reference: Program, rows: Tensor) -> list[tuple[MoE
             f"{_OTHER_MODEL}"
         )
     if rows.dim() != 2 or rows.shape[0] < 1 or rows.shape[1] < 2 or rows.dtype != torch.int64:
-        raise MoeccError(f"token rows must be i64 [1 or more, 2 or more], not {rows.dtype} {list(rows.shape)}")
+        raise MoeccError(
+            f"token rows must be i64 [1 or more, 2 or more], not {rows.dtype} {list(rows.shape)}"
+        )
     for side in (program, reference):
         require_rows(side, rows)
     by_path = {m.path: m for m in ours}
-    pairs = [(by_path[r.path], r) for r in theirs] if by_path.keys() == {r.path for r in theirs} else None
+    pairs = (
+        [(by_path[r.path], r) for r in theirs]
+        if by_path.keys() == {r.path for r in theirs}
+        else None
+    )
     pairs = pairs or list(zip(ours, theirs, strict=True))
     for p, r in pairs:
         if p.top_k != r.top_k or p.layer != r.layer:
@@ -236,7 +253,9 @@ def _check_head(program: Program, what: str) -> None:
         getattr(config, "hidden_size", None),
         _width(program),
     )
-    if isinstance(vocabulary, int) and (width < vocabulary or (width != vocabulary and width == hidden)):
+    if isinstance(vocabulary, int) and (
+        width < vocabulary or (width != vocabulary and width == hidden)
+    ):
         raise MoeccError(
             f"{what} ends in {width} values per token, not in logits over {vocabulary}; perplexity needs a causal "
             "language model with its head"
@@ -265,7 +284,9 @@ class _Side:
         """(chosen experts [T, k], -1 where a slot has no weight; output [T, D]) per batch."""
         found = []
         for b in range(len(self.stream.values)):
-            index, weight, y = (self.seen.pop((node.name, b)) for node in (*_routing(moe), moe.node))
+            index, weight, y = (
+                self.seen.pop((node.name, b)) for node in (*_routing(moe), moe.node)
+            )
             found.append((torch.where(weight != 0, index, -1), y))
         return found
 
@@ -338,7 +359,11 @@ class _Totals:
     zero: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def __post_init__(self) -> None:
-        self.nll, self.reference_nll, self.kl = self.zero.clone(), self.zero.clone(), self.zero.clone()
+        self.nll, self.reference_nll, self.kl = (
+            self.zero.clone(),
+            self.zero.clone(),
+            self.zero.clone(),
+        )
 
     def add(self, logits: Tensor, reference: Tensor, ids: Tensor) -> None:
         """logits, reference [B, S, V] in any float dtype; ids i64 [B, S]; a row's last token predicts nothing."""
@@ -378,9 +403,13 @@ def experts_bits_on_disk(program: Program) -> float:
 
 def bits_on_disk(program: Program, reference: Program) -> float:
     """Bits of everything `program` stores per weight of `reference`: tied tensors once, unreached ones too."""
-    gone = _live(reference) - _live(program)  # what a pass replaced, though the checkpoint behind it still has it
+    gone = _live(reference) - _live(
+        program
+    )  # what a pass replaced, though the checkpoint behind it still has it
     stored = {n for n in _stored(program) if n not in gone} | _made(program)
-    return sum(_bits(program, n) for n in stored) / sum(_size(reference, n) for n in _stored(reference))
+    return sum(_bits(program, n) for n in stored) / sum(
+        _size(reference, n) for n in _stored(reference)
+    )
 
 
 def _live(program: Program) -> set[str]:
@@ -388,7 +417,9 @@ def _live(program: Program) -> set[str]:
 
 
 def _origins(program: Program, weight: Weight) -> tuple[str, ...]:
-    return (weight.name,) if weight.name in program.tensors or not weight.sources else weight.sources
+    return (
+        (weight.name,) if weight.name in program.tensors or not weight.sources else weight.sources
+    )
 
 
 def _stored(program: Program) -> set[str]:
@@ -399,7 +430,9 @@ def _stored(program: Program) -> set[str]:
 def _made(program: Program) -> set[str]:
     """Held tensors that a pass made, not constants that tracing captured and the code computes again."""
     specs = program.exported_from.graph_signature.input_specs
-    captured = {s.target for s in specs if s.kind not in (InputKind.USER_INPUT, InputKind.PARAMETER)}
+    captured = {
+        s.target for s in specs if s.kind not in (InputKind.USER_INPUT, InputKind.PARAMETER)
+    }
     return {n for n in program.tensors if n not in captured}
 
 

@@ -12,7 +12,9 @@ from moecc.target import TARGETS, Emitted, Target, parse_target
 from moecc.types import Say
 
 
-def export_artifact(model: str, to: str, out: Path | None = None, *, say: Say = lambda line: None) -> Emitted:
+def export_artifact(
+    model: str, to: str, out: Path | None = None, *, say: Say = lambda line: None
+) -> Emitted:
     """Write the artifact or checkpoint `model` (folder or hub id) in the form that the target text `to` names.
 
     out: the new folder, by default one with the target's name in the model's. MoeccError in one line, with nothing left behind.
@@ -32,10 +34,16 @@ def bench_export(
     """The target that wrote `folder`, or a folder in it that has the target's name, and rows of how fast that is here."""
     for name in TARGETS.names():
         target = TARGETS.find(name)()
-        if (found := next((f for f in (folder, folder / name) if target.exported(f)), None)) is not None:
+        if (
+            found := next((f for f in (folder, folder / name) if target.exported(f)), None)
+        ) is not None:
             target.require()
-            return target, target.bench(found, threads=threads, prompt=prompt, new_tokens=new_tokens, say=say)
-    raise MoeccError(f"{folder} holds nothing that was exported; run `moecc export {folder} --to TARGET` first")
+            return target, target.bench(
+                found, threads=threads, prompt=prompt, new_tokens=new_tokens, say=say
+            )
+    raise MoeccError(
+        f"{folder} holds nothing that was exported; run `moecc export {folder} --to TARGET` first"
+    )
 
 
 def build_libraries(say: Say = lambda line: None) -> list[Path]:

@@ -92,5 +92,7 @@ def _load(folder: str) -> Any:
     except MoeccError:
         raise
     except Exception as error:  # transformers raises what the family's code raises
-        raise MoeccError(f"{folder}: transformers can't load it as a causal language model: {reason(error)}") from error
+        raise MoeccError(
+            f"{folder}: transformers can't load it as a causal language model: {reason(error)}"
+        ) from error
     return found.eval()

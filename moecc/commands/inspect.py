@@ -36,7 +36,18 @@ from moecc.pipeline.order import require_whole, resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Pass
 
-_SILENT = {"view", "reshape", "getitem", "to", "_to_copy", "unsqueeze", "squeeze", "expand", "zeros_like", "flatten"}
+_SILENT = {
+    "view",
+    "reshape",
+    "getitem",
+    "to",
+    "_to_copy",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "zeros_like",
+    "flatten",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,9 @@ class MoELayer:
     form: str
 
 
-def inspect_model(model: str, *, passes: str | None = None, bits: float | None = None) -> dict[str, Any]:
+def inspect_model(
+    model: str, *, passes: str | None = None, bits: float | None = None
+) -> dict[str, Any]:
     """What `moecc inspect --json` prints. `model` is a folder or a hub id; MoeccError where it can't be traced."""
     wanted = _resolved(passes, bits) if passes is not None else None
     found = skeleton(model)
@@ -99,10 +112,22 @@ def _resolved(passes: str, bits: float | None) -> list[Pass]:
 def _layer(program: Program, moe: MoE) -> MoELayer:
     experts, _, hidden, intermediate = moe.sizes
     attributes = moe.attributes
-    gate = attributes["act"] if attributes["gate"] == "none" else f"{attributes['act']}, {attributes['gate']}"
+    gate = (
+        attributes["act"]
+        if attributes["gate"] == "none"
+        else f"{attributes['act']}, {attributes['gate']}"
+    )
     form = str(moe.node.target).removesuffix(".default").replace(".", "::")
     return MoELayer(
-        moe.path, experts, moe.top_k, hidden, intermediate, gate, _layout(program, moe), _router(program, moe), form
+        moe.path,
+        experts,
+        moe.top_k,
+        hidden,
+        intermediate,
+        gate,
+        _layout(program, moe),
+        _router(program, moe),
+        form,
     )
 
 
@@ -149,12 +174,20 @@ def _sizes(program: Program, model: nn.Module | None = None) -> dict[str, dict[s
     moes, linears = program.moe_layers(), _quantized_linears(program)
     for name, shape, itemsize in _parameters(program, model):
         routed = next((m for m in moes if name.startswith(m.path + ".")), None)
-        row = sizes.setdefault("routed experts" if routed else role_of(name), {"parameters": 0, "bytes": 0})
+        row = sizes.setdefault(
+            "routed experts" if routed else role_of(name), {"parameters": 0, "bytes": 0}
+        )
         row["bytes"] += math.prod(shape) * itemsize
         path, _, leaf = name.rpartition(".")
-        if routed is None or routed.node.target is ops.EXPERTS:  # of compressed experts the floats they stand for count
+        if (
+            routed is None or routed.node.target is ops.EXPERTS
+        ):  # of compressed experts the floats they stand for count
             packed = 8 // linears[path]["bits"] if path in linears else 1
-            row["parameters"] += math.prod(shape) * packed if path not in linears or leaf in ("weight", "bias") else 0
+            row["parameters"] += (
+                math.prod(shape) * packed
+                if path not in linears or leaf in ("weight", "bias")
+                else 0
+            )
     if "routed experts" in sizes:
         compressed = (m for m in moes if m.node.target is not ops.EXPERTS)
         sizes["routed experts"]["parameters"] += sum(expert_weights(m) for m in compressed)
@@ -163,11 +196,15 @@ def _sizes(program: Program, model: nn.Module | None = None) -> dict[str, dict[s
 
 def _quantized_linears(program: Program) -> dict[str, Any]:
     settings = getattr(program.config, "quantization_config", None) or {}
-    linears: dict[str, Any] = settings.get("linears", {}) if isinstance(settings, dict) else settings.linears
+    linears: dict[str, Any] = (
+        settings.get("linears", {}) if isinstance(settings, dict) else settings.linears
+    )
     return linears
 
 
-def _parameters(program: Program, model: nn.Module | None) -> Iterable[tuple[str, tuple[int, ...], int]]:
+def _parameters(
+    program: Program, model: nn.Module | None
+) -> Iterable[tuple[str, tuple[int, ...], int]]:
     """(name, shape, bytes per element) of everything that a checkpoint stores, tied tensors once; without one, of `model`."""
     store: Any = program.store
     if store is not None:
@@ -186,7 +223,10 @@ def _parameters(program: Program, model: nn.Module | None) -> Iterable[tuple[str
 
 
 def _estimate(
-    program: Program, model: nn.Module | None, sizes: dict[str, dict[str, int]], passes: Sequence[Pass]
+    program: Program,
+    model: nn.Module | None,
+    sizes: dict[str, dict[str, int]],
+    passes: Sequence[Pass],
 ) -> dict[str, Any]:
     """Bytes and bits per weight, low and high, behind `passes`. Bits are per parameter of the float model."""
     low = high = weights_of_experts = 0.0
@@ -203,7 +243,9 @@ def _estimate(
                 f"{budget}: too few bits; with scales and codebooks the least is {low / weights_of_experts:.3f}"
             )
     high += sum(_absorbed_bits(moe, passes) for moe in moes)
-    rest = 8.0 * (sum(s["bytes"] for s in sizes.values()) - routed) - _dense_saving(program, model, passes)
+    rest = 8.0 * (sum(s["bytes"] for s in sizes.values()) - routed) - _dense_saving(
+        program, model, passes
+    )
     weights = sum(s["parameters"] for s in sizes.values())
     return {
         "pipeline": ",".join(map(str, passes)),
@@ -211,7 +253,10 @@ def _estimate(
         "bits_per_weight_experts": [low / weights_of_experts, high / weights_of_experts],
         "bits_per_weight": [(low + rest) / weights, (high + rest) / weights],
         "automatic_basis": not any("budget" in p.provides for p in passes)
-        and any("basis" in p.provides and "auto" in (getattr(p, "rank", ""), getattr(p, "mean", "")) for p in passes),
+        and any(
+            "basis" in p.provides and "auto" in (getattr(p, "rank", ""), getattr(p, "mean", ""))
+            for p in passes
+        ),
         "not_estimated": [p.name for p in passes if p.file],
     }
 
@@ -230,7 +275,8 @@ def _absorbed_bits(moe: MoE, passes: Sequence[Pass]) -> int:
     """Bits of the rows by which an adapter of the experts, if there is one, makes the layer's bases grow."""
     rank, experts = _option(passes, "absorbed", "rank", 0), moe.sizes[0]
     grown = (
-        vq4.basis_bits(min(rank, k if side else n), experts, n, k, input_side=side) for n, k, side in _projections(moe)
+        vq4.basis_bits(min(rank, k if side else n), experts, n, k, input_side=side)
+        for n, k, side in _projections(moe)
     )
     return sum(grown) if rank else 0
 
@@ -249,12 +295,23 @@ def _projection_bits(
     planned = any("budget" in p.provides for p in passes)
     chosen = _option(passes, "budget" if planned else "vq", "codebook", "auto")
     low, high = (high if chosen == "expert" else low), (low if chosen == "layer" else high)
-    offset = _option(passes, "affine", "offset", "auto") if any("affine" in p.provides for p in passes) else "off"
-    low, high = low + 16 * experts * rows * (offset == "on"), high + 16 * experts * rows * (offset != "off")
+    offset = (
+        _option(passes, "affine", "offset", "auto")
+        if any("affine" in p.provides for p in passes)
+        else "off"
+    )
+    low, high = (
+        low + 16 * experts * rows * (offset == "on"),
+        high + 16 * experts * rows * (offset != "off"),
+    )
     if not any("basis" in p.provides for p in passes):
         return low, high
     rank, mean = _option(passes, "basis", "rank", "auto"), _option(passes, "basis", "mean", "auto")
-    certain = 0 if rank == "auto" else vq4.basis_bits(int(rank), experts, rows, columns, input_side=input_side)
+    certain = (
+        0
+        if rank == "auto"
+        else vq4.basis_bits(int(rank), experts, rows, columns, input_side=input_side)
+    )
     certain += 0 if mean in ("auto", "off") else vq4.coded_bits(1, rows, columns, int(mean))
     return low + certain, high + certain
 
@@ -266,14 +323,20 @@ def _dense_saving(program: Program, model: nn.Module | None, passes: Sequence[Pa
     bits, group = _option(passes, "dense", "bits", 8), _option(passes, "dense", "group", 64)
     saving = 0.0
     for name, shape, itemsize in _parameters(program, model):
-        if len(shape) == 2 and role_of(name) in ("attention", "shared expert") and shape[1] % group == 0:
+        if (
+            len(shape) == 2
+            and role_of(name) in ("attention", "shared expert")
+            and shape[1] % group == 0
+        ):
             saving += math.prod(shape) * (8 * itemsize - bits - 24 / group) if shape[0] >= 32 else 0
     return saving
 
 
 def _option(passes: Sequence[Pass], fact: str, option: str, default: Any) -> Any:
     """The value of `option` of the pass that provides `fact`; its default where no pass has it."""
-    return next((getattr(p, option) for p in passes if fact in p.provides and hasattr(p, option)), default)
+    return next(
+        (getattr(p, option) for p in passes if fact in p.provides and hasattr(p, option)), default
+    )
 
 
 # ---------------------------------------------------------------- for people
@@ -293,7 +356,9 @@ def table(found: dict[str, Any]) -> str:
     width = max(len(role) for role in found["sizes"])
     for role, row in found["sizes"].items():
         share = 100 * row["bytes"] / max(found["bytes"], 1)
-        lines.append(f"  {role:<{width}}  {_count(row['parameters']):>10}  {size(row['bytes']):>10}  {share:5.1f} %")
+        lines.append(
+            f"  {role:<{width}}  {_count(row['parameters']):>10}  {size(row['bytes']):>10}  {share:5.1f} %"
+        )
     if found["restriction"]:
         lines += ["", f"The trace holds for {found['restriction']} only."]
     if "estimate" in found:
@@ -303,7 +368,9 @@ def table(found: dict[str, Any]) -> str:
 
 def _layer_lines(group: list[dict[str, Any]], shared: bool) -> list[str]:
     one, last = group[0], group[-1]
-    names = one["path"] if len(group) == 1 else f"{one['path']} .. {last['path']} ({len(group)} layers)"
+    names = (
+        one["path"] if len(group) == 1 else f"{one['path']} .. {last['path']} ({len(group)} layers)"
+    )
     return [
         names,
         f"  {one['experts']} experts, top-{one['top_k']}, hidden {one['hidden']}, intermediate {one['intermediate']}, "
@@ -323,10 +390,21 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
         f"with {found['pipeline']}",
         f"  about {low if low == high else f'{low} to {high}'}: {span(found['bits_per_weight_experts'], '.3f')} bits "
         f"per routed-expert weight, {span(found['bits_per_weight'], '.3f')} over everything",
-        *(["  a shared mean and basis come on top where they earn their bits"] if found["automatic_basis"] else []),
-        *([f"  what {', '.join(found['not_estimated'])} would change isn't known"] if found["not_estimated"] else []),
+        *(
+            ["  a shared mean and basis come on top where they earn their bits"]
+            if found["automatic_basis"]
+            else []
+        ),
+        *(
+            [f"  what {', '.join(found['not_estimated'])} would change isn't known"]
+            if found["not_estimated"]
+            else []
+        ),
     ]
 
 
 def _count(n: int) -> str:
-    return next((f"{n / d:.2f} {unit}" for unit, d in (("B", 1e9), ("M", 1e6), ("k", 1e3)) if n >= d), str(n))
+    return next(
+        (f"{n / d:.2f} {unit}" for unit, d in (("B", 1e9), ("M", 1e6), ("k", 1e3)) if n >= d),
+        str(n),
+    )

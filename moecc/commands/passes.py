@@ -38,7 +38,8 @@ def describe_passes() -> list[dict[str, Any]]:
 
 def _options(cls: type[Pass]) -> list[dict[str, Any]]:
     return [
-        {"name": f.name, "default": f.default, "takes": accepted(f), "help": f.metadata["help"]} for f in cls.options()
+        {"name": f.name, "default": f.default, "takes": accepted(f), "help": f.metadata["help"]}
+        for f in cls.options()
     ]
 
 
@@ -66,8 +67,12 @@ def pass_text(p: dict[str, Any]) -> str:
         if p[key]:
             lines.append(f"{'':<12} {what} {', '.join(p[key])}")
     for o in p["options"]:
-        lines.append(f"  {o['name']}={str(o['default']).lower() if isinstance(o['default'], bool) else o['default']}")
+        lines.append(
+            f"  {o['name']}={str(o['default']).lower() if isinstance(o['default'], bool) else o['default']}"
+        )
         lines.append(f"      {o['help']} ({o['takes']})")
     if p["passes_on"]:
-        lines.append("  passes on " + ", ".join(f"{o['name']} to {o['of']}" for o in p["passes_on"]))
+        lines.append(
+            "  passes on " + ", ".join(f"{o['name']} to {o['of']}" for o in p["passes_on"])
+        )
     return "\n".join(lines if p["options"] else [*lines, "  no options"])

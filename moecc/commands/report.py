@@ -28,7 +28,16 @@ _MEASURES = ("reconstruction", "value", "order", "boundary", "flips")  # of vsra
 _TERMS = ("loss", "hidden", "kl", "lm", "routing")  # of rilq
 # of a projection; a column where there is any
 _CHOSEN = ("mean", "rank", "codebook", "affine", "errors", "lora", "lora_lost")
-_ROLES = ("routed experts", "shared expert", "attention", "router", "embeddings", "dense MLP", "norm", "other")
+_ROLES = (
+    "routed experts",
+    "shared expert",
+    "attention",
+    "router",
+    "embeddings",
+    "dense MLP",
+    "norm",
+    "other",
+)
 _NOTHING = '<p class="dim">Nothing recorded.</p>'
 _HEAT = "Calibration tokens of each expert beside the layer's mean: a step darker is twice as many; palest: under 1/4."
 
@@ -57,7 +66,10 @@ def page(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
         ("Training of the whole model", _trained(rows)),
         ("Audit", _audit(rows)),
     ]
-    body = "\n".join(f"<section>{f'<h2>{name}</h2>' if name else ''}\n{text}\n</section>" for name, text in sections)
+    body = "\n".join(
+        f"<section>{f'<h2>{name}</h2>' if name else ''}\n{text}\n</section>"
+        for name, text in sections
+    )
     top = f'<h1>{title} <span class="dim">compiled by moecc</span></h1>'
     return f"{_HEAD}<title>{title}, compiled by moecc</title></head>\n<body>{top}\n{body}\n</body></html>\n"
 
@@ -89,8 +101,13 @@ def layers_of(rows: Iterable[Row]) -> dict[str, list[tuple[str, Row]]]:
             key = (row.name[: number.start()], int(number[1])) if number else (row.name, -1)
             found.setdefault(key, []).append(row)
     alone = len({prefix for prefix, _ in found}) == 1
-    label = {k: str(k[1]) if alone and k[1] >= 0 else k[0] if k[1] < 0 else f"{k[0]}.{k[1]}" for k in found}
-    return {label[k]: [(_PROJECTIONS[i % 2], r) for i, r in enumerate(found[k])] for k in sorted(found)}
+    label = {
+        k: str(k[1]) if alone and k[1] >= 0 else k[0] if k[1] < 0 else f"{k[0]}.{k[1]}"
+        for k in found
+    }
+    return {
+        label[k]: [(_PROJECTIONS[i % 2], r) for i, r in enumerate(found[k])] for k in sorted(found)
+    }
 
 
 def starved_of(row: Row) -> set[int]:
@@ -113,7 +130,9 @@ def _headline(rows: Sequence[Row]) -> str:
         ("bits/weight, routed experts", _number(found["bits_per_weight_experts"], 3)),
         ("bits/weight, everything", _number(found["bits_per_weight"], 3)),
     ]
-    cells = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in tiles)
+    cells = "".join(
+        f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in tiles
+    )
     said = any(r.details.get("source_bits") for r in rows)
     return (
         f'<div class="tiles">{cells}</div><p class="dim">Size before ({before:,} bytes) is worked out from shapes, at '
@@ -140,15 +159,30 @@ def _notes(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 def _pipeline(facts: Mapping[str, Any]) -> str:
     passes = [
-        [escape(p["pass"]), _number(p.get("bits"), 3), _number(p.get("error"), 4), str(p.get("nodes", ""))]
+        [
+            escape(p["pass"]),
+            _number(p.get("bits"), 3),
+            _number(p.get("error"), 4),
+            str(p.get("nodes", "")),
+        ]
         for p in facts.get("passes") or ()
     ]
-    about = ("source", "source_digest", "calibration_digest", "seed", "backend")  # the format is among the versions
+    about = (
+        "source",
+        "source_digest",
+        "calibration_digest",
+        "seed",
+        "backend",
+    )  # the format is among the versions
     known = [(k, facts[k]) for k in about if k in facts]
     known += sorted((facts.get("versions") or {}).items())
-    listed = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v)) or 'none'}</dd>" for k, v in known)
+    listed = "".join(
+        f"<dt>{escape(str(k))}</dt><dd>{escape(str(v)) or 'none'}</dd>" for k, v in known
+    )
     table = _table(["pass", "bits/weight", "error", "nodes"], passes) if passes else ""
-    return f'<pre class="copy">{escape(str(facts.get("pipeline", "")))}</pre>{table}<dl>{listed}</dl>'
+    return (
+        f'<pre class="copy">{escape(str(facts.get("pipeline", "")))}</pre>{table}<dl>{listed}</dl>'
+    )
 
 
 def _roles(rows: Sequence[Row]) -> str:
@@ -166,20 +200,41 @@ def _roles(rows: Sequence[Row]) -> str:
             parts.append(_rect(x, 0, width, 10, color[role], f"{role}: {size(sizes[role][i])}"))
             x += width
         bars += _line(name, _svg(1000, 10, parts), size(totals[i]), "stack")
-    lines = [[f'<i class="key {color[r]}"></i>{escape(r)}', f"{sizes[r][0]:,}", f"{sizes[r][1]:,}"] for r in order]
+    lines = [
+        [f'<i class="key {color[r]}"></i>{escape(r)}', f"{sizes[r][0]:,}", f"{sizes[r][1]:,}"]
+        for r in order
+    ]
     return bars + _table(["role", "bytes before", "bytes after"], lines)
 
 
 def _errors(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
-    known = [r.error for rows in layers.values() for _, r in rows if r.error is not None and math.isfinite(r.error)]
+    known = [
+        r.error
+        for rows in layers.values()
+        for _, r in rows
+        if r.error is not None and math.isfinite(r.error)
+    ]
     if not known:
         return _NOTHING
     worst, lines = max(*known, 1e-12), ""
     for label, rows in layers.items():
         parts, said = [], " · ".join(_number(r.error, 4) for _, r in rows)
         for i, (name, r) in enumerate(rows):
-            width = 100 * min(r.error, worst) / worst if r.error is not None and math.isfinite(r.error) else 0
-            parts.append(_rect(0, 5 * i, width, 4.4, f"c{_PROJECTIONS.index(name)}", f"{name}: {_number(r.error, 4)}"))
+            width = (
+                100 * min(r.error, worst) / worst
+                if r.error is not None and math.isfinite(r.error)
+                else 0
+            )
+            parts.append(
+                _rect(
+                    0,
+                    5 * i,
+                    width,
+                    4.4,
+                    f"c{_PROJECTIONS.index(name)}",
+                    f"{name}: {_number(r.error, 4)}",
+                )
+            )
         lines += _line(f"layer {label}", _svg(100, 5 * len(rows), parts), said, "pair")
     keys = " ".join(f'<i class="key c{i}"></i>{name}' for i, name in enumerate(_PROJECTIONS))
     note = "Relative output error as coded, mean over experts, before correction and tuning:"
@@ -192,7 +247,9 @@ def _heat(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
         row = next((r for _, r in rows if r.tokens), None)
         if row is not None and row.tokens:
             starved = sorted(starved_of(row))
-            which = ", ".join(map(str, starved)) if len(starved) <= 12 else f"{len(starved)} experts"
+            which = (
+                ", ".join(map(str, starved)) if len(starved) <= 12 else f"{len(starved)} experts"
+            )
             named = f" · <b>starved: {which}</b>" if starved else ""
             strip = _svg(len(row.tokens), 11, _strip(row.tokens, starved))
             lines += _line(f"layer {label}", strip, _spread(row.tokens) + named, "heat")
@@ -216,9 +273,29 @@ def _projections(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
     for label, rows in layers.items():
         for name, r in rows:
             chosen = [_value(r.details.get(k)) for k in shown]
-            stored = ", ".join(f"{escape(str(k))} {size(v)}" for k, v in sorted(r.details["bytes"].items()))
-            lines.append([label, name, escape(r.became), _number(r.bits, 3), _number(r.error, 4), *chosen, stored])
-    head = ["layer", "projection", "became", "bits/weight", "error", *(k.replace("_", " ") for k in shown), "stored"]
+            stored = ", ".join(
+                f"{escape(str(k))} {size(v)}" for k, v in sorted(r.details["bytes"].items())
+            )
+            lines.append(
+                [
+                    label,
+                    name,
+                    escape(r.became),
+                    _number(r.bits, 3),
+                    _number(r.error, 4),
+                    *chosen,
+                    stored,
+                ]
+            )
+    head = [
+        "layer",
+        "projection",
+        "became",
+        "bits/weight",
+        "error",
+        *(k.replace("_", " ") for k in shown),
+        "stored",
+    ]
     return _table(head, lines) if lines else _NOTHING
 
 
@@ -227,15 +304,22 @@ def _tuning(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
     for label, rows in layers.items():
         # Both projections of a layer are tuned together and carry the same numbers.
         for tuned, _ in groupby(r.details["tuned"] for _, r in rows if r.details.get("tuned")):
-            lines.append([label, *(_change(tuned["before"].get(m), tuned["after"].get(m), m) for m in _MEASURES)])
-    note = (
-        "Losses on held-out calibration rows, before → after tuning. Flips: share of the chosen experts that changed."
+            lines.append(
+                [
+                    label,
+                    *(_change(tuned["before"].get(m), tuned["after"].get(m), m) for m in _MEASURES),
+                ]
+            )
+    note = "Losses on held-out calibration rows, before → after tuning. Flips: share of the chosen experts that changed."
+    return (
+        f'<p class="dim">{note}</p>' + _table(["layer", *_MEASURES], lines) if lines else _NOTHING
     )
-    return f'<p class="dim">{note}</p>' + _table(["layer", *_MEASURES], lines) if lines else _NOTHING
 
 
 def _trained(rows: Sequence[Row]) -> str:
-    told = next((r.details["rilq"] for r in rows if r.details.get("rilq")), None)  # every projection carries the same
+    told = next(
+        (r.details["rilq"] for r in rows if r.details.get("rilq")), None
+    )  # every projection carries the same
     if told is None:
         return _NOTHING
     note = "Terms on held-out calibration rows, before → after training; hidden, kl and routing weigh 1 each before."
@@ -249,9 +333,31 @@ def _audit(rows: Sequence[Row]) -> str:
         shape, bits = "×".join(map(str, r.shape)) or "–", _number(r.bits, 3) if r.bits else "–"
         tokens = f"{min(r.tokens):,} / {median(r.tokens):,.0f}" if r.tokens else "–"
         texts = [f"<code>{escape(r.name)}</code>", escape(r.role), shape, escape(r.became)]
-        lines.append([*texts, f"{r.nbytes:,}", bits, _number(r.error, 4), tokens, escape(r.fallback)])
-    total = ["total", "", "", f"{len(rows):,} rows", f"{sum(r.nbytes for r in rows):,}", "", "", "", ""]
-    head = ["name", "role", "shape", "became", "bytes", "bits/weight", "error", "tokens min / median", "fallback"]
+        lines.append(
+            [*texts, f"{r.nbytes:,}", bits, _number(r.error, 4), tokens, escape(r.fallback)]
+        )
+    total = [
+        "total",
+        "",
+        "",
+        f"{len(rows):,} rows",
+        f"{sum(r.nbytes for r in rows):,}",
+        "",
+        "",
+        "",
+        "",
+    ]
+    head = [
+        "name",
+        "role",
+        "shape",
+        "became",
+        "bytes",
+        "bits/weight",
+        "error",
+        "tokens min / median",
+        "fallback",
+    ]
     return _table(head, lines, total)
 
 
@@ -260,7 +366,9 @@ def _audit(rows: Sequence[Row]) -> str:
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]], total: Sequence[str] = ()) -> str:
     body = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
-    foot = f"<tfoot><tr>{''.join(f'<td>{cell}</td>' for cell in total)}</tr></tfoot>" if total else ""
+    foot = (
+        f"<tfoot><tr>{''.join(f'<td>{cell}</td>' for cell in total)}</tr></tfoot>" if total else ""
+    )
     names = "".join(f"<th>{name}</th>" for name in head)
     return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>\n{body}\n</tbody>{foot}</table></div>'
 
@@ -271,7 +379,9 @@ def _line(label: str, drawing: str, value: str, kind: str) -> str:
 
 def _svg(width: float, height: float, parts: Iterable[str]) -> str:
     # Stretched to whatever width there is; text stays outside, where it keeps its size on a phone.
-    return f'<svg viewBox="0 0 {width:g} {height:g}" preserveAspectRatio="none">{"".join(parts)}</svg>'
+    return (
+        f'<svg viewBox="0 0 {width:g} {height:g}" preserveAspectRatio="none">{"".join(parts)}</svg>'
+    )
 
 
 def _rect(x: float, y: float, width: float, height: float, kind: str, title: str) -> str:
@@ -285,7 +395,9 @@ def _number(value: float | None, digits: int) -> str:
 
 def _value(value: Any) -> str:
     """A recorded value as it is shown."""
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    return (
+        "–" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    )
 
 
 def _spread(counts: Sequence[int]) -> str:
@@ -293,14 +405,21 @@ def _spread(counts: Sequence[int]) -> str:
 
 
 def _change(before: float | None, after: float | None, measure: str) -> str:
-    show: Callable[[float], str] = (lambda v: f"{100 * v:.2f}%") if measure == "flips" else (lambda v: f"{v:.4g}")
+    show: Callable[[float], str] = (
+        (lambda v: f"{100 * v:.2f}%") if measure == "flips" else (lambda v: f"{v:.4g}")
+    )
     if before is None or after is None:
         return "–"
-    return f'<span class="{"worse" if after > before else ""}">{show(before)} → {show(after)}</span>'
+    return (
+        f'<span class="{"worse" if after > before else ""}">{show(before)} → {show(after)}</span>'
+    )
 
 
 _SERIES = [f"c{i}" for i in range(len(_ROLES))]
-_COLORS = "".join(f"rect.{k} {{ fill: var(--{k}) }} i.{k} {{ background: var(--{k}) }}\n" for k in (*_SERIES, "bad"))
+_COLORS = "".join(
+    f"rect.{k} {{ fill: var(--{k}) }} i.{k} {{ background: var(--{k}) }}\n"
+    for k in (*_SERIES, "bad")
+)
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #16191d; --dim: #5c636b; --rule: #dfe2e6; --card: #f5f6f8;
   --bad: #c62f2f; --c0: #2a78d6; --c1: #eb6834; --c2: #1baf7a; --c3: #eda100; --c4: #e87ba4; --c5: #008300;

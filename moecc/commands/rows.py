@@ -31,9 +31,16 @@ from moecc.frontend.config import longest_row, text_config
 from moecc.ir.program import Program, output_node
 
 Purpose = Literal["calibration", "evaluation"]
-_EXCERPT = 8192  # characters of one document of the default text, so that a few long ones don't fill it
+_EXCERPT = (
+    8192  # characters of one document of the default text, so that a few long ones don't fill it
+)
 _WHOLE = 8 << 20  # bytes of a file that is read whole whatever is wanted
-_NOT_TEXT = {"encodings", "idlelib", "pydoc_data", "test"}  # tables and test suites; the topics are taken by name
+_NOT_TEXT = {
+    "encodings",
+    "idlelib",
+    "pydoc_data",
+    "test",
+}  # tables and test suites; the topics are taken by name
 _UNBOUNDED = 1 << 30
 _SLICE = 16  # bytes per wanted token of a file too large for that; tokenizers make one token of 2 to 6 bytes
 
@@ -67,7 +74,9 @@ def token_rows(
             f"give a longer text or {'--length ' + str(len(stream)) if len(stream) > 1 else 'a smaller --length'}"
         )
     if found < count:
-        say(f"note: {file or 'the default text'} has {found} rows of {length} tokens, not {count}; all are taken")
+        say(
+            f"note: {file or 'the default text'} has {found} rows of {length} tokens, not {count}; all are taken"
+        )
     take = min(count, found)
     cut = torch.tensor(stream[: found * body], dtype=torch.int64).view(found, body)
     picked = cut[torch.tensor([i * found // take for i in range(take)])]
@@ -76,7 +85,9 @@ def token_rows(
 
 def longest(program: Program) -> int:
     """The most tokens of a row that the trace holds for and the model has positions for."""
-    return min(shapes.longest(program.restriction) or _UNBOUNDED, longest_row(program.config) or _UNBOUNDED)
+    return min(
+        shapes.longest(program.restriction) or _UNBOUNDED, longest_row(program.config) or _UNBOUNDED
+    )
 
 
 def require_rows(program: Program, ids: Tensor) -> None:
@@ -84,11 +95,16 @@ def require_rows(program: Program, ids: Tensor) -> None:
     length, most = ids.shape[1], longest(program)
     advice = f"give --length {min(most, max(length, shapes.SHORT + 1))}"
     if not shapes.holds(program.restriction, length):
-        raise MoeccError(f"rows of {length} tokens, but the trace holds for {program.restriction} only; {advice}")
+        raise MoeccError(
+            f"rows of {length} tokens, but the trace holds for {program.restriction} only; {advice}"
+        )
     if length > most:
         what = f"the model has positions for {most} (max_position_embeddings in its config.json)"
         raise MoeccError(f"rows of {length} tokens, but {what}; {advice}")
-    size = getattr(text_config(program.config), "vocab_size", None) or output_node(program).meta["val"].shape[-1]
+    size = (
+        getattr(text_config(program.config), "vocab_size", None)
+        or output_node(program).meta["val"].shape[-1]
+    )
     wrong = ids[(ids < 0) | (ids >= size)]
     if len(wrong):
         raise MoeccError(
@@ -115,14 +131,22 @@ def tokenizer_of(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # a missing file, a broken one, a missing package: each family raises what it likes
+    except (
+        Exception
+    ) as error:  # a missing file, a broken one, a missing package: each family raises what it likes
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if has_code(Path(folder)) and not trust_remote_code:
-            raise MoeccError(f"{folder}: its tokenizer is Python code; read it, then --trust-remote-code") from error
+            raise MoeccError(
+                f"{folder}: its tokenizer is Python code; read it, then --trust-remote-code"
+            ) from error
         if Path(folder, "tokenizer.json").is_file():
-            raise MoeccError(f"{folder}: its tokenizer can't be used ({why}); {advice} again") from error
+            raise MoeccError(
+                f"{folder}: its tokenizer can't be used ({why}); {advice} again"
+            ) from error
         raise MoeccError(f"{folder} has no tokenizer that can be used ({why}); {advice}") from error
-    if not _ids(tokenizer, "Hello, world"):  # what transformers makes of a folder with a config.json alone
+    if not _ids(
+        tokenizer, "Hello, world"
+    ):  # what transformers makes of a folder with a config.json alone
         raise MoeccError(f"{folder} has no tokenizer; {advice}")
     return tokenizer
 
@@ -162,7 +186,10 @@ def _read(file: Path, count: int, length: int) -> str:
     if file.is_dir():
         raise MoeccError(f"{file} is a folder; give a text file")
     if not file.is_file():
-        raise MoeccError(f"no text file {file}; give the path of a UTF-8 text" + (" file" if not file.exists() else ""))
+        raise MoeccError(
+            f"no text file {file}; give the path of a UTF-8 text"
+            + (" file" if not file.exists() else "")
+        )
     try:
         size = file.stat().st_size
         whole = size <= max(_WHOLE, 2 * _SLICE * count * length)
@@ -185,13 +212,17 @@ def _slices(file: Path, size: int, parts: int, each: int) -> Iterator[bytes]:
             part = f.read(each)
             if i:
                 cut = part.find(b"\n") + 1
-                part = part[cut:] if cut else part.lstrip(bytes(range(0x80, 0xC0)))  # the middle of a character
+                part = (
+                    part[cut:] if cut else part.lstrip(bytes(range(0x80, 0xC0)))
+                )  # the middle of a character
             yield part
 
 
 def _decode(raw: bytes, file: Path) -> str:
     try:
-        return codecs.getincrementaldecoder("utf-8")().decode(raw)  # the last character may be cut off
+        return codecs.getincrementaldecoder("utf-8")().decode(
+            raw
+        )  # the last character may be cut off
     except UnicodeDecodeError as error:
         raise MoeccError(
             f"{file} is no UTF-8 text (byte {error.start}: {error.reason}); convert it (iconv -t utf-8) or give another"
@@ -206,7 +237,9 @@ def _default_stream(tokenizer: Any, purpose: Purpose, tokens: int) -> list[int]:
     stream = _tokens(tokenizer, (text[:_EXCERPT] for _, text in default_text(purpose)), tokens)
     if len(stream) >= tokens:
         return stream
-    return stream + _tokens(tokenizer, (text[_EXCERPT:] for _, text in default_text(purpose)), tokens - len(stream))
+    return stream + _tokens(
+        tokenizer, (text[_EXCERPT:] for _, text in default_text(purpose)), tokens - len(stream)
+    )
 
 
 def default_text(purpose: Purpose) -> Iterator[tuple[str, str]]:
@@ -236,7 +269,11 @@ def _topics() -> dict[str, str | Path]:
 def _sources() -> dict[str, str | Path]:
     """Modules of the standard library and of its packages, without tests and code tables, by path."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [f for name in sys.stdlib_module_names for f in (root / f"{name}.py", *sorted(root.glob(f"{name}/*.py")))]
+    files = [
+        f
+        for name in sys.stdlib_module_names
+        for f in (root / f"{name}.py", *sorted(root.glob(f"{name}/*.py")))
+    ]
     kept = [f for f in files if f.is_file() and f.relative_to(root).parts[0] not in _NOT_TEXT]
     return {f.relative_to(root).as_posix(): f for f in kept if f.stat().st_size > 512}
 

@@ -83,8 +83,12 @@ def _moecc_experts(model: Any) -> Iterator[None]:
 @contextmanager
 def _no_cache(model: nn.Module) -> Iterator[None]:
     """use_cache off in every configuration: a cache would be an output of the program."""
-    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
+    configs: dict[int, Any] = {
+        id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None
+    }
+    before = [
+        (config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")
+    ]
     for config, _ in before:
         config.use_cache = False
     try:
@@ -155,7 +159,9 @@ def traceable(found: Skeleton) -> Iterator[None]:
     except MoeccError:
         raise
     except Exception as error:
-        raise MoeccError(f"{found.name}: the model can't be traced: {reason(error)}{found.advice}") from error
+        raise MoeccError(
+            f"{found.name}: the model can't be traced: {reason(error)}{found.advice}"
+        ) from error
 
 
 def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
@@ -163,7 +169,9 @@ def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
         ids = torch.zeros(batch, sequence, dtype=torch.long)
     shapes = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
     with traceable(found), _no_cache(found.model), _only_input_ids(found.model):
-        return torch.export.export(found.model, (), {"input_ids": ids}, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(
+            found.model, (), {"input_ids": ids}, dynamic_shapes=shapes, strict=False
+        )
 
 
 # ---------------------------------------------------------------- 2. shapes
@@ -222,7 +230,9 @@ def simplify(program: ExportedProgram) -> None:
             module.graph.erase_node(node)
         elif _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
-            program.graph_signature.replace_all_uses(node.name, node.args[0].name)  # it may be a result
+            program.graph_signature.replace_all_uses(
+                node.name, node.args[0].name
+            )  # it may be a result
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code(is_impure_node=_has_effect)
     module.graph.lint()
@@ -258,19 +268,26 @@ def _owners(found: Skeleton, program: ExportedProgram) -> dict[fx.Node, str]:
     for node in program.graph_module.graph.nodes:
         if node.target in ops.MOE_OPS:
             operands = _operand_names(node, names)
-            owners[node] = next((p for p in found.experts if any(o.startswith(p + ".") for o in operands)), node.name)
+            owners[node] = next(
+                (p for p in found.experts if any(o.startswith(p + ".") for o in operands)),
+                node.name,
+            )
     repeated = {path for path in owners.values() if list(owners.values()).count(path) > 1}
     touched = {p for p in found.experts if _read_names(program, p)} - set(owners.values())
     if repeated or touched or not owners:
         path = next(iter(sorted(repeated | touched)), "no experts module")
-        raise MoeccError(f"{found.model_type}: {path} isn't one experts node of the trace; the family isn't supported")
+        raise MoeccError(
+            f"{found.model_type}: {path} isn't one experts node of the trace; the family isn't supported"
+        )
     return owners
 
 
 def _read_names(program: ExportedProgram, path: str) -> set[str]:
     """Names of state under `path` that some node of the graph reads."""
     names, nodes = _state_names(program), program.graph_module.graph.find_nodes(op="placeholder")
-    return {names[n.name] for n in nodes if n.users and names.get(n.name, "").startswith(path + ".")}
+    return {
+        names[n.name] for n in nodes if n.users and names.get(n.name, "").startswith(path + ".")
+    }
 
 
 def _unreached(found: Skeleton, program: ExportedProgram, reached: set[str]) -> tuple[str, ...]:

@@ -32,7 +32,9 @@ def read_config(source: Any) -> tuple[Any, Path | None]:
         )
     folder = model_folder(str(source), ["*.json"])
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # None would ask on the terminal
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False
+        )  # None would ask on the terminal
     except Exception as error:
         why = reason(error)
         own = "; moecc doesn't run a model's own code, it takes the families of transformers"
@@ -47,8 +49,14 @@ def quantization_method(config: Any) -> str | None:
     for part in (config, text_config(config)):
         quantization = getattr(part, "quantization_config", None)
         if quantization:
-            get = quantization.get if isinstance(quantization, dict) else lambda k, d, q=quantization: getattr(q, k, d)
-            return str(getattr(get("quant_method", "unknown"), "value", get("quant_method", "unknown")))
+            get = (
+                quantization.get
+                if isinstance(quantization, dict)
+                else lambda k, d, q=quantization: getattr(q, k, d)
+            )
+            return str(
+                getattr(get("quant_method", "unknown"), "value", get("quant_method", "unknown"))
+            )
     return None
 
 
@@ -113,13 +121,22 @@ def _class_of_config(config: Any) -> Any:
     try:
         __import__(name)
     except ImportError as error:
-        raise MoeccError(f"{type(config).__name__}: transformers has no model class for this configuration") from error
-    classes = [c for _, c in inspect.getmembers(sys.modules[name], inspect.isclass) if c.__module__ == name]
+        raise MoeccError(
+            f"{type(config).__name__}: transformers has no model class for this configuration"
+        ) from error
+    classes = [
+        c for _, c in inspect.getmembers(sys.modules[name], inspect.isclass) if c.__module__ == name
+    ]
     mine = [
         c for c in classes
         if issubclass(c, PreTrainedModel) and getattr(c, "config_class", None) is type(config)
         and not c.__name__.endswith("PreTrainedModel")
     ]  # fmt: skip
     if not mine:
-        raise MoeccError(f"{type(config).__name__}: transformers has no model class for this configuration")
-    return min(mine, key=lambda c: ("ForCausalLM" not in c.__name__, "Model" not in c.__name__, len(c.__name__)))
+        raise MoeccError(
+            f"{type(config).__name__}: transformers has no model class for this configuration"
+        )
+    return min(
+        mine,
+        key=lambda c: ("ForCausalLM" not in c.__name__, "Model" not in c.__name__, len(c.__name__)),
+    )

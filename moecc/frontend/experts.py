@@ -25,7 +25,9 @@ from moecc.ir import ops, vq4
 from moecc.target import Kernels
 
 IMPLEMENTATION = "moecc"
-TensorSpecs = Mapping[str, tuple[Sequence[int], str]]  # tensor name -> (shape, dtype as torch spells it: "uint8")
+TensorSpecs = Mapping[
+    str, tuple[Sequence[int], str]
+]  # tensor name -> (shape, dtype as torch spells it: "uint8")
 
 
 class DenseOperands(NamedTuple):
@@ -50,7 +52,11 @@ ADAPTED: dict[str, Adapted] = {}
 
 def is_experts(module: nn.Module) -> bool:
     """Whether `module` holds the routed experts of one layer and moecc can run it."""
-    interface = hasattr(module, "_apply_gate") and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+    interface = (
+        hasattr(module, "_apply_gate")
+        and hasattr(module, "has_gate")
+        and hasattr(module, "is_transposed")
+    )
     return interface or type(module).__name__ in ADAPTED
 
 
@@ -120,7 +126,9 @@ def run_experts(module: Any, x: Tensor, topk_index: Tensor, topk_weight: Tensor)
     if attributes := compressed_attributes(module):
         if module.gate_up.packed:
             tiles = (*module.gate_up.tensors(), *module.down.tensors())
-            packed: Tensor = torch.ops.moecc.vq_experts_packed(*routed, *tiles, post_norm, **attributes)
+            packed: Tensor = torch.ops.moecc.vq_experts_packed(
+                *routed, *tiles, post_norm, **attributes
+            )
             return packed
         if module.gate_up.place not in (None, x.device.type) and target.kernels_for(x.device.type):
             raise MoeccError(
@@ -130,7 +138,9 @@ def run_experts(module: Any, x: Tensor, topk_index: Tensor, topk_weight: Tensor)
         stored = (*module.gate_up.operands(), *module.down.operands())
         compressed: Tensor = torch.ops.moecc.vq_experts(*routed, *stored, post_norm, **attributes)
         return compressed
-    dense: Tensor = torch.ops.moecc.experts(*routed, *dense_operands(module), post_norm, **gate_of(module), eps=eps)
+    dense: Tensor = torch.ops.moecc.experts(
+        *routed, *dense_operands(module), post_norm, **gate_of(module), eps=eps
+    )
     return dense
 
 
@@ -199,7 +209,9 @@ class CompressedProjection(nn.Module):
     def pack(self, kernels: Kernels) -> None:
         """Codes and signs in the order of `kernels`, in place of the stored ones."""
         self._columns = self.codes.shape[2] * self.codebook.shape[2]
-        self._replace(kernels.pack(dict(zip(vq4.TENSORS, self.tensors(), strict=True)), gated=self.gated))
+        self._replace(
+            kernels.pack(dict(zip(vq4.TENSORS, self.tensors(), strict=True)), gated=self.gated)
+        )
         self.packed = kernels.name
 
     def unpack(self) -> None:
@@ -210,14 +222,18 @@ class CompressedProjection(nn.Module):
     def _stored(self) -> dict[str, Tensor | None]:
         tensors = dict(zip(vq4.TENSORS, self.tensors(), strict=True))
         if self.packed is not None:
-            tensors = target.kernels_called(self.packed).unpack(tensors, self._columns, gated=self.gated)
+            tensors = target.kernels_called(self.packed).unpack(
+                tensors, self._columns, gated=self.gated
+            )
         return tensors
 
     def _replace(self, tensors: Mapping[str, Tensor | None]) -> None:
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # what .to() and .cuda() call
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> Self:  # what .to() and .cuda() call
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.settle()
         return self
@@ -243,7 +259,11 @@ def compressed_attributes(module: nn.Module) -> dict[str, Any] | None:
 
 
 def compress_module(
-    module: nn.Module, gate_up: TensorSpecs, down: TensorSpecs, attributes: Mapping[str, Any], remove: Sequence[str]
+    module: nn.Module,
+    gate_up: TensorSpecs,
+    down: TensorSpecs,
+    attributes: Mapping[str, Any],
+    remove: Sequence[str],
 ) -> None:
     """Replace the dense parameters `remove` (dotted, relative) by children `gate_up` and `down` to be loaded.
 
@@ -259,7 +279,9 @@ def compress_module(
             )
         gated = name == "gate_up" and attributes["gate"] != "none"
         module.add_module(name, CompressedProjection(specs, gated=gated))
-    module.__dict__["_moecc_attributes"] = {key: attributes[key] for key in ("act", "gate", "alpha", "limit", "eps")}
+    module.__dict__["_moecc_attributes"] = {
+        key: attributes[key] for key in ("act", "gate", "alpha", "limit", "eps")
+    }
 
 
 def settle(model: nn.Module) -> None:
@@ -281,7 +303,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
-        y: Tensor = torch.ops.moecc.q_linear(x, self.weight, self.scale, self.zero, self.bias, bits=self.bits)
+        y: Tensor = torch.ops.moecc.q_linear(
+            x, self.weight, self.scale, self.zero, self.bias, bits=self.bits
+        )
         return y
 
 

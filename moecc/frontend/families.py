@@ -79,18 +79,24 @@ def _llama4_moe(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     value, index = torch.topk(logits, self.top_k, dim=1)
     score = torch.sigmoid(value.float()).to(x.dtype)
     routed = (x.unsqueeze(1) * score.unsqueeze(-1)).reshape(-1, self.hidden_dim)
-    y = run_experts(self.experts, routed, index.reshape(-1, 1), torch.ones_like(score).reshape(-1, 1))
+    y = run_experts(
+        self.experts, routed, index.reshape(-1, 1), torch.ones_like(score).reshape(-1, 1)
+    )
     out: Tensor = self.shared_expert(x) + y.view(-1, self.top_k, self.hidden_dim).sum(1)
     return out, logits
 
 
-def _dbrx_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _dbrx_experts(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """DbrxExperts.forward. hidden_states [B, S, D]."""
     x = hidden_states.reshape(-1, self.hidden_size)
     return run_experts(self, x, top_k_index, top_k_weights).view(hidden_states.shape)
 
 
-def _longcat_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _longcat_experts(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """LongcatFlashExperts.forward. Experts from num_routed_experts on give back their input: x times their weight."""
     real = top_k_index < self.num_routed_experts
     index, weight = torch.where(real, top_k_index, 0), torch.where(real, top_k_weights, 0.0)
@@ -128,8 +134,12 @@ def _jetmoe_reduce(self: Any, layer_input: Tensor, topo_info: tuple[Tensor, Tens
     """JetMoeMoA.reduce: the output projections of the chosen attention experts, summed. [B, S, k, ...] -> [B, S, D]."""
     index, weight = topo_info
     batch, sequence, k, width = layer_input.shape
-    y = torch.ops.moecc.expert_linear(layer_input.reshape(-1, k, width), index, self.output_linear.weight)
-    combined: Tensor = (y * weight.unsqueeze(-1)).sum(1).view(batch, sequence, self.input_size) + self.bias
+    y = torch.ops.moecc.expert_linear(
+        layer_input.reshape(-1, k, width), index, self.output_linear.weight
+    )
+    combined: Tensor = (y * weight.unsqueeze(-1)).sum(1).view(
+        batch, sequence, self.input_size
+    ) + self.bias
     return combined
 
 

@@ -37,7 +37,11 @@ class Layout:
 
     def gate_attributes(self) -> dict[str, Any]:
         """act, gate, alpha, limit, as the op takes them."""
-        return {key: value for key, value in asdict(self).items() if key in ("act", "gate", "alpha", "limit")}
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key in ("act", "gate", "alpha", "limit")
+        }
 
     def apply(self, rows: Tensor) -> Tensor:
         """The gate on rows [n, 2F] in the module's own order."""
@@ -50,7 +54,10 @@ def _samples(width: int) -> Tensor:
     """Rows at scales 0.5 to 2000: small ones tell activations apart, large ones reach any clamp."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     scales = torch.tensor([0.5, 1.0, 4.0, 20.0, 200.0, 2000.0], device="cpu").repeat_interleave(16)
-    return torch.randn(len(scales), width, generator=generator, device="cpu", dtype=torch.float32) * scales[:, None]
+    return (
+        torch.randn(len(scales), width, generator=generator, device="cpu", dtype=torch.float32)
+        * scales[:, None]
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -70,7 +77,9 @@ def activation_name(act: Callable[[Tensor], Tensor] | None) -> str | None:
     return next((name for name, f in ACTIVATIONS.items() if _close(f(x), y)), None)
 
 
-def plain_layout(owner: str, act: Callable[[Tensor], Tensor], *, gate: str = "glu", transposed: bool = False) -> Layout:
+def plain_layout(
+    owner: str, act: Callable[[Tensor], Tensor], *, gate: str = "glu", transposed: bool = False
+) -> Layout:
     """A layout whose gate function is known from the class and whose activation is identified."""
     name = activation_name(act)
     if name is None:
@@ -97,7 +106,9 @@ def _candidates(module: Any) -> Iterator[Layout]:
                 yield from (Layout(act, gate, 1.0, limit, interleaved) for act in acts)
     act: Any = getattr(module, "act_fn", None)
     if hasattr(act, "gate_softcap") and hasattr(act, "up_softcap"):
-        yield Layout("silu", "softcap", float(act.gate_softcap.softcap), float(act.up_softcap.softcap))
+        yield Layout(
+            "silu", "softcap", float(act.gate_softcap.softcap), float(act.up_softcap.softcap)
+        )
 
 
 def _with_rounding(module: Any, layout: Layout, rows: Tensor) -> Layout:
@@ -107,7 +118,9 @@ def _with_rounding(module: Any, layout: Layout, rows: Tensor) -> Layout:
         return layout
     rows = rows.bfloat16()
     expected, other = module._apply_gate(rows), replace(layout, gate=wide)
-    is_wide = not torch.equal(layout.apply(rows), expected) and torch.equal(other.apply(rows), expected)
+    is_wide = not torch.equal(layout.apply(rows), expected) and torch.equal(
+        other.apply(rows), expected
+    )
     return other if is_wide else layout
 
 
@@ -121,7 +134,9 @@ def probe_gate(module: Any) -> Layout:
     try:
         expected = module._apply_gate(rows)
     except Exception as error:
-        raise MoeccError(f"{owner}: its gate can't be run on its own ({error}); {ADVICE}") from error
+        raise MoeccError(
+            f"{owner}: its gate can't be run on its own ({error}); {ADVICE}"
+        ) from error
     for layout in _candidates(module):
         if _close(layout.apply(rows), expected):
             return replace(_with_rounding(module, layout, rows), transposed=transposed)
@@ -137,4 +152,6 @@ def probe_post_norm(norm: nn.Module, owner: str) -> float:
         got = torch.func.functional_call(norm, {"weight": weight}, (x,))
         if _close(got, ops._post_norm(x, 1.0 + weight, eps)):
             return eps
-    raise MoeccError(f"{owner}: the norm on its experts' outputs ({type(norm).__name__}) isn't known; {ADVICE}")
+    raise MoeccError(
+        f"{owner}: the norm on its experts' outputs ({type(norm).__name__}) isn't known; {ADVICE}"
+    )

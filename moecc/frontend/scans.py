@@ -37,7 +37,9 @@ class Scan:
 
     name: str
     function: str  # its name in the modelling file
-    tensors: tuple[str, ...]  # the function's tensor arguments, in the op's order; a trailing ? marks an optional one
+    tensors: tuple[
+        str, ...
+    ]  # the function's tensor arguments, in the op's order; a trailing ? marks an optional one
     like: str  # the tensor argument that the result has the shape and dtype of
     state_flag: str  # the argument that asks for the final state
     returns_state: bool  # whether the function returns a pair even when no state was asked for
@@ -77,7 +79,9 @@ def _define(scan: Scan) -> None:
         assert like is not None
         return like.new_empty(like.shape)
 
-    schema = ", ".join(f"Tensor{'?' if t.endswith('?') else ''} {t.removesuffix('?')}" for t in scan.tensors)
+    schema = ", ".join(
+        f"Tensor{'?' if t.endswith('?') else ''} {t.removesuffix('?')}" for t in scan.tensors
+    )
     ops.define(scan.name, schema, "str source, str options", reference, fake)
 
 
@@ -92,8 +96,12 @@ def _split(
     given = dict(signature.bind_partial(*args, **kwargs).arguments)
     swallowed = given.pop("kwargs", {})
     tensors = [given.pop(key, swallowed.get(key)) for key in scan.keys]
-    if (key := next((k for k in swallowed if k.startswith("cu_seq")), None)) and swallowed[key] is not None:
-        raise MoeccError(f"{scan.function} gets packed sequences ({key}), which moecc::{scan.name} doesn't take")
+    if (key := next((k for k in swallowed if k.startswith("cu_seq")), None)) and swallowed[
+        key
+    ] is not None:
+        raise MoeccError(
+            f"{scan.function} gets packed sequences ({key}), which moecc::{scan.name} doesn't take"
+        )
     return tensors, {key: value for key, value in given.items() if value is not None}
 
 
@@ -104,7 +112,9 @@ def _opaque(scan: Scan, original: Callable[..., Any], source: str) -> Callable[.
     def call(*args: Any, **kwargs: Any) -> Any:
         tensors, options = _split(scan, signature, args, kwargs)
         if options.pop(scan.state_flag, False):
-            raise MoeccError(f"{source}: {scan.function} is asked for its final state; trace with use_cache=False")
+            raise MoeccError(
+                f"{source}: {scan.function} is asked for its final state; trace with use_cache=False"
+            )
         try:
             text = json.dumps(options)
         except TypeError as error:
@@ -121,7 +131,11 @@ def _opaque(scan: Scan, original: Callable[..., Any], source: str) -> Callable[.
 @contextmanager
 def opaque_scans(model: nn.Module) -> Iterator[None]:
     """Swap the scans in the modelling files of `model` for their ops."""
-    modules = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__module__ in sys.modules}
+    modules = {
+        sys.modules[type(m).__module__]
+        for m in model.modules()
+        if type(m).__module__ in sys.modules
+    }
     swapped = []
     for module in modules:
         for scan in SCANS:

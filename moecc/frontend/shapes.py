@@ -16,16 +16,35 @@ from torch.export import ExportedProgram
 from moecc.errors import MoeccError
 
 BATCHES = (1, 2, 3, 8)
-SEQUENCES = (*range(1, 513), 1000, 1023, 1024, 1025, 2047, 2048, 4095, 4096, 8192, 32768, 131072, 1048576)
+SEQUENCES = (
+    *range(1, 513),
+    1000,
+    1023,
+    1024,
+    1025,
+    2047,
+    2048,
+    4095,
+    4096,
+    8192,
+    32768,
+    131072,
+    1048576,
+)
 SHORT = 4  # sequences up to here may be outside what a trace holds for; generation and calibration use longer ones
 
 
 def restriction(program: ExportedProgram) -> tuple[str, bool]:
     """For which shapes `program` holds ("" for all, "sequence <= 127"), and whether long sequences are cut off."""
-    guards = [compile(str(guard), "guard", "eval") for guard in getattr(program, "_guards_code", None) or ()]
+    guards = [
+        compile(str(guard), "guard", "eval")
+        for guard in getattr(program, "_guards_code", None) or ()
+    ]
     highest = _highest_sequence(program)
     batches = [n for n in BATCHES if n != 1]
-    if not all(_holds(guards, n, s) == _holds(guards, batches[0], s) for n in batches for s in SEQUENCES):
+    if not all(
+        _holds(guards, n, s) == _holds(guards, batches[0], s) for n in batches for s in SEQUENCES
+    ):
         raise MoeccError("the trace would hold for some batch sizes only")
     allowed = [s for s in SEQUENCES if s <= highest and _holds(guards, batches[0], s)]
     lost = [s for s in SEQUENCES if s not in set(allowed)]

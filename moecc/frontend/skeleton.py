@@ -47,7 +47,9 @@ class Skeleton:
     config: Any
     mode: FakeTensorMode | None
     experts: dict[str, nn.Module]  # experts modules by path
-    folder: Path | None = None  # where the configuration was read, None for a configuration or a module
+    folder: Path | None = (
+        None  # where the configuration was read, None for a configuration or a module
+    )
     source: str = ""  # the folder or hub id that was given
 
     @property
@@ -77,7 +79,9 @@ def skeleton(source: str | Path | nn.Module | Any, dtype: torch.dtype | None = N
 def bare(source: str | Path | nn.Module | Any, dtype: torch.dtype | None = None) -> Skeleton:
     """A skeleton that nothing is asked of yet: it may have no experts, or such as moecc doesn't know."""
     if isinstance(source, nn.Module):
-        return Skeleton(source, getattr(source, "config", None), None, experts.experts_modules(source))
+        return Skeleton(
+            source, getattr(source, "config", None), None, experts.experts_modules(source)
+        )
     config, folder = read_config(source)
     method = quantization_method(config)
     if method in low_bit.METHODS:
@@ -104,7 +108,9 @@ def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
         original(self, name, param)
         if param is not None and not isinstance(param.data, FakeTensor):
             with mode:
-                fake = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="cpu")
+                fake = torch.empty_strided(
+                    param.shape, param.stride(), dtype=param.dtype, device="cpu"
+                )
             self._parameters[name] = nn.Parameter(fake, requires_grad=param.requires_grad)
 
     def apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -112,7 +118,9 @@ def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
         for module in self.modules() if recurse else [self]:
             for name, p in module._parameters.items():
                 if p is not None:
-                    module._parameters[name] = nn.Parameter(fn(p.data), requires_grad=p.requires_grad)
+                    module._parameters[name] = nn.Parameter(
+                        fn(p.data), requires_grad=p.requires_grad
+                    )
             for name, b in module._buffers.items():
                 module._buffers[name] = None if b is None else fn(b)
         return self
@@ -182,11 +190,24 @@ def _advice(given: str) -> str:
     return "; check config.json" if given else ""
 
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+EXPERT_COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+)
 
 
 # What families call the number of experts that a token takes; dbrx has it in its ffn_config.
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
 
 
 def _checked(found: Skeleton) -> Skeleton:
@@ -196,7 +217,9 @@ def _checked(found: Skeleton) -> Skeleton:
     if not found.experts:
         part = text_config(found.config)
         if any(isinstance(n := getattr(part, key, None), int) and n > 1 for key in EXPERT_COUNTS):
-            raise MoeccError(f"{family}: {type(found.model).__name__} has experts of a class that moecc doesn't know")
+            raise MoeccError(
+                f"{family}: {type(found.model).__name__} has experts of a class that moecc doesn't know"
+            )
         raise MoeccError(
             f"{family}: {type(found.model).__name__} has no experts; moecc takes Mixture-of-Experts models"
         )
@@ -217,7 +240,9 @@ def _check_top_k(found: Skeleton) -> None:
     (key, top_k), (total, count) = _first_count(part, TOP_K), _first_count(part, EXPERT_COUNTS)
     if top_k is None or count is None:
         return
-    count += getattr(part, "zero_expert_num", 0) or 0  # longcat's router may choose experts that do nothing
+    count += (
+        getattr(part, "zero_expert_num", 0) or 0
+    )  # longcat's router may choose experts that do nothing
     if not 1 <= top_k <= count:
         what = f"{key} is {top_k} and {total} {count}, but a token takes 1 expert or more, and no more than there are"
         raise MoeccError(f"{found.name}: {what}{found.advice}")
@@ -241,8 +266,13 @@ def _check_state(found: Skeleton) -> None:
     stored = {id(b) for m in found.model.modules() if isinstance(m, STORED) for b in m.buffers()}
     for name, buffer in found.model.named_buffers():
         if found.mode is not None and isinstance(buffer, FakeTensor) and id(buffer) not in stored:
-            raise MoeccError(f"{found.model_type}: buffer {name} has lost its numbers; the family isn't supported")
+            raise MoeccError(
+                f"{found.model_type}: buffer {name} has lost its numbers; the family isn't supported"
+            )
 
 
-STORED = (experts.CompressedProjection, experts.QuantizedLinear)  # loaded from the checkpoint, so fake like parameters
+STORED = (
+    experts.CompressedProjection,
+    experts.QuantizedLinear,
+)  # loaded from the checkpoint, so fake like parameters
 _ = families.METHODS  # importing the adapters makes their classes known to `experts.is_experts`

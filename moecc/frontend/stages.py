@@ -15,7 +15,9 @@ from torch import fx, nn
 def decoder_stack(model: nn.Module, experts: Iterable[str]) -> tuple[str, int]:
     """Path and length of the list of decoder layers: the outermost ModuleList around most of the experts."""
     lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    outermost = [min((p for p in lists if e.startswith(p + ".")), key=len, default="") for e in experts]
+    outermost = [
+        min((p for p in lists if e.startswith(p + ".")), key=len, default="") for e in experts
+    ]
     path, _ = Counter(outermost).most_common(1)[0]
     return path, lists.get(path, 0)
 
@@ -42,7 +44,9 @@ def mark(model: nn.Module, module: fx.GraphModule, experts: Iterable[str]) -> in
     tags = {n: _layer(n, stack + ".") for n in nodes}
     last = max((i for i, n in enumerate(nodes) if tags[n] is not None), default=-1)
     for position, node in enumerate(nodes):
-        before = max((n.meta["layer"] for n in node.all_input_nodes if n.op != "placeholder"), default=0)
+        before = max(
+            (n.meta["layer"] for n in node.all_input_nodes if n.op != "placeholder"), default=0
+        )
         tag = tags[node]
         if tag is not None:
             stage = max(before, tag + 1)
@@ -58,7 +62,9 @@ def _mark_ends(module: fx.GraphModule, count: int) -> None:
     """A placeholder belongs to the first stage that reads it, the output to the last."""
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            node.meta["layer"] = min((u.meta.get("layer", count + 1) for u in node.users), default=0)
+            node.meta["layer"] = min(
+                (u.meta.get("layer", count + 1) for u in node.users), default=0
+            )
             node.meta["path"] = ""
         elif node.op == "output":
             node.meta["layer"], node.meta["path"] = count + 1, ""

@@ -34,7 +34,9 @@ def trace(source: str | Path | nn.Module | Any, *, dtype: torch.dtype | None = N
     MoeccError for anything that can't be traced, in one line.
     """
     found = skeleton(source, dtype)
-    return program_of(capture(found), found, str(source) if isinstance(source, (str, Path)) else found.model_type)
+    return program_of(
+        capture(found), found, str(source) if isinstance(source, (str, Path)) else found.model_type
+    )
 
 
 def program_of(exported: ExportedProgram, found: Skeleton, name: str) -> Program:

@@ -29,27 +29,39 @@ def _clamped(g: Tensor, u: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     return g.clamp(max=limit), u.clamp(-limit, limit)
 
 
-def _clamp(g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float) -> Tensor:
+def _clamp(
+    g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float
+) -> Tensor:
     g, u = _clamped(g, u, limit)
     return act(g) * u
 
 
-def _clamp_f32(g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float) -> Tensor:
+def _clamp_f32(
+    g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float
+) -> Tensor:
     return _clamp(_up(g), _up(u), act, alpha, limit).to(g.dtype)
 
 
-def _clamp_after(g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float) -> Tensor:
+def _clamp_after(
+    g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float
+) -> Tensor:
     return act(g).clamp(max=limit) * u.clamp(-limit, limit)
 
 
-def _oai(g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float) -> Tensor:
+def _oai(
+    g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float
+) -> Tensor:
     g, u = _clamped(g, u, limit)
     return (u + 1) * (g * torch.sigmoid(g * alpha))
 
 
-def _softcap(g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float) -> Tensor:
+def _softcap(
+    g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float
+) -> Tensor:
     gf, uf = _up(g), _up(u)
-    return (torch.tanh(gf / alpha) * alpha * torch.sigmoid(gf) * (torch.tanh(uf / limit) * limit)).to(g.dtype)
+    return (
+        torch.tanh(gf / alpha) * alpha * torch.sigmoid(gf) * (torch.tanh(uf / limit) * limit)
+    ).to(g.dtype)
 
 
 def _up(x: Tensor) -> Tensor:

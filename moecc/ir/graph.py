@@ -105,7 +105,9 @@ def run_nodes(
                 last[i.name] = node
 
     def value(n: fx.Node) -> Any:
-        if n.op == "get_attr":  # a constant of the graph that is no tensor, such as a mask function's tree
+        if (
+            n.op == "get_attr"
+        ):  # a constant of the graph that is no tensor, such as a mask function's tree
             return getattr(n.graph.owning_module, str(n.target))
         return values[n.name] if n.name in values else weight[n.name]
 
@@ -131,7 +133,11 @@ def run_nodes(
 def type_text(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{SHORT.get(value.dtype, str(value.dtype))}[{', '.join(map(str, value.shape))}]"
-    return "(" + ", ".join(map(type_text, value)) + ")" if isinstance(value, (list, tuple)) else str(value)
+    return (
+        "(" + ", ".join(map(type_text, value)) + ")"
+        if isinstance(value, (list, tuple))
+        else str(value)
+    )
 
 
 def arg_text(value: Any) -> str:

@@ -75,7 +75,10 @@ def check_operands(node: fx.Node) -> None:
         "gate_up_slope": (experts, rows), "gate_up_offset": (experts, rows), "down_slope": (experts, hidden),
         "down_offset": (experts, hidden), "post_norm": (hidden,),
     }  # fmt: skip
-    for projection, n, k, input_side in (("gate_up", rows, hidden, True), ("down", hidden, intermediate, False)):
+    for projection, n, k, input_side in (
+        ("gate_up", rows, hidden, True),
+        ("down", hidden, intermediate, False),
+    ):
         own = {t: shape[f"{projection}_{t}"] for t in vq4.TENSORS if f"{projection}_{t}" in shape}
         for whole in (vq4.SHARED[:3], [vq4.MEAN + t for t in vq4.CODED if t != "signs"]):
             missing = [t for t in whole if t not in own]
@@ -85,7 +88,10 @@ def check_operands(node: fx.Node) -> None:
                     f"node %{node.name} ({target_text(node.target)}): {projection}_{present} without {projection}_{missing[0]}"
                 )
         expected.update(
-            {f"{projection}_{t}": s for t, s in _stored_shapes(own, experts, n, k, hidden, input_side).items()}
+            {
+                f"{projection}_{t}": s
+                for t, s in _stored_shapes(own, experts, n, k, hidden, input_side).items()
+            }
         )
     for name, want in expected.items():
         if name in shape and shape[name] != want:
@@ -94,7 +100,11 @@ def check_operands(node: fx.Node) -> None:
             )
     for name, node_of in val.items() if node.target is ops.VQ_EXPERTS else ():
         kind = name.removeprefix("gate_up_").removeprefix("down_").removeprefix(vq4.MEAN)
-        if kind in vq4.DTYPES and isinstance(node_of, fx.Node) and node_of.meta["val"].dtype not in vq4.DTYPES[kind]:
+        if (
+            kind in vq4.DTYPES
+            and isinstance(node_of, fx.Node)
+            and node_of.meta["val"].dtype not in vq4.DTYPES[kind]
+        ):
             want_type = " or ".join(SHORT[d] for d in vq4.DTYPES[kind])
             raise MoeccError(
                 f"node %{node.name} ({target_text(node.target)}): {name} is {type_text(node_of.meta['val'])}, expected {want_type}"
@@ -102,13 +112,22 @@ def check_operands(node: fx.Node) -> None:
 
 
 def _stored_shapes(
-    own: dict[str, tuple[int, ...]], experts: int, rows: int, columns: int, hidden: int, input_side: bool
+    own: dict[str, tuple[int, ...]],
+    experts: int,
+    rows: int,
+    columns: int,
+    hidden: int,
+    input_side: bool,
 ) -> dict[str, tuple[int, ...]]:
     """What codes, signs, codebook, basis and coefficients of one projection must look like, given the others."""
     expected: dict[str, tuple[int, ...]] = {}
     if "codebook" in own:
         books, v = own["codebook"][0], own["codebook"][-1]
-        expected["codebook"] = (books if books in (1, experts) else experts, vq4.CODEBOOK_SIZE, v if v in (2, 4) else 4)
+        expected["codebook"] = (
+            books if books in (1, experts) else experts,
+            vq4.CODEBOOK_SIZE,
+            v if v in (2, 4) else 4,
+        )
         expected["codes"] = (experts, rows, vq4.padded(columns) // expected["codebook"][2])
         expected["signs"] = (experts, rows, vq4.padded(columns) // 8)
     if "basis" in own:

@@ -46,27 +46,44 @@ def define(
     star = f", *, {attributes}" if attributes else ""
     plain = f", {attributes}" if attributes else ""
     library.define(f"{name}({tensors}{star}) -> Tensor")
-    library.define(f"{name}_backward(Tensor grad, Tensor?[] operands, bool[] wanted{plain}) -> Tensor[]")
+    library.define(
+        f"{name}_backward(Tensor grad, Tensor?[] operands, bool[] wanted{plain}) -> Tensor[]"
+    )
 
     def forward(*args: Operand, **kwargs: Any) -> Tensor:
         with torch.no_grad():
             return (kernel or reference)(*args, **kwargs)
 
-    def backward(grad: Tensor, args: list[Operand], wanted: list[bool], *attrs: Any) -> list[Tensor]:
-        leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(args, wanted, strict=True)]
+    def backward(
+        grad: Tensor, args: list[Operand], wanted: list[bool], *attrs: Any
+    ) -> list[Tensor]:
+        leaves = [
+            None if t is None else t.detach().requires_grad_(w)
+            for t, w in zip(args, wanted, strict=True)
+        ]
         with torch.enable_grad():
             y = reference(*leaves, **dict(zip(keys, attrs, strict=True)))
         sources = [t for t, w in zip(leaves, wanted, strict=True) if w and t is not None]
         if not y.requires_grad:  # no token was routed anywhere
             return [torch.zeros_like(t) for t in sources]
         grads = torch.autograd.grad(y, sources, grad, allow_unused=True)
-        return [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, sources, strict=True)]
+        return [
+            torch.zeros_like(t) if g is None else g.contiguous()
+            for g, t in zip(grads, sources, strict=True)
+        ]
 
-    def backward_fake(grad: Tensor, args: list[Operand], wanted: list[bool], *attrs: Any) -> list[Tensor]:
-        return [t.new_empty(t.shape) for t, w in zip(args, wanted, strict=True) if w and t is not None]
+    def backward_fake(
+        grad: Tensor, args: list[Operand], wanted: list[bool], *attrs: Any
+    ) -> list[Tensor]:
+        return [
+            t.new_empty(t.shape) for t, w in zip(args, wanted, strict=True) if w and t is not None
+        ]
 
     def setup_context(
-        ctx: Any, inputs: tuple[Operand, ...], output: Tensor, keyword_only_inputs: dict[str, Any] | None = None
+        ctx: Any,
+        inputs: tuple[Operand, ...],
+        output: Tensor,
+        keyword_only_inputs: dict[str, Any] | None = None,
     ) -> None:  # torch names its arguments, and leaves out the last where a schema has no keyword
         ctx.save_for_backward(*inputs)
         ctx.attrs = [(keyword_only_inputs or {})[k] for k in keys]
@@ -81,7 +98,9 @@ def define(
     torch.library.impl(f"moecc::{name}_backward", ("CPU", "CUDA"), backward, lib=library)
     torch.library.register_fake(f"moecc::{name}", fake, lib=library)
     torch.library.register_fake(f"moecc::{name}_backward", backward_fake, lib=library)
-    torch.library.register_autograd(f"moecc::{name}", autograd, setup_context=setup_context, lib=library)
+    torch.library.register_autograd(
+        f"moecc::{name}", autograd, setup_context=setup_context, lib=library
+    )
 
 
 def _by_expert(topk_index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
@@ -93,7 +112,11 @@ def _by_expert(topk_index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
 
 
 def _combine(
-    x: Tensor, topk_index: Tensor, topk_weight: Tensor, experts: int, run: Callable[[int, Tensor], Tensor]
+    x: Tensor,
+    topk_index: Tensor,
+    topk_weight: Tensor,
+    experts: int,
+    run: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
     """sum_k topk_weight[t, k] * run(topk_index[t, k], x[t]): each expert that is chosen at all runs once, on its tokens."""
     tokens, k = topk_index.shape
@@ -117,7 +140,9 @@ def _post_norm(y: Tensor, weight: Operand, eps: float) -> Tensor:
     if weight is None:
         return y
     wide = _wide(y)
-    scaled = (y.to(wide) * weight.to(wide)).to(y.dtype).to(wide)  # scale, round, normalise: muse_spark's order
+    scaled = (
+        (y.to(wide) * weight.to(wide)).to(y.dtype).to(wide)
+    )  # scale, round, normalise: muse_spark's order
     return (scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + eps)).to(y.dtype)
 
 
@@ -128,7 +153,11 @@ def experts_reference(
     """moecc::experts: y_t = sum_k w_tk norm(down_e gate(gate_up_e x_t + b_e) + c_e), in the weights' dtype."""
 
     def run(e: int, tokens: Tensor) -> Tensor:
-        rows = F.linear(x[tokens].to(gate_up.dtype), gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
+        rows = F.linear(
+            x[tokens].to(gate_up.dtype),
+            gate_up[e],
+            None if gate_up_bias is None else gate_up_bias[e],
+        )
         hidden = apply_gate(rows, act, gate, alpha, limit)
         y = F.linear(hidden, down[e], None if down_bias is None else down_bias[e])
         return _post_norm(y, post_norm, eps)
@@ -159,14 +188,21 @@ def klt_experts_reference(
         basis, coef, coef_scale = (parts[name][t] for t in ("basis", "coef", "coef_scale"))
         if basis is not None and coef is not None and coef_scale is not None:
             one = slice(e, e + 1)
-            w = w + vq4.basis_part(coef[one], coef_scale[one], basis, dtype, input_side=name == "gate_up")[0]
+            w = (
+                w
+                + vq4.basis_part(
+                    coef[one], coef_scale[one], basis, dtype, input_side=name == "gate_up"
+                )[0]
+            )
         return w if mean is None else w + mean[0]
 
     def run(e: int, tokens: Tensor) -> Tensor:
         bias = None if gate_up_bias is None else gate_up_bias[e].to(dtype)
         rows = F.linear(x[tokens].to(dtype), weight("gate_up", gate_up, e), bias)
         hidden = apply_gate(rows, act, gate, alpha, limit)
-        y = F.linear(hidden, weight("down", down, e), None if down_bias is None else down_bias[e].to(dtype))
+        y = F.linear(
+            hidden, weight("down", down, e), None if down_bias is None else down_bias[e].to(dtype)
+        )
         return _post_norm(y, post_norm, eps)
 
     return _combine(x, topk_index, topk_weight, gate_up.shape[0], run)
@@ -183,12 +219,18 @@ def _project(p: _Projection, e: int, x: Tensor, mean: Tensor | None, *, input_si
     assert codes is not None and codebook is not None and scale is not None
     one = slice(e, e + 1)
     table = codebook[one] if codebook.shape[0] > 1 else codebook
-    weight = vq4.decode(codes[one], None if signs is None else signs[one], table, x.shape[-1], x.dtype)[0]
+    weight = vq4.decode(
+        codes[one], None if signs is None else signs[one], table, x.shape[-1], x.dtype
+    )[0]
     factor = scale[e].to(x.dtype)
     if (slope := p["slope"]) is not None:
         factor = factor * slope[e].to(x.dtype)
     # one product instead of two: on a CPU x is many tokens, and the sum of two matrices is cheap
-    y = F.linear(x, weight) * factor if mean is None else F.linear(x, weight * factor.unsqueeze(-1) + mean[0])
+    y = (
+        F.linear(x, weight) * factor
+        if mean is None
+        else F.linear(x, weight * factor.unsqueeze(-1) + mean[0])
+    )
     basis, coef, coef_scale = p["basis"], p["coef"], p["coef_scale"]
     if basis is not None and coef is not None and coef_scale is not None:
         low = coef[e].to(x.dtype) * coef_scale[e].to(x.dtype).unsqueeze(-1)
@@ -214,7 +256,10 @@ def vq_experts_reference(
     dtype = _wide(x)
     rows_out = codes.shape[1]
     intermediate = rows_out if gate == "none" else rows_out // 2
-    up_mean, down_mean = vq4.mean_part(gate_up, x.shape[1], dtype), vq4.mean_part(down, intermediate, dtype)
+    up_mean, down_mean = (
+        vq4.mean_part(gate_up, x.shape[1], dtype),
+        vq4.mean_part(down, intermediate, dtype),
+    )
 
     def run(e: int, tokens: Tensor) -> Tensor:
         rows = _project(gate_up, e, x[tokens].to(dtype), up_mean, input_side=True)
@@ -224,7 +269,9 @@ def vq_experts_reference(
     return _combine(x, topk_index, topk_weight, codes.shape[0], run)
 
 
-def q_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Operand, *, bits: int) -> Tensor:
+def q_linear_reference(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bias: Operand, *, bits: int
+) -> Tensor:
     """moecc::q_linear: F.linear(x, (q - zero) * scale) in x's dtype, rounded once after float32 accumulation.
 
     weight u8 [N, K*bits/8] (4 bit: even column in the low nibble); scale f16/bf16/f32 [N, K/group]; zero u8 [N, K/group].
@@ -237,13 +284,17 @@ def dequantize_linear(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) ->
     """The float32 [N, K] that a q_linear stands for (float64 where scale is)."""
     q = weight if bits == 8 else torch.stack((weight & 15, weight >> 4), -1).flatten(-2)
     groups: Tensor = q.unflatten(-1, (scale.shape[-1], -1)).to(_wide(scale))
-    return ((groups - zero.to(groups.dtype).unsqueeze(-1)) * scale.to(groups.dtype).unsqueeze(-1)).flatten(-2)
+    return (
+        (groups - zero.to(groups.dtype).unsqueeze(-1)) * scale.to(groups.dtype).unsqueeze(-1)
+    ).flatten(-2)
 
 
 def expert_linear_reference(x: Tensor, topk_index: Tensor, weight: Tensor) -> Tensor:
     """moecc::expert_linear: y[t, k] = weight[topk_index[t, k]] x[t] (or x[t, k]). x [T, D] | [T, k, D] -> [T, k, N]."""
     tokens, k = topk_index.shape
-    rows = (x.unsqueeze(1).expand(-1, k, -1) if x.dim() == 2 else x).reshape(tokens * k, x.shape[-1])
+    rows = (x.unsqueeze(1).expand(-1, k, -1) if x.dim() == 2 else x).reshape(
+        tokens * k, x.shape[-1]
+    )
     order, counts = _by_expert(topk_index, weight.shape[0])
     parts = [F.linear(rows[slots], w) for slots, w in zip(order.split(counts), weight, strict=True)]
     inverse = torch.empty_like(order)
@@ -251,7 +302,9 @@ def expert_linear_reference(x: Tensor, topk_index: Tensor, weight: Tensor) -> Te
     return torch.cat(parts)[inverse].view(tokens, k, weight.shape[1])
 
 
-def same_shape(x: Tensor, topk_index: Tensor, topk_weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def same_shape(
+    x: Tensor, topk_index: Tensor, topk_weight: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     torch._check(x.dim() == 2 and topk_index.dim() == 2 and topk_weight.dim() == 2)
     torch._check(topk_index.size(0) == x.size(0))
     return x.new_empty(x.shape)
@@ -285,4 +338,8 @@ VQ_EXPERTS = torch.ops.moecc.vq_experts.default
 Q_LINEAR = torch.ops.moecc.q_linear.default
 MOE_OPS = frozenset({EXPERTS, KLT_EXPERTS, VQ_EXPERTS})
 # What to call under autograd when nobody needs the op itself: its own backward would run the reference a second time.
-REFERENCE = {EXPERTS: experts_reference, KLT_EXPERTS: klt_experts_reference, VQ_EXPERTS: vq_experts_reference}
+REFERENCE = {
+    EXPERTS: experts_reference,
+    KLT_EXPERTS: klt_experts_reference,
+    VQ_EXPERTS: vq_experts_reference,
+}

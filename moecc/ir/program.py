@@ -47,14 +47,18 @@ class Program:
     weights: dict[str, Weight]  # placeholder name -> what it stands for
     tensors: Held  # held tensors by weight name
     store: Store | None
-    exported_from: ExportedProgram  # signature pieces that torch.export wants back; its graph is not used
+    exported_from: (
+        ExportedProgram  # signature pieces that torch.export wants back; its graph is not used
+    )
     config: Any = None
     source: str = ""
     dtype: torch.dtype = torch.float32
     restriction: str = ""  # a limit on input shapes that the trace had to accept
     unreached: tuple[str, ...] = ()  # parameters that no traced path reads
     facts: set[str] = field(default_factory=set)
-    rounded: set[str] = field(default_factory=set)  # held weights whose values the checkpoint's own type holds exactly
+    rounded: set[str] = field(
+        default_factory=set
+    )  # held weights whose values the checkpoint's own type holds exactly
 
     @property
     def graph(self) -> fx.Graph:
@@ -81,7 +85,9 @@ class Program:
         if name in self.tensors:
             held = self.tensors[name]
             return held if experts is None else held[list(experts)]
-        derived = next((w for w in self.weights.values() if w.name == name and w.recipe is not None), None)
+        derived = next(
+            (w for w in self.weights.values() if w.name == name and w.recipe is not None), None
+        )
         if derived is not None and derived.recipe is not None:
             with torch.no_grad():
                 value: Tensor = derived.recipe(*[self.read(s) for s in derived.sources])
@@ -91,7 +97,9 @@ class Program:
                 f"{name}: no weights, the program was traced from a config; give a checkpoint folder or hub id"
             )
         if name not in self.store:
-            raise MoeccError(f"{name}: not in the checkpoint {self.source}; give a complete checkpoint")
+            raise MoeccError(
+                f"{name}: not in the checkpoint {self.source}; give a complete checkpoint"
+            )
         return self.store.read(name, dtype=self.dtype, experts=experts)
 
     def value(self, placeholder: fx.Node) -> Tensor:
@@ -100,12 +108,16 @@ class Program:
 
     def origins(self, name: str) -> tuple[str, ...]:
         """The model parameters that the weight called `name` is computed from (itself where it is plain)."""
-        derived = next((w for w in self.weights.values() if w.name == name and w.recipe is not None), None)
+        derived = next(
+            (w for w in self.weights.values() if w.name == name and w.recipe is not None), None
+        )
         return derived.sources if derived else (name,)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The type that the checkpoint stores a weight in, the program's own where it has no such weight."""
-        return self.dtype if self.store is None or name not in self.store else self.store.dtype(name)
+        return (
+            self.dtype if self.store is None or name not in self.store else self.store.dtype(name)
+        )
 
     # ---- rewriting
 
@@ -114,7 +126,10 @@ class Program:
 
         A weight of the checkpoint is stored in the program's type then; `rewrite` rounds it to the checkpoint's.
         """
-        if sources := next((w.sources for w in self.weights.values() if w.name == name and w.recipe is not None), None):
+        if sources := next(
+            (w.sources for w in self.weights.values() if w.name == name and w.recipe is not None),
+            None,
+        ):
             what = "that its new value" if len(sources) == 1 else "those their new values"
             raise MoeccError(f"{name} is computed from {', '.join(sources)}; give {what}")
         self.tensors[name] = tensor
@@ -139,7 +154,9 @@ class Program:
         self.rounded.add(name)
         return node
 
-    def replace(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    def replace(
+        self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> fx.Node:
         """Make `node` a call of `target`, of the same result shape; drop weights that nothing reads any more.
 
         It stays the same node and keeps its name, so that a rewritten program still lines up with its float reference.
@@ -163,7 +180,11 @@ class Program:
         )  # fmt: skip
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        mode = next(n.meta["val"].fake_mode for n in self.graph.nodes if hasattr(n.meta.get("val"), "fake_mode"))
+        mode = next(
+            n.meta["val"].fake_mode
+            for n in self.graph.nodes
+            if hasattr(n.meta.get("val"), "fake_mode")
+        )
         fake: Tensor = mode.from_tensor(tensor.detach(), static_shapes=True)
         return fake
 
@@ -184,7 +205,9 @@ class Program:
                 raise MoeccError(
                     f"node %{node.name} ({target_text(node.target)}) lacks meta 'val' or 'layer'; a pass must set both"
                 )
-            late = next((i for i in node.all_input_nodes if i.meta["layer"] > node.meta["layer"]), None)
+            late = next(
+                (i for i in node.all_input_nodes if i.meta["layer"] > node.meta["layer"]), None
+            )
             if late is not None:
                 raise MoeccError(
                     f"node %{node.name} in stage {node.meta['layer']} reads %{late.name} of stage {late.meta['layer']}"
@@ -199,13 +222,19 @@ class Program:
         val = node.meta["val"]
         name = self.weights[node.name].name
         if held.shape != val.shape or held.dtype != val.dtype:
-            raise MoeccError(f"weight {name} is {type_text(held)} but its node says {type_text(val)}")
+            raise MoeccError(
+                f"weight {name} is {type_text(held)} but its node says {type_text(val)}"
+            )
         if found := nonfinite(held):
             raise MoeccError(f"weight {name} holds {found}")
 
     def _verify_call(self, node: fx.Node) -> None:
         values = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        mode = next(n.meta["val"].fake_mode for n in node.all_input_nodes if hasattr(n.meta["val"], "fake_mode"))
+        mode = next(
+            n.meta["val"].fake_mode
+            for n in node.all_input_nodes
+            if hasattr(n.meta["val"], "fake_mode")
+        )
         try:
             with mode:
                 node.target(*values[0], **values[1])  # type: ignore[operator]
@@ -213,7 +242,9 @@ class Program:
         except MoeccError:
             raise
         except Exception as e:
-            raise MoeccError(f"node %{node.name} ({target_text(node.target)}) does not type-check: {e}") from e
+            raise MoeccError(
+                f"node %{node.name} ({target_text(node.target)}) does not type-check: {e}"
+            ) from e
 
     def text(self, stage: int | None = None) -> str:
         """The graph as people read it and tests compare it: one line per node, with shapes and a digest of held tensors.
@@ -238,7 +269,9 @@ class Program:
             if weight.name in self.tensors:
                 return f'held "{weight.name}" #{digest(self.tensors[weight.name])}'
             return f'{"derived" if weight.recipe else "weight"} "{weight.name}"'
-        args = ", ".join([*map(arg_text, node.args), *(f"{k}={arg_text(v)}" for k, v in node.kwargs.items())])
+        args = ", ".join(
+            [*map(arg_text, node.args), *(f"{k}={arg_text(v)}" for k, v in node.kwargs.items())]
+        )
         return f"{target_text(node.target)}({args})"
 
     # ---- leaving the IR
@@ -282,7 +315,11 @@ def fold_weight_graphs(program: Program) -> None:
 def _derive(program: Program, name: str, root: fx.Node) -> fx.Node:
     inside = ancestors([root])
     order = [n for n in program.graph.nodes if n in inside]
-    leaves = [n for n in program.graph.nodes if n.op == "placeholder" and any(u in inside for u in n.users)]
+    leaves = [
+        n
+        for n in program.graph.nodes
+        if n.op == "placeholder" and any(u in inside for u in n.users)
+    ]
     if any(leaf.name not in program.weights for leaf in leaves):
         raise MoeccError(
             f"{name}: computed from the model's inputs, not from weights alone; this model can't be compiled"

@@ -37,9 +37,19 @@ from torch import Tensor
 VERSION = 1
 CODEBOOK_SIZE = 256
 # The suffixes of one projection's tensors, in the order of the op's operands.
-CODED = ("codes", "signs", "codebook", "scale")  # a matrix per expert, or one for all under names that start with MEAN
+CODED = (
+    "codes",
+    "signs",
+    "codebook",
+    "scale",
+)  # a matrix per expert, or one for all under names that start with MEAN
 MEAN = "mean_"
-SHARED = ("basis", "coef", "coef_scale", *(MEAN + name for name in CODED))  # what is taken out before coding
+SHARED = (
+    "basis",
+    "coef",
+    "coef_scale",
+    *(MEAN + name for name in CODED),
+)  # what is taken out before coding
 TENSORS = (*CODED, "bias", *SHARED)
 _HALF = (torch.float16, torch.bfloat16)
 DTYPES = {
@@ -70,7 +80,9 @@ def unpack_signs(signs: Tensor) -> Tensor:
     return ((signs.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
 
 
-def decode(codes: Tensor, signs: Tensor | None, codebook: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+def decode(
+    codes: Tensor, signs: Tensor | None, codebook: Tensor, columns: int, dtype: torch.dtype
+) -> Tensor:
     """Unscaled weights [E, N, columns] in `dtype`; differentiable in `codebook` where that is floating."""
     experts = codes.shape[0]
     table = codebook.to(dtype).expand(experts, -1, -1)
@@ -83,13 +95,17 @@ def decode(codes: Tensor, signs: Tensor | None, codebook: Tensor, columns: int, 
     return values[..., :columns]
 
 
-def basis_part(coef: Tensor, coef_scale: Tensor, basis: Tensor, dtype: torch.dtype, *, input_side: bool) -> Tensor:
+def basis_part(
+    coef: Tensor, coef_scale: Tensor, basis: Tensor, dtype: torch.dtype, *, input_side: bool
+) -> Tensor:
     """The dense [E, N, K] that basis and coefficients stand for (input_side: gate_up, else down)."""
     scaled = coef.to(dtype) * coef_scale.to(dtype).unsqueeze(-1)
     return scaled @ basis.to(dtype) if input_side else basis.to(dtype).T @ scaled
 
 
-def mean_part(tensors: Mapping[str, Tensor | None], columns: int, dtype: torch.dtype) -> Tensor | None:
+def mean_part(
+    tensors: Mapping[str, Tensor | None], columns: int, dtype: torch.dtype
+) -> Tensor | None:
     """The dense [1, N, columns] that all experts share as it is, by names of SHARED; None without one."""
     codes, signs, codebook, scale = (tensors.get(MEAN + name) for name in CODED)
     if codes is None or codebook is None or scale is None:
@@ -116,7 +132,10 @@ def stored_bits(tensors: dict[str, Tensor | None]) -> int:
 
 def coded_bits(matrices: int, rows: int, columns: int, bits: int, *, books: int = 1) -> int:
     """Bits that codes, signs, codebooks and scales of [matrices, rows, columns] take."""
-    return matrices * rows * (bits * padded(columns) + 16) + 8 * CODEBOOK_SIZE * group_size(bits) * books
+    return (
+        matrices * rows * (bits * padded(columns) + 16)
+        + 8 * CODEBOOK_SIZE * group_size(bits) * books
+    )
 
 
 def basis_bits(rank: int, experts: int, rows: int, columns: int, *, input_side: bool) -> int:

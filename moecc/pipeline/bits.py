@@ -30,7 +30,9 @@ def _stored_bits(program: Program, node: torch.fx.Node) -> int:
         rewritten = origin in program.tensors and origin not in program.rounded
         return 8 * (program.dtype if rewritten else program.stored_dtype(origin)).itemsize
     bits = 8 * int(node.meta["val"].element_size())
-    return min(bits, 16) if name in program.tensors else bits  # what is still dense would be stored in 16 bits
+    return (
+        min(bits, 16) if name in program.tensors else bits
+    )  # what is still dense would be stored in 16 bits
 
 
 def expert_weights(moe: MoE) -> int:

@@ -46,7 +46,9 @@ class Journal:
         try:
             self._lock.acquire()
         except Timeout as e:
-            raise Busy(f"{folder.parent} is in use by another run; wait for it, or choose another output folder") from e
+            raise Busy(
+                f"{folder.parent} is in use by another run; wait for it, or choose another output folder"
+            ) from e
         # nothing is in the folder of a run that was killed as it made it, but the lock and drafts
         self.found = any(f.name != "lock" and not f.name.startswith(".") for f in folder.iterdir())
         self.resuming = self.found
@@ -68,7 +70,11 @@ class Journal:
             before = None
         now = json.loads(json.dumps(self.identity))
         if before != now:
-            why = _differences(before, now) if isinstance(before, dict) else "its run.json can't be read"
+            why = (
+                _differences(before, now)
+                if isinstance(before, dict)
+                else "its run.json can't be read"
+            )
             advice = f"remove {self.folder.parent}, or choose another output folder"
             raise MoeccError(f"{self.folder.parent} belongs to another run ({why}); {advice}")
 
@@ -78,11 +84,15 @@ class Journal:
 
     def save(self, stage: int, program: Program, ctx: Context) -> None:
         """Note a finished layer; called after the last pass of a group of layer passes."""
-        new = [name for name in _held(program, stage) if not program.tensors.same(self._before, name)]
+        new = [
+            name for name in _held(program, stage) if not program.tensors.same(self._before, name)
+        ]
         tensors = {name: program.tensors[name] for name in new}
         self._before = Held()
         write_safetensors(self._file(stage, "safetensors"), tensors)
-        nodes = [_describe(program, n) for n in stage_nodes(program, stage) if n.target in _OPS.values()]
+        nodes = [
+            _describe(program, n) for n in stage_nodes(program, stage) if n.target in _OPS.values()
+        ]
         rounded = [name for name in new if name in program.rounded]
         record = {
             "nodes": nodes, "rounded": rounded, "text": _digest(program, stage),
@@ -211,7 +221,12 @@ def _restore(program: Program, entry: dict[str, Any], tensors: TensorFile) -> No
 
 def _held(program: Program, stage: int) -> list[str]:
     """The names of the held tensors that a layer's nodes read, those that derived weights are computed from among them."""
-    inputs = {i.name for n in stage_nodes(program, stage) for i in n.all_input_nodes if i.name in program.weights}
+    inputs = {
+        i.name
+        for n in stage_nodes(program, stage)
+        for i in n.all_input_nodes
+        if i.name in program.weights
+    }
     names = {s for i in inputs for s in (program.weights[i].name, *program.weights[i].sources)}
     return sorted(name for name in names if name in program.tensors)
 

@@ -42,11 +42,17 @@ def _renewed(passes: list[Pass], remarks: list[str]) -> list[Pass]:
             for before in [q for q in result if q.within_layer & p.requires - there]:
                 fact = min(before.within_layer & p.requires)
                 if not isinstance(p, LayerPass) or p.own_round:
-                    what = "begins a round of its own" if isinstance(p, LayerPass) else "works on the whole model"
+                    what = (
+                        "begins a round of its own"
+                        if isinstance(p, LayerPass)
+                        else "works on the whole model"
+                    )
                     raise MoeccError(
                         f"{p.name} requires {fact!r}, which holds within one layer and one round, but {p.name} {what}"
                     )
-                remarks.append(f"{p.name} requires {fact!r}; {before.name!r} runs again before it, in its round")
+                remarks.append(
+                    f"{p.name} requires {fact!r}; {before.name!r} runs again before it, in its round"
+                )
                 result.append(before)
                 there |= before.provides
             result.append(p)
@@ -88,9 +94,15 @@ def _first_lack(passes: list[Pass], facts: set[str]) -> tuple[Pass, str] | None:
 
 def _provider(user: Pass, fact: str) -> Pass:
     """The one pass that provides `fact` and can be made with its defaults."""
-    makers = [n for n in pass_names() if fact in find_pass(n).provides and not issubclass(find_pass(n), Composite)]
+    makers = [
+        n
+        for n in pass_names()
+        if fact in find_pass(n).provides and not issubclass(find_pass(n), Composite)
+    ]
     if len(makers) != 1:
-        raise MoeccError(f"{user.name} requires {fact!r}; provided by {makers or 'no known pass'}; name one of them")
+        raise MoeccError(
+            f"{user.name} requires {fact!r}; provided by {makers or 'no known pass'}; name one of them"
+        )
     return find_pass(makers[0])()
 
 
@@ -111,7 +123,12 @@ def _sort(passes: list[Pass], facts: set[str]) -> list[Pass]:
 def groups(passes: Sequence[Pass]) -> list[list[Pass]]:
     groups: list[list[Pass]] = []
     for p in passes:
-        if groups and isinstance(p, LayerPass) and isinstance(groups[-1][0], LayerPass) and not p.own_round:
+        if (
+            groups
+            and isinstance(p, LayerPass)
+            and isinstance(groups[-1][0], LayerPass)
+            and not p.own_round
+        ):
             groups[-1].append(p)
         else:
             groups.append([p])

@@ -17,7 +17,9 @@ def _require_facts(cls: type[Pass], where: str) -> None:
     for kind in FACTS:
         facts = getattr(cls, kind)
         if not isinstance(facts, set | frozenset) or not all(isinstance(f, str) for f in facts):
-            raise MoeccError(f"{where}: {cls.__name__}.{kind} is {facts!r}; give a frozenset of facts")
+            raise MoeccError(
+                f"{where}: {cls.__name__}.{kind} is {facts!r}; give a frozenset of facts"
+            )
 
 
 PASSES: Registry[Pass] = Registry(Pass, "moecc.passes", "pass", "passes", _require_facts)  # type: ignore[type-abstract]
@@ -41,7 +43,11 @@ def parse_passes(text: str, **defaults: Any) -> tuple[list[Pass], list[str]]:
     """
     if not text.strip():
         raise MoeccError("no passes given; try --passes kbvq, or `moecc passes` for what there is")
-    wanted = {k: int(v) if isinstance(v, float) and v == int(v) else v for k, v in defaults.items() if v is not None}
+    wanted = {
+        k: int(v) if isinstance(v, float) and v == int(v) else v
+        for k, v in defaults.items()
+        if v is not None
+    }
     found: list[Pass] = []
     remarks: list[str] = []
     for name, options in items(text):
@@ -54,7 +60,9 @@ def parse_passes(text: str, **defaults: Any) -> tuple[list[Pass], list[str]]:
     return found, remarks
 
 
-def _taken(cls: type[Pass], options: str, wanted: Mapping[str, Any], remarks: list[str]) -> dict[str, Any]:
+def _taken(
+    cls: type[Pass], options: str, wanted: Mapping[str, Any], remarks: list[str]
+) -> dict[str, Any]:
     """Those of the wanted defaults that a pass takes; a remark for one that it has but does not take."""
     known, given, taken = {f.name: f for f in cls.options()}, cls.read(options), {}
     for key, value in wanted.items():

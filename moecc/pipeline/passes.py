@@ -39,13 +39,21 @@ class Pass(Options):
     """One named rewrite of a program."""
 
     requires: ClassVar[frozenset[str]] = frozenset()
-    after: ClassVar[frozenset[str]] = frozenset()  # facts that come first where a pass of the pipeline provides them
+    after: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # facts that come first where a pass of the pipeline provides them
     provides: ClassVar[frozenset[str]] = frozenset()
     spoils: ClassVar[frozenset[str]] = frozenset()
-    leads_to: ClassVar[frozenset[str]] = frozenset()  # facts that must follow before the program can be stored
+    leads_to: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # facts that must follow before the program can be stored
     needs_data: ClassVar[bool] = False  # whether calibration text must have been given
-    within_layer: ClassVar[frozenset[str]] = frozenset()  # facts that lie in `Layer.data`, for one layer of one round
-    makes_reference: ClassVar[bool] = False  # whether what it leaves is the float model that later passes compare with
+    within_layer: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # facts that lie in `Layer.data`, for one layer of one round
+    makes_reference: ClassVar[bool] = (
+        False  # whether what it leaves is the float model that later passes compare with
+    )
 
     @abstractmethod
     def run(self, program: Program, ctx: Context) -> bool:
@@ -64,7 +72,9 @@ class Pass(Options):
 class LayerPass(Pass):
     """A pass that works on one decoder layer at a time."""
 
-    own_round: ClassVar[bool] = False  # whether the passes before it finish all layers before it begins with the first
+    own_round: ClassVar[bool] = (
+        False  # whether the passes before it finish all layers before it begins with the first
+    )
 
     @abstractmethod
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
@@ -91,14 +101,21 @@ class Composite(Pass):
         for key in given:
             if not any(key in _option_names(p) for p in found):
                 owner = next(p.name for p in self.parts if key in _option_names(p))
-                raise MoeccError(f"{self.name}: {key} is of {owner}, which is not part of it here; leave {key} out")
-        return [replace(p, **{k: v for k, v in given.items() if k in _option_names(p)}) for p in found]
+                raise MoeccError(
+                    f"{self.name}: {key} is of {owner}, which is not part of it here; leave {key} out"
+                )
+        return [
+            replace(p, **{k: v for k, v in given.items() if k in _option_names(p)}) for p in found
+        ]
 
     @classmethod
     def build_from(cls, text: str, defaults: dict[str, Any] | None = None) -> Self:
         given, own = cls.read(text), _option_names(cls)
         passed_on = tuple((k, v) for k, v in given.items() if k not in own)
-        return cls(**{**(defaults or {}), **{k: v for k, v in given.items() if k in own}}, passed_on=passed_on)
+        return cls(
+            **{**(defaults or {}), **{k: v for k, v in given.items() if k in own}},
+            passed_on=passed_on,
+        )
 
     @classmethod
     def option_called(cls, key: str) -> Field[Any]:
@@ -107,7 +124,9 @@ class Composite(Pass):
         owners = [p for p in cls.parts if key in _option_names(p)]
         if len(owners) > 1:
             names = ", ".join(p.name for p in owners)
-            raise MoeccError(f"{cls.name}: {key} is an option of {names}; name these passes one by one")
+            raise MoeccError(
+                f"{cls.name}: {key} is an option of {names}; name these passes one by one"
+            )
         return owners[0].option_called(key) if owners else super().option_called(key)
 
     def changed(self) -> dict[str, Any]:
@@ -134,18 +153,28 @@ class Context:
     """What passes share during one run: the seed, the audit, how to show progress, and where an interrupted run finds its work."""
 
     seed: int = 0
-    audit: dict[str, dict[str, Any]] = field(default_factory=dict)  # weight name -> what became of it
-    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)  # place and text of a pass -> stage -> its line
-    notes: list[str] = field(default_factory=list)  # named lines of the audit: fallbacks, starved experts
+    audit: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # weight name -> what became of it
+    ledger: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # place and text of a pass -> stage -> its line
+    notes: list[str] = field(
+        default_factory=list
+    )  # named lines of the audit: fallbacks, starved experts
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
     # (key, work) -> the same work, where a journal holds it on disk; key -> the last work so kept, by an interrupted run too
     keep: Callable[[str, Kept], Kept] = lambda key, work: work
     kept: Callable[[str], Kept | None] = lambda key: None
     reference: Program | None = None  # the float model, and
-    batches: Sequence[Tensor] = ()  # the calibration token ids, for passes over the whole model; set when a run starts
+    batches: Sequence[
+        Tensor
+    ] = ()  # the calibration token ids, for passes over the whole model; set when a run starts
     # [D, D] by path of an MoE layer and by name of a value between layers: what an error there costs (pass `sensitivity`)
     sensitivity: Mapping[str, Tensor] = field(default_factory=dict)
-    plan: Mapping[str, Any] = field(default_factory=dict)  # by path and projection: a `budget.Planned`
+    plan: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # by path and projection: a `budget.Planned`
 
     def seed_for(self, *key: object) -> int:
         """A seed that depends on the run's seed and `key` only, not on what ran before."""

@@ -51,11 +51,17 @@ class Hooks:
     after_pass: Callable[[PassReport, Program], None] = lambda report, program: None
     after_layer: Callable[[int, Program, Context], None] = lambda stage, program, ctx: None
     restore_layer: Callable[[int, Program, Context], bool] = lambda stage, program, ctx: False
-    dump: Callable[[str, Program, int | None], None] = lambda name, program, stage: None  # stage None: the whole
+    dump: Callable[[str, Program, int | None], None] = lambda name, program, stage: (
+        None
+    )  # stage None: the whole
 
 
 def run_passes(
-    program: Program, passes: Sequence[Pass], ctx: Context, batches: Sequence[Tensor] = (), hooks: Hooks | None = None
+    program: Program,
+    passes: Sequence[Pass],
+    ctx: Context,
+    batches: Sequence[Tensor] = (),
+    hooks: Hooks | None = None,
 ) -> list[PassReport]:
     """Run resolved passes over `program` in place; what each did. `batches`: calibration token ids, i64 [1 or more, S] each."""
     hooks, result = hooks or Hooks(), []
@@ -82,7 +88,9 @@ def run_passes(
             done.append(p)
             if p.makes_reference:
                 ctx.reference = reference = program.copy()
-        hooks.dump(f"{len(done):02d}-after-{Path(str(group[-1]).split('{')[0]).stem}", program, None)
+        hooks.dump(
+            f"{len(done):02d}-after-{Path(str(group[-1]).split('{')[0]).stem}", program, None
+        )
         result += reports
     return result
 
@@ -97,14 +105,18 @@ def _run_model(program: Program, p: Pass, ctx: Context, done: list[Pass]) -> Pas
     with _named(p, done, None):
         report.changed = _whether_changed(p.run(program, ctx))
         program.verify()
-        ctx.ledger[report.key] = {str(s): _entry(program, s, report.changed, ctx) for s in range(program.layers)}
+        ctx.ledger[report.key] = {
+            str(s): _entry(program, s, report.changed, ctx) for s in range(program.layers)
+        }
     report.seconds = time.perf_counter() - start
     return report
 
 
 def _whether_changed(returned: Any) -> bool:
     if not isinstance(returned, bool):
-        raise MoeccError(f"it returned {returned!r}; return True or False, whether it changed the program")
+        raise MoeccError(
+            f"it returned {returned!r}; return True or False, whether it changed the program"
+        )
     return returned
 
 
@@ -116,7 +128,9 @@ def _run_layers(
     stream, target = Stream(program, batches), Stream(reference, batches)
     last_experts = max((m.layer for m in program.moe_layers()), default=0)
     for stage in ctx.progress(range(program.layers), "layers"):
-        head = last_experts < stage == program.layers - 1  # nobody needs the logits of all calibration text at once
+        head = (
+            last_experts < stage == program.layers - 1
+        )  # nobody needs the logits of all calibration text at once
         if not head:
             target.advance()
         if 0 < stage and not hooks.restore_layer(stage, program, ctx):
@@ -126,10 +140,14 @@ def _run_layers(
                 with _named(p, [*done, *passes[:i]], stage):
                     changed = _whether_changed(p.run_layer(layer, ctx))
                     program.verify()
-                    ctx.ledger.setdefault(report.key, {})[str(stage)] = _entry(program, stage, changed, ctx)
+                    ctx.ledger.setdefault(report.key, {})[str(stage)] = _entry(
+                        program, stage, changed, ctx
+                    )
                 report.seconds += time.perf_counter() - start
                 before = sum(q.name == p.name for q in [*done, *passes[:i]])
-                hooks.dump(f"layer{stage:03d}-{p.name}{f'-{before + 1}' if before else ''}", program, stage)
+                hooks.dump(
+                    f"layer{stage:03d}-{p.name}{f'-{before + 1}' if before else ''}", program, stage
+                )
             program.module.recompile()
             hooks.after_layer(stage, program, ctx)
         if not head:
@@ -150,12 +168,18 @@ class _named:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
         if error is None or isinstance(error, KeyboardInterrupt):
             return
         where = "" if self.stage is None else f" in layer {self.stage - 1}"
         after = f" (after {', '.join(p.name for p in self.done)})" if self.done else ""
-        why = str(error) if isinstance(error, MoeccError) else f"{type(error).__name__}: {reason(error)}"
+        why = (
+            str(error)
+            if isinstance(error, MoeccError)
+            else f"{type(error).__name__}: {reason(error)}"
+        )
         raise MoeccError(f"{self.p} failed{where}{after}: {why}") from error
 
 

@@ -94,17 +94,23 @@ class Stream:
             for n in self.program.graph.nodes
             if n.op == "output" or (n.op == "call_function" and n.meta["layer"] > stage)
         ]
-        return {i.name for n in late for i in n.all_input_nodes if i.name not in self.program.weights}
+        return {
+            i.name for n in late for i in n.all_input_nodes if i.name not in self.program.weights
+        }
 
     def output(self) -> list[Tensor]:
         """The program's first output (logits, or the last hidden state of a model without a head), batch by batch."""
-        assert self.stage == self.program.layers, "the stream has not reached the end of the program"
+        assert self.stage == self.program.layers, (
+            "the stream has not reached the end of the program"
+        )
         node = output_node(self.program)
         return [values[node.name] for values in self.values]
 
 
 def run_program(
-    program: Program, batches: Iterable[Tensor], visit: Callable[[fx.Node, Any, int], None] | None = None
+    program: Program,
+    batches: Iterable[Tensor],
+    visit: Callable[[fx.Node, Any, int], None] | None = None,
 ) -> list[Tensor]:
     """The program's outputs for `batches`, layer by layer."""
     stream = Stream(program, batches)
@@ -120,5 +126,9 @@ def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
 
 def fits_in_memory(program: Program) -> bool:
     """Whether all weights take no more than half of what is free, so that they can stay once they were read."""
-    values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in program.weights]
+    values = [
+        n.meta["val"]
+        for n in program.graph.nodes
+        if n.op == "placeholder" and n.name in program.weights
+    ]
     return bool(sum(v.numel() * v.element_size() for v in values) < free_memory() // 2)

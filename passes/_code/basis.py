@@ -42,7 +42,11 @@ from moecc.passes._code.metric import OUTPUT_DAMPING, damped, pivots, weighted_e
 from moecc.passes._code.moments import Moments
 from moecc.pipeline.passes import Context, Layer
 
-DISTORTION = {2: 0.06, 3: 0.018, 4: 0.007}  # of the energy of a mean, what its error then costs, by bits: measured
+DISTORTION = {
+    2: 0.06,
+    3: 0.018,
+    4: 0.007,
+}  # of the energy of a mean, what its error then costs, by bits: measured
 _RANKS = (4, 8, 16, 32, 64)
 _SAMPLED_EXPERTS = 4
 
@@ -66,7 +70,9 @@ class Shared:
     input_side: bool
 
     def left_of(self, weight: Tensor) -> Tensor:
-        taken = vq4.shared_part(self.tensors, self.columns, torch.float32, input_side=self.input_side)
+        taken = vq4.shared_part(
+            self.tensors, self.columns, torch.float32, input_side=self.input_side
+        )
         return weight if taken is None else weight - taken
 
     def first(self, rank: int) -> Shared:
@@ -97,12 +103,22 @@ class Case:
         weight, moment = layer.weight(moe, projection), moments.of(projection)
         assert weight is not None
         # costs of one projection alone could not be compared with the other's
-        output, unit = (moments.output_of(projection), 1.0) if len(moments.output) == 2 else (None, 1.0)
+        output, unit = (
+            (moments.output_of(projection), 1.0) if len(moments.output) == 2 else (None, 1.0)
+        )
         if output is None and (cost := moments.output_of("down")) is not None:
             down = weight if projection == "down" else layer.weight(moe, "down")
             assert down is not None
             unit = float((moments.mass * weighted_error(down, moments.of("down"), cost)).sum())
-        return cls(projection, weight, moment, output, moments.mass, unit, ctx.seed_for(moe.path, projection))
+        return cls(
+            projection,
+            weight,
+            moment,
+            output,
+            moments.mass,
+            unit,
+            ctx.seed_for(moe.path, projection),
+        )
 
     @cached_property
     def mass(self) -> Tensor:
@@ -133,14 +149,18 @@ class Case:
     def cost(self, bits: int, mean: int = 0, rank: int = 0) -> float:
         """What the error costs once what mean and basis leave is coded at `bits`; measured on some experts."""
         whole = self.energy(self.weight)
-        alive = (whole > 0).nonzero().squeeze(-1)  # an expert without tokens or weights says nothing
+        alive = (
+            (whole > 0).nonzero().squeeze(-1)
+        )  # an expert without tokens or weights says nothing
         if not len(alive):
             return 0.0
         some = alive[torch.linspace(0, len(alive) - 1, min(len(alive), _SAMPLED_EXPERTS)).long()]
         remainder = self.take(mean, rank).left_of(self.weight)
         energy, output = self.energy(remainder), None if self.output is None else self.output[some]
         padded, moment = pad_columns(remainder[some], self.moment[some])
-        coded = encode_in_parts(padded, moment, output, bits=bits, shared=True, seed=self.seed, rounds=1, turns=5)
+        coded = encode_in_parts(
+            padded, moment, output, bits=bits, shared=True, seed=self.seed, rounds=1, turns=5
+        )
         measured = (self.mass[some] * weighted_error(coded.dense() - padded, moment, output)).sum()
         return float(measured * energy.sum() / energy[some].sum().clamp(min=1e-30))
 
@@ -171,10 +191,17 @@ class Case:
             )
         means: tuple[int, ...] = (0 if mean in ("auto", "off") else int(mean),)
         if mean == "auto":
-            whole, left = (float(self.energy(w).sum()) for w in (self.weight, self.weight - self.weight.mean(0)))
-            if left < whole * 4 ** (-2 / len(self.weight)):  # else not even an exact one would be worth 2 bits
+            whole, left = (
+                float(self.energy(w).sum())
+                for w in (self.weight, self.weight - self.weight.mean(0))
+            )
+            if left < whole * 4 ** (
+                -2 / len(self.weight)
+            ):  # else not even an exact one would be worth 2 bits
                 means = (0, *DISTORTION)
-        ranks = (0, *(r for r in _RANKS if r < self.hidden // 4)) if rank == "auto" else (int(rank),)
+        ranks = (
+            (0, *(r for r in _RANKS if r < self.hidden // 4)) if rank == "auto" else (int(rank),)
+        )
         return means, ranks
 
     def take(self, mean: int, rank: int) -> Shared:
@@ -187,7 +214,9 @@ class Case:
         mean = self.weight.mean(0, keepdim=True)
         alike = torch.eye(mean.shape[-1], device=mean.device).unsqueeze(0)
         stored = encode(*pad_columns(mean, alike), bits=bits, shared=True, seed=self.seed).stored()
-        return Shared({vq4.MEAN + n: t for n, t in stored.items()}, self.weight.shape[2], self.input_side)
+        return Shared(
+            {vq4.MEAN + n: t for n, t in stored.items()}, self.weight.shape[2], self.input_side
+        )
 
     def basis(self, weight: Tensor, rank: int) -> Shared:
         return factorize(weight, self.moment, rank, input_side=self.input_side)
@@ -215,5 +244,9 @@ def factorize(weight: Tensor, moment: Tensor, rank: int, *, input_side: bool) ->
         basis, coef = vectors.T.contiguous().half(), vectors.T @ weight
     scale = (coef.abs().amax(-1) / 127).clamp(min=6e-5).half()
     integers = (coef / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-    tensors: dict[str, Tensor | None] = {"basis": basis.contiguous(), "coef": integers, "coef_scale": scale}
+    tensors: dict[str, Tensor | None] = {
+        "basis": basis.contiguous(),
+        "coef": integers,
+        "coef_scale": scale,
+    }
     return Shared(tensors, weight.shape[2], input_side)

@@ -25,7 +25,9 @@ class Book:
 
 def rounded(centroids: Tensor, bits: int) -> Book:
     step = (centroids.abs().amax((-2, -1)) / 127).clamp(min=1e-12).unsqueeze(-1)
-    return Book(clamp_codebook((centroids / step.unsqueeze(-1)) - (0.5 if bits == 3 else 0.0), bits), step)
+    return Book(
+        clamp_codebook((centroids / step.unsqueeze(-1)) - (0.5 if bits == 3 else 0.0), bits), step
+    )
 
 
 def clamp_codebook(values: Tensor, bits: int) -> Tensor:
@@ -62,7 +64,9 @@ def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Gener
         centroids = torch.where(mass > 0, total / mass.clamp(min=1e-20), centroids)
         empty = torch.bincount(nearest, minlength=size) == 0
         if empty.any():
-            again = torch.randint(len(points), (int(empty.sum()),), generator=generator, device=points.device)
+            again = torch.randint(
+                len(points), (int(empty.sum()),), generator=generator, device=points.device
+            )
             centroids[empty] = points[again]
     return centroids
 
@@ -87,7 +91,9 @@ class Nearest:
         v = metric.shape[-1]
         self.gram = metric @ metric.mT
         self.powers = torch.arange(v, device=metric.device)
-        bits_of_pattern = (torch.arange(2**v, device=metric.device).unsqueeze(-1) >> self.powers) & 1
+        bits_of_pattern = (
+            torch.arange(2**v, device=metric.device).unsqueeze(-1) >> self.powers
+        ) & 1
         signs = 1.0 - 2.0 * bits_of_pattern.to(metric.dtype)
         signed = self.table.unsqueeze(1) * signs.unsqueeze(1)  # [E, 2^v, 256, v]
         self.norms = ((signed @ self.gram.unsqueeze(1)) * signed).sum(-1)  # [E, 2^v, 256]

@@ -32,7 +32,14 @@ from torch import Tensor
 from moecc.ir import vq4
 from moecc.passes._code.codebooks import Book, Nearest, clamp_codebook, kmeans, rounded
 from moecc.passes._code.half import compact
-from moecc.passes._code.metric import AT_ONCE, OUTPUT_DAMPING, damped, feedback_factor, weighted, weighted_error
+from moecc.passes._code.metric import (
+    AT_ONCE,
+    OUTPUT_DAMPING,
+    damped,
+    feedback_factor,
+    weighted,
+    weighted_error,
+)
 
 _SAMPLED_EXPERTS = 8  # that a shared codebook is fitted to where not all can be in memory
 # of rows, coded one after the other under a metric that couples rows; in a block each as if the others stayed
@@ -96,8 +103,15 @@ def encode(
     if output is not None and feedback:
         output = damped(size * output * size.mT, OUTPUT_DAMPING)
         output = output / output.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        order = output.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True).unsqueeze(-1)
-        target, output = target.take_along_dim(order, 1), output.take_along_dim(order, 1).take_along_dim(order.mT, 2)
+        order = (
+            output.diagonal(dim1=-2, dim2=-1)
+            .argsort(dim=-1, descending=True, stable=True)
+            .unsqueeze(-1)
+        )
+        target, output = (
+            target.take_along_dim(order, 1),
+            output.take_along_dim(order, 1).take_along_dim(order.mT, 2),
+        )
     given = book is not None
     book = book or rounded(kmeans(target, importance, bits=bits, seed=seed, turns=turns), bits)
     table = book.integers if shared else book.integers.expand(len(weight), -1, -1)
@@ -117,7 +131,10 @@ def encode(
         back = order.argsort(dim=1)
         negative = None if best.negative is None else best.negative.take_along_dim(back, 1)
         best = Coded(
-            best.codes.take_along_dim(back, 1), negative, best.codebook, best.scale.take_along_dim(back[..., 0], 1)
+            best.codes.take_along_dim(back, 1),
+            negative,
+            best.codebook,
+            best.scale.take_along_dim(back[..., 0], 1),
         )
     return Coded(best.codes, best.negative, best.codebook, best.scale * size.squeeze(-1))
 
@@ -138,7 +155,9 @@ def encode_in_parts(
         some = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EXPERTS)).long()
         rows = slice(None, None, -(-len(some) * weight[0].numel() // AT_ONCE))
         sample = weight[:, rows][some]
-        fitted = coded(sample, moment[some], None if output is None else output[:, rows, rows][some])
+        fitted = coded(
+            sample, moment[some], None if output is None else output[:, rows, rows][some]
+        )
         book = Book(fitted.codebook, (fitted.scale / _size(sample).squeeze(-1)).median().view(1, 1))
     parts = [
         coded(weight[part], moment[part], None if output is None else output[part], book=book)
@@ -158,14 +177,18 @@ def _size(weight: Tensor) -> Tensor:
     return weight.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
-def _better(best: Coded | None, best_error: Tensor, state: Coded, error: Tensor, shared: bool) -> tuple[Coded, Tensor]:
+def _better(
+    best: Coded | None, best_error: Tensor, state: Coded, error: Tensor, shared: bool
+) -> tuple[Coded, Tensor]:
     if best is None:
         return state, error
     if shared:  # experts share a codebook, so the layer is kept or replaced whole
         return (state, error) if error.sum() < best_error.sum() else (best, best_error)
     win = (error < best_error).view(-1, 1, 1)
     negative = (
-        None if state.negative is None or best.negative is None else torch.where(win, state.negative, best.negative)
+        None
+        if state.negative is None or best.negative is None
+        else torch.where(win, state.negative, best.negative)
     )
     merged = Coded(
         torch.where(win, state.codes, best.codes), negative, torch.where(win, state.codebook, best.codebook),
@@ -186,7 +209,13 @@ class _Coder:
         feedback: bool,
         output: Tensor | None = None,
     ):
-        self.target, self.moment, self.output, self.bits, self.feedback = target, moment, output, bits, feedback
+        self.target, self.moment, self.output, self.bits, self.feedback = (
+            target,
+            moment,
+            output,
+            bits,
+            feedback,
+        )
         self.v = v = vq4.group_size(bits)
         rows, columns = target.shape[1:]
         step = rows if output is None else max(_ROWS, rows // _BLOCKS)
@@ -194,13 +223,25 @@ class _Coder:
         groups = importance.unflatten(-1, (-1, v)).sum(-1)
         # costly groups first, while all others can still make up for them
         order = torch.argsort(groups, dim=-1, descending=True, stable=True)
-        self.columns = (order.unsqueeze(-1) * v + torch.arange(v, device=order.device)).flatten(1)  # [E, K]
+        self.columns = (order.unsqueeze(-1) * v + torch.arange(v, device=order.device)).flatten(
+            1
+        )  # [E, K]
         self.order = order
         if feedback:
             permuted = torch.gather(moment, 1, self.columns.unsqueeze(-1).expand(-1, -1, columns))
-            self.upper = feedback_factor(torch.gather(permuted, 2, self.columns.unsqueeze(1).expand(-1, columns, -1)))
-            inner = moment.unflatten(-2, (-1, v)).unflatten(-1, (-1, v)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-            self.inverses, self.roots = torch.linalg.inv(inner), torch.linalg.cholesky(inner)  # [E, G, v, v]
+            self.upper = feedback_factor(
+                torch.gather(permuted, 2, self.columns.unsqueeze(1).expand(-1, columns, -1))
+            )
+            inner = (
+                moment.unflatten(-2, (-1, v))
+                .unflatten(-1, (-1, v))
+                .diagonal(dim1=1, dim2=3)
+                .movedim(-1, 1)
+            )
+            self.inverses, self.roots = (
+                torch.linalg.inv(inner),
+                torch.linalg.cholesky(inner),
+            )  # [E, G, v, v]
         else:
             self.diagonal = torch.gather(importance, 1, self.columns)
         if output is not None:
@@ -220,25 +261,41 @@ class _Coder:
             parts.append(part)
             later = slice(block.stop, None)
             lower = self.row_upper[:, block, block].mT
-            carried = torch.linalg.solve_triangular(lower, rest[:, block] - part.dense(), upper=False)
+            carried = torch.linalg.solve_triangular(
+                lower, rest[:, block] - part.dense(), upper=False
+            )
             rest[:, later] -= self.row_upper[:, block, later].mT @ carried
         negative = [p.negative for p in parts if p.negative is not None]
         codes = torch.cat([p.codes for p in parts], 1)
-        return Coded(codes, torch.cat(negative, 1) if negative else None, codebook, scale.contiguous())
+        return Coded(
+            codes, torch.cat(negative, 1) if negative else None, codebook, scale.contiguous()
+        )
 
     def _finders(self, codebook: Tensor) -> list[Nearest]:
         """What finds a group's code when all groups before it are coded, in the order of coding."""
-        return [Nearest(codebook, self._metric(j), self.bits) for j in range(0, self.columns.shape[-1], self.v)]
+        return [
+            Nearest(codebook, self._metric(j), self.bits)
+            for j in range(0, self.columns.shape[-1], self.v)
+        ]
 
     def _choose(
-        self, target: Tensor, codebook: Tensor, scale: Tensor, finders: list[Nearest], block: int = 128
+        self,
+        target: Tensor,
+        codebook: Tensor,
+        scale: Tensor,
+        finders: list[Nearest],
+        block: int = 128,
     ) -> Coded:
         """The same for some rows, which do not depend on each other."""
         experts, rows, columns = target.shape
         v, index = self.v, self.columns.unsqueeze(1).expand(-1, rows, -1)
         rest = torch.gather(target, 2, index) / scale.unsqueeze(-1)
         codes = torch.empty(experts, rows, columns // v, dtype=torch.long, device=rest.device)
-        negative = torch.zeros(experts, rows, columns, dtype=torch.bool, device=rest.device) if self.bits == 3 else None
+        negative = (
+            torch.zeros(experts, rows, columns, dtype=torch.bool, device=rest.device)
+            if self.bits == 3
+            else None
+        )
         for start in range(0, columns, block):
             stop = min(start + block, columns)
             errors = torch.empty(experts, rows, stop - start, device=rest.device)
@@ -268,20 +325,34 @@ class _Coder:
 
     def sweep(self, state: Coded) -> Coded:
         """Choose each group's code again with all the others fixed: the minimum over one group, rows of a block at a time."""
-        codes, negative = state.codes.clone(), None if state.negative is None else state.negative.clone()
+        codes, negative = (
+            state.codes.clone(),
+            None if state.negative is None else state.negative.clone(),
+        )
         dense, scale = state.unscaled(), state.scale.unsqueeze(-1)
-        carried = (self.target - dense * scale) @ self.moment  # (w - q) H, kept up to date between blocks
-        finders = [Nearest(state.codebook, self.roots[:, g], self.bits) for g in range(self.roots.shape[1])]
+        carried = (
+            self.target - dense * scale
+        ) @ self.moment  # (w - q) H, kept up to date between blocks
+        finders = [
+            Nearest(state.codebook, self.roots[:, g], self.bits) for g in range(self.roots.shape[1])
+        ]
         for rows in self.blocks:
             pull = (
                 carried[:, rows] / scale[:, rows]
                 if self.output is None
                 else self._coupled(carried, rows) / scale[:, rows]
             )
-            part = Coded(codes[:, rows], None if negative is None else negative[:, rows], state.codebook, state.scale)
+            part = Coded(
+                codes[:, rows],
+                None if negative is None else negative[:, rows],
+                state.codebook,
+                state.scale,
+            )
             self._sweep(part, dense[:, rows], pull, finders)
             if self.output is not None:
-                carried[:, rows] = (self.target[:, rows] - dense[:, rows] * scale[:, rows]) @ self.moment
+                carried[:, rows] = (
+                    self.target[:, rows] - dense[:, rows] * scale[:, rows]
+                ) @ self.moment
         return Coded(codes, negative, state.codebook, state.scale)
 
     def _coupled(self, carried: Tensor, rows: slice) -> Tensor:
@@ -290,7 +361,12 @@ class _Coder:
         inner = self.output[:, rows, rows]
         own = inner.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         # Rows of a block move at once. Where they are so much of one mind that this would overshoot, they go a shorter way.
-        most = torch.linalg.eigvalsh(inner / (own * own.mT).sqrt())[:, -1].clamp(min=2.0)[:, None, None] - 1
+        most = (
+            torch.linalg.eigvalsh(inner / (own * own.mT).sqrt())[:, -1].clamp(min=2.0)[
+                :, None, None
+            ]
+            - 1
+        )
         pull: Tensor = self.output[:, rows] @ carried / (own * most)
         return pull
 
@@ -304,9 +380,16 @@ class _Coder:
             code, sign, q = find(t)
             if part.negative is not None and sign is not None:
                 # What is found has the signs of t, so a code of other signs may have been better: then it stays.
-                better = ((t - q) @ find.metric).square().sum(-1) < ((t - old) @ find.metric).square().sum(-1)
-                code, q = torch.where(better, code, part.codes[:, :, g]), torch.where(better.unsqueeze(-1), q, old)
-                part.negative[:, :, cols] = torch.where(better.unsqueeze(-1), sign, part.negative[:, :, cols])
+                better = ((t - q) @ find.metric).square().sum(-1) < (
+                    (t - old) @ find.metric
+                ).square().sum(-1)
+                code, q = (
+                    torch.where(better, code, part.codes[:, :, g]),
+                    torch.where(better.unsqueeze(-1), q, old),
+                )
+                part.negative[:, :, cols] = torch.where(
+                    better.unsqueeze(-1), sign, part.negative[:, :, cols]
+                )
             part.codes[:, :, g] = code
             pull -= (q - old) @ self.moment[:, cols, :]
             dense[:, :, cols] = q
@@ -321,7 +404,9 @@ class _Coder:
         else:
             top = (weighted(self.target, self.moment, self.output) * q).sum(-1)
             scale = torch.linalg.solve(damped(self.output * (qh @ q.mT), 1e-6), top)
-        return Coded(state.codes, state.negative, state.codebook, torch.where(scale > 0, scale, state.scale))
+        return Coded(
+            state.codes, state.negative, state.codebook, torch.where(scale > 0, scale, state.scale)
+        )
 
     def refit_codebook(self, state: Coded, turns: int = 12) -> Coded:
         """The codebook for fixed codes and scales: least squares under H by preconditioned conjugate gradients, then rounded.
@@ -339,7 +424,9 @@ class _Coder:
         def back(w: Tensor) -> Tensor:
             return self._gather((w if sign is None else w * sign) * scale, state.codes, books)
 
-        fixed = state.dense() - weights_of(state.codebook)  # the -1 of negative weights at 3 bit, zero otherwise
+        fixed = state.dense() - weights_of(
+            state.codebook
+        )  # the -1 of negative weights at 3 bit, zero otherwise
         c = state.codebook.clone()
         diagonal = self.moment.diagonal(dim1=-2, dim2=-1).unsqueeze(1) * scale.square()
         if self.output is not None:
@@ -362,12 +449,19 @@ class _Coder:
         shift = 0.5 if self.bits == 3 else 0.0
         grow = 127 / (c + shift).abs().amax((-2, -1), keepdim=True).clamp(min=1e-12)
         scale = state.scale / grow.squeeze(-1)
-        return Coded(state.codes, state.negative, clamp_codebook((c + shift) * grow - shift, self.bits), scale)
+        return Coded(
+            state.codes,
+            state.negative,
+            clamp_codebook((c + shift) * grow - shift, self.bits),
+            scale,
+        )
 
     def _gather(self, w: Tensor, codes: Tensor, books: int) -> Tensor:
         """Sum of group vectors per code: [E, N, K] -> [C, 256, v]."""
         size = vq4.CODEBOOK_SIZE
-        offset = torch.arange(len(codes), device=codes.device).view(-1, 1, 1) * (size if books > 1 else 0)
+        offset = torch.arange(len(codes), device=codes.device).view(-1, 1, 1) * (
+            size if books > 1 else 0
+        )
         flat = w.new_zeros(books * size, self.v)
         flat.index_add_(0, (codes + offset).flatten(), w.reshape(-1, self.v))
         return flat.view(books, size, self.v)
@@ -376,4 +470,8 @@ class _Coder:
 def pad_columns(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """Zero columns up to a multiple of 8, and the moment with them."""
     extra = vq4.padded(weight.shape[-1]) - weight.shape[-1]
-    return (weight, moment) if extra == 0 else (F.pad(weight, (0, extra)), F.pad(moment, (0, extra, 0, extra)))
+    return (
+        (weight, moment)
+        if extra == 0
+        else (F.pad(weight, (0, extra)), F.pad(moment, (0, extra, 0, extra)))
+    )

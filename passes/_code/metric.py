@@ -12,7 +12,9 @@ OUTPUT_DAMPING = 0.2  # share of the mean cost of an output error that every dir
 def damped(moment: Tensor, share: float = 0.01) -> Tensor:
     """Second moments [E, K, K] with `share` of their mean diagonal added, so that they can be inverted; zero ones become 1."""
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return moment + torch.eye(moment.shape[-1], device=moment.device) * torch.where(mean > 0, share * mean, 1.0)
+    return moment + torch.eye(moment.shape[-1], device=moment.device) * torch.where(
+        mean > 0, share * mean, 1.0
+    )
 
 
 def weighted_error(error: Tensor, moment: Tensor, output: Tensor | None = None) -> Tensor:

@@ -16,7 +16,9 @@ from moecc.pipeline.passes import Layer
 
 MIN_TOKENS = 64
 _PER_EXPERT_BYTES = 2 << 30
-SHRINKAGE = 16.0  # tokens' worth of the layer's average mixed into each expert's moment of gate_up's input
+SHRINKAGE = (
+    16.0  # tokens' worth of the layer's average mixed into each expert's moment of gate_up's input
+)
 
 
 @dataclass
@@ -65,16 +67,26 @@ class Routed:
 
 def routed_tokens(layer: Layer, moe: MoE) -> Routed:
     """Tap the inputs of an experts node over all calibration batches."""
-    nodes = [moe.node.args[0], moe.node.args[1], moe.node.args[2]] + ([moe.logits] if moe.logits is not None else [])
+    nodes = [moe.node.args[0], moe.node.args[1], moe.node.args[2]] + (
+        [moe.logits] if moe.logits is not None else []
+    )
     names = [n.name for n in nodes if isinstance(n, fx.Node)]
     values = layer.tap(names)
     joined = [torch.cat([v.flatten(0, -2) for v in values[n]]) for n in names]
-    logits = joined[3].float() if len(joined) > 3 and joined[3].shape[0] == joined[0].shape[0] else None
+    logits = (
+        joined[3].float() if len(joined) > 3 and joined[3].shape[0] == joined[0].shape[0] else None
+    )
     return Routed(joined[0].float(), joined[1], joined[2].float(), logits)
 
 
 def measure(
-    layer: Layer, moe: MoE, routed: Routed, cost: Tensor | None, min_tokens: int = MIN_TOKENS, *, squared: bool = True
+    layer: Layer,
+    moe: MoE,
+    routed: Routed,
+    cost: Tensor | None,
+    min_tokens: int = MIN_TOKENS,
+    *,
+    squared: bool = True,
 ) -> Moments:
     """The moments of both projections. `cost` [D, D]: the layer's sensitivity; squared=False: every token counts alike."""
     gate_up, bias, down = (layer.weight(moe, n) for n in ("gate_up", "gate_up_bias", "down"))
@@ -103,22 +115,36 @@ def measure(
         reached = gate_up[e], None if bias is None else bias[e]
         reaching[e] = mean_outer(hidden_units(moe, routed.x[rows], *reached), weight)
         if "gate_up" in output:
-            behind = (down[e].T @ output["down"][0] @ down[e]).repeat(2, 2)[:rows_of_gate_up, :rows_of_gate_up]
-            output["gate_up"][e] = behind * mean_outer(gate_slopes(moe, routed.x[rows], *reached), weight)
+            behind = (down[e].T @ output["down"][0] @ down[e]).repeat(2, 2)[
+                :rows_of_gate_up, :rows_of_gate_up
+            ]
+            output["gate_up"][e] = behind * mean_outer(
+                gate_slopes(moe, routed.x[rows], *reached), weight
+            )
     for e, sent in starved.items():
-        notes.append(f"{moe.path} expert {e}: {tokens[e]} routed tokens; calibrated on {sent} sent to it on purpose")
-    return Moments(torch.tensor(tokens), torch.tensor(mass), inputs, reaching, starved, output, notes)
+        notes.append(
+            f"{moe.path} expert {e}: {tokens[e]} routed tokens; calibrated on {sent} sent to it on purpose"
+        )
+    return Moments(
+        torch.tensor(tokens), torch.tensor(mass), inputs, reaching, starved, output, notes
+    )
 
 
-def _output(moe: MoE, cost: Tensor | None, gate_up_fits: bool) -> tuple[dict[str, Tensor], list[str]]:
+def _output(
+    moe: MoE, cost: Tensor | None, gate_up_fits: bool
+) -> tuple[dict[str, Tensor], list[str]]:
     """What errors of down cost [1, D, D], with an entry for gate_up where it is to be measured; and what is left out."""
     if cost is None:
         return {}, []
     if moe.operand("post_norm") is not None:
-        return {}, [f"{moe.path}: errors of all channels count alike; a norm stands between them and sensitivity"]
+        return {}, [
+            f"{moe.path}: errors of all channels count alike; a norm stands between them and sensitivity"
+        ]
     if gate_up_fits:
         return {"down": cost.unsqueeze(0), "gate_up": cost.new_zeros(())}, []
-    note = f"{moe.path}.gate_up: errors of all rows count alike; their costs would not fit in memory"
+    note = (
+        f"{moe.path}.gate_up: errors of all rows count alike; their costs would not fit in memory"
+    )
     return {"down": cost.unsqueeze(0)}, [note]
 
 
@@ -151,4 +177,8 @@ def mean_outer(x: Tensor, weight: Tensor | None = None) -> Tensor:
     if weight is None:
         weight = x.new_ones(len(x))
     total = weight.sum()
-    return (x * weight.unsqueeze(-1)).T @ x / total if len(x) and total > 0 else x.new_zeros(x.shape[1], x.shape[1])
+    return (
+        (x * weight.unsqueeze(-1)).T @ x / total
+        if len(x) and total > 0
+        else x.new_zeros(x.shape[1], x.shape[1])
+    )

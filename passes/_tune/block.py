@@ -18,7 +18,14 @@ from moecc.ir.graph import descendants, needed_for, run_nodes, written
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program, output_node, stage_nodes
 from moecc.passes._code.metric import damped
-from moecc.passes._tune.routing import boundary_loss, flips, order_loss, selection_scores, standardized, value_loss
+from moecc.passes._tune.routing import (
+    boundary_loss,
+    flips,
+    order_loss,
+    selection_scores,
+    standardized,
+    value_loss,
+)
 from moecc.pipeline.passes import Layer
 from moecc.pipeline.stream import StageWeights
 
@@ -34,7 +41,9 @@ ROUTING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 class Block:
     """One layer's block of the program and the way on to the next router, with the float model's values as targets."""
 
-    def __init__(self, layer: Layer, routing: Iterable[str], sensitivity: Mapping[str, Tensor], *, head: bool):
+    def __init__(
+        self, layer: Layer, routing: Iterable[str], sensitivity: Mapping[str, Tensor], *, head: bool
+    ):
         """routing: which of the terms of `_tune.routing` are wanted; without any the router isn't reached. head: that term too.
 
         sensitivity: [D, D] by name of a value between layers; errors of one that has none count alike in all directions.
@@ -46,7 +55,11 @@ class Block:
         body = stage_nodes(program, layer.index)
         changed = descendants(body, [m.node for m in layer.moe])
         live = layer.inputs.needed_after(layer.index)
-        self.outputs = [n.name for n in body if n in changed and n.name in live and n.meta["val"].is_floating_point()]
+        self.outputs = [
+            n.name
+            for n in body
+            if n in changed and n.name in live and n.meta["val"].is_floating_point()
+        ]
         body = needed_for(body, live)  # the way on may read values that the experts have no part in
         self.before = [n for n in body if n not in changed]
         self.body = [n for n in body if n in changed]
@@ -64,19 +77,24 @@ class Block:
             if n in sensitivity
         }
         self.spread = {
-            n: torch.stack([self._cost(n, v[n] - v[n].mean()) for v in self.targets]).mean() for n in self.outputs
+            n: torch.stack([self._cost(n, v[n] - v[n].mean()) for v in self.targets]).mean()
+            for n in self.outputs
         }
         nodes = {n.name: n for n in layer.reference.graph.nodes}
         self.reference_onward = [nodes[n.name] for n in self.onward]
         self.kept: dict[int, dict[str, Any]] = {}
-        self.scores = [self._teacher(row) for row in range(len(self.targets))] if self.router else []
+        self.scores = (
+            [self._teacher(row) for row in range(len(self.targets))] if self.router else []
+        )
 
     @torch.no_grad()
     def _teacher(self, row: int) -> Tensor:
         """The float model's scores or logits of one batch, [T, E] or [T, vocabulary]."""
         return self._reach(self.reference_onward, dict(self.targets[row]), self.reference_weights)
 
-    def _reach(self, onward: list[fx.Node], values: dict[str, Any], weights: StageWeights) -> Tensor:
+    def _reach(
+        self, onward: list[fx.Node], values: dict[str, Any], weights: StageWeights
+    ) -> Tensor:
         for _ in run_nodes(onward, values, weights):
             pass
         reached: Tensor = values[self.goal]
@@ -107,7 +125,9 @@ class Block:
         weights = StageWeights.sharing(self.weights, overrides)
         for _ in run_nodes(self.body, values, weights):
             pass
-        errors = [self._cost(n, values[n] - self.targets[row][n]) / self.spread[n] for n in self.outputs]
+        errors = [
+            self._cost(n, values[n] - self.targets[row][n]) / self.spread[n] for n in self.outputs
+        ]
         found = {"reconstruction": torch.stack(errors).sum()}
         if self.head is not None:
             teacher = self._teacher(row).log_softmax(-1)  # not kept: a vocabulary is wide
@@ -144,7 +164,11 @@ def next_router(program: Program, stage: int) -> tuple[MoE, fx.Node] | None:
 def output_logits(program: Program) -> fx.Node | None:
     """The program's logits, None for a model without a head."""
     node = output_node(program)
-    part = program.config.get_text_config() if hasattr(program.config, "get_text_config") else program.config
+    part = (
+        program.config.get_text_config()
+        if hasattr(program.config, "get_text_config")
+        else program.config
+    )
     return node if node.meta["val"].shape[-1] == getattr(part, "vocab_size", None) else None
 
 

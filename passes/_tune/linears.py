@@ -38,7 +38,9 @@ def router_nodes(program: Program) -> set[fx.Node]:
     for moe in program.moe_layers():
         x, index, weight = moe.node.args[:3]
         found |= ancestors([index, weight]) - ancestors([x])  # type: ignore[list-item]
-        if moe.logits is not None:  # llama4's scores multiply the experts' input, so its router is on the way there
+        if (
+            moe.logits is not None
+        ):  # llama4's scores multiply the experts' input, so its router is on the way there
             found.add(moe.logits)
     return found
 
@@ -53,7 +55,11 @@ def _why_left(node: fx.Node) -> str:
         return "its weight is read more than once"
     if _into_sigmoid(node):
         return "gate"
-    return f"fewer than {_FEWEST_OUTPUTS} outputs" if weight.meta["val"].shape[0] < _FEWEST_OUTPUTS else ""
+    return (
+        f"fewer than {_FEWEST_OUTPUTS} outputs"
+        if weight.meta["val"].shape[0] < _FEWEST_OUTPUTS
+        else ""
+    )
 
 
 def _into_sigmoid(node: fx.Node) -> bool:

@@ -33,11 +33,14 @@ def attach(program: Program, placeholder: str, a: Tensor, b: Tensor) -> None:
     w, low, high = (recipe.placeholder(n) for n in ("w", "a", "b"))
     recipe.output(
         recipe.call_function(
-            torch.ops.aten.add.Tensor, (w, recipe.call_function(torch.ops.aten.mm.default, (high, low)))
+            torch.ops.aten.add.Tensor,
+            (w, recipe.call_function(torch.ops.aten.mm.default, (high, low))),
         )
     )
     sources = (name, f"{name}.lora_a", f"{name}.lora_b")
-    program.weights[placeholder] = Weight(name + _SUFFIX, fx.GraphModule(torch.nn.Module(), recipe), sources)
+    program.weights[placeholder] = Weight(
+        name + _SUFFIX, fx.GraphModule(torch.nn.Module(), recipe), sources
+    )
 
 
 def attached(program: Program) -> list[Adapter]:
@@ -56,4 +59,7 @@ def merge(program: Program, adapter: Adapter) -> float:
     program.rewrite(adapter.weight, value)
     for name in (adapter.a, adapter.b):
         program.tensors.pop(name)
-    return float((program.read(adapter.weight) - value).square().sum() / value.square().sum().clamp(min=1e-30))
+    return float(
+        (program.read(adapter.weight) - value).square().sum()
+        / value.square().sum().clamp(min=1e-30)
+    )

@@ -32,7 +32,9 @@ from moecc.errors import MoeccError
 from moecc.ir.program import Program
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"^(?:base_model\.model\.)?(.+?)((?:\.base_layer)*)\.lora_([AB])(?:\.default)?\.weight$")
+_KEY = re.compile(
+    r"^(?:base_model\.model\.)?(.+?)((?:\.base_layer)*)\.lora_([AB])(?:\.default)?\.weight$"
+)
 # Options that change what the tensors mean, or what else was trained; merging A and B alone would be wrong under them.
 _UNKNOWN = (
     "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "layer_replication", "modules_to_save",
@@ -54,7 +56,11 @@ def require_fitting(owner: str, path: str, program: Program) -> None:
 def merge_into(program: Program, weight: str, update: Update) -> None:
     """Let the program's `weight` be the sum, in float32, rounded to the type that the checkpoint stores it in."""
     dtype = program.stored_dtype(weight)
-    before = program.tensors.reader(weight) if weight in program.tensors else partial(_stored, program, weight)
+    before = (
+        program.tensors.reader(weight)
+        if weight in program.tensors
+        else partial(_stored, program, weight)
+    )
     program.tensors.spill(weight, partial(_merged, before, update, dtype))
     program.rounded.add(weight)
 
@@ -99,7 +105,9 @@ class Update:
         a, b = self.a.float(), self.b.float()
         if not self.experts:
             return b @ a * self.scaling
-        each: Tensor = b.unflatten(1, (-1, self.experts)).permute(2, 0, 1) @ a.unflatten(0, (self.experts, -1))
+        each: Tensor = b.unflatten(1, (-1, self.experts)).permute(2, 0, 1) @ a.unflatten(
+            0, (self.experts, -1)
+        )
         each = each * self.scaling
         return each.mT if self.transposed else each
 
@@ -120,17 +128,23 @@ class Adapter:
         folder = Path(path)
         for name in (_CONFIG, _TENSORS):
             if not (folder / name).is_file():
-                raise MoeccError(f"{folder}: no {name}; give a folder that PEFT saved a LoRA adapter in")
+                raise MoeccError(
+                    f"{folder}: no {name}; give a folder that PEFT saved a LoRA adapter in"
+                )
         try:
             config = json.loads((folder / _CONFIG).read_text())
         except ValueError as error:
-            raise MoeccError(f"{folder / _CONFIG}: not JSON ({error}); save the adapter again") from None
+            raise MoeccError(
+                f"{folder / _CONFIG}: not JSON ({error}); save the adapter again"
+            ) from None
         _require_plain(folder, config)
         pairs: dict[tuple[str, int], dict[str, Tensor]] = {}
         try:
             tensors = load_file(folder / _TENSORS)
         except SafetensorError as error:
-            raise MoeccError(f"{folder / _TENSORS}: not a safetensors file ({error}); save the adapter again") from None
+            raise MoeccError(
+                f"{folder / _TENSORS}: not a safetensors file ({error}); save the adapter again"
+            ) from None
         for key, tensor in tensors.items():
             match = _KEY.match(key)
             if not match:
@@ -141,7 +155,9 @@ class Adapter:
             pairs.setdefault((module, nesting.count("base_layer")), {})[side] = tensor
         for (module, _), pair in pairs.items():
             if len(pair) != 2:
-                raise MoeccError(f"{folder}: {module} has lora_{next(iter(pair))} alone; save the adapter again")
+                raise MoeccError(
+                    f"{folder}: {module} has lora_{next(iter(pair))} alone; save the adapter again"
+                )
         return cls(folder, config, pairs)
 
     def updates(self, program: Program) -> dict[str, Update]:
@@ -167,7 +183,11 @@ class Adapter:
 
     def _weight(self, program: Program, module: str, depth: int) -> str:
         store: Any = program.store
-        names: list[str] = [n for n in store.names() if n.rpartition(".")[0] == module] if store is not None else []
+        names: list[str] = (
+            [n for n in store.names() if n.rpartition(".")[0] == module]
+            if store is not None
+            else []
+        )
         wanted = [str(t) for t in self.config.get("target_parameters") or ()]
         parameters = [n for n in names if any(n == t or n.endswith("." + t) for t in wanted)]
         if parameters and depth < len(parameters):
@@ -181,7 +201,8 @@ class Adapter:
     def _scaling(self, key: str, a: Tensor, shape: tuple[int, ...]) -> float:
         patterns = self.config.get("alpha_pattern") or {}
         alpha = next(
-            (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", key)), self.config.get("lora_alpha")
+            (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", key)),
+            self.config.get("lora_alpha"),
         )
         if not isinstance(alpha, int | float):
             raise MoeccError(f"{self.folder / _CONFIG}: no lora_alpha; save the adapter again")
@@ -202,10 +223,17 @@ def _require_plain(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: an adapter of type {config.get('peft_type')}; moecc merges LORA, merge this one with PEFT first"
         )
     start = config.get("init_lora_weights", True)
-    odd = [k for k in _UNKNOWN if config.get(k)] + _if(config.get("bias") not in (None, "none"), "bias")
-    odd += _if(isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"), f"init_lora_weights={start}")
+    odd = [k for k in _UNKNOWN if config.get(k)] + _if(
+        config.get("bias") not in (None, "none"), "bias"
+    )
+    odd += _if(
+        isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"),
+        f"init_lora_weights={start}",
+    )
     if odd:
-        raise MoeccError(f"{folder}: {', '.join(odd)} in its {_CONFIG} can't be merged here; merge it with PEFT first")
+        raise MoeccError(
+            f"{folder}: {', '.join(odd)} in its {_CONFIG} can't be merged here; merge it with PEFT first"
+        )
 
 
 def _if(condition: bool, word: str) -> list[str]:
@@ -214,7 +242,11 @@ def _if(condition: bool, word: str) -> list[str]:
 
 def _transposed(program: Program, weight: str) -> bool:
     """Whether experts store [E, in, out]: then the program's canonical operand is computed by a transposition."""
-    derived: Iterable[Any] = (w for w in program.weights.values() if w.recipe is not None and weight in w.sources)
+    derived: Iterable[Any] = (
+        w for w in program.weights.values() if w.recipe is not None and weight in w.sources
+    )
     return any(
-        "transpose" in str(n.target) or "permute" in str(n.target) for w in derived for n in w.recipe.graph.nodes
+        "transpose" in str(n.target) or "permute" in str(n.target)
+        for w in derived
+        for n in w.recipe.graph.nodes
     )

@@ -85,4 +85,7 @@ def selection_scores(moe: MoE) -> fx.Node:
 
 def _only_softmax(node: fx.Node, logits: fx.Node) -> bool:
     steps = [str(n.target) for n in ancestors([node]) - ancestors([logits])]
-    return all(any(word in s for word in ("softmax", "to.dtype", "_to_copy", "view", "reshape")) for s in steps)
+    return all(
+        any(word in s for word in ("softmax", "to.dtype", "_to_copy", "view", "reshape"))
+        for s in steps
+    )

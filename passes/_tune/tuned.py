@@ -47,8 +47,13 @@ class Tuned:
                     node = moe.operand(f"{projection}_{kind}")
                     if node is None:
                         continue
-                    self.names[node.name], self.kinds[node.name] = program.weights[node.name].name, kind
-                    self.bits[node.name] = bits_of(moe, projection, vq4.MEAN if kind.startswith(vq4.MEAN) else "")
+                    self.names[node.name], self.kinds[node.name] = (
+                        program.weights[node.name].name,
+                        kind,
+                    )
+                    self.bits[node.name] = bits_of(
+                        moe, projection, vq4.MEAN if kind.startswith(vq4.MEAN) else ""
+                    )
                     values[node.name] = program.read(self.names[node.name]).float().clone()
         self.unit = {k: _unit(self.kinds[k], v) for k, v in values.items()}
         self.parameters = {k: (v / self.unit[k]).requires_grad_() for k, v in values.items()}
@@ -59,7 +64,9 @@ class Tuned:
         A bit more leaves less to correct, and the steps are a third: larger ones lowered the flips of the
         routers at 3 bit and raised the divergence.
         """
-        rates = {k: RATES[self.kinds[k]] * factor * 3.0 ** (2 - self.bits[k]) for k in self.parameters}
+        rates = {
+            k: RATES[self.kinds[k]] * factor * 3.0 ** (2 - self.bits[k]) for k in self.parameters
+        }
         return [{"params": [p], "lr": rates[k]} for k, p in self.parameters.items()]
 
     def rounded(self, wanted: Container[str] | None = None) -> dict[str, Tensor]:

@@ -38,8 +38,12 @@ class Whole:
         stream = Stream(program, ())
         self.alive = [stream.needed_after(i) for i in range(program.layers)]
         self.alive[-1] = {self.output}
-        self.watched = [[n.name for n in s if n.name in watch] for s in self.stages]  # in order, for losses are summed
-        self.reads = [{i.name for n in s for i in n.all_input_nodes if i.name in trained} for s in self.stages]
+        self.watched = [
+            [n.name for n in s if n.name in watch] for s in self.stages
+        ]  # in order, for losses are summed
+        self.reads = [
+            {i.name for n in s for i in n.all_input_nodes if i.name in trained} for s in self.stages
+        ]
         roots = [n for n in program.graph.nodes if n.name in trained]
         self.moving = {n.name for n in descendants([n for s in self.stages for n in s], roots)}
         self._weights: dict[int, StageWeights] = {}
@@ -52,10 +56,16 @@ class Whole:
 
     def run(self, stage: int, values: Values, trained: Trained) -> Values:
         """What is alive after `stage`, from what was alive before it, and what is watched inside."""
-        return self.run_with(StageWeights.sharing(self.weights(stage), trained(self.reads[stage])), stage, values)
+        return self.run_with(
+            StageWeights.sharing(self.weights(stage), trained(self.reads[stage])), stage, values
+        )
 
     def run_with(
-        self, weights: StageWeights, stage: int, values: Values, change: Callable[[str, Any], Any] = lambda _, v: v
+        self,
+        weights: StageWeights,
+        stage: int,
+        values: Values,
+        change: Callable[[str, Any], Any] = lambda _, v: v,
     ) -> Values:
         """The same with these weights; `change` gives each node's value from its name and what it computed."""
         here, wanted = dict(values), self.alive[stage].union(self.watched[stage])
@@ -78,7 +88,11 @@ class Whole:
         return output
 
     def backward(
-        self, ids: Tensor, trained: Trained, loss: Callable[[Values, Tensor], Tensor], inner: Inner | None = None
+        self,
+        ids: Tensor,
+        trained: Trained,
+        loss: Callable[[Values, Tensor], Tensor],
+        inner: Inner | None = None,
     ) -> None:
         """Add the gradient of loss(what is alive before the head, output), and of inner losses, to what is behind `trained`."""
         kept = self.forward(ids, trained)
@@ -86,16 +100,24 @@ class Whole:
         with torch.enable_grad():
             loss(values, self.run(self.program.layers - 1, values, trained)[self.output]).backward()
         for stage in reversed(range(self.program.layers - 1)):
-            grads = {k: v.grad for k, v in values.items() if isinstance(v, Tensor) and v.grad is not None}
+            grads = {
+                k: v.grad for k, v in values.items() if isinstance(v, Tensor) and v.grad is not None
+            }
             values = self.leaves(kept.pop())
             with torch.enable_grad():
                 after = self.run(stage, values, trained)
                 reached = [k for k in grads if after[k].requires_grad]
-                inside = [k for k in self.watched[stage] if inner and k in inner and after[k].requires_grad]
+                inside = [
+                    k
+                    for k in self.watched[stage]
+                    if inner and k in inner and after[k].requires_grad
+                ]
                 losses = [inner[k](after[k]) for k in inside] if inner else []
                 if reached or losses:
                     ends = [*(after[k] for k in reached), *losses]
-                    torch.autograd.backward(ends, [*(grads[k] for k in reached), *(torch.ones_like(x) for x in losses)])
+                    torch.autograd.backward(
+                        ends, [*(grads[k] for k in reached), *(torch.ones_like(x) for x in losses)]
+                    )
 
     def leaves(self, values: Values) -> Values:
         """The same values, those that move as leaves that collect a gradient."""

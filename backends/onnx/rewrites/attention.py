@@ -25,7 +25,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from moecc.backends.onnx.bodies import DOMAIN, Ops
 
 NAME = "CachedAttention"
-ROOM = "moecc.cache_may_have_room"  # in the metadata of a model all of whose layers have such a node
+ROOM = (
+    "moecc.cache_may_have_room"  # in the metadata of a model all of whose layers have such a node
+)
 _OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
 _NORM, _ROPE = ("q_norm", "k_norm"), ("cos", "sin")
 _INTS, _FLOAT = ir.AttributeType.INTS, ir.AttributeType.FLOAT
@@ -72,9 +74,18 @@ def _fuse(model: ir.Model, node: ir.Node) -> None:
     q, k, v, mask = (node.inputs[i] if i < len(node.inputs) else None for i in range(4))
     attributes = {name: a.value for name, a in node.attributes.items()}
     plain = {"softcap": 0.0, "is_causal": 0, "qk_matmul_output_mode": 0}
-    _require(q is not None and k is not None and v is not None and mask is not None and mask.dtype == ir.DataType.BOOL)
+    _require(
+        q is not None
+        and k is not None
+        and v is not None
+        and mask is not None
+        and mask.dtype == ir.DataType.BOOL
+    )
     _require(len(node.inputs) == 4 and len(node.outputs) == 1)
-    _require(all(attributes.get(name, value) == value for name, value in plain.items()) and "scale" in attributes)
+    _require(
+        all(attributes.get(name, value) == value for name, value in plain.items())
+        and "scale" in attributes
+    )
     assert mask is not None
     mask = _unexpanded(mask)
     present_key, present_value = _unrepeated(k), _unrepeated(v)
@@ -85,7 +96,9 @@ def _fuse(model: ir.Model, node: ir.Node) -> None:
     _require((query.norm is None) == (key.norm is None) and query.eps == key.eps)
     _require(query.angles == key.angles and query.interleaved == key.interleaved)
     _require(query.width == key.width and key.heads == value.heads and query.heads % key.heads == 0)
-    last = _only_user(_only_user(node.outputs[0], "Transpose", perm=[0, 2, 1, 3]).outputs[0], "Reshape").outputs[0]
+    last = _only_user(
+        _only_user(node.outputs[0], "Transpose", perm=[0, 2, 1, 3]).outputs[0], "Reshape"
+    ).outputs[0]
     _require(_sizes(last)[1:] == [None, query.heads * value.width] and len(_sizes(last)) == 3)
 
     name = NAME + ("" if query.norm is None else "Norm") + ("" if query.angles is None else "Rope")
@@ -99,7 +112,11 @@ def _fuse(model: ir.Model, node: ir.Node) -> None:
     }  # fmt: skip
     outputs = [op.value() for _ in range(3)]
     op.tape.op_multi_out(
-        name, [rows, past_key, past_value, mask, *norms, *(query.angles or ())], given, domain=DOMAIN, outputs=outputs
+        name,
+        [rows, past_key, past_value, mask, *norms, *(query.angles or ())],
+        given,
+        domain=DOMAIN,
+        outputs=outputs,
     )
     for one in op.tape.nodes:
         for output in one.outputs:
@@ -187,7 +204,10 @@ def _side(value: ir.Value | None) -> _Side:
     if (node := value.producer()) is not None and node.op_type == "RotaryEmbedding":
         # all channels are rotated, cos is [B, S, d / 2]
         _require(len(node.inputs) == 3 and "rotary_embedding_dim" not in node.attributes)
-        angles, interleaved = (node.inputs[1], node.inputs[2]), node.attributes["interleaved"].as_int()
+        angles, interleaved = (
+            (node.inputs[1], node.inputs[2]),
+            node.attributes["interleaved"].as_int(),
+        )
         value = node.inputs[0]
     side = _split(_source(value, "Transpose", perm=[0, 2, 1, 3]))
     side.angles, side.interleaved = angles, interleaved  # type: ignore[assignment]
@@ -200,7 +220,9 @@ def _split(value: ir.Value) -> _Side:
     if node is not None and node.op_type == "RMSNormalization":
         value, norm = node.inputs[0], node.inputs[1]  # type: ignore[assignment]
         eps = node.attributes["epsilon"].as_float()
-        _require(node.attributes["axis"].as_int() == -1 and norm is not None and len(_sizes(norm)) == 1)
+        _require(
+            node.attributes["axis"].as_int() == -1 and norm is not None and len(_sizes(norm)) == 1
+        )
     sizes, rows = _sizes(value), _source(value, "Reshape")
     _require(len(sizes) == 4 and None not in sizes[2:])
     heads, width = sizes[2:]
@@ -215,7 +237,14 @@ def _split(value: ir.Value) -> _Side:
 def function(name: str) -> ir.Function:
     """The body of the op of this name."""
     normed, rotated = "Norm" in name, "Rope" in name
-    names = ["rows", "past_key", "past_value", "mask", *(_NORM if normed else ()), *(_ROPE if rotated else ())]
+    names = [
+        "rows",
+        "past_key",
+        "past_value",
+        "mask",
+        *(_NORM if normed else ()),
+        *(_ROPE if rotated else ()),
+    ]
     values = {n: ir.Value(name=n) for n in names}
     op = Ops()
 
@@ -228,18 +257,30 @@ def function(name: str) -> ir.Function:
             x = op.RMSNormalization(x, values[norm], epsilon=given("eps", "epsilon"))
         x = op.Transpose(x, perm=[0, 2, 1, 3])
         if norm is not None and rotated:
-            x = op.RotaryEmbedding(x, values["cos"], values["sin"], interleaved=given("interleaved", "interleaved"))
+            x = op.RotaryEmbedding(
+                x, values["cos"], values["sin"], interleaved=given("interleaved", "interleaved")
+            )
         return x
 
-    q, k, v = op.several("Split", 3, values["rows"], op.Constant(value_ints=given("parts")), axis=-1)
+    q, k, v = op.several(
+        "Split", 3, values["rows"], op.Constant(value_ints=given("parts")), axis=-1
+    )
     queries = heads(q, "queries", "q_norm")
     present_key = op.Concat(values["past_key"], heads(k, "keys", "k_norm"), axis=-2)
     present_value = op.Concat(values["past_value"], heads(v, "values", None), axis=-2)
-    y = op.Attention(queries, present_key, present_value, values["mask"], scale=given("scale", "scale"))
+    y = op.Attention(
+        queries, present_key, present_value, values["mask"], scale=given("scale", "scale")
+    )
     y = op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), op.ints(0, 0, -1))
     graph = ir.Graph(
-        list(values.values()), [y, present_key, present_value], nodes=op.tape.nodes, opset_imports={"": _OPSET}
+        list(values.values()),
+        [y, present_key, present_value],
+        nodes=op.tape.nodes,
+        opset_imports={"": _OPSET},
     )
     return ir.Function(
-        DOMAIN, name, graph=graph, attributes=[ir.Attr(k, ir.AttributeType.UNDEFINED, None) for k in _ATTRIBUTES]
+        DOMAIN,
+        name,
+        graph=graph,
+        attributes=[ir.Attr(k, ir.AttributeType.UNDEFINED, None) for k in _ATTRIBUTES],
     )

@@ -27,9 +27,13 @@ _BLOCKS = (64, 32, 16)
 def lower(model: ir.Model, store: CheckpointStore) -> None:
     """Replace the lookup in the embedding and the product with the head. MoeccError where the graph has no such nodes."""
     ids = next(v for v in model.graph.inputs if v.name == "input_ids")
-    lookup = next((n for n, _ in ids.uses() if n.op_type == "Gather" and weight_name(n.inputs[0])), None)  # type: ignore[arg-type]
+    lookup = next(
+        (n for n, _ in ids.uses() if n.op_type == "Gather" and weight_name(n.inputs[0])), None
+    )  # type: ignore[arg-type]
     if lookup is None:
-        raise MoeccError("the graph doesn't look its input up in an embedding; export without --embeddings int8")
+        raise MoeccError(
+            "the graph doesn't look its input up in an embedding; export without --embeddings int8"
+        )
     tables = _Tables(model, store)
     op = bodies.Ops()
     packed, scales = tables.of(lookup.inputs[0])  # type: ignore[arg-type]
@@ -45,8 +49,16 @@ def lower(model: ir.Model, store: CheckpointStore) -> None:
         flat = tables.flat(weight)
         vocabulary, blocks, block = (int(n) for n in packed.shape)  # type: ignore[arg-type, union-attr]
         op = bodies.Ops()
-        sizes = {"N": vocabulary, "K": blocks * block, "bits": 8, "block_size": block, "accuracy_level": 4}
-        y = op.tape.op("MatMulNBits", [node.inputs[0], packed, flat], sizes, domain=DOMAIN, output=op.value())
+        sizes = {
+            "N": vocabulary,
+            "K": blocks * block,
+            "bits": 8,
+            "block_size": block,
+            "accuracy_level": 4,
+        }
+        y = op.tape.op(
+            "MatMulNBits", [node.inputs[0], packed, flat], sizes, domain=DOMAIN, output=op.value()
+        )
         bodies.put_instead(model, node, op, y)
     tables.drop_unused()
 
@@ -54,8 +66,17 @@ def lower(model: ir.Model, store: CheckpointStore) -> None:
 def _head(model: ir.Model) -> tuple[ir.Node, ir.Value] | None:
     """The product with a whole stored matrix that makes the logits, and the matrix [V, D]."""
     node: ir.Node | None = model.graph.outputs[0].producer()
-    while node is not None and node.op_type in ("Cast", "Mul", "Div", "Tanh", "Identity", "Reshape"):
-        node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), None)
+    while node is not None and node.op_type in (
+        "Cast",
+        "Mul",
+        "Div",
+        "Tanh",
+        "Identity",
+        "Reshape",
+    ):
+        node = next(
+            (v.producer() for v in node.inputs if v is not None and v.producer() is not None), None
+        )
     if node is None or node.op_type != "MatMul":
         return None
     turned = node.inputs[1].producer()  # type: ignore[union-attr]
@@ -80,7 +101,9 @@ class _Tables:
             rows, columns = (int(n) for n in weight.shape)  # type: ignore[arg-type, union-attr]
             block = next((b for b in _BLOCKS if columns % b == 0), None)
             if block is None:
-                raise MoeccError(f"{name}: blocks of 16 don't divide {columns}; export without --embeddings int8")
+                raise MoeccError(
+                    f"{name}: blocks of 16 don't divide {columns}; export without --embeddings int8"
+                )
             shape, make = (rows, columns // block, block), partial(self._packed, name, block)
             packed = bodies.lazy(self.model, f"{name}.packed", shape, ir.DataType.UINT8, make)
             self.made[name] = packed, self._scales(weight, "scales", block, (*shape[:2], 1))
@@ -98,7 +121,9 @@ class _Tables:
         return self.store.tied.get(name, name)
 
     def _packed(self, name: str, block: int) -> Tensor:
-        packed: Tensor = quantize(self.store.read(name).float(), 8, block)[0].unflatten(-1, (-1, block))
+        packed: Tensor = quantize(self.store.read(name).float(), 8, block)[0].unflatten(
+            -1, (-1, block)
+        )
         return packed
 
     def _scales(self, weight: ir.Value, kind: str, block: int, shape: tuple[int, ...]) -> ir.Value:
@@ -115,7 +140,9 @@ class _Tables:
     def drop_unused(self) -> None:
         graph = self.model.graph
         for weight in self.replaced:
-            for node in [n for n, _ in weight.uses() if n.op_type == "Transpose" and not n.outputs[0].uses()]:
+            for node in [
+                n for n, _ in weight.uses() if n.op_type == "Transpose" and not n.outputs[0].uses()
+            ]:
                 graph.remove(node, safe=True)
             if not weight.uses():
                 del graph.initializers[weight.name]  # type: ignore[arg-type]

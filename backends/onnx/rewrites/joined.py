@@ -16,7 +16,9 @@ from moecc.backends.onnx.bodies import lazy
 
 def join(model: ir.Model) -> None:
     """Replace every Concat of such products. Initializers must have their values (`weights.Weights.fill`)."""
-    for node in [n for n in model.graph if n.op_type == "Concat" and n.attributes["axis"].as_int() == -1]:
+    for node in [
+        n for n in model.graph if n.op_type == "Concat" and n.attributes["axis"].as_int() == -1
+    ]:
         products = [v.producer() for v in node.inputs if v is not None]
         if len(products) == len(node.inputs) and _alike(products):
             _join(model, node, products)  # type: ignore[arg-type]
@@ -25,10 +27,17 @@ def join(model: ir.Model) -> None:
 def _alike(products: Sequence[ir.Node | None]) -> bool:
     first = products[0]
     for one in products:
-        if first is None or one is None or one.op_type != "MatMulNBits" or len(one.outputs[0].uses()) != 1:
+        if (
+            first is None
+            or one is None
+            or one.op_type != "MatMulNBits"
+            or len(one.outputs[0].uses()) != 1
+        ):
             return False
         same = one.inputs[0] is first.inputs[0] and len(one.inputs) == len(first.inputs)
-        same = same and all((a is None) == (b is None) for a, b in zip(one.inputs, first.inputs, strict=True))
+        same = same and all(
+            (a is None) == (b is None) for a, b in zip(one.inputs, first.inputs, strict=True)
+        )
         if not same or _without_rows(one) != _without_rows(first):
             return False
     return True
@@ -40,9 +49,16 @@ def _without_rows(node: ir.Node) -> dict[str, int]:
 
 def _join(model: ir.Model, node: ir.Node, products: Sequence[ir.Node]) -> None:
     first = products[0]
-    stacked = [_stacked(model, [p.inputs[i] for p in products]) for i in range(1, len(first.inputs))]
+    stacked = [
+        _stacked(model, [p.inputs[i] for p in products]) for i in range(1, len(first.inputs))
+    ]
     rows = sum(p.attributes["N"].as_int() for p in products)
-    one = ir.node("MatMulNBits", [first.inputs[0], *stacked], {**first.attributes, "N": rows}, domain=first.domain)
+    one = ir.node(
+        "MatMulNBits",
+        [first.inputs[0], *stacked],
+        {**first.attributes, "N": rows},
+        domain=first.domain,
+    )
     model.graph.insert_before(node, one)
     y, old = one.outputs[0], node.outputs[0]
     y.name, y.type, y.shape = f"{old.name}.joined", old.type, old.shape

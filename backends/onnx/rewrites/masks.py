@@ -37,7 +37,9 @@ def simplify(model: ir.Model) -> None:
             continue
         op, node = Ops(), value.producer()
         assert node is not None
-        [y] = op.tape.op_multi_out(NAME, inputs, {"window": window}, domain=DOMAIN, outputs=[op.value()])
+        [y] = op.tape.op_multi_out(
+            NAME, inputs, {"window": window}, domain=DOMAIN, outputs=[op.value()]
+        )
         put_instead(model, node, op, y)
         made = function(model.opset_imports[""])
         model.functions[made.identifier()] = made
@@ -66,7 +68,9 @@ def _masks(model: ir.Model, inputs: list[ir.Value]) -> list[ir.Value]:
         if all(v is None or v in known for v in node.inputs):
             known.update(node.outputs)
             found += [
-                v for v in node.outputs if v.dtype == ir.DataType.BOOL and v.shape is not None and len(v.shape) == 4
+                v
+                for v in node.outputs
+                if v.dtype == ir.DataType.BOOL and v.shape is not None and len(v.shape) == 4
             ]
     inner = {v for mask in found for v in mask.producer().inputs}  # type: ignore[union-attr]
     return [v for v in found if v not in inner]
@@ -80,7 +84,9 @@ def _window(model: ir.Model, inputs: list[ir.Value], value: ir.Value) -> int | N
     part = ir.serde.serialize_model(ir.Model(graph, ir_version=10))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        part.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
     def gives(tokens: int, padding: list[int], total: int) -> np.ndarray:
         ids = np.zeros((len(padding), tokens), np.int64)
@@ -93,10 +99,15 @@ def _window(model: ir.Model, inputs: list[ir.Value], value: ir.Value) -> int | N
     cases = [(3, [0, 2], 8), (1, [0], 1), (6, [1], 6), (1, [4, 0], 9)]
     if seen < _FAR:
         cases += (
-            [(3, [0, 1], window + 4), (window + 3, [0], window + 3)] if window < 1 << 12 else [(3, [0], window + 4)]
+            [(3, [0, 1], window + 4), (window + 3, [0], window + 3)]
+            if window < 1 << 12
+            else [(3, [0], window + 4)]
         )
     for tokens, padding, total in cases:
-        mask, wanted = gives(tokens, padding, total), _causal(tokens, _counting(padding, total), window)
+        mask, wanted = (
+            gives(tokens, padding, total),
+            _causal(tokens, _counting(padding, total), window),
+        )
         if mask.shape[2:] != wanted.shape[2:] or not (mask == wanted).all():
             return None
     return window
@@ -125,7 +136,9 @@ def function(opset: int) -> ir.Function:
     near = op.And(op.LessOrEqual(token, place), op.Greater(token, op.Sub(place, window)))
     y = op.And(near, op.Unsqueeze(op.Cast(counts, to=_BOOL), op.ints(1, 2)))
     graph = ir.Graph([ids, counts], [y], nodes=op.tape.nodes, opset_imports={"": opset})
-    return ir.Function(DOMAIN, NAME, graph=graph, attributes=[ir.Attr("window", ir.AttributeType.UNDEFINED, None)])
+    return ir.Function(
+        DOMAIN, NAME, graph=graph, attributes=[ir.Attr("window", ir.AttributeType.UNDEFINED, None)]
+    )
 
 
 # ---------------------------------------------------------------- other masks
@@ -137,16 +150,26 @@ def _read_whole(model: ir.Model) -> None:
         data, indices = node.inputs
         assert data is not None and indices is not None
         pairs = indices.producer()
-        if not _is_mask(data) or pairs is None or pairs.op_type != "Concat" or len(pairs.inputs) != 2:
+        if (
+            not _is_mask(data)
+            or pairs is None
+            or pairs.op_type != "Concat"
+            or len(pairs.inputs) != 2
+        ):
             continue
-        if all(v is not None and _counts(v) for v in pairs.inputs) and len(node.outputs[0].shape or ()) == 4:
+        if (
+            all(v is not None and _counts(v) for v in pairs.inputs)
+            and len(node.outputs[0].shape or ()) == 4
+        ):
             op = Ops()
             put_instead(model, node, op, op.Unsqueeze(data, op.ints(1, 2)))
 
 
 def _is_mask(value: ir.Value) -> bool:
     node = value.producer()
-    return value.name == "attention_mask" or (node is not None and node.op_type == "Cast" and _is_mask(node.inputs[0]))  # type: ignore[arg-type]
+    return value.name == "attention_mask" or (
+        node is not None and node.op_type == "Cast" and _is_mask(node.inputs[0])
+    )  # type: ignore[arg-type]
 
 
 def _counts(value: ir.Value) -> bool:
@@ -157,4 +180,6 @@ def _counts(value: ir.Value) -> bool:
     if node is None or node.op_type != "Range":
         return False
     first, step = (v.const_value for v in (node.inputs[0], node.inputs[2]) if v is not None)
-    return first is not None and step is not None and (int(first.numpy()), int(step.numpy())) == (0, 1)
+    return (
+        first is not None and step is not None and (int(first.numpy()), int(step.numpy())) == (0, 1)
+    )

@@ -49,13 +49,19 @@ def require_known(graph: fx.Graph) -> None:
             experts = MoE(node, "", 0, None)
             _activation(experts.attributes)
             if experts.operand("post_norm") is not None:
-                raise MoeccError("QMoE knows no norm behind an expert; export with profile=portable")
+                raise MoeccError(
+                    "QMoE knows no norm behind an expert; export with profile=portable"
+                )
             _block(*experts.sizes[2:])
 
 
 def lower(model: ir.Model, store: CheckpointStore, bits: int) -> None:
     """Replace the experts nodes of a translated graph, which are `require_known`. MoeccError for weights that are computed."""
-    for node in [n for n in model.graph if n.domain == bodies.DOMAIN and n.op_type in ("VQExperts", "Experts")]:
+    for node in [
+        n
+        for n in model.graph
+        if n.domain == bodies.DOMAIN and n.op_type in ("VQExperts", "Experts")
+    ]:
         _Experts(model, node, store).lower(bits)
 
 
@@ -64,7 +70,11 @@ class _Experts:
 
     def __init__(self, model: ir.Model, node: ir.Node, store: CheckpointStore):
         self.model, self.node, self.store = model, node, store
-        names = bodies.coded_inputs() if node.op_type == "VQExperts" else [*bodies.ROUTED, *bodies.DENSE]
+        names = (
+            bodies.coded_inputs()
+            if node.op_type == "VQExperts"
+            else [*bodies.ROUTED, *bodies.DENSE]
+        )
         self.given = {n: v for n, v in zip(names, node.inputs, strict=False) if v is not None}
         self.attributes = {k: a.value for k, a in node.attributes.items()}
         self.activation = _activation(self.attributes)
@@ -89,7 +99,9 @@ class _Experts:
         rows = op.Cast(x, to=int(ir.DataType.FLOAT))
         far = op.Expand(op.number(_FAR), op.Concat(op.size(x, 0), op.ints(self.experts), axis=0))
         scores = op.ScatterElements(far, index, op.Mul(weight, op.number(0.0)), axis=1)
-        weights = op.ScatterElements(op.Mul(far, op.number(0.0)), index, weight, axis=1, reduction="add")
+        weights = op.ScatterElements(
+            op.Mul(far, op.number(0.0)), index, weight, axis=1, reduction="add"
+        )
         operands = [*self._operands("gate_up", bits, block), *self._operands("down", bits, block)]
         y = op.tape.op(
             "QMoE", [rows, scores, *operands, *[None] * 6, weights],
@@ -103,8 +115,13 @@ class _Experts:
 
     def _operands(self, part: str, bits: int, block: int) -> list[ir.Value | None]:
         """Packed weights, scales and biases of a projection; made when they are written."""
-        rows, columns = (2 * self.units, self.hidden) if part == "gate_up" else (self.hidden, self.units)
-        shapes = {"packed": (self.experts, rows, columns * bits // 8), "scales": (self.experts, rows, columns // block)}
+        rows, columns = (
+            (2 * self.units, self.hidden) if part == "gate_up" else (self.hidden, self.units)
+        )
+        shapes = {
+            "packed": (self.experts, rows, columns * bits // 8),
+            "scales": (self.experts, rows, columns // block),
+        }
         made = [
             self._value(f"{part}_{kind}", shape, ir.DataType.UINT8 if kind == "packed" else ir.DataType.FLOAT,
                         partial(self._quantized, part, bits, block, i))
@@ -115,7 +132,9 @@ class _Experts:
         bias = partial(self._ordered, part, self._read(f"{part}_bias"))
         return [*made, self._value(f"{part}_bias", (self.experts, rows), ir.DataType.FLOAT, bias)]
 
-    def _value(self, kind: str, shape: tuple[int, ...], dtype: ir.DataType, make: Callable[[], Tensor]) -> ir.Value:
+    def _value(
+        self, kind: str, shape: tuple[int, ...], dtype: ir.DataType, make: Callable[[], Tensor]
+    ) -> ir.Value:
         return bodies.lazy(self.model, f"{self.node.name}.{kind}", shape, dtype, make)
 
     def _read(self, name: str) -> Tensor:
@@ -163,7 +182,11 @@ def _activation(attributes: dict[str, Any]) -> dict[str, Any]:
     if act == "silu" and gate in ("glu", "f32"):
         return {"activation_type": "swiglu", "activation_alpha": 1.0, "activation_beta": 0.0}
     if gate == "oai":
-        limits = {"activation_alpha": attributes["alpha"], "activation_beta": 1.0, "swiglu_limit": attributes["limit"]}
+        limits = {
+            "activation_alpha": attributes["alpha"],
+            "activation_beta": 1.0,
+            "swiglu_limit": attributes["limit"],
+        }
         return {"activation_type": "swiglu", **limits}
     raise MoeccError(f"QMoE knows no gate {gate} of {act}; export with profile=portable")
 

@@ -29,7 +29,9 @@ class _Rotation(pattern.RewriteRuleClassBase):
         x, half, end = (found[name] for name in ("x", "half", "end"))
         if x.shape is None or len(x.shape) != 4 or not isinstance(width := x.shape[3], int):
             return pattern.MatchResult().fail("the number of channels isn't known")
-        sizes = [None if v.const_value is None else v.const_value.numpy().tolist() for v in (half, end)]
+        sizes = [
+            None if v.const_value is None else v.const_value.numpy().tolist() for v in (half, end)
+        ]
         if sizes[0] != [width // 2] or sizes[1] not in ([width], [_END]):
             return pattern.MatchResult().fail("not the halves of all channels")
         return pattern.MatchResult()
