@@ -27,7 +27,7 @@ class DropBias(LayerPass):
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         compressed = [m for m in layer.moe if m.node.target is VQ_EXPERTS]
-        return any([self.drop(layer, m, p, ctx) for m in compressed for p in ("gate_up", "down")])
+        return any([self.drop(layer, m, p, ctx) for m in compressed for p in m.projections])
 
     def drop(self, layer: Layer, moe: MoE, projection: str, ctx: Context) -> bool:
         bias, weight = layer.weight(moe, f"{projection}_bias"), layer.original(moe, projection)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moecc.errors import MoeccError
 from moecc.ir import vq4
-from moecc.ir.moe import MoE
+from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import VQ_EXPERTS
 from moecc.ir.program import Program
 from moecc.options import option
@@ -34,6 +34,8 @@ from moecc.passes._code.half import compact
 from moecc.passes._code.metric import weighted_error
 from moecc.passes._code.moments import hidden_units, mean_outer, routed_tokens
 from moecc.passes._tune.peft import Adapter, Update, adapter_files, merge_into, require_fitting
+from moecc.pipeline.bits import basis_bits
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, Pass
 from moecc.pipeline.stream import Stream
 
@@ -58,6 +60,13 @@ class AbsorbLora(Pass):
     def check(self, program: Program) -> None:
         require_fitting(self.name, self.path, program)
 
+    def estimate(self, found: Estimate) -> None:
+        for (
+            p
+        ) in found.projections:  # an adapter of the experts, if there is one, makes the bases grow
+            rank = min(self.rank, p.columns if p.input_side else p.rows)
+            p.on_top += basis_bits(rank, p.experts, p.rows, p.columns, input_side=p.input_side)
+
     def run(self, program: Program, ctx: Context) -> bool:
         assert ctx.reference is not None
         updates = Adapter.read(self.name, self.path).updates(ctx.reference)
@@ -81,9 +90,9 @@ class AbsorbLora(Pass):
     def absorb(self, layer: Layer, moe: MoE, adapted: Program, ctx: Context) -> None:
         """Step 2 for the projections of a layer's experts that have an update."""
         after = replace(layer, reference=adapted)
-        updates: dict[str, Tensor] = {
-            p: after.original(moe, p) - layer.original(moe, p)  # type: ignore[operator]
-            for p in ("gate_up", "down")
+        updates: dict[Projection, Tensor] = {
+            p: after.original(p) - layer.original(p)  # type: ignore[operator]
+            for p in moe.projections
         }
         if not any(bool(u.any()) for u in updates.values()):
             return
@@ -94,18 +103,16 @@ class AbsorbLora(Pass):
         moments = _moments(layer, moe)
         for projection, update in updates.items():
             if update.any():
-                lost = self.grow(layer, moe, projection, update, moments[projection])
+                lost = self.grow(layer, projection, update, moments[projection.name])
                 ctx.record(
-                    f"{moe.path}.{projection}",
+                    projection.path,
                     lora=f"rank {self.rank} of the basis",
                     lora_lost=lost,
                 )
 
-    def grow(
-        self, layer: Layer, moe: MoE, projection: str, update: Tensor, moment: Tensor
-    ) -> float:
+    def grow(self, layer: Layer, projection: Projection, update: Tensor, moment: Tensor) -> float:
         """Add the rows and store the projection's new shared part; the share that is lost."""
-        input_side = projection == "gate_up"
+        input_side = projection.input_side
         rank = min(self.rank, update.shape[2 if input_side else 1])
         size = (
             update.square().mean().sqrt() / 0.02
@@ -113,7 +120,7 @@ class AbsorbLora(Pass):
         found = factorize(update / size, moment, rank, input_side=input_side).tensors
         basis, coef, scale = (found[n].float() for n in _PARTS)  # type: ignore[union-attr]
         basis = basis * size
-        old = [layer.weight(moe, f"{projection}_{n}") for n in _PARTS]
+        old = [layer.weight(projection, n) for n in _PARTS]
         before, ways = update.new_zeros(()), [(basis, coef, scale)]
         if old[0] is not None and old[1] is not None and old[2] is not None:
             before = vq4.basis_part(old[1], old[2], old[0], torch.float32, input_side=input_side)
@@ -132,11 +139,8 @@ class AbsorbLora(Pass):
             error = float(weighted_error(update - (after - before), moment).sum() / whole)
             best, lost = (stored, error) if error < lost else (best, lost)
         parts = zip(_PARTS, best, strict=True)
-        moe.set_operands(
-            {
-                f"{projection}_{name}": layer.program.add(f"{moe.path}.{projection}.{name}", t)
-                for name, t in parts
-            }
+        projection.set_operands(
+            {name: layer.program.add(f"{projection.path}.{name}", t) for name, t in parts}
         )
         return lost
 
@@ -178,7 +182,7 @@ def _sum(program: Program, weight: str, update: Update) -> Tensor:
 
 def _sources(program: Program, moe: MoE) -> tuple[str, ...]:
     """The model's parameters behind an experts node's two matrices."""
-    nodes = [moe.operand(p) for p in ("gate_up", "down")]
+    nodes = [p.operand() for p in moe.projections]
     return tuple(
         s for n in nodes if n is not None for s in program.origins(program.weights[n.name].name)
     )
@@ -187,7 +191,8 @@ def _sources(program: Program, moe: MoE) -> tuple[str, ...]:
 def _moments(layer: Layer, moe: MoE) -> dict[str, Tensor]:
     """Second moments [E, K, K] of what enters both projections; the hidden units are the float experts'."""
     routed = routed_tokens(layer, moe)
-    gate_up, bias, down = (layer.original(moe, n) for n in ("gate_up", "gate_up_bias", "down"))
+    gate_up, down = (layer.original(p) for p in moe.projections)
+    bias = layer.original(moe.gate_up, "bias")
     assert gate_up is not None and down is not None
     hidden = gate_up.new_empty(len(gate_up), *[down.shape[2]] * 2)
     for e, weight in enumerate(gate_up):

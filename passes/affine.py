@@ -36,6 +36,7 @@ from moecc.options import option
 from moecc.passes._code.metric import OUTPUT_DAMPING, damped
 from moecc.passes._code.moments import Moments, Routed, hidden_units, routed_tokens
 from moecc.passes._code.rate import gain
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
 
 _PRIOR = 32.0
@@ -178,33 +179,36 @@ class AffineCorrection(LayerPass):
     offset: str = option("auto", help="store an offset per channel where worth its bits (behind budget: never), always, never",
                          choices=("auto", "on", "off"))  # fmt: skip
 
+    def estimate(self, found: Estimate) -> None:
+        for p in found.projections:
+            offsets = 16 * p.experts * p.rows
+            p.add(offsets * (self.offset == "on"), offsets * (self.offset != "off"))
+
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         return any(
             [self.correct(layer, moe, ctx) for moe in layer.moe if moe.node.target is VQ_EXPERTS]
         )
 
     def correct(self, layer: Layer, moe: MoE, ctx: Context) -> bool:
-        if ctx.plan and self.offset == "on":
+        planned = "budget" in ctx.data
+        if planned and self.offset == "on":
             raise MoeccError("affine: offset=on can't be planned by budget; leave it out")
         routed = layer.data.get(("routed", moe.path)) or routed_tokens(layer, moe)
-        coded = {p: CodedProjection.of(layer, moe, p) for p in ("gate_up", "down")}
-        dense = {n: layer.original(moe, n) for n in ("gate_up", "down", "gate_up_bias")}
+        coded = {p.name: CodedProjection(layer.stored(p), p.input_side) for p in moe.projections}
+        dense = {p.name: layer.original(p) for p in moe.projections}
+        dense["gate_up_bias"] = layer.original(moe.gate_up, "bias")
         moments: Moments | None = layer.data.get(("moments", moe.path))
         costs = {p: None if moments is None else moments.output_of(p) for p in coded}
-        fits = (replace(self, offset="off") if ctx.plan else self).fit(
+        fits = (replace(self, offset="off") if planned else self).fit(
             moe, routed, coded, dense, costs
         )
-        for projection, (slope, offset, moved) in fits.items():
+        for projection in moe.projections:
+            slope, offset, moved = fits[projection.name]
             found = {k: v for k, v in (("slope", slope), ("offset", offset)) if v is not None}
-            moe.set_operands(
-                {
-                    f"{projection}_{k}": layer.program.add(f"{moe.path}.{projection}.{k}", v)
-                    for k, v in found.items()
-                }
+            projection.set_operands(
+                {k: layer.program.add(f"{projection.path}.{k}", v) for k, v in found.items()}
             )
-            ctx.record(
-                f"{moe.path}.{projection}", affine="+".join(found) or "none", output_shift=moved
-            )
+            ctx.record(projection.path, affine="+".join(found) or "none", output_shift=moved)
         return any(v is not None for fit in fits.values() for v in (fit.slope, fit.offset))
 
     def fit(
@@ -283,14 +287,6 @@ class CodedProjection:
 
     tensors: dict[str, Tensor | None]
     input_side: bool
-
-    @classmethod
-    def of(cls, layer: Layer, moe: MoE, projection: str) -> CodedProjection:
-        tensors = {}
-        for name in vq4.TENSORS:
-            node = moe.operand(f"{projection}_{name}")
-            tensors[name] = None if node is None else layer.program.value(node)
-        return cls(tensors, projection == "gate_up")
 
     @property
     def bias(self) -> Tensor | None:

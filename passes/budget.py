@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from moecc.errors import MoeccError
-from moecc.ir import vq4
 from moecc.ir.moe import MoE
 from moecc.ir.ops import EXPERTS
 from moecc.ir.program import Program
 from moecc.options import option
 from moecc.passes._code.basis import Case
 from moecc.passes._code.moments import measure, routed_tokens
+from moecc.pipeline.bits import coded_bits
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Kept, Layer, Pass
 from moecc.pipeline.stream import Stream, first_tokens
 
@@ -79,10 +80,15 @@ class PlanBits(Pass):
         8192, help="calibration tokens to measure on, at most", low=1, high=1 << 30
     )
 
+    def estimate(self, found: Estimate) -> None:
+        found.data["budget"] = self
+        found.most = str(self), float(self.bits)
+
     def run(self, program: Program, ctx: Context) -> bool:
         layers = program.moe_layers()
         # costs of some layers in its unit and of others relative to their outputs could not be compared
-        known = all(m.path in ctx.sensitivity and m.operand("post_norm") is None for m in layers)
+        costs = ctx.data["sensitivity"]
+        known = all(m.path in costs and m.operand("post_norm") is None for m in layers)
         if not known:
             ctx.notes.append(
                 "budget: sensitivity does not reach all layers; errors relative to their outputs are planned with"
@@ -90,7 +96,7 @@ class PlanBits(Pass):
         plan = ctx.once(
             "budget", lambda: Kept(facts=self.plan(program, layers, ctx, known=known))
         ).facts
-        ctx.plan = {name: Planned(**planned) for name, planned in plan.items()}
+        ctx.data["budget"] = {name: Planned(**planned) for name, planned in plan.items()}
         return False
 
     def plan(
@@ -119,16 +125,19 @@ class PlanBits(Pass):
     ) -> dict[str, tuple[int, list[Planned]]]:
         """By path and projection: how many weights there are, and what may be done with them."""
         moments = measure(
-            layer, moe, routed_tokens(layer, moe), ctx.sensitivity[moe.path] if known else None
+            layer,
+            moe,
+            routed_tokens(layer, moe),
+            ctx.data["sensitivity"][moe.path] if known else None,
         )
         planned = {}
-        for projection in ("gate_up", "down"):
-            case = Case.of(layer, moe, projection, moments, ctx)
+        for projection in moe.projections:
+            case = Case.of(layer, projection, moments, ctx)
             experts, rows, columns = case.weight.shape
-            bias = 0 if moe.operand(f"{projection}_bias") is None else 16 * experts * rows
+            bias = 0 if projection.operand("bias") is None else 16 * experts * rows
             books = {k: v for k, v in _BOOKS.items() if self.codebook in ("auto", k)}
-            planned[f"{moe.path}.{projection}"] = case.weight.numel(), [
-                Planned(bits, book, c.mean, c.rank, c.cost * error * factor, c.bits + bias + vq4.coded_bits(
+            planned[projection.path] = case.weight.numel(), [
+                Planned(bits, book, c.mean, c.rank, c.cost * error * factor, c.bits + bias + coded_bits(
                     experts, rows, columns, bits, books=experts if book == "expert" else 1))
                 for c in case.choices(*case.offers(self.mean, self.rank), case.cost(2))
                 for bits, error in _ERROR.items() for book, factor in books.items()

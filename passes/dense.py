@@ -20,7 +20,9 @@ from moecc.ir.ops import Q_LINEAR, dequantize_linear
 from moecc.ir.program import Program
 from moecc.options import option
 from moecc.passes._code.half import compact
-from moecc.passes._tune.linears import linears
+from moecc.passes._tune.linears import FEWEST_OUTPUTS, linears
+from moecc.pipeline.estimate import Estimate
+from moecc.pipeline.fate import Fate
 from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
@@ -33,6 +35,12 @@ class QuantizeDense(LayerPass):
     group: int = option(
         64, help="neighbouring weights that share a scale", choices=(16, 32, 64, 128)
     )
+
+    def estimate(self, found: Estimate) -> None:
+        for m in found.others.values():
+            taken = m.role in ("attention", "shared expert") and len(m.shape) == 2
+            if taken and m.shape[1] % self.group == 0 and m.shape[0] >= FEWEST_OUTPUTS:
+                m.bits = m.weights * (self.bits + 24 / self.group)
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         program, changed = layer.program, False
@@ -53,7 +61,7 @@ class QuantizeDense(LayerPass):
         error = dequantize_linear(packed, scale, zero, self.bits) - weight
         ctx.record(
             name,
-            became=f"{self.bits} bit, groups of {self.group}",
+            fate=Fate("grouped", bits=self.bits, group=self.group),
             error=float(error.square().sum() / weight.square().sum().clamp(min=1e-30)),
         )
         path = name.removesuffix(".weight")

@@ -10,9 +10,10 @@ from typing import ClassVar
 
 from torch import fx
 
-from moecc.ir.moe import MoE
+from moecc.ir.moe import Projection
 from moecc.ir.ops import VQ_EXPERTS
 from moecc.passes._code.half import compact
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
@@ -22,24 +23,27 @@ class FoldAffine(LayerPass):
     requires: ClassVar[frozenset[str]] = frozenset({"affine"})
     provides: ClassVar[frozenset[str]] = frozenset({"folded"})
 
+    def estimate(self, found: Estimate) -> None:
+        return None
+
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         found = [m for m in layer.moe if m.node.target is VQ_EXPERTS]
-        return any([self.fold(layer, moe, p) for moe in found for p in ("gate_up", "down")])
+        return any([self.fold(layer, p) for moe in found for p in moe.projections])
 
-    def fold(self, layer: Layer, moe: MoE, projection: str) -> bool:
+    def fold(self, layer: Layer, projection: Projection) -> bool:
         changed: dict[str, fx.Node | None] = {}
         for target, extra in (("scale", "slope"), ("bias", "offset")):
-            value = layer.weight(moe, f"{projection}_{extra}")
+            value = layer.weight(projection, extra)
             if value is None:
                 continue
-            old = layer.weight(moe, f"{projection}_{target}")
+            old = layer.weight(projection, target)
             if extra == "slope":
                 assert old is not None
                 value = old * value
             elif old is not None:
                 value = old + value
-            stored = layer.program.add(f"{moe.path}.{projection}.{target}", compact(value))
-            changed |= {f"{projection}_{target}": stored, f"{projection}_{extra}": None}
-        moe.set_operands(changed)
+            stored = layer.program.add(f"{projection.path}.{target}", compact(value))
+            changed |= {target: stored, extra: None}
+        projection.set_operands(changed)
         layer.program.drop_unused()
         return bool(changed)

@@ -20,12 +20,14 @@ from typing import ClassVar
 from torch import fx
 
 from moecc.ir import vq4
-from moecc.ir.moe import MoE
+from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS, KLT_EXPERTS
 from moecc.options import option
 from moecc.passes._code.basis import Case, Choice, Shared
 from moecc.passes._code.moments import Moments
 from moecc.passes._code.rate import gain
+from moecc.pipeline.bits import basis_bits, coded_bits
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
@@ -46,42 +48,52 @@ class SharedBasis(LayerPass):
     )
     bits: int = option(2, help="bits that coding will use, for what is auto", choices=(2, 3, 4))
 
+    def estimate(self, found: Estimate) -> None:
+        for p in found.projections:
+            rank = 0 if self.rank == "auto" else int(self.rank)
+            shared = basis_bits(rank, p.experts, p.rows, p.columns, input_side=p.input_side)
+            if self.mean not in ("auto", "off"):
+                shared += coded_bits(1, p.rows, p.columns, int(self.mean))
+            p.low, p.high, p.coded = shared, shared, True
+        if "auto" in (self.rank, self.mean) and "budget" not in found.data:
+            found.remarks.append("a shared mean and basis come on top where they earn their bits")
+
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         done = [self.factor(layer, moe, ctx) for moe in layer.moe if moe.node.target is EXPERTS]
         return any(done)
 
     def factor(self, layer: Layer, moe: MoE, ctx: Context) -> bool:
         moments: Moments = layer.data["moments", moe.path]
-        cases = {p: Case.of(layer, moe, p, moments, ctx) for p in ("gate_up", "down")}
-        plan = [ctx.plan.get(f"{moe.path}.{p}") for p in cases]
+        cases = {p: Case.of(layer, p, moments, ctx) for p in moe.projections}
+        plan = [ctx.data.get("budget", {}).get(p.path) for p in cases]
         planned = {
             p: (it.mean, it.rank) for p, it in zip(cases, plan, strict=True) if it is not None
         }
         taken = planned if len(planned) == len(cases) else self.choose(cases)
-        found: dict[str, Shared] = {}
+        found: dict[Projection, Shared] = {}
         for p, (mean, rank) in taken.items():
             found[p] = cases[p].take(mean, rank)
-            ctx.record(f"{moe.path}.{p}", rank=rank, mean=f"{mean} bit" if mean else "none")
+            ctx.record(p.path, rank=rank, mean=f"{mean} bit" if mean else "none")
         if not any(shared.tensors for shared in found.values()):
             return False
         operands: list[fx.Node | None] = []
         for p, shared in found.items():
             operands.append(
-                layer.program.add(f"{moe.path}.{p}.remainder", shared.left_of(cases[p].weight))
+                layer.program.add(f"{p.path}.remainder", shared.left_of(cases[p].weight))
             )
         for p, shared in found.items():
             stored = [shared.tensors.get(n) for n in vq4.SHARED]
             operands += [
-                None if t is None else layer.program.add(f"{moe.path}.{p}.{n}", t)
+                None if t is None else layer.program.add(f"{p.path}.{n}", t)
                 for n, t in zip(vq4.SHARED, stored, strict=True)
             ]
-        operands += [moe.operand(n) for n in ("gate_up_bias", "down_bias", "post_norm")]
+        operands += [*(p.operand("bias") for p in moe.projections), moe.operand("post_norm")]
         layer.program.replace(
             moe.node, KLT_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes
         )
         return True
 
-    def choose(self, cases: dict[str, Case]) -> dict[str, tuple[int, int]]:
+    def choose(self, cases: dict[Projection, Case]) -> dict[Projection, tuple[int, int]]:
         """Bits of the mean (0: none) and rank of the basis for each projection of a layer."""
         offers = {p: case.offers(self.mean, self.rank) for p, case in cases.items()}
         taken = {
@@ -101,7 +113,7 @@ class SharedBasis(LayerPass):
         offer: tuple[Sequence[int], Sequence[int]],
         whole: float,
         other: float,
-        cases: dict[str, Case],
+        cases: dict[Projection, Case],
     ) -> tuple[int, int]:
         """What is worth its bits, of means and ranks offered. `whole`: cost of the error where nothing is taken out; `other`:
         that of the other projection."""

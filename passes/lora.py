@@ -14,6 +14,7 @@ from typing import ClassVar
 from moecc.ir.program import Program
 from moecc.options import option
 from moecc.passes._tune.peft import Adapter, adapter_files, merge_into, require_fitting
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Pass
 
 
@@ -29,6 +30,9 @@ class MergeLora(Pass):
 
     def check(self, program: Program) -> None:
         require_fitting(self.name, self.path, program)
+
+    def estimate(self, found: Estimate) -> None:
+        return None
 
     def run(self, program: Program, ctx: Context) -> bool:
         adapter = Adapter.read(self.name, self.path)

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from moecc.ir.program import Program
 from moecc.passes._tune.low_rank import attached, merge
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Pass
 
 
@@ -23,6 +24,9 @@ class MergeAdapters(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"adapters"})
     provides: ClassVar[frozenset[str]] = frozenset({"merged"})
     spoils: ClassVar[frozenset[str]] = frozenset({"adapters"})
+
+    def estimate(self, found: Estimate) -> None:
+        return None
 
     def run(self, program: Program, ctx: Context) -> bool:
         found = attached(program)

@@ -24,6 +24,7 @@ from typing import ClassVar
 from moecc.ir.ops import EXPERTS
 from moecc.options import option
 from moecc.passes._code.moments import MIN_TOKENS, measure, routed_tokens
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
@@ -43,6 +44,9 @@ class MeasureMoments(LayerPass):
         choices=("squared", "one"),
     )
 
+    def estimate(self, found: Estimate) -> None:
+        return None
+
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         for moe in layer.moe:
             if moe.node.target is not EXPERTS:
@@ -50,15 +54,20 @@ class MeasureMoments(LayerPass):
             routed = layer.data["routed", moe.path] = routed_tokens(layer, moe)
             squared = self.routing == "squared"
             found = measure(
-                layer, moe, routed, ctx.sensitivity.get(moe.path), self.min_tokens, squared=squared
+                layer,
+                moe,
+                routed,
+                ctx.data.get("sensitivity", {}).get(moe.path),
+                self.min_tokens,
+                squared=squared,
             )
             layer.data["moments", moe.path] = found
             ctx.notes.extend(found.notes)
-            for projection in ("gate_up", "down"):
+            for projection in moe.projections:
                 weighted = (
                     "weighted by sensitivity"
-                    if projection in found.output
+                    if projection.name in found.output
                     else "all channels alike"
                 )
-                ctx.record(f"{moe.path}.{projection}", errors=weighted)
+                ctx.record(projection.path, errors=weighted)
         return False

@@ -39,6 +39,7 @@ from moecc.passes._tune.low_rank import attach
 from moecc.passes._tune.routing import boundary_loss, selection_scores, standardized, value_loss
 from moecc.passes._tune.tuned import Tuned, split
 from moecc.passes._tune.whole import Values, Whole
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Kept, Pass
 from moecc.pipeline.stream import StageWeights, fits_in_memory
 
@@ -75,6 +76,9 @@ class ModelLossAdapters(Pass):
         high=10,
     )
 
+    def estimate(self, found: Estimate) -> None:
+        return None
+
     def run(self, program: Program, ctx: Context) -> bool:
         if not (self.hidden or self.kl or self.lm):
             raise MoeccError("rilq: hidden, kl and lm are all 0; give one of them a weight")
@@ -92,8 +96,8 @@ class ModelLossAdapters(Pass):
             return False
         before, after = Training(self, program, trained, ctx, has_head=has_head).run()
         for moe in program.moe_layers():
-            for projection in ("gate_up", "down"):
-                ctx.record(f"{moe.path}.{projection}", rilq={"before": before, "after": after})
+            for projection in moe.projections:
+                ctx.record(projection.path, rilq={"before": before, "after": after})
         return trained.store(better=after["loss"] < before["loss"])
 
 

@@ -35,6 +35,7 @@ from moecc.options import option
 from moecc.passes._tune.block import output_logits
 from moecc.passes._tune.routing import boundary_nearness, selection_scores, standardized
 from moecc.passes._tune.whole import Values, Whole
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Kept, Pass
 from moecc.pipeline.stream import StageWeights, first_tokens
 
@@ -58,6 +59,9 @@ class MeasureSensitivity(Pass):
         8192, help="calibration tokens for each of both, at most", low=1, high=1 << 30
     )
 
+    def estimate(self, found: Estimate) -> None:
+        return None
+
     def run(self, program: Program, ctx: Context) -> bool:
         assert ctx.reference is not None
         gradients = Gradients(ctx.reference, ctx)
@@ -68,7 +72,7 @@ class MeasureSensitivity(Pass):
             means[kind] = ctx.once(
                 f"sensitivity {kind}", partial(gradients.measure, kind, batches)
             ).tensors
-        ctx.sensitivity = Combined(
+        ctx.data["sensitivity"] = Combined(
             means.get("kl", {}), means.get("routing", {}), self.kl, self.routing
         )
         return False

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from moecc.ir import vq4
-from moecc.ir.moe import MoE
+from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
 from moecc.options import option
 from moecc.passes._code.coding import Coded, encode_in_parts, pad_columns
@@ -27,6 +27,9 @@ from moecc.passes._code.half import compact
 from moecc.passes._code.metric import weighted_error
 from moecc.passes._code.moments import Moments
 from moecc.passes._code.rate import gain
+from moecc.pipeline.bits import coded_bits
+from moecc.pipeline.estimate import Estimate
+from moecc.pipeline.fate import Fate
 from moecc.pipeline.passes import Context, Layer, LayerPass
 
 _SAMPLED_EXPERTS = 8
@@ -47,6 +50,18 @@ class VectorQuantize(LayerPass):
         True, help="error feedback and refits; false is plain k-means, for ablation"
     )
 
+    def estimate(self, found: Estimate) -> None:
+        plan = found.data.get("budget")
+        chosen = self.codebook if plan is None else plan.codebook
+        for p in found.projections:
+            one, own = (
+                coded_bits(p.experts, p.rows, p.columns, self.bits, books=books)
+                for books in (1, p.experts)
+            )
+            p.low = (own if chosen == "expert" else one) + (p.low if p.coded else 0)
+            p.high = (one if chosen == "layer" else own) + (p.high if p.coded else 0)
+            p.coded = True
+
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         found = [moe for moe in layer.moe if moe.node.target in (EXPERTS, KLT_EXPERTS)]
         for moe in found:
@@ -56,46 +71,50 @@ class VectorQuantize(LayerPass):
     def lower(self, layer: Layer, moe: MoE, ctx: Context) -> None:
         moments: Moments = layer.data["moments", moe.path]
         operands: list[fx.Node | None] = []
-        for projection in ("gate_up", "down"):
-            tensors = self.code(layer, moe, projection, moments, ctx)
+        for projection in moe.projections:
+            tensors = self.code(layer, projection, moments, ctx)
             operands += [
-                None if t is None else layer.program.add(f"{moe.path}.{projection}.{n}", t)
+                None if t is None else layer.program.add(f"{projection.path}.{n}", t)
                 for n, t in tensors.items()
             ]
             operands += [None, None]  # slope and offset: `affine`
         operands.append(moe.operand("post_norm"))
-        for projection in ("gate_up", "down"):
+        for projection in moe.projections:
             ctx.record(
-                f"{moe.path}.{projection}",
+                projection.path,
                 tokens=moments.tokens.tolist(),
                 starved={str(e): n for e, n in moments.starved.items()},
             )
         layer.program.replace(moe.node, VQ_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
 
     def code(
-        self, layer: Layer, moe: MoE, projection: str, moments: Moments, ctx: Context
+        self, layer: Layer, projection: Projection, moments: Moments, ctx: Context
     ) -> dict[str, Tensor | None]:
         """The stored tensors of one projection."""
-        planned = ctx.plan.get(f"{moe.path}.{projection}")
+        planned = ctx.data.get("budget", {}).get(projection.path)
         if planned is not None and (planned.bits, planned.codebook) != (self.bits, self.codebook):
             own = replace(self, bits=planned.bits, codebook=planned.codebook)
-            return own.code(layer, moe, projection, moments, ctx)
-        weight = layer.weight(moe, projection)
+            return own.code(layer, projection, moments, ctx)
+        weight = layer.weight(projection)
         assert weight is not None
-        moment, output = moments.of(projection), moments.output_of(projection)
-        held = {n: _held(layer, moe, f"{projection}_{n}") for n in vq4.SHARED}
-        coded, shared_book = self.best(weight, moment, output, ctx.seed_for(moe.path, projection))
+        moment, output = moments.of(projection.name), moments.output_of(projection.name)
+        held = {n: t for n, t in layer.stored(projection).items() if n in vq4.SHARED}
+        seed = ctx.seed_for(projection.moe.path, projection.name)
+        coded, shared_book = self.best(weight, moment, output, seed)
         error = coded.dense()[..., : weight.shape[-1]] - weight
         shared = vq4.shared_part(
-            held, weight.shape[-1], torch.float32, input_side=projection == "gate_up"
+            held, weight.shape[-1], torch.float32, input_side=projection.input_side
         )
         original = weight if shared is None else weight + shared
         relative = weighted_error(error, moment) / weighted_error(original, moment).clamp(min=1e-20)
         ctx.record(
-            f"{moe.path}.{projection}", became=f"vq4 {self.bits} bit", codebook="layer" if shared_book else "expert",
-            error=float(relative.mean()), expert_error=[round(float(r), 6) for r in relative],
-        )  # fmt: skip
-        bias = layer.weight(moe, f"{projection}_bias")
+            projection.path,
+            fate=Fate("coded", bits=self.bits, format="vq4"),
+            codebook="layer" if shared_book else "expert",
+            error=float(relative.mean()),
+            expert_error=[round(float(r), 6) for r in relative],
+        )
+        bias = layer.weight(projection, "bias")
         return {**coded.stored(), "bias": None if bias is None else compact(bias), **held}
 
     def best(
@@ -141,9 +160,3 @@ class VectorQuantize(LayerPass):
             rounds=self.rounds,
             feedback=self.feedback,
         )
-
-
-def _held(layer: Layer, moe: MoE, name: str) -> Tensor | None:
-    """The stored tensor behind an operand, in its stored dtype."""
-    node = moe.operand(name) if moe.node.target is KLT_EXPERTS else None
-    return None if node is None else layer.program.value(node)

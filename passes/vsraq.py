@@ -27,6 +27,7 @@ from moecc.ir.ops import VQ_EXPERTS
 from moecc.options import option
 from moecc.passes._tune.block import Block
 from moecc.passes._tune.tuned import Tuned, split
+from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
 
 
@@ -46,18 +47,24 @@ class AlignRouting(LayerPass):
     boundary: float = option(0.6, help="weight of top-k boundary alignment", low=0, high=1e4)
     head: float = option(1.0, help="weight of the logits, behind the last experts", low=0, high=1e4)
 
+    def estimate(self, found: Estimate) -> None:
+        return None
+
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         found = [m for m in layer.moe if m.node.target is VQ_EXPERTS]
         if not found:
             return False
         tuned = Tuned(layer.program, found)
         run = _Run(
-            self, Block(layer, self.routing(), ctx.sensitivity, head=self.head > 0), tuned, ctx
+            self,
+            Block(layer, self.routing(), ctx.data["sensitivity"], head=self.head > 0),
+            tuned,
+            ctx,
         )
         before, after = run.train()
         for moe in found:
-            for projection in ("gate_up", "down"):
-                ctx.record(f"{moe.path}.{projection}", tuned={"before": before, "after": after})
+            for projection in moe.projections:
+                ctx.record(projection.path, tuned={"before": before, "after": after})
         return tuned.store()
 
     def routing(self) -> list[str]:

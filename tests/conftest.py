@@ -198,6 +198,17 @@ class DictStore:
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 
+    tied: dict[str, str] = {}
+    missing: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+    ignored: Sequence[str] = ()
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,3 +137,8 @@ def assert_within(out: Tensor, wanted: Tensor) -> None:
     assert out.dtype == wanted.dtype and bool(wanted.abs().max() > 0)
     error = (out.cpu().double() - wanted.double()).abs().max() / wanted.double().abs().max()
     assert error < WITHIN[wanted.dtype], float(error)
+
+
+def bits_of(tensors: Mapping[str, Tensor | None]) -> int:
+    """Every bit that these tensors hold."""
+    return sum(8 * t.numel() * t.element_size() for t in tensors.values() if t is not None)

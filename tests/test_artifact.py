@@ -14,12 +14,15 @@ from test_compile import ALL, EVERYTHING, FAMILIES, QUICK, checkpoint, compile, 
 from torch import fx
 
 from moecc.artifact import hf
-from moecc.artifact.audit import Plan, Row, plan, role_of, summary
+from moecc.artifact.audit import Plan, plan
+from moecc.artifact.schema import Row, summary
 from moecc.checkpoint.files import LazyTensor, TensorFile
+from moecc.checkpoint.roles import role_of
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program
+from moecc.pipeline.fate import REWRITTEN, Fate
 from moecc.pipeline.order import resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context
@@ -61,6 +64,11 @@ def made(compile: Any, tmp_path: Path) -> Any:
     return build
 
 
+def became(row: dict[str, Any]) -> str:
+    """The fate of a row of moecc.json, in words."""
+    return str(Fate.of_json(row["fate"]))
+
+
 def on_disk(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.glob("model*.safetensors"))
 
@@ -83,8 +91,8 @@ def test_the_audit_has_every_parameter_once_and_every_byte(family: str, made: An
     )
     assert sum(got.manifest["summary"]["bytes_by_role"].values()) == on_disk(got.out)
     routers = [n for n, row in got.rows.items() if row["role"] == "router"]
-    assert routers and all(got.rows[n]["became"] == "as it was" for n in routers)
-    kept = [n for n, row in got.rows.items() if row["became"] == "as it was"]
+    assert routers and all(became(got.rows[n]) == "as it was" for n in routers)
+    kept = [n for n, row in got.rows.items() if became(row) == "as it was"]
     assert all(torch.equal(before[n].to(after[n].dtype), after[n]) for n in kept)
     gates = [n for n in before if "shared_expert_gate" in n or "correction_bias" in n]
     assert set(gates) <= set(kept)
@@ -111,14 +119,12 @@ def test_rows_of_compressed_experts_say_what_became_of_them(made: Any) -> None:
         } <= parts.keys() and "mean_signs" not in parts
         assert row["bits"] == pytest.approx(8 * row["nbytes"] / torch.Size(row["shape"]).numel())
         assert (
-            row["became"].startswith("vq4 3 bit")
-            and 0 < row["error"] < 1
-            and sum(row["tokens"]) == 8 * 32 * 2
+            became(row) == "vq4 3 bit" and 0 < row["error"] < 1 and sum(row["tokens"]) == 8 * 32 * 2
         )
     shared = [r for n, r in got.rows.items() if ".shared_expert." in n]
     assert shared and all(r["role"] == "shared expert" for r in shared)
     linear = got.rows["model.layers.0.self_attn.q_proj.weight"]
-    assert linear["became"].startswith("8 bit") and 8 < linear["bits"] <= 8 + 24 / 16
+    assert became(linear).startswith("8 bit") and 8 < linear["bits"] <= 8 + 24 / 16
     assert got.rows["model.layers.0.mlp.shared_expert_gate.weight"]["fallback"] == "float: gate"
 
 
@@ -129,7 +135,7 @@ def test_a_layout_made_canonical_is_accounted_to_its_parameters(made: Any) -> No
         got.rows[f"{prefix}gate_up_proj"]["shape"] == [4, 32, 96]
         and got.rows[f"{prefix}gate_up_proj"]["nbytes"] > 0
     )
-    assert got.rows[f"{prefix}gate_up_proj_bias"]["became"] == f"in {prefix}gate_up_proj"
+    assert became(got.rows[f"{prefix}gate_up_proj_bias"]) == f"in {prefix}gate_up_proj"
     assert got.rows[f"{prefix}gate_up_proj_bias"]["nbytes"] == 0
     stored = got.stored()
     assert f"{prefix}gate_up.bias" in stored and f"{prefix}gate_up_proj" not in stored
@@ -138,7 +144,7 @@ def test_a_layout_made_canonical_is_accounted_to_its_parameters(made: Any) -> No
 def test_experts_that_are_left_dense_are_named(made: Any) -> None:
     got = made("mixtral", "dense{group=16}")
     routed = [r for r in got.rows.values() if r["role"] == "routed experts"]
-    assert len(routed) == 4 and all(r["became"] == "as it was" and r["bits"] == 32 for r in routed)
+    assert len(routed) == 4 and all(became(r) == "as it was" and r["bits"] == 32 for r in routed)
     assert got.manifest["summary"]["bits_per_weight_experts"] == 32
     assert json.loads((got.out / "config.json").read_text())["quantization_config"]["experts"] == {}
 
@@ -150,7 +156,7 @@ def test_tensors_that_fit_nothing_are_named(made: Any, tmp_path: Path) -> None:
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     got = made()
     row = got.rows["model.layers.7.odd.weight"]
-    assert row["became"] == "left out" and row["nbytes"] == 0 and row["fallback"]
+    assert became(row) == "left out" and row["nbytes"] == 0 and row["fallback"]
     assert "model.layers.7.odd.weight" not in got.stored()
 
 
@@ -162,7 +168,7 @@ def test_tied_weights_are_stored_once(made: Any, tmp_path: Path) -> None:
     checkpoint(model)
     made_model.save_pretrained(model)
     got = made()
-    assert got.rows["lm_head.weight"]["became"] == "tied to model.embed_tokens.weight"
+    assert became(got.rows["lm_head.weight"]) == "tied to model.embed_tokens.weight"
     assert got.rows["lm_head.weight"]["nbytes"] == 0 and "lm_head.weight" not in got.stored()
     loaded = load(got.out)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -176,12 +182,12 @@ def test_an_expert_that_sees_few_tokens_is_named(made: Any, tmp_path: Path) -> N
     )
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     got = made("qwen2_moe", "moments{min_tokens=100},vq{rounds=1}")
-    row = next(r for n, r in got.rows.items() if r["tokens"] and "layers.0" in n)
+    row = next(r for n, r in got.rows.items() if "tokens" in r and "layers.0" in n)
     starved = [e for e, count in enumerate(row["tokens"]) if count < 100]
     assert (
         starved
-        and row["fallback"]
-        == f"experts {starved} saw too few tokens; calibrated on tokens sent to them"
+        and sorted(map(int, row["starved"])) == starved
+        and set(row["starved"].values()) == {100}
     )
     assert any("calibrated on 100 sent to it on purpose" in note for note in got.manifest["notes"])
 
@@ -278,7 +284,7 @@ def test_a_rewritten_tensor_stays_on_disk_until_it_is_written(tmp_path: Path) ->
     program.tensors.spill(name, lambda: read.append(name) or torch.ones(32))
     found = plan(program, original, Context())
     assert not read and found.tensors[name].nbytes == 128
-    assert [row.became for row in found.rows if row.name == name] == ["rewritten"]
+    assert [str(row.fate) for row in found.rows if row.name == name] == ["rewritten"]
     assert torch.equal(found.tensors[name].read(), torch.ones(32)) and read
 
 
@@ -361,18 +367,18 @@ def test_experts_of_another_layout_are_changed_by_what_they_are_computed_from() 
     plan = planned(
         "gpt_oss", lambda p, moe: p.rewrite(f"{path}.down_proj", p.read(f"{path}.down_proj") / 2)
     )
-    assert [r.name for r in plan.rows if r.became == "rewritten"] == [f"{path}.down_proj"]
+    assert [r.name for r in plan.rows if str(r.fate) == "rewritten"] == [f"{path}.down_proj"]
 
 
 def test_what_passes_record_is_in_the_rows_of_plain_weights_too() -> None:
     ctx, path = Context(), "model.layers.0.mlp.experts"
-    ctx.record("model.norm.weight", became="shifted", error=0.5, by=2)
+    ctx.record("model.norm.weight", fate=REWRITTEN, error=0.5, by=2)
     ctx.record(f"{path}.gate_up", looked_at=True)
     ctx.record("model.norm.wait", by=2)
     rows = {r.name: r for r in planned("qwen2_moe", lambda p, moe: None, ctx).rows}
     norm, experts = rows["model.norm.weight"], rows[f"{path}.gate_up_proj"]
-    assert (norm.became, norm.error, norm.details["by"]) == ("shifted", 0.5, 2)
-    assert (experts.became, experts.details["looked_at"]) == ("as it was", True)
+    assert (norm.fate, norm.error, norm.details["by"]) == (REWRITTEN, 0.5, 2)
+    assert (str(experts.fate), experts.details["looked_at"]) == ("as it was", True)
     assert ctx.notes == ["model.norm.wait: recorded, but no weight is called so: {'by': 2}"]
 
 
@@ -384,7 +390,9 @@ def test_what_is_recorded_of_a_parameter_is_in_the_rows_of_coded_experts(
     run_passes(program, resolve(parse_passes("vq{rounds=1}")[0])[0], ctx, batches)
     ctx.record(name, lora="rank 2")
     row = next(r for r in plan(program, original, ctx).rows if r.name == name)
-    assert row.became == "vq4 2 bit" and row.details["lora"] == "rank 2" and row.details["codebook"]
+    assert (
+        str(row.fate) == "vq4 2 bit" and row.details["lora"] == "rank 2" and row.details["codebook"]
+    )
     assert not [note for note in ctx.notes if "recorded, but" in note]
 
 

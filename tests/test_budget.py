@@ -10,7 +10,6 @@ import torch
 from conftest import tiny_program
 
 from moecc.errors import MoeccError
-from moecc.ir import vq4
 from moecc.ir.program import Program
 from moecc.passes.budget import Planned, spend
 from moecc.pipeline.bits import experts_bits
@@ -71,34 +70,34 @@ def compiled(
 def test_bits_go_where_errors_cost_and_stay_within_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        vq4,
-        "coded_bits",
-        lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits,
-    )
+    for module in ("budget", "_code.basis"):
+        monkeypatch.setattr(
+            f"moecc.passes.{module}.coded_bits",
+            lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits,
+        )
     program, ctx = compiled("budget{bits=2.5,mean=off,rank=0},klt,vq")
-    weights = {p: (512 if p.endswith("gate_up") else 256) * 4 for p in ctx.plan}
-    spent = sum(w * ctx.plan[p].bits for p, w in weights.items()) / sum(weights.values())
+    weights = {p: (512 if p.endswith("gate_up") else 256) * 4 for p in ctx.data["budget"]}
+    spent = sum(w * ctx.data["budget"][p].bits for p, w in weights.items()) / sum(weights.values())
     assert 2.4 < spent <= 2.5
-    assert {v["became"] for v in ctx.audit.values()} == {"vq4 2 bit", "vq4 3 bit"}
-    for p, planned in ctx.plan.items():
-        assert ctx.audit[p]["became"] == f"vq4 {planned.bits} bit"
+    assert {v["fate"]["bits"] for v in ctx.audit.values()} == {2, 3}
+    for p, planned in ctx.data["budget"].items():
+        assert ctx.audit[p]["fate"]["bits"] == planned.bits
     signed = {
         n.name.rpartition("_")[0]
         for n in program.graph.nodes
         if n.op == "placeholder" and n.name.endswith("signs")
     }
-    assert len(signed) == sum(planned.bits == 3 for planned in ctx.plan.values())
+    assert len(signed) == sum(planned.bits == 3 for planned in ctx.data["budget"].values())
 
 
 def test_a_mean_is_planned_where_experts_are_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        vq4,
-        "coded_bits",
-        lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits,
-    )
+    for module in ("budget", "_code.basis"):
+        monkeypatch.setattr(
+            f"moecc.passes.{module}.coded_bits",
+            lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits,
+        )
     _, ctx = compiled("budget{bits=2.2,rank=0},klt,vq", "S")
-    assert all(planned.mean for planned in ctx.plan.values())
+    assert all(planned.mean for planned in ctx.data["budget"].values())
     assert {v["mean"] for v in ctx.audit.values()} <= {"2 bit", "3 bit", "4 bit"}
 
 
@@ -153,15 +152,19 @@ def test_bits_of_all_layers_follow_sensitivity_where_the_costs_of_gate_up_do_not
 ) -> None:
     """Then errors are relative to the outputs, and what an output costs sets them against those of other layers."""
     monkeypatch.setattr("moecc.passes._code.moments._PER_EXPERT_BYTES", 4000)
-    monkeypatch.setattr(
-        vq4,
-        "coded_bits",
-        lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits,
-    )
+    for module in ("budget", "_code.basis"):
+        monkeypatch.setattr(
+            f"moecc.passes.{module}.coded_bits",
+            lambda matrices, rows, columns, bits, books=1: matrices * rows * columns * bits,
+        )
     _, ctx = compiled("budget{bits=2.7,mean=off,rank=0},klt,vq", "MMM")
-    bits = [sum(it.bits for name, it in ctx.plan.items() if str(i) in name) for i in range(3)]
+    bits = [
+        sum(it.bits for name, it in ctx.data["budget"].items() if str(i) in name) for i in range(3)
+    ]
     costs = {
-        name: float(s.trace()) for name, s in ctx.sensitivity.items() if f"{name}.down" in ctx.plan
+        name: float(s.trace())
+        for name, s in ctx.data["sensitivity"].items()
+        if f"{name}.down" in ctx.data["budget"]
     }
     assert min(costs) == max(costs, key=lambda name: costs[name])  # the first layer's, by far
     assert bits[0] == max(bits) > min(bits)
@@ -174,4 +177,4 @@ def test_experts_that_saw_no_token_do_not_make_a_layer_cheap() -> None:
     _, ctx = compiled(
         "budget{bits=6,codebook=layer,mean=off,rank=0},klt,vq{codebook=layer}", "IM", ids
     )
-    assert all(planned.cost > 0 for planned in ctx.plan.values())
+    assert all(planned.cost > 0 for planned in ctx.data["budget"].values())

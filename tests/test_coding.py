@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layers import bits_of
 from torch import Tensor
 
 from moecc.ir import vq4
@@ -22,6 +23,7 @@ from moecc.passes._code.coding import Coded, _Coder, encode, encode_in_parts, pa
 from moecc.passes._code.metric import damped, weighted_error
 from moecc.passes._code.moments import Routed
 from moecc.passes.affine import CoupledSums, Sums
+from moecc.pipeline.bits import basis_bits, coded_bits
 
 E, N, K = 2, 6, 16
 BITS = [2, 3, 4]
@@ -540,7 +542,7 @@ def test_what_encode_returns_can_be_stored(bits: int, shared: bool) -> None:
     torch.testing.assert_close(
         vq4.mean_part(part, K, torch.float32), coded.dense(), rtol=1e-3, atol=1e-6
     )
-    assert vq4.stored_bits(stored) == vq4.coded_bits(E, N, K, bits, books=1 if shared else E)
+    assert bits_of(stored) == coded_bits(E, N, K, bits, books=1 if shared else E)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -652,12 +654,8 @@ def test_a_stored_basis_has_the_format_s_shapes() -> None:
             n: (tuple(t.shape), t.dtype) for n, t in got.tensors.items() if t is not None
         } == want
         bits = 16 * math.prod(basis) + 8 * math.prod(coef) + 16 * math.prod(coef[:2])
-        assert (
-            vq4.stored_bits(got.tensors)
-            == bits
-            == vq4.basis_bits(2, 3, 10, 8, input_side=input_side)
-        )
-    assert vq4.basis_bits(0, 3, 10, 8, input_side=True) == 0
+        assert bits_of(got.tensors) == bits == basis_bits(2, 3, 10, 8, input_side=input_side)
+    assert basis_bits(0, 3, 10, 8, input_side=True) == 0
 
 
 @pytest.mark.parametrize("offset", [True, False])

@@ -547,7 +547,9 @@ def test_a_pass_of_ones_own_by_path(mixtral: Path, compile: Any, tmp_path: Path)
     stored = TensorFile(tmp_path / "out" / "model.safetensors")[name]
     assert torch.equal(stored, TensorFile(mixtral / "model.safetensors")[name] / 4)
     manifest = json.loads((tmp_path / "out" / "moecc.json").read_text())
-    assert next(row["became"] for row in manifest["audit"] if row["name"] == name) == "rewritten"
+    assert next(row["fate"] for row in manifest["audit"] if row["name"] == name) == {
+        "kind": "rewritten"
+    }
     wrong = compile(mixtral, tmp_path / "no", f"{file}{{by=9}}")
     assert wrong.code == 2 and "shrink: by=9.0 is out of range" in wrong.err
 
@@ -720,7 +722,7 @@ def test_adapters_are_merged_into_the_checkpoint_s_own_type(compile: Any, tmp_pa
         for row in json.loads((tmp_path / "out" / "moecc.json").read_text())["audit"]
     }
     row = audit[f"{name}.weight"]
-    assert (row["became"], row["bits"], row["role"]) == ("rewritten", 16.0, "attention")
+    assert (row["fate"]["kind"], row["bits"], row["role"]) == ("rewritten", 16.0, "attention")
     before, after = (
         load(f).get_parameter(f"{name}.weight").detach() for f in (model, tmp_path / "out")
     )

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralModel
 
 from moecc.commands.evaluate import (
     _Totals,
-    bits_on_disk,
     compare_sets,
     evaluate,
-    experts_bits_on_disk,
+    everything_bits,
+    experts_bits,
 )
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
@@ -190,9 +190,9 @@ def test_bits_count_what_a_pass_made_and_not_what_it_replaced(tinymoe: Program) 
         moe.node, moe.node.target, (*moe.node.args[:3], smaller, *moe.node.args[4:]), moe.attributes
     )
     weights, part = 9_200_000, tinymoe.read(name).numel()
-    assert 16 - bits_on_disk(program, tinymoe) == pytest.approx(8 * part / weights, rel=0.01)
-    assert experts_bits_on_disk(program) == pytest.approx(16 - 8 * (2 / 3) / 4)
-    assert bits_on_disk(tinymoe, tinymoe) == 16
+    assert 16 - everything_bits(program, tinymoe) == pytest.approx(8 * part / weights, rel=0.01)
+    assert experts_bits(program) == pytest.approx(16 - 8 * (2 / 3) / 4)
+    assert everything_bits(tinymoe, tinymoe) == 16
 
 
 # ---- what can't be compared

@@ -30,7 +30,7 @@ from moecc.passes._code.half import compact
 from moecc.passes._code.moments import measure, routed_tokens
 from moecc.passes._tune.low_rank import attached
 from moecc.passes._tune.routing import selection_scores
-from moecc.passes._tune.tuned import Tuned, bits_of
+from moecc.passes._tune.tuned import Tuned
 from moecc.passes._tune.whole import Whole
 from moecc.passes.affine import shift
 from moecc.passes.rilq import Trained
@@ -345,13 +345,13 @@ def test_basis_and_mean_are_there_as_told(
 ) -> None:
     run = compiled(tiny("M"), f"klt{{rank={rank},mean={mean}}},vq{{rounds=1}}", batches=batches)
     (moe,) = run.program.moe_layers()
-    for projection in ("gate_up", "down"):
-        there = {n for n in vq4.SHARED if moe.operand(f"{projection}_{n}") is not None}
+    for projection in moe.projections:
+        there = {n for n in vq4.SHARED if projection.operand(n) is not None}
         want = {"basis", "coef", "coef_scale"} if rank else set()
         want |= {"mean_codes", "mean_codebook", "mean_scale"} if bits else set()
         assert there == want | ({"mean_signs"} if bits == 3 else set())
-        assert not bits or bits_of(moe, projection, vq4.MEAN) == bits
-        row = run.ctx.audit[f"{moe.path}.{projection}"]
+        assert not bits or projection.bits(vq4.MEAN) == bits
+        row = run.ctx.audit[projection.path]
         assert (row["rank"], row["mean"]) == (rank, f"{bits} bit" if bits else "none")
 
 
@@ -521,7 +521,7 @@ def test_sensitivity_foretells_the_divergence(traced: Program) -> None:
         float((logits[0].exp() * (logits[0] - logits[1]).square()).sum(-1).mean()) / 2
     )  # to second order
     assert divergence == pytest.approx(
-        0.002**2 * float(run.ctx.sensitivity[moe.path].trace()) / 2, rel=0.1
+        0.002**2 * float(run.ctx.data["sensitivity"][moe.path].trace()) / 2, rel=0.1
     )
 
 
@@ -599,10 +599,12 @@ def test_sensitivity_is_the_same_where_weights_do_not_stay_in_memory(
 def test_sensitivity_of_routing_is_that_of_the_routers_behind(traced: Program) -> None:
     run = compiled(traced, "sensitivity{kl=0}")
     first, last = (m.path for m in traced.moe_layers())
-    assert first in run.ctx.sensitivity and last not in run.ctx.sensitivity
+    assert first in run.ctx.data["sensitivity"] and last not in run.ctx.data["sensitivity"]
     both = compiled(traced, "sensitivity")
     assert (
-        float(both.ctx.sensitivity[first].trace()) > float(both.ctx.sensitivity[last].trace()) > 0
+        float(both.ctx.data["sensitivity"][first].trace())
+        > float(both.ctx.data["sensitivity"][last].trace())
+        > 0
     )
 
 

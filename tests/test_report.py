@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from moecc.artifact.audit import Row, summary
+from moecc.artifact.schema import Row, summary
 from moecc.commands import report
+from moecc.pipeline.fate import HEADER, KEPT, UNUSED, Fate
 
 EVIL = "<script>alert('x')</script>&\""
 FACTS: dict[str, Any] = {
@@ -52,14 +53,28 @@ def experts(layer: int) -> list[Row]:
         nbytes = sum(parts.values())
         bits = 8 * nbytes / math.prod(shape)
         name = f"model.layers.{layer}.mlp.experts.{projection}_proj"
-        fallback = "experts [3, 5] saw too few tokens; calibrated on tokens sent to them"
-        facts = (nbytes, bits, error + layer / 200, tokens, fallback, details)
-        rows.append(Row(name, "routed experts", shape, "vq4 2 bit", *facts))
+        rows.append(
+            Row(
+                name,
+                "routed experts",
+                shape,
+                Fate("coded", bits=2, format="vq4"),
+                nbytes,
+                bits,
+                error + layer / 200,
+                tokens,
+                starved={"3": 64, "5": 64},
+                experts=f"model.layers.{layer}.mlp.experts",
+                projection=projection,
+                layer=layer,
+                details=details,
+            )
+        )
     return rows
 
 
 def audit() -> list[Row]:
-    rows = [Row("model.embed_tokens.weight", "embeddings", (1000, 64), "as it was", 128_000, 16.0)]
+    rows = [Row("model.embed_tokens.weight", "embeddings", (1000, 64), KEPT, 128_000, 16.0)]
     for layer in (10, 2):  # not in the order of numbers, and not the order of text either
         name = f"model.layers.{layer}"
         rows.append(
@@ -67,25 +82,29 @@ def audit() -> list[Row]:
                 f"{name}.self_attn.q_proj.weight",
                 "attention",
                 (64, 64),
-                "4 bit groups",
+                Fate("grouped", bits=4, group=32),
                 2_304,
                 4.5,
                 0.01,
             )
         )
         rows += experts(layer)
-        rows.append(
-            Row(f"{name}.mlp.gate.e_score_correction_bias", "router", (8,), "as it was", 32, 32.0)
-        )
+        rows.append(Row(f"{name}.mlp.gate.e_score_correction_bias", "router", (8,), KEPT, 32, 32.0))
     rows.append(
-        Row("lm_head.weight", "embeddings", (1000, 64), "tied to model.embed_tokens.weight", 0)
+        Row(
+            "lm_head.weight",
+            "embeddings",
+            (1000, 64),
+            Fate("tied", of="model.embed_tokens.weight"),
+            0,
+        )
     )
     rows.append(
-        Row(EVIL, "not part of the model", (), "left out", 0, fallback=f"no parameter takes {EVIL}")
+        Row(EVIL, "not part of the model", (), UNUSED, 0, fallback=f"no parameter takes {EVIL}")
     )
     return [
         *rows,
-        Row("(safetensors headers)", "file format", (), "names, shapes and types", 1_736),
+        Row("(safetensors headers)", "file format", (), HEADER, 1_736),
     ]
 
 

@@ -18,6 +18,7 @@ import slow_vq4 as slow
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layers import bits_of
 from torch import Tensor
 
 from moecc.ir import vq4
@@ -209,7 +210,7 @@ def test_every_bit_is_counted() -> None:
     scales, basis = 2 * (3 * 4 * 16), 2 * 10 * 16
     coef = 3 * 4 * 2 * 8 + 3 * 4 * 16
     mean = 4 * 8 * 8 + 256 * 2 * 8 + 4 * 16
-    assert vq4.stored_bits(p) == codes + signs + books + scales + basis + coef + mean
+    assert bits_of(p) == codes + signs + books + scales + basis + coef + mean
 
 
 def test_tensor_names_are_the_format_s() -> None:

@@ -1,26 +1,32 @@
-"""Writing the artifact: weight files, configuration, audit; its bytes equal those that the audit counts."""
+"""Writing the artifact: a folder that transformers loads, with an account of every weight in it.
+
+  config.json            the model's own, with the quantization_config of `moecc.checkpoint.schema`
+  model*.safetensors     compressed tensors in the canonical form of `moecc.ir.vq4`, everything else as it was
+  tokenizer and other small files of the source
+  moecc.json             format and package versions, resolved pipeline, source digest, notes, audit (`moecc.artifact.schema`)
+
+Writing fails if the bytes of the audit's rows are not those of the weight files.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from moecc.artifact.audit import Plan, Row, summary
-from moecc.checkpoint.files import LazyTensor, free_space, write_safetensors
+from moecc.artifact.audit import Plan
+from moecc.artifact.schema import Row, summary
+from moecc.checkpoint.files import INDEX, SINGLE, LazyTensor, free_space, write_safetensors
 from moecc.checkpoint.source import SMALL_FILES, has_code
 from moecc.errors import MoeccError
-from moecc.ir import vq4
 from moecc.ir.program import Program
+from moecc.pipeline.fate import HEADER
+from moecc.types import Json, Progress
 
 SHARD_BYTES = 4 << 30
-_NOT_COPIED = ("config.json", "moecc.json", "model.safetensors.index.json")
-
-
-# ---- writing
+_LARGEST_SMALL_FILE = 64 << 20  # bytes
+_NOT_COPIED = ("config.json", "moecc.json", INDEX)
 
 
 def write_artifact(
@@ -28,35 +34,32 @@ def write_artifact(
     found: Plan,
     program: Program,
     source: Path | None,
-    facts: Mapping[str, Any],
-    progress: Any = None,
+    facts: Json,
+    progress: Progress = lambda items, label: items,
 ) -> list[Row]:
-    """Write the artifact into the existing folder `folder`; the complete audit, whose bytes equal those on disk."""
+    """Write the artifact into the existing folder `folder`; the complete audit, whose bytes equal those on disk.
+
+    source: the folder that the model came from, None for a model in memory. facts: what moecc.json says besides the audit.
+    """
     free_space(folder, int(found.nbytes * 1.01) + (1 << 20))
     shards = _shards(found.tensors)
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for name, keys in (progress or (lambda items, label: items))(
-        list(zip(names, shards, strict=True)), "writing"
-    ):
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = dict(zip(names if count > 1 else [SINGLE], shards, strict=True))
+    for name, keys in progress(list(files.items()), "writing"):
         write_safetensors(folder / name, {k: found.tensors[k] for k in keys}, {"format": "pt"})
-    if len(shards) > 1:
-        index = {k: name for name, keys in zip(names, shards, strict=True) for k in keys}
-        _json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": found.nbytes}, "weight_map": index},
-        )
-    rows = [*found.rows, _header_row(folder, names, found.nbytes)]
-    _check_total(folder, names, rows)
+    if count > 1:
+        index = {k: name for name, keys in files.items() for k in keys}
+        total = {"total_size": found.nbytes}
+        _json(folder / INDEX, {"metadata": total, "weight_map": index})
+    on_disk = sum((folder / name).stat().st_size for name in files)
+    header = Row("(safetensors headers)", "file format", (), HEADER, on_disk - found.nbytes)
+    rows = [*found.rows, header]
+    _require_total(rows, on_disk)
     copy_small_files(source, folder)
     _json(folder / "config.json", _config(program, source, found))
-    _json(
-        folder / "moecc.json",
-        {**facts, "summary": summary(rows), "audit": [asdict(r) for r in rows]},
-    )
+    audit = [row.as_json() for row in rows]
+    _json(folder / "moecc.json", {**facts, "summary": summary(rows), "audit": audit})
     return rows
 
 
@@ -72,52 +75,45 @@ def _shards(tensors: Mapping[str, LazyTensor]) -> list[list[str]]:
     return shards
 
 
-def _header_row(folder: Path, names: list[str], tensors: int) -> Row:
-    header = sum((folder / n).stat().st_size for n in names) - tensors
-    return Row("(safetensors headers)", "file format", (), "names, shapes and types", header)
-
-
-def _check_total(folder: Path, names: list[str], rows: Iterable[Row]) -> None:
-    on_disk, accounted = (
-        sum((folder / n).stat().st_size for n in names),
-        sum(r.nbytes for r in rows),
-    )
+def _require_total(rows: Sequence[Row], on_disk: int) -> None:
+    accounted = sum(r.nbytes for r in rows)
     if on_disk != accounted:
-        raise MoeccError(
-            f"the audit accounts for {accounted} bytes but the files hold {on_disk}; this is a fault of moecc"
-        )
+        what = f"the audit accounts for {accounted} bytes but the files hold {on_disk}"
+        raise MoeccError(f"{what}; this is a fault of moecc")
 
 
 def copy_small_files(source: Path | None, folder: Path) -> None:
+    """Copy the tokenizer, generation settings and the like of a model's folder."""
     if source is None:
         return
     for pattern in (*SMALL_FILES, *(["*.py"] if has_code(source) else [])):
         for file in sorted(source.glob(pattern)):
-            if (
-                file.name not in _NOT_COPIED
-                and not file.name.endswith(".index.json")
-                and file.stat().st_size < (64 << 20)
-            ):
+            if file.name in _NOT_COPIED or file.name.endswith(".index.json"):
+                continue
+            if file.stat().st_size < _LARGEST_SMALL_FILE:
                 shutil.copyfile(file, folder / file.name)
 
 
-def _config(program: Program, source: Path | None, found: Plan) -> dict[str, Any]:
-    config: dict[str, Any] = (
+def _config(program: Program, source: Path | None, found: Plan) -> Json:
+    config: Json = (
         json.loads((source / "config.json").read_text())
         if source is not None
         else program.config.to_dict()
     )
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
-            part.pop(
-                "quantization_config", None
-            )  # how the source's weights were stored (`moecc.checkpoint.low_bit`)
-    if found.experts or found.linears:
-        config["quantization_config"] = {
-            "quant_method": "moecc", "version": vq4.VERSION, "experts": found.experts, "linears": found.linears,
-        }  # fmt: skip
+            # how the source's weights were stored (`moecc.checkpoint.low_bit`)
+            part.pop("quantization_config", None)
+    for path, value in program.config_edits.items():
+        *outer, key = path.split(".")
+        part = config
+        for name in outer:
+            part = part.setdefault(name, {})
+        part[key] = value
+    if found.compression.experts or found.compression.linears:
+        config["quantization_config"] = found.compression.as_config()
     return config
 
 
-def _json(path: Path, value: Any) -> None:
+def _json(path: Path, value: Json) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")

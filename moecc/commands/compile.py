@@ -21,7 +21,8 @@ from torch import Tensor
 
 import moecc
 from moecc.artifact import verify
-from moecc.artifact.audit import plan, summary
+from moecc.artifact.audit import plan
+from moecc.artifact.schema import summary
 from moecc.artifact.write import write_artifact
 from moecc.checkpoint.files import free_space
 from moecc.checkpoint.low_bit import Decoded
@@ -174,7 +175,6 @@ def _run(
     partial: Path, folder: Path,
     dump: Path | None, progress: Progress, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    original = program.copy()
     ctx = Context(seed=job.seed, progress=progress, keep=journal.keep, kept=journal.kept)
     if journal.found:
         done_before = f"{journal.finished()} stages of it are finished"
@@ -185,7 +185,8 @@ def _run(
         after_pass=lambda report, now: say(report.line()), after_layer=journal.save, restore_layer=journal.restore, dump=dumper
     )  # fmt: skip
     reports = run_passes(program, resolved, ctx, batches, hooks)
-    planned = plan(program, original, ctx)
+    assert ctx.traced is not None
+    planned = plan(program, ctx.traced, ctx)
     for note in ctx.notes:
         say(f"note: {note}")
     made = partial / "artifact"

@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.export.graph_signature import InputKind
 
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.commands.rows import require_rows, rows_digest, token_rows, tokenizer_of
@@ -31,9 +30,8 @@ from moecc.frontend.config import text_config
 from moecc.frontend.trace import trace
 from moecc.ir.graph import run_nodes
 from moecc.ir.moe import MoE
-from moecc.ir.program import Program, Weight, output_node, stage_nodes
-from moecc.ir.tensors import Store
-from moecc.pipeline.bits import expert_weights
+from moecc.ir.program import Program, output_node, stage_nodes
+from moecc.pipeline.bits import everything_bits, experts_bits
 from moecc.pipeline.stream import StageWeights, Stream
 from moecc.types import Json, Progress, Say
 
@@ -194,7 +192,7 @@ def _evaluation(
         agreement=sum(t.same for t in tallies) / sum(t.slots for t in tallies),
         exact_agreement=sum(t.exact for t in tallies) / sum(t.tokens for t in tallies),
         tokens=totals.tokens,
-        bits_per_weight_experts=experts_bits_on_disk(program), bits_per_weight=bits_on_disk(program, reference),
+        bits_per_weight_experts=experts_bits(program), bits_per_weight=everything_bits(program, reference),
         per_layer=tuple(t.layer() for t in tallies),
     )  # fmt: skip
 
@@ -388,60 +386,3 @@ def _last_stage(ours: _Side, theirs: _Side, batches: list[Tensor], totals: _Tota
     weights, reference_weights = StageWeights(ours.program), StageWeights(theirs.program)
     for batch, ids in enumerate(batches):
         totals.add(ours.logits(batch, weights), theirs.logits(batch, reference_weights), ids)
-
-
-# ---------------------------------------------------------------- size on disk
-
-
-def experts_bits_on_disk(program: Program) -> float:
-    """Bits per weight of the routed experts in the dtypes they are stored in, everything counted."""
-    moes = program.moe_layers()
-    nodes = {n.name for m in moes for n in m.node.args[3:] if isinstance(n, fx.Node)}
-    names = {origin for n in nodes for origin in _origins(program, program.weights[n])}
-    return sum(_bits(program, name) for name in names) / sum(expert_weights(m) for m in moes)
-
-
-def bits_on_disk(program: Program, reference: Program) -> float:
-    """Bits of everything `program` stores per weight of `reference`: tied tensors once, unreached ones too."""
-    gone = _live(reference) - _live(
-        program
-    )  # what a pass replaced, though the checkpoint behind it still has it
-    stored = {n for n in _stored(program) if n not in gone} | _made(program)
-    return sum(_bits(program, n) for n in stored) / sum(
-        _size(reference, n) for n in _stored(reference)
-    )
-
-
-def _live(program: Program) -> set[str]:
-    return {origin for w in program.weights.values() for origin in _origins(program, w)}
-
-
-def _origins(program: Program, weight: Weight) -> tuple[str, ...]:
-    return (
-        (weight.name,) if weight.name in program.tensors or not weight.sources else weight.sources
-    )
-
-
-def _stored(program: Program) -> set[str]:
-    store = cast(Store, program.store)
-    return {n for n in store.names() if n not in store.tied} if store is not None else set()
-
-
-def _made(program: Program) -> set[str]:
-    """Held tensors that a pass made, not constants that tracing captured and the code computes again."""
-    specs = program.exported_from.graph_signature.input_specs
-    captured = {
-        s.target for s in specs if s.kind not in (InputKind.USER_INPUT, InputKind.PARAMETER)
-    }
-    return {n for n in program.tensors if n not in captured}
-
-
-def _size(program: Program, name: str) -> int:
-    held = program.tensors.get(name)
-    return held.numel() if held is not None else math.prod(cast(Store, program.store).shape(name))
-
-
-def _bits(program: Program, name: str) -> int:
-    held = program.tensors.get(name)
-    dtype = held.dtype if held is not None else cast(Store, program.store).dtype(name)
-    return _size(program, name) * dtype.itemsize * 8

@@ -3,9 +3,8 @@
   1. The model is traced from its configuration; every experts node says experts, top-k, shapes and gate, and the nodes
      between the router's linear and the chosen indices say how it routes.
   2. Every parameter is counted under a role, in the dtype on disk (or, without weights, that of the configuration).
-  3. A pipeline is judged by what its passes provide and their options: a coded projection costs what `moecc.ir.vq4` says.
-     What a pass decides only when it sees weights (codebooks, offsets) gives a low and a high estimate. A mean and a shared
-     basis that are automatic are left out: they are taken where they save more bits at equal error than they cost.
+  3. Every pass of a pipeline says what it would store (`Pass.estimate`), at least and at most where it decides only when it
+     sees weights.
 
 Shapes: E experts, N rows and K columns of a projection, D hidden, F intermediate.
 """
@@ -13,7 +12,7 @@ Shapes: E experts, N rows and K columns of a projection, D hidden, F intermediat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -21,33 +20,28 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moecc.artifact.audit import role_of
 from moecc.checkpoint.files import size
+from moecc.checkpoint.roles import ROUTED, role_of
+from moecc.checkpoint.schema import Compression
 from moecc.errors import MoeccError
 from moecc.frontend.capture import capture
 from moecc.frontend.skeleton import skeleton
 from moecc.frontend.trace import program_of
-from moecc.ir import ops, vq4
+from moecc.ir import ops
 from moecc.ir.graph import ancestors
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program
-from moecc.pipeline.bits import expert_weights
+from moecc.pipeline.bits import per_weight
+from moecc.pipeline.estimate import Estimate, Matrix, Outlook
 from moecc.pipeline.order import require_whole, resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Pass
+from moecc.types import Json
 
-_SILENT = {
-    "view",
-    "reshape",
-    "getitem",
-    "to",
-    "_to_copy",
-    "unsqueeze",
-    "squeeze",
-    "expand",
-    "zeros_like",
-    "flatten",
-}
+# bookkeeping that says nothing about how a router chooses
+_SILENT = frozenset(
+    "view reshape getitem to _to_copy unsqueeze squeeze expand zeros_like flatten".split()
+)
 
 
 @dataclass(frozen=True)
@@ -86,18 +80,19 @@ def inspect_model(
     if wanted is not None:
         if any(layer.form != "moecc::experts" for layer in layers):
             raise MoeccError(f"{model} is compressed already; give the checkpoint it was made from")
-        result["estimate"] = _estimate(program, found.model, sizes, wanted)
+        result["estimate"] = _estimated(
+            _estimate(program, found.model, wanted), wanted, result["parameters"]
+        )
     return result
 
 
 def least_bytes(program: Program, passes: Sequence[Pass]) -> int:
     """Bytes that a compilation of a checkpoint's program takes on disk at its end, at least.
 
-    The artifact, and beside it the journal, which holds the coded experts once more."""
-    written: int = _estimate(program, None, _sizes(program), passes)["bytes"][0]
-    if not any("vq" in p.provides for p in passes):
-        return written
-    return written + round(sum(_experts_bits(moe, passes)[0] for moe in program.moe_layers()) / 8)
+    The artifact, and beside it the journal, which holds the coded experts once more.
+    """
+    found = _estimate(program, None, passes)
+    return round((found.experts[0] + found.rest + found.coded) / 8)
 
 
 def _resolved(passes: str, bits: float | None) -> list[Pass]:
@@ -136,8 +131,8 @@ def _layout(program: Program, moe: MoE) -> str:
     if moe.node.target is not ops.EXPERTS:
         return "compressed"
     parts = []
-    for projection in ("gate_up", "down"):
-        recipe = program.weights[moe.operand(projection).name].recipe  # type: ignore[union-attr]
+    for projection in moe.projections:
+        recipe = program.weights[projection.operand().name].recipe  # type: ignore[union-attr]
         calls = [] if recipe is None else [n for n in recipe.graph.nodes if n.op == "call_function"]
         parts.append(" ".join(_short(n) for n in calls) or "canonical")
     return parts[0] if parts[0] == parts[1] else f"gate_up {parts[0]}; down {parts[1]}"
@@ -171,172 +166,74 @@ def _short(node: fx.Node) -> str:
 def _sizes(program: Program, model: nn.Module | None = None) -> dict[str, dict[str, int]]:
     """parameters and bytes by role, largest first."""
     sizes: dict[str, dict[str, int]] = {}
-    moes, linears = program.moe_layers(), _quantized_linears(program)
-    for name, shape, itemsize in _parameters(program, model):
-        routed = next((m for m in moes if name.startswith(m.path + ".")), None)
-        row = sizes.setdefault(
-            "routed experts" if routed else role_of(name), {"parameters": 0, "bytes": 0}
-        )
+    linears = Compression.of(program.config).linears
+    for name, role, shape, itemsize in _parameters(program, model):
+        row = sizes.setdefault(role, {"parameters": 0, "bytes": 0})
         row["bytes"] += math.prod(shape) * itemsize
         path, _, leaf = name.rpartition(".")
-        if (
-            routed is None or routed.node.target is ops.EXPERTS
-        ):  # of compressed experts the floats they stand for count
-            packed = 8 // linears[path]["bits"] if path in linears else 1
-            row["parameters"] += (
-                math.prod(shape) * packed
-                if path not in linears or leaf in ("weight", "bias")
-                else 0
-            )
-    if "routed experts" in sizes:
-        compressed = (m for m in moes if m.node.target is not ops.EXPERTS)
-        sizes["routed experts"]["parameters"] += sum(expert_weights(m) for m in compressed)
+        packed = 8 // linears[path].bits if path in linears else 1
+        if path not in linears or leaf in ("weight", "bias"):
+            row["parameters"] += math.prod(shape) * packed
+    if ROUTED in sizes and any(m.node.target is not ops.EXPERTS for m in program.moe_layers()):
+        # of compressed experts the weights that they stand for count
+        sizes[ROUTED]["parameters"] = sum(m.weights for m in program.moe_layers())
     return dict(sorted(sizes.items(), key=lambda item: -item[1]["bytes"]))
-
-
-def _quantized_linears(program: Program) -> dict[str, Any]:
-    settings = getattr(program.config, "quantization_config", None) or {}
-    linears: dict[str, Any] = (
-        settings.get("linears", {}) if isinstance(settings, dict) else settings.linears
-    )
-    return linears
 
 
 def _parameters(
     program: Program, model: nn.Module | None
-) -> Iterable[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, bytes per element) of everything that a checkpoint stores, tied tensors once; without one, of `model`."""
-    store: Any = program.store
+) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """(name, role, shape, bytes per element) of all that a checkpoint stores, tied tensors once; without one, of `model`."""
+    paths = tuple(m.path + "." for m in program.moe_layers())
+
+    def role(name: str) -> str:
+        return ROUTED if name.startswith(paths) else role_of(name)
+
+    store = program.store
     if store is not None:
         for name in store.names():
             if name not in store.tied:
-                yield name, tuple(store.shape(name)), store.dtype(name).itemsize
+                yield name, role(name), tuple(store.shape(name)), store.dtype(name).itemsize
         return
     assert model is not None
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, p in model.named_parameters():
         if name not in tied:
-            yield name, tuple(p.shape), p.dtype.itemsize
+            yield name, role(name), tuple(p.shape), p.dtype.itemsize
 
 
 # ---------------------------------------------------------------- what a pipeline would give
 
 
-def _estimate(
-    program: Program,
-    model: nn.Module | None,
-    sizes: dict[str, dict[str, int]],
-    passes: Sequence[Pass],
-) -> dict[str, Any]:
-    """Bytes and bits per weight, low and high, behind `passes`. Bits are per parameter of the float model."""
-    low = high = weights_of_experts = 0.0
-    moes = program.moe_layers()
-    for moe in moes:
-        a, b = _experts_bits(moe, passes)
-        low, high, weights_of_experts = low + a, high + b, weights_of_experts + expert_weights(moe)
-    routed = sizes.get("routed experts", {"bytes": 0})["bytes"]
-    if not any("vq" in p.provides for p in passes):
-        low = high = 8.0 * routed
-    elif budget := next((p for p in passes if "budget" in p.provides), None):
-        if low > (high := weights_of_experts * budget.bits):  # type: ignore[attr-defined]
-            raise MoeccError(
-                f"{budget}: too few bits; with scales and codebooks the least is {low / weights_of_experts:.3f}"
-            )
-    high += sum(_absorbed_bits(moe, passes) for moe in moes)
-    rest = 8.0 * (sum(s["bytes"] for s in sizes.values()) - routed) - _dense_saving(
-        program, model, passes
-    )
-    weights = sum(s["parameters"] for s in sizes.values())
+def _estimate(program: Program, model: nn.Module | None, passes: Sequence[Pass]) -> Estimate:
+    """What `passes` would make of the model's parameters."""
+    others: dict[str, Matrix] = {}
+    routed = 0
+    for name, role, shape, itemsize in _parameters(program, model):
+        if role == ROUTED:
+            routed += 8 * math.prod(shape) * itemsize
+        else:
+            others[name] = Matrix(shape, role, 8 * math.prod(shape) * itemsize)
+    projections = [p for moe in program.moe_layers() for p in moe.projections]
+    share = per_weight(routed, sum(p.weights for p in projections))  # biases count with the weights
+    outlooks = [
+        Outlook(p.path, *p.shape, p.input_side, share * p.weights, share * p.weights)
+        for p in projections
+    ]
+    return Estimate(outlooks, others).run(passes)
+
+
+def _estimated(found: Estimate, passes: Sequence[Pass], weights: int) -> Json:
+    """Bytes and bits per weight, low and high. weights: the float model's."""
+    both = [experts + found.rest for experts in found.experts]
     return {
         "pipeline": ",".join(map(str, passes)),
-        "bytes": [round((low + rest) / 8), round((high + rest) / 8)],
-        "bits_per_weight_experts": [low / weights_of_experts, high / weights_of_experts],
-        "bits_per_weight": [(low + rest) / weights, (high + rest) / weights],
-        "automatic_basis": not any("budget" in p.provides for p in passes)
-        and any(
-            "basis" in p.provides and "auto" in (getattr(p, "rank", ""), getattr(p, "mean", ""))
-            for p in passes
-        ),
-        "not_estimated": [p.name for p in passes if p.file],
+        "bytes": [round(bits / 8) for bits in both],
+        "bits_per_weight_experts": [per_weight(bits, found.weights) for bits in found.experts],
+        "bits_per_weight": [per_weight(bits, weights) for bits in both],
+        "remarks": found.remarks,
+        "not_estimated": found.unknown,
     }
-
-
-def _experts_bits(moe: MoE, passes: Sequence[Pass]) -> tuple[float, float]:
-    """Bits of one layer's routed experts in the format `vq4`, at least and at most."""
-    experts = moe.sizes[0]
-    low = high = 0.0
-    for n, k, input_side in _projections(moe):
-        a, b = _projection_bits(experts, n, k, passes, input_side)
-        low, high = low + a, high + b
-    return low, high
-
-
-def _absorbed_bits(moe: MoE, passes: Sequence[Pass]) -> int:
-    """Bits of the rows by which an adapter of the experts, if there is one, makes the layer's bases grow."""
-    rank, experts = _option(passes, "absorbed", "rank", 0), moe.sizes[0]
-    grown = (
-        vq4.basis_bits(min(rank, k if side else n), experts, n, k, input_side=side)
-        for n, k, side in _projections(moe)
-    )
-    return sum(grown) if rank else 0
-
-
-def _projections(moe: MoE) -> tuple[tuple[int, int, bool], ...]:
-    """N, K and whether the basis is on the input's side, of gate_up and down."""
-    _, rows, hidden, intermediate = moe.sizes
-    return (rows, hidden, True), (hidden, intermediate, False)
-
-
-def _projection_bits(
-    experts: int, rows: int, columns: int, passes: Sequence[Pass], input_side: bool
-) -> tuple[float, float]:
-    bits = _option(passes, "vq", "bits", 2)
-    low, high = (vq4.coded_bits(experts, rows, columns, bits, books=n) for n in (1, experts))
-    planned = any("budget" in p.provides for p in passes)
-    chosen = _option(passes, "budget" if planned else "vq", "codebook", "auto")
-    low, high = (high if chosen == "expert" else low), (low if chosen == "layer" else high)
-    offset = (
-        _option(passes, "affine", "offset", "auto")
-        if any("affine" in p.provides for p in passes)
-        else "off"
-    )
-    low, high = (
-        low + 16 * experts * rows * (offset == "on"),
-        high + 16 * experts * rows * (offset != "off"),
-    )
-    if not any("basis" in p.provides for p in passes):
-        return low, high
-    rank, mean = _option(passes, "basis", "rank", "auto"), _option(passes, "basis", "mean", "auto")
-    certain = (
-        0
-        if rank == "auto"
-        else vq4.basis_bits(int(rank), experts, rows, columns, input_side=input_side)
-    )
-    certain += 0 if mean in ("auto", "off") else vq4.coded_bits(1, rows, columns, int(mean))
-    return low + certain, high + certain
-
-
-def _dense_saving(program: Program, model: nn.Module | None, passes: Sequence[Pass]) -> float:
-    """Bits that group quantization of attention and shared-expert matrices saves."""
-    if not any("dense" in p.provides for p in passes):
-        return 0.0
-    bits, group = _option(passes, "dense", "bits", 8), _option(passes, "dense", "group", 64)
-    saving = 0.0
-    for name, shape, itemsize in _parameters(program, model):
-        if (
-            len(shape) == 2
-            and role_of(name) in ("attention", "shared expert")
-            and shape[1] % group == 0
-        ):
-            saving += math.prod(shape) * (8 * itemsize - bits - 24 / group) if shape[0] >= 32 else 0
-    return saving
-
-
-def _option(passes: Sequence[Pass], fact: str, option: str, default: Any) -> Any:
-    """The value of `option` of the pass that provides `fact`; its default where no pass has it."""
-    return next(
-        (getattr(p, option) for p in passes if fact in p.provides and hasattr(p, option)), default
-    )
 
 
 # ---------------------------------------------------------------- for people
@@ -390,11 +287,7 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
         f"with {found['pipeline']}",
         f"  about {low if low == high else f'{low} to {high}'}: {span(found['bits_per_weight_experts'], '.3f')} bits "
         f"per routed-expert weight, {span(found['bits_per_weight'], '.3f')} over everything",
-        *(
-            ["  a shared mean and basis come on top where they earn their bits"]
-            if found["automatic_basis"]
-            else []
-        ),
+        *(f"  {remark}" for remark in found["remarks"]),
         *(
             [f"  what {', '.join(found['not_estimated'])} would change isn't known"]
             if found["not_estimated"]

@@ -11,35 +11,24 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from moecc.artifact.audit import Row, summary
+from moecc.artifact.schema import Row, summary
 from moecc.checkpoint.files import size
+from moecc.checkpoint.roles import ROLES, ROUTED
+from moecc.types import Json
 
 SOURCE_BITS = 16
-_PROJECTIONS = ("gate_up", "down")  # the order in which `artifact.plan` lists them
-_MEASURES = ("reconstruction", "value", "order", "boundary", "flips")  # of vsraq
-_TERMS = ("loss", "hidden", "kl", "lm", "routing")  # of rilq
-# of a projection; a column where there is any
-_CHOSEN = ("mean", "rank", "codebook", "affine", "errors", "lora", "lora_lost")
-_ROLES = (
-    "routed experts",
-    "shared expert",
-    "attention",
-    "router",
-    "embeddings",
-    "dense MLP",
-    "norm",
-    "other",
-)
+_ROLES = tuple(sorted(ROLES, key=lambda role: role != ROUTED))
 _NOTHING = '<p class="dim">Nothing recorded.</p>'
-_HEAT = "Calibration tokens of each expert beside the layer's mean: a step darker is twice as many; palest: under 1/4."
+_HEAT = (
+    "Calibration tokens of each expert beside the layer's mean: a step darker is twice as many; "
+    "palest: under 1/4."
+)
 
 
 def write_report(folder: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> Path:
@@ -62,8 +51,7 @@ def page(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
         ("Coding error", _errors(layers)),
         ("Tokens per expert", _heat(layers)),
         ("Per projection", _projections(layers)),
-        ("Routing alignment", _tuning(layers)),
-        ("Training of the whole model", _trained(rows)),
+        ("Losses", _losses(layers)),
         ("Audit", _audit(rows)),
     ]
     body = "\n".join(
@@ -80,41 +68,40 @@ def page(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
 def bytes_before(rows: Sequence[Row]) -> list[int]:
     """Bytes of every row's parameter in the source, by the rule at the top of this file."""
     lead = {r.name: r for r in rows}
-    return [_before(r, lead.get(r.became.removeprefix("in "), r)) for r in rows]
+    return [_before(r, lead.get(r.fate.of, r)) for r in rows]
 
 
 def _before(row: Row, lead: Row) -> int:
-    if row.became == "as it was":
+    if row.fate.kind == "kept":
         return row.nbytes
-    if row.became.startswith("tied to ") or row.became == "left out" or row.role == "file format":
+    if row.fate.kind in ("tied", "unused", "header"):
         return 0
     bits = row.details.get("source_bits") or lead.details.get("source_bits") or SOURCE_BITS
     return math.prod(row.shape) * int(bits) // 8
 
 
-def layers_of(rows: Iterable[Row]) -> dict[str, list[tuple[str, Row]]]:
-    """Coded projections (`gate_up` or `down`, row) by layer: the first number in the parameter's path."""
-    found: dict[tuple[str, int], list[Row]] = {}
+def layers_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of coded projections by layer: its number, with the experts' path if that is not enough."""
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", row.name)
-        if row.role == "routed experts" and "bytes" in row.details:
-            key = (row.name[: number.start()], int(number[1])) if number else (row.name, -1)
-            found.setdefault(key, []).append(row)
-    alone = len({prefix for prefix, _ in found}) == 1
-    label = {
-        k: str(k[1]) if alone and k[1] >= 0 else k[0] if k[1] < 0 else f"{k[0]}.{k[1]}"
-        for k in found
-    }
-    return {
-        label[k]: [(_PROJECTIONS[i % 2], r) for i, r in enumerate(found[k])] for k in sorted(found)
-    }
+        if row.projection and "bytes" in row.details:
+            found.setdefault(row.experts, []).append(row)
+    numbers = [of[0].layer for of in found.values()]
+    alone = len(set(numbers)) == len(numbers)
+    return {str(of[0].layer) if alone else path: of for path, of in found.items()}
 
 
 def starved_of(row: Row) -> set[int]:
-    """Experts that the row's fallback names, and those that no token reached."""
-    named = re.search(r"experts \[([\d, ]*)\]", row.fallback)
-    listed = {int(n) for n in named[1].split(",") if n.strip()} if named else set()
-    return listed | {e for e, count in enumerate(row.tokens or ()) if count == 0}
+    """Experts that saw too few tokens, and those that no token reached."""
+    return {*map(int, row.starved), *(e for e, count in enumerate(row.tokens or ()) if count == 0)}
+
+
+def fallback_of(row: Row) -> str:
+    """Why something of the row's parameter fell back, in a sentence; empty if nothing did."""
+    if row.starved:
+        experts = sorted(map(int, row.starved))
+        return f"experts {experts} saw too few tokens; calibrated on tokens sent to them"
+    return row.fallback
 
 
 # ---- sections
@@ -146,8 +133,8 @@ def _notes(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     notes = [escape(str(n)) for n in facts.get("notes") or ()]
     reasons: dict[str, list[str]] = {}
     for row in rows:
-        if row.fallback:
-            reasons.setdefault(row.fallback, []).append(row.name)
+        if reason := fallback_of(row):
+            reasons.setdefault(reason, []).append(row.name)
     for reason, names in reasons.items():
         listed = ", ".join(f"<code>{escape(n)}</code>" for n in names)
         many = f"<details><summary>{len(names):,} tensors</summary>{listed}</details>"
@@ -207,49 +194,37 @@ def _roles(rows: Sequence[Row]) -> str:
     return bars + _table(["role", "bytes before", "bytes after"], lines)
 
 
-def _errors(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
-    known = [
-        r.error
-        for rows in layers.values()
-        for _, r in rows
-        if r.error is not None and math.isfinite(r.error)
-    ]
+def _errors(layers: Mapping[str, list[Row]]) -> str:
+    known = [r.error for rows in layers.values() for r in rows if _finite(r.error)]
     if not known:
         return _NOTHING
-    worst, lines = max(*known, 1e-12), ""
+    worst, lines = max(*(float(e or 0) for e in known), 1e-12), ""
+    names = list(dict.fromkeys(r.projection for rows in layers.values() for r in rows))
     for label, rows in layers.items():
-        parts, said = [], " · ".join(_number(r.error, 4) for _, r in rows)
-        for i, (name, r) in enumerate(rows):
-            width = (
-                100 * min(r.error, worst) / worst
-                if r.error is not None and math.isfinite(r.error)
-                else 0
-            )
-            parts.append(
-                _rect(
-                    0,
-                    5 * i,
-                    width,
-                    4.4,
-                    f"c{_PROJECTIONS.index(name)}",
-                    f"{name}: {_number(r.error, 4)}",
-                )
-            )
+        parts = []
+        for i, r in enumerate(rows):
+            width = 100 * min(r.error, worst) / worst if r.error and _finite(r.error) else 0
+            color, title = names.index(r.projection), f"{r.projection}: {_number(r.error, 4)}"
+            parts.append(_rect(0, 5 * i, width, 4.4, f"c{color}", title))
+        said = " · ".join(_number(r.error, 4) for r in rows)
         lines += _line(f"layer {label}", _svg(100, 5 * len(rows), parts), said, "pair")
-    keys = " ".join(f'<i class="key c{i}"></i>{name}' for i, name in enumerate(_PROJECTIONS))
+    keys = " ".join(f'<i class="key c{i}"></i>{name}' for i, name in enumerate(names))
     note = "Relative output error as coded, mean over experts, before correction and tuning:"
     return f'<p class="dim">{note} {keys}</p>{lines}'
 
 
-def _heat(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
+def _finite(error: float | None) -> bool:
+    return error is not None and math.isfinite(error)
+
+
+def _heat(layers: Mapping[str, list[Row]]) -> str:
     lines = ""
     for label, rows in layers.items():
-        row = next((r for _, r in rows if r.tokens), None)
+        row = next((r for r in rows if r.tokens), None)
         if row is not None and row.tokens:
             starved = sorted(starved_of(row))
-            which = (
-                ", ".join(map(str, starved)) if len(starved) <= 12 else f"{len(starved)} experts"
-            )
+            many = f"{len(starved)} experts"
+            which = ", ".join(map(str, starved)) if len(starved) <= 12 else many
             named = f" · <b>starved: {which}</b>" if starved else ""
             strip = _svg(len(row.tokens), 11, _strip(row.tokens, starved))
             lines += _line(f"layer {label}", strip, _spread(row.tokens) + named, "heat")
@@ -267,64 +242,43 @@ def _strip(tokens: Sequence[int], starved: Sequence[int]) -> Iterable[str]:
             yield _rect(e, 8.6, 0.92, 2.4, "bad", title)
 
 
-def _projections(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
+def _projections(layers: Mapping[str, list[Row]]) -> str:
+    """A column for every plain value that a pass recorded of a projection."""
+    all_rows = [r for rows in layers.values() for r in rows]
+    plain = (k for r in all_rows for k, v in r.details.items() if isinstance(v, int | float | str))
+    shown = [k for k in dict.fromkeys(plain) if k != "source_bits"]
     lines = []
-    shown = [k for k in _CHOSEN if any(k in r.details for rows in layers.values() for _, r in rows)]
     for label, rows in layers.items():
-        for name, r in rows:
+        for r in rows:
             chosen = [_value(r.details.get(k)) for k in shown]
-            stored = ", ".join(
-                f"{escape(str(k))} {size(v)}" for k, v in sorted(r.details["bytes"].items())
-            )
-            lines.append(
-                [
-                    label,
-                    name,
-                    escape(r.became),
-                    _number(r.bits, 3),
-                    _number(r.error, 4),
-                    *chosen,
-                    stored,
-                ]
-            )
-    head = [
-        "layer",
-        "projection",
-        "became",
-        "bits/weight",
-        "error",
-        *(k.replace("_", " ") for k in shown),
-        "stored",
-    ]
-    return _table(head, lines) if lines else _NOTHING
+            parts = sorted(r.details["bytes"].items())
+            stored = ", ".join(f"{escape(str(k))} {size(v)}" for k, v in parts)
+            figures = [escape(str(r.fate)), _number(r.bits, 3), _number(r.error, 4)]
+            lines.append([label, r.projection, *figures, *chosen, stored])
+    head = ["layer", "projection", "became", "bits/weight", "error"]
+    names = [escape(k.replace("_", " ")) for k in shown]
+    return _table([*head, *names, "stored"], lines) if lines else _NOTHING
 
 
-def _tuning(layers: Mapping[str, list[tuple[str, Row]]]) -> str:
-    lines = []
+def _losses(layers: Mapping[str, list[Row]]) -> str:
+    """A table for every fact with a before and an after: the terms of a loss, as a pass measured them."""
+    tables: dict[str, list[tuple[str, Json]]] = {}
     for label, rows in layers.items():
-        # Both projections of a layer are tuned together and carry the same numbers.
-        for tuned, _ in groupby(r.details["tuned"] for _, r in rows if r.details.get("tuned")):
-            lines.append(
-                [
-                    label,
-                    *(_change(tuned["before"].get(m), tuned["after"].get(m), m) for m in _MEASURES),
-                ]
-            )
-    note = "Losses on held-out calibration rows, before → after tuning. Flips: share of the chosen experts that changed."
-    return (
-        f'<p class="dim">{note}</p>' + _table(["layer", *_MEASURES], lines) if lines else _NOTHING
-    )
-
-
-def _trained(rows: Sequence[Row]) -> str:
-    told = next(
-        (r.details["rilq"] for r in rows if r.details.get("rilq")), None
-    )  # every projection carries the same
-    if told is None:
-        return _NOTHING
-    note = "Terms on held-out calibration rows, before → after training; hidden, kl and routing weigh 1 each before."
-    line = [_change(told["before"].get(term), told["after"].get(term), term) for term in _TERMS]
-    return f'<p class="dim">{note}</p>' + _table(_TERMS, [line])
+        for key, told in {k: v for r in rows for k, v in r.details.items()}.items():
+            if isinstance(told, dict) and {"before", "after"} <= told.keys():
+                tables.setdefault(key, []).append((label, told))
+    shown = ""
+    for key, found in tables.items():
+        if all(told == found[0][1] for _, told in found):  # of the whole model, not of a layer
+            found = [("all", found[0][1])]
+        terms = list(dict.fromkeys(k for _, told in found for k in told["before"]))
+        lines = [
+            [label, *(_change(told["before"].get(t), told["after"].get(t)) for t in terms)]
+            for label, told in found
+        ]
+        shown += f"<h3>{escape(key)}</h3>" + _table(["layer", *map(escape, terms)], lines)
+    note = "Terms on held-out calibration rows, before → after."
+    return f'<p class="dim">{note}</p>{shown}' if shown else _NOTHING
 
 
 def _audit(rows: Sequence[Row]) -> str:
@@ -332,9 +286,9 @@ def _audit(rows: Sequence[Row]) -> str:
     for r in rows:
         shape, bits = "×".join(map(str, r.shape)) or "–", _number(r.bits, 3) if r.bits else "–"
         tokens = f"{min(r.tokens):,} / {median(r.tokens):,.0f}" if r.tokens else "–"
-        texts = [f"<code>{escape(r.name)}</code>", escape(r.role), shape, escape(r.became)]
+        texts = [f"<code>{escape(r.name)}</code>", escape(r.role), shape, escape(str(r.fate))]
         lines.append(
-            [*texts, f"{r.nbytes:,}", bits, _number(r.error, 4), tokens, escape(r.fallback)]
+            [*texts, f"{r.nbytes:,}", bits, _number(r.error, 4), tokens, escape(fallback_of(r))]
         )
     total = [
         "total",
@@ -404,15 +358,11 @@ def _spread(counts: Sequence[int]) -> str:
     return f"{min(counts):,} / {median(counts):,.0f} / {max(counts):,}"
 
 
-def _change(before: float | None, after: float | None, measure: str) -> str:
-    show: Callable[[float], str] = (
-        (lambda v: f"{100 * v:.2f}%") if measure == "flips" else (lambda v: f"{v:.4g}")
-    )
+def _change(before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return "–"
-    return (
-        f'<span class="{"worse" if after > before else ""}">{show(before)} → {show(after)}</span>'
-    )
+    worse = "worse" if after > before else ""
+    return f'<span class="{worse}">{before:.4g} → {after:.4g}</span>'
 
 
 _SERIES = [f"c{i}" for i in range(len(_ROLES))]

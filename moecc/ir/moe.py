@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,10 @@ from moecc.ir.graph import SHORT, ancestors, target_text, type_text
 
 @dataclass(eq=False)
 class MoE:
-    """One experts node and the names around it. `path` is the experts module's, `logits` the router's last linear."""
+    """One experts node and the names around it.
+
+    path: of the experts module; layer: the stage that the node is in; logits: the router's last linear, None if the trace shows none.
+    """
 
     node: fx.Node
     path: str
@@ -25,10 +29,12 @@ class MoE:
 
     @property
     def top_k(self) -> int:
+        """Experts that a token takes."""
         return int(self.node.args[1].meta["val"].shape[1])  # type: ignore[union-attr]
 
     @property
     def attributes(self) -> dict[str, Any]:
+        """act, gate, alpha, limit and eps, as the op takes them."""
         return dict(self.node.kwargs)
 
     @property
@@ -39,8 +45,28 @@ class MoE:
         hidden = int(self.node.args[0].meta["val"].shape[1])  # type: ignore[union-attr]
         return experts, rows, hidden, rows // rows_per_unit(self.node.kwargs["gate"])  # type: ignore[arg-type]
 
+    @property
+    def gate_up(self) -> Projection:
+        """The projection from the residual stream to gate and up rows."""
+        return Projection(self, "gate_up")
+
+    @property
+    def down(self) -> Projection:
+        """The projection from hidden units back to the residual stream."""
+        return Projection(self, "down")
+
+    @property
+    def projections(self) -> tuple[Projection, Projection]:
+        """Both, in the order in which a token meets them."""
+        return self.gate_up, self.down
+
+    @property
+    def weights(self) -> int:
+        """Weights of the dense experts, E N D + E D F, whatever they are stored as."""
+        return sum(p.weights for p in self.projections)
+
     def operand(self, name: str) -> fx.Node | None:
-        """The operand called `name` in the op's schema, None where it is absent."""
+        """The operand called `name` in the op's schema, None if it is absent."""
         return operand(self.node, name)
 
     def set_operands(self, values: Mapping[str, fx.Node | None]) -> None:
@@ -51,12 +77,67 @@ class MoE:
         self.node.args = tuple(args)
 
 
+@dataclass(frozen=True)
+class Projection:
+    """One of the two matrices that each expert of a layer has: `gate_up` [E, N, D] or `down` [E, D, F].
+
+    An operand that belongs to a projection is named after it in the op's schema: the dense matrix `gate_up`, its parts
+    `gate_up_bias`, `gate_up_codes`. Methods take the part's name alone, "" for the dense matrix.
+    """
+
+    moe: MoE
+    name: str
+
+    @property
+    def path(self) -> str:
+        """Its name in the audit, and what the names of its stored tensors begin with."""
+        return f"{self.moe.path}.{self.name}"
+
+    @property
+    def input_side(self) -> bool:
+        """Whether it reads the residual stream, so that a shared basis is on its input's side; down writes to it."""
+        return self.name == "gate_up"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """E experts, N rows, K columns."""
+        experts, rows, hidden, intermediate = self.moe.sizes
+        return (experts, rows, hidden) if self.input_side else (experts, hidden, intermediate)
+
+    @property
+    def weights(self) -> int:
+        """E N K."""
+        return math.prod(self.shape)
+
+    def operand_name(self, part: str = "") -> str:
+        """The name of a part in the op's schema."""
+        return f"{self.name}_{part}" if part else self.name
+
+    def operand(self, part: str = "") -> fx.Node | None:
+        """The placeholder of a part, None if it is absent or the node's op has no such operand."""
+        name = self.operand_name(part)
+        return self.moe.operand(name) if name in operand_names(self.moe.node) else None
+
+    def set_operands(self, values: Mapping[str, fx.Node | None]) -> None:
+        """Give parts other placeholders, or take them out (None)."""
+        self.moe.set_operands({self.operand_name(part): value for part, value in values.items()})
+
+    def bits(self, part: str = "") -> int:
+        """Bits per weight of codes and signs; `part` vq4.MEAN: of those of the mean."""
+        codebook = self.operand(part + "codebook")
+        assert codebook is not None
+        if self.operand(part + "signs") is not None:
+            return 3
+        return 4 if codebook.meta["val"].shape[-1] == 2 else 2
+
+
 def operand_names(node: fx.Node) -> list[str]:
-    """The tensors of a call of the dialect, in order."""
+    """The names of a dialect call's tensors, in order."""
     return [a.name for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
 
 
 def operand(node: fx.Node, name: str) -> fx.Node | None:
+    """The operand called `name` of a dialect call, None if it is absent."""
     position = operand_names(node).index(name)
     value = node.args[position] if position < len(node.args) else None
     return value if isinstance(value, fx.Node) else None

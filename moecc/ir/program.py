@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class Program:
     restriction: str = ""  # a limit on input shapes that the trace had to accept
     unreached: tuple[str, ...] = ()  # parameters that no traced path reads
     facts: set[str] = field(default_factory=set)
+    # dotted entry of config.json -> its value, where a pass has changed the model's sizes
+    config_edits: dict[str, object] = field(default_factory=dict)
     rounded: set[str] = field(
         default_factory=set
     )  # held weights whose values the checkpoint's own type holds exactly
@@ -174,10 +176,15 @@ class Program:
 
     def copy(self) -> Program:
         """The same program with a graph of its own; tensors and store are shared."""
-        return Program(
-            copy_module(self.module), dict(self.weights), Held(self.tensors), self.store, self.exported_from, self.config,
-            self.source, self.dtype, self.restriction, self.unreached, set(self.facts), set(self.rounded),
-        )  # fmt: skip
+        return replace(
+            self,
+            module=copy_module(self.module),
+            weights=dict(self.weights),
+            tensors=Held(self.tensors),
+            facts=set(self.facts),
+            rounded=set(self.rounded),
+            config_edits=dict(self.config_edits),
+        )
 
     def _fake(self, tensor: Tensor) -> Tensor:
         mode = next(

@@ -79,6 +79,11 @@ class Held(MutableMapping[str, Tensor]):
         held = self._there[name]
         return (lambda: held) if isinstance(held, Tensor) else held
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor that is in memory, None for one that was spilled."""
+        held = self._there[name]
+        return tuple(held.shape) if isinstance(held, Tensor) else None
+
     def spill(self, name: str, read: Callable[[], Tensor]) -> None:
         """Drop the tensor called `name` from memory; `read` gives it again, or another in its place."""
         self._there[name] = read

@@ -123,22 +123,3 @@ def shared_part(
         return mean
     low = basis_part(coef, coef_scale, basis, dtype, input_side=input_side)
     return low if mean is None else low + mean
-
-
-def stored_bits(tensors: dict[str, Tensor | None]) -> int:
-    """Every bit stored for one projection, nothing left out."""
-    return sum(t.numel() * t.element_size() * 8 for t in tensors.values() if t is not None)
-
-
-def coded_bits(matrices: int, rows: int, columns: int, bits: int, *, books: int = 1) -> int:
-    """Bits that codes, signs, codebooks and scales of [matrices, rows, columns] take."""
-    return (
-        matrices * rows * (bits * padded(columns) + 16)
-        + 8 * CODEBOOK_SIZE * group_size(bits) * books
-    )
-
-
-def basis_bits(rank: int, experts: int, rows: int, columns: int, *, input_side: bool) -> int:
-    """Bits that a basis and its coefficients take (input_side: gate_up, else down)."""
-    hidden, other, scales = (columns, rows, rows) if input_side else (rows, columns, rank)
-    return 16 * rank * hidden + 8 * experts * rank * other + 16 * experts * scales if rank else 0

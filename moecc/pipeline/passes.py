@@ -26,10 +26,14 @@ import torch
 from torch import Tensor
 
 from moecc.errors import MoeccError
-from moecc.ir.moe import MoE
+from moecc.ir import vq4
+from moecc.ir.moe import MoE, Projection
 from moecc.ir.program import Program
 from moecc.options import Options, option
+from moecc.pipeline.estimate import Estimate
+from moecc.pipeline.fate import Fate
 from moecc.pipeline.stream import Stream
+from moecc.types import Json
 
 __all__ = ["Composite", "Context", "Kept", "Layer", "LayerPass", "MoeccError", "Pass", "option"]
 
@@ -62,6 +66,10 @@ class Pass(Options):
     def check(self, program: Program) -> None:
         """MoeccError where this pass cannot handle `program`, the model that a run starts from; asked before any pass runs."""
         return None
+
+    def estimate(self, found: Estimate) -> None:
+        """Change `found` as this pass would change what is stored, from sizes alone."""
+        found.unknown.append(self.name)
 
     def files(self) -> list[Path]:
         """Files whose contents a run depends on besides model and text: an interrupted run goes on only with the same."""
@@ -166,15 +174,12 @@ class Context:
     # (key, work) -> the same work, where a journal holds it on disk; key -> the last work so kept, by an interrupted run too
     keep: Callable[[str, Kept], Kept] = lambda key, work: work
     kept: Callable[[str], Kept | None] = lambda key: None
-    reference: Program | None = None  # the float model, and
-    batches: Sequence[
-        Tensor
-    ] = ()  # the calibration token ids, for passes over the whole model; set when a run starts
-    # [D, D] by path of an MoE layer and by name of a value between layers: what an error there costs (pass `sensitivity`)
-    sensitivity: Mapping[str, Tensor] = field(default_factory=dict)
-    plan: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # by path and projection: a `budget.Planned`
+    # set when a run starts: the model as it was traced, the float model that passes compare with, and the calibration token ids
+    traced: Program | None = None
+    reference: Program | None = None
+    batches: Sequence[Tensor] = ()
+    # what passes over the whole model leave for later ones, by the fact that they provide
+    data: dict[str, Any] = field(default_factory=dict)
 
     def seed_for(self, *key: object) -> int:
         """A seed that depends on the run's seed and `key` only, not on what ran before."""
@@ -189,11 +194,18 @@ class Context:
     def record(self, name: str, **facts: Any) -> None:
         """Add to the audit's row of the weight `name` (of coded experts `path.gate_up` or `path.down`): values that JSON holds."""
         try:
-            self.audit.setdefault(name, {}).update(json.loads(json.dumps(facts, allow_nan=False)))
+            plain = json.dumps(facts, allow_nan=False, default=_fate_as_json)
+            self.audit.setdefault(name, {}).update(json.loads(plain))
         except (TypeError, ValueError) as e:
             raise MoeccError(
                 f"{name}: can't record {sorted(facts)} ({e}); give finite numbers, text, lists or dicts"
             ) from e
+
+
+def _fate_as_json(value: Any) -> Json:
+    if isinstance(value, Fate):
+        return value.as_json()
+    raise TypeError(f"{value!r} is nothing that JSON holds")
 
 
 @dataclass(eq=False)
@@ -221,16 +233,23 @@ class Layer:
         """Run every calibration batch through this layer and return the values of the nodes called `names`, batch by batch."""
         return self.inputs.tap(self.index, names)
 
-    def weight(self, moe: MoE, name: str) -> Tensor | None:
-        """The float32 tensor behind operand `name` of an experts node of the program."""
-        return _float(self.program, moe, name)
+    def weight(self, projection: Projection, part: str = "") -> Tensor | None:
+        """The program's float32 tensor of a projection (or of a `part`, such as its bias), None if it has none."""
+        return _float(self.program, projection, part)
 
-    def original(self, moe: MoE, name: str) -> Tensor | None:
-        """The float32 tensor behind operand `name` of the same layer's experts node in the float model."""
-        reference = next(m for m in self.reference.moe_layers() if m.path == moe.path)
-        return _float(self.reference, reference, name)
+    def original(self, projection: Projection, part: str = "") -> Tensor | None:
+        """The float model's."""
+        same = next(m for m in self.reference.moe_layers() if m.path == projection.moe.path)
+        return _float(self.reference, replace(projection, moe=same), part)
+
+    def stored(self, projection: Projection) -> dict[str, Tensor | None]:
+        """A coded projection's tensors in the types that they are stored in, by the names of `vq4.TENSORS`."""
+        nodes = {part: projection.operand(part) for part in vq4.TENSORS}
+        return {
+            part: None if node is None else self.program.value(node) for part, node in nodes.items()
+        }
 
 
-def _float(program: Program, moe: MoE, name: str) -> Tensor | None:
-    node = moe.operand(name)
+def _float(program: Program, projection: Projection, part: str) -> Tensor | None:
+    node = projection.operand(part)
     return None if node is None else program.value(node).to(torch.float32)

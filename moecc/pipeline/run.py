@@ -1,29 +1,26 @@
-"""From `--passes vsraq,kbvq{bits=2}` to a run: read, find, order, run, verify, report.
+"""Running resolved passes: consecutive layer passes go through the model together, layer by layer.
 
-1. parse   text -> passes; a pass is a file of `moecc.passes`, an entry point of group `moecc.passes`, or a path to a file
-2. resolve composites are expanded, a missing provider is put in front of who needs it (and said), the order comes from the facts:
-           providers before users, ties as typed
-3. run     consecutive layer passes go through the model together, layer by layer; after each pass the graph is verified
+After each pass the graph is verified, and what an artifact could not hold is refused (`moecc.pipeline.storable`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from moecc.errors import MoeccError, reason
 from moecc.ir.program import Program
-from moecc.pipeline.bits import expert_weights, stored_bits
+from moecc.pipeline import storable
+from moecc.pipeline.bits import per_weight, stored_bits
 from moecc.pipeline.order import groups
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
 from moecc.pipeline.stream import Stream
-
-# ---- 3. run
+from moecc.types import Json
 
 
 @dataclass
@@ -63,56 +60,134 @@ def run_passes(
     batches: Sequence[Tensor] = (),
     hooks: Hooks | None = None,
 ) -> list[PassReport]:
-    """Run resolved passes over `program` in place; what each did. `batches`: calibration token ids, i64 [1 or more, S] each."""
-    hooks, result = hooks or Hooks(), []
-    reference = program.copy()  # the float model for all passes, whatever ran before
-    ctx.reference, ctx.batches = reference, batches
+    """Run resolved passes over `program` in place, and report what each did.
+
+    batches: calibration token ids, i64 [1 or more, S] each. MoeccError names the pass that failed, the layer and what ran before.
+    """
+    ctx.traced = ctx.reference = program.copy()
+    ctx.batches = batches
     if not batches and (needy := next((p for p in passes if p.needs_data), None)) is not None:
         raise MoeccError(f"{needy.name} needs calibration text; give --calib FILE")
     for p in passes:
         p.check(program)
-    done: list[Pass] = []
-    for group in groups(passes):
+    run = _Run(program, ctx, hooks or Hooks())
+    return [report for group in groups(passes) for report in run.group(group)]
+
+
+@dataclass
+class _Run:
+    """The passes that are done, and what the next ones work on."""
+
+    program: Program
+    ctx: Context
+    hooks: Hooks
+    done: list[Pass] = field(default_factory=list)
+
+    def group(self, group: Sequence[Pass]) -> list[PassReport]:
+        """Run passes that go through the model together: layer passes, or one over the whole model."""
         try:
             if isinstance(group[0], LayerPass):
-                layer_passes = [p for p in group if isinstance(p, LayerPass)]
-                reports = _run_layers(program, reference, layer_passes, ctx, batches, hooks, done)
+                reports = self.layers([p for p in group if isinstance(p, LayerPass)])
             else:
-                reports = [_run_model(program, group[0], ctx, done)]
+                reports = [self.model(group[0])]
         finally:
-            program.module.recompile()
+            self.program.module.recompile()
         for p, report in zip(group, reports, strict=True):
-            program.facts = (program.facts - p.spoils) | p.provides
-            _finish(report, ctx)
-            hooks.after_pass(report, program)
-            done.append(p)
+            self.program.facts = (self.program.facts - p.spoils) | p.provides
+            _finish(report, self.ctx)
+            self.hooks.after_pass(report, self.program)
+            self.done.append(p)
             if p.makes_reference:
-                ctx.reference = reference = program.copy()
-        hooks.dump(
-            f"{len(done):02d}-after-{Path(str(group[-1]).split('{')[0]).stem}", program, None
-        )
-        result += reports
-    return result
+                self.ctx.reference = self.program.copy()
+        name = Path(str(group[-1]).split("{")[0]).stem
+        self.hooks.dump(f"{len(self.done):02d}-after-{name}", self.program, None)
+        return reports
 
+    def model(self, p: Pass) -> PassReport:
+        """Run a pass over the whole model."""
+        report, start = self.report(p, len(self.done)), time.perf_counter()
+        with _naming(p, self.done, None):
+            report.changed = _whether_changed(p.run(self.program, self.ctx))
+            self.program.verify()
+            self.require_storable([p])
+            stages = range(self.program.layers)
+            self.ctx.ledger[report.key] = {str(s): self.entry(s, report.changed) for s in stages}
+        report.seconds = time.perf_counter() - start
+        return report
 
-def _report(p: Pass, position: int) -> PassReport:
-    return PassReport(str(p), f"{position} {p}")
+    def layers(self, passes: Sequence[LayerPass]) -> list[PassReport]:
+        """Run layer passes, all of them on one layer before the next."""
+        program, ctx = self.program, self.ctx
+        assert ctx.reference is not None
+        reports = [self.report(p, len(self.done) + i) for i, p in enumerate(passes)]
+        stream, target = Stream(program, ctx.batches), Stream(ctx.reference, ctx.batches)
+        last_experts = max((m.layer for m in program.moe_layers()), default=0)
+        for stage in ctx.progress(range(program.layers), "layers"):
+            # nobody needs the logits of all calibration text at once
+            head = last_experts < stage == program.layers - 1
+            if not head:
+                target.advance()
+            if 0 < stage and not self.hooks.restore_layer(stage, program, ctx):
+                self.layer(Layer(stage, program, ctx.reference, stream, target), passes, reports)
+                program.module.recompile()
+                self.hooks.after_layer(stage, program, ctx)
+            if not head:
+                self.advance(stream, passes)
+        return reports
 
+    def layer(
+        self, layer: Layer, passes: Sequence[LayerPass], reports: Sequence[PassReport]
+    ) -> None:
+        """Run layer passes on one layer."""
+        stage = layer.index
+        for i, (p, report) in enumerate(zip(passes, reports, strict=True)):
+            before, start = [*self.done, *passes[:i]], time.perf_counter()
+            with _naming(p, before, stage):
+                changed = _whether_changed(p.run_layer(layer, self.ctx))
+                self.program.verify()
+                self.require_storable(passes[: i + 1], stage)
+                entries = self.ctx.ledger.setdefault(report.key, {})
+                entries[str(stage)] = self.entry(stage, changed)
+            report.seconds += time.perf_counter() - start
+            times = sum(q.name == p.name for q in before)
+            again = f"-{times + 1}" if times else ""
+            self.hooks.dump(f"layer{stage:03d}-{p.name}{again}", self.program, stage)
 
-def _run_model(program: Program, p: Pass, ctx: Context, done: list[Pass]) -> PassReport:
-    report = _report(p, len(done))
-    start = time.perf_counter()
-    with _named(p, done, None):
-        report.changed = _whether_changed(p.run(program, ctx))
-        program.verify()
-        ctx.ledger[report.key] = {
-            str(s): _entry(program, s, report.changed, ctx) for s in range(program.layers)
+    def advance(self, stream: Stream, passes: Sequence[LayerPass]) -> None:
+        """Take the activations through a layer that is done."""
+        try:
+            stream.advance()
+        except MoeccError as e:  # the float model went through it
+            ran = ", ".join(p.name for p in [*self.done, *passes])
+            raise MoeccError(f"layer {stream.stage - 1} no longer runs behind {ran}: {e}") from e
+
+    def require_storable(self, running: Sequence[Pass], stage: int | None = None) -> None:
+        """MoeccError for what no artifact could hold, unless a later pass still has to make it so."""
+        assert self.ctx.traced is not None
+        storable.require_nodes(self.program, self.ctx.traced, stage)
+        ran = [*self.done, *running]
+        if all(
+            p.leads_to <= set().union(*(q.provides for q in ran[i:])) for i, p in enumerate(ran)
+        ):
+            storable.require_tensors(self.program, self.ctx.traced)
+
+    def report(self, p: Pass, position: int) -> PassReport:
+        return PassReport(str(p), f"{position} {p}")
+
+    def entry(self, stage: int, changed: bool) -> Json:
+        """The ledger's line of one pass in one layer; the journal keeps it, so that a resumed run reports the same."""
+        found = [m for m in self.program.moe_layers() if m.layer == stage]
+        recorded = [self.ctx.audit.get(p.path, {}) for m in found for p in m.projections]
+        return {
+            "changed": changed,
+            "nodes": sum(n.op == "call_function" for n in self.program.graph.nodes),
+            "stored": sum(stored_bits(self.program, m) for m in found),
+            "weights": sum(m.weights for m in found),
+            "errors": [facts["error"] for facts in recorded if "error" in facts],
         }
-    report.seconds = time.perf_counter() - start
-    return report
 
 
-def _whether_changed(returned: Any) -> bool:
+def _whether_changed(returned: object) -> bool:
     if not isinstance(returned, bool):
         raise MoeccError(
             f"it returned {returned!r}; return True or False, whether it changed the program"
@@ -120,86 +195,27 @@ def _whether_changed(returned: Any) -> bool:
     return returned
 
 
-def _run_layers(
-    program: Program, reference: Program, passes: list[LayerPass], ctx: Context, batches: Sequence[Tensor], hooks: Hooks,
-    done: list[Pass],
-) -> list[PassReport]:  # fmt: skip
-    reports = [_report(p, len(done) + i) for i, p in enumerate(passes)]
-    stream, target = Stream(program, batches), Stream(reference, batches)
-    last_experts = max((m.layer for m in program.moe_layers()), default=0)
-    for stage in ctx.progress(range(program.layers), "layers"):
-        head = (
-            last_experts < stage == program.layers - 1
-        )  # nobody needs the logits of all calibration text at once
-        if not head:
-            target.advance()
-        if 0 < stage and not hooks.restore_layer(stage, program, ctx):
-            layer = Layer(stage, program, reference, stream, target)
-            for i, (p, report) in enumerate(zip(passes, reports, strict=True)):
-                start = time.perf_counter()
-                with _named(p, [*done, *passes[:i]], stage):
-                    changed = _whether_changed(p.run_layer(layer, ctx))
-                    program.verify()
-                    ctx.ledger.setdefault(report.key, {})[str(stage)] = _entry(
-                        program, stage, changed, ctx
-                    )
-                report.seconds += time.perf_counter() - start
-                before = sum(q.name == p.name for q in [*done, *passes[:i]])
-                hooks.dump(
-                    f"layer{stage:03d}-{p.name}{f'-{before + 1}' if before else ''}", program, stage
-                )
-            program.module.recompile()
-            hooks.after_layer(stage, program, ctx)
-        if not head:
-            try:
-                stream.advance()
-            except MoeccError as e:  # the float model went through it
-                ran = ", ".join(p.name for p in [*done, *passes])
-                raise MoeccError(f"layer {stage - 1} no longer runs behind {ran}: {e}") from e
-    return reports
-
-
-class _named:
-    """Adds pass, layer and what ran before to whatever goes wrong inside."""
-
-    def __init__(self, p: Pass, done: Sequence[Pass], stage: int | None):
-        self.p, self.done, self.stage = p, done, stage
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
-    ) -> None:
-        if error is None or isinstance(error, KeyboardInterrupt):
-            return
-        where = "" if self.stage is None else f" in layer {self.stage - 1}"
-        after = f" (after {', '.join(p.name for p in self.done)})" if self.done else ""
+@contextmanager
+def _naming(p: Pass, done: Sequence[Pass], stage: int | None) -> Iterator[None]:
+    """Add pass, layer and what ran before to any error inside."""
+    try:
+        yield
+    except Exception as error:
+        where = "" if stage is None else f" in layer {stage - 1}"
+        after = f" (after {', '.join(q.name for q in done)})" if done else ""
         why = (
             str(error)
             if isinstance(error, MoeccError)
             else f"{type(error).__name__}: {reason(error)}"
         )
-        raise MoeccError(f"{self.p} failed{where}{after}: {why}") from error
-
-
-def _entry(program: Program, stage: int, changed: bool, ctx: Context) -> dict[str, Any]:
-    """The ledger's line of one pass in one layer; kept in the journal, so that a resumed run reports the same."""
-    found = [m for m in program.moe_layers() if m.layer == stage]
-    paths = [f"{m.path}.{p}" for m in found for p in ("gate_up", "down")]
-    return {
-        "changed": changed, "nodes": sum(n.op == "call_function" for n in program.graph.nodes),
-        "stored": sum(stored_bits(program, m) for m in found), "weights": sum(expert_weights(m) for m in found),
-        "errors": [ctx.audit[p]["error"] for p in paths if "error" in ctx.audit.get(p, {})],
-    }  # fmt: skip
+        raise MoeccError(f"{p} failed{where}{after}: {why}") from error
 
 
 def _finish(report: PassReport, ctx: Context) -> None:
-    """The report's figures from the ledger."""
+    """Fill in the report's figures from the ledger."""
     entries = list(ctx.ledger.get(report.key, {}).values())
     report.changed = any(e["changed"] for e in entries)
     report.nodes = entries[-1]["nodes"] if entries else 0
-    weights = sum(e["weights"] for e in entries)
-    report.bits = sum(e["stored"] for e in entries) / weights if weights else 0.0
+    report.bits = per_weight(sum(e["stored"] for e in entries), sum(e["weights"] for e in entries))
     errors = [error for e in entries for error in e["errors"]]
     report.error = sum(errors) / len(errors) if errors else None

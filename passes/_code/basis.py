@@ -36,10 +36,11 @@ from torch import Tensor
 
 from moecc.errors import MoeccError
 from moecc.ir import vq4
-from moecc.ir.moe import MoE
+from moecc.ir.moe import Projection
 from moecc.passes._code.coding import encode, encode_in_parts, pad_columns
 from moecc.passes._code.metric import OUTPUT_DAMPING, damped, pivots, weighted_error
 from moecc.passes._code.moments import Moments
+from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.passes import Context, Layer
 
 DISTORTION = {
@@ -90,7 +91,7 @@ class Shared:
 class Case:
     """One projection: weight [E, N, K] under moments [E, K, K] and costs of output errors [E, N, N] (None: all alike)."""
 
-    projection: str
+    projection: Projection
     weight: Tensor
     moment: Tensor
     output: Tensor | None
@@ -99,15 +100,14 @@ class Case:
     seed: int
 
     @classmethod
-    def of(cls, layer: Layer, moe: MoE, projection: str, moments: Moments, ctx: Context) -> Case:
-        weight, moment = layer.weight(moe, projection), moments.of(projection)
+    def of(cls, layer: Layer, projection: Projection, moments: Moments, ctx: Context) -> Case:
+        moe, name = projection.moe, projection.name
+        weight, moment = layer.weight(projection), moments.of(name)
         assert weight is not None
         # costs of one projection alone could not be compared with the other's
-        output, unit = (
-            (moments.output_of(projection), 1.0) if len(moments.output) == 2 else (None, 1.0)
-        )
+        output, unit = (moments.output_of(name), 1.0) if len(moments.output) == 2 else (None, 1.0)
         if output is None and (cost := moments.output_of("down")) is not None:
-            down = weight if projection == "down" else layer.weight(moe, "down")
+            down = weight if name == "down" else layer.weight(moe.down)
             assert down is not None
             unit = float((moments.mass * weighted_error(down, moments.of("down"), cost)).sum())
         return cls(
@@ -117,7 +117,7 @@ class Case:
             output,
             moments.mass,
             unit,
-            ctx.seed_for(moe.path, projection),
+            ctx.seed_for(moe.path, name),
         )
 
     @cached_property
@@ -136,7 +136,7 @@ class Case:
 
     @property
     def input_side(self) -> bool:
-        return self.projection == "gate_up"
+        return self.projection.input_side
 
     @property
     def hidden(self) -> int:
@@ -177,17 +177,17 @@ class Case:
             for rank in ranks:
                 rest = basis.first(rank).left_of(left) if basis is not None and rank else left
                 energy = float(self.energy(rest).sum())
-                more = vq4.basis_bits(rank, experts, rows, columns, input_side=self.input_side)
+                more = basis_bits(rank, experts, rows, columns, input_side=self.input_side)
                 for mean in some:
                     own = DISTORTION[mean] * float(self.energy(average).sum()) if mean else 0.0
-                    taken = vq4.coded_bits(1, rows, columns, mean) if mean else 0
+                    taken = coded_bits(1, rows, columns, mean) if mean else 0
                     yield Choice(mean, rank, unit * (energy + own), taken + more)
 
     def offers(self, mean: int | str, rank: int | str) -> tuple[Sequence[int], Sequence[int]]:
         """Bits of a mean and ranks that are worth looking at, the least first, where these options are auto."""
         if rank != "auto" and int(rank) > self.hidden:
             raise MoeccError(
-                f"rank={rank} is more than {self.projection}'s {self.hidden} dimensions; give a smaller rank"
+                f"rank={rank} is more than {self.projection.name}'s {self.hidden} dimensions; give a smaller rank"
             )
         means: tuple[int, ...] = (0 if mean in ("auto", "off") else int(mean),)
         if mean == "auto":

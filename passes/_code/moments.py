@@ -89,7 +89,8 @@ def measure(
     squared: bool = True,
 ) -> Moments:
     """The moments of both projections. `cost` [D, D]: the layer's sensitivity; squared=False: every token counts alike."""
-    gate_up, bias, down = (layer.weight(moe, n) for n in ("gate_up", "gate_up_bias", "down"))
+    gate_up, down = (layer.weight(p) for p in moe.projections)
+    bias = layer.weight(moe.gate_up, "bias")
     assert gate_up is not None and down is not None
     experts, rows_of_gate_up, hidden = gate_up.shape
     per_expert = 4 * experts * hidden * hidden <= _PER_EXPERT_BYTES

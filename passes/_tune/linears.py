@@ -14,7 +14,7 @@ from torch import fx
 from moecc.ir.graph import ancestors
 from moecc.ir.program import Program, stage_nodes
 
-_FEWEST_OUTPUTS = 32
+FEWEST_OUTPUTS = 32
 _PASS_THROUGH = (
     "view", "reshape", "to.dtype", "_to_copy", "unsqueeze", "squeeze", "transpose", "chunk", "getitem", "split",
 )  # fmt: skip
@@ -56,8 +56,8 @@ def _why_left(node: fx.Node) -> str:
     if _into_sigmoid(node):
         return "gate"
     return (
-        f"fewer than {_FEWEST_OUTPUTS} outputs"
-        if weight.meta["val"].shape[0] < _FEWEST_OUTPUTS
+        f"fewer than {FEWEST_OUTPUTS} outputs"
+        if weight.meta["val"].shape[0] < FEWEST_OUTPUTS
         else ""
     )
 

@@ -42,17 +42,17 @@ class Tuned:
         self.bits: dict[str, int] = {}
         values: dict[str, Tensor] = {}
         for moe in found:
-            for projection in ("gate_up", "down"):
+            for projection in moe.projections:
                 for kind in RATES:
-                    node = moe.operand(f"{projection}_{kind}")
+                    node = projection.operand(kind)
                     if node is None:
                         continue
                     self.names[node.name], self.kinds[node.name] = (
                         program.weights[node.name].name,
                         kind,
                     )
-                    self.bits[node.name] = bits_of(
-                        moe, projection, vq4.MEAN if kind.startswith(vq4.MEAN) else ""
+                    self.bits[node.name] = projection.bits(
+                        vq4.MEAN if kind.startswith(vq4.MEAN) else ""
                     )
                     values[node.name] = program.read(self.names[node.name]).float().clone()
         self.unit = {k: _unit(self.kinds[k], v) for k, v in values.items()}
@@ -115,15 +115,6 @@ class Tuned:
                 self.program.add(self.names[placeholder], value)
                 changed = True
         return changed
-
-
-def bits_of(moe: MoE, projection: str, part: str = "") -> int:
-    """Bits per weight of a projection's codes and signs; `part` vq4.MEAN: of those that its experts share."""
-    codebook = moe.operand(f"{projection}_{part}codebook")
-    assert codebook is not None
-    if moe.operand(f"{projection}_{part}signs") is not None:
-        return 3
-    return 4 if codebook.meta["val"].shape[-1] == 2 else 2
 
 
 def _unit(kind: str, value: Tensor) -> Tensor:

@@ -1,0 +1,72 @@
+"""What moecc.json says: the rows of the audit and their sums. What config.json says is in `moecc.checkpoint.schema`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from moecc.checkpoint.roles import ROUTED
+from moecc.pipeline.bits import per_weight
+from moecc.pipeline.fate import Fate
+from moecc.types import Json
+
+
+@dataclass
+class Row:
+    """One line of the audit: a parameter of the model, a tensor that it has no place for, or the files' headers.
+
+    bits: per weight of the parameter, everything stored for it counted. Of routed experts: experts is the module's path,
+    projection which of its two, layer the decoder layer's number; tokens are the calibration tokens that each expert saw, and
+    starved the experts that saw too few, each with the tokens that were sent to it on purpose. fallback: why a pass left it in
+    float. details: what passes recorded besides.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    fate: Fate
+    nbytes: int
+    bits: float = 0.0
+    error: float | None = None
+    tokens: list[int] | None = None
+    starved: dict[str, int] = field(default_factory=dict)
+    fallback: str = ""
+    experts: str = ""
+    projection: str = ""
+    layer: int | None = None
+    details: Json = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        """Weights that it counts for: those of a tied tensor are another row's."""
+        return 0 if not self.shape or self.fate.kind == "tied" else math.prod(self.shape)
+
+    def as_json(self) -> Json:
+        """The row as moecc.json has it; fields that say nothing are left out."""
+        plain = asdict(self) | {"fate": self.fate.as_json(), "shape": list(self.shape)}
+        always = ("name", "role", "shape", "fate", "nbytes")
+        said = {k: v for k, v in plain.items() if v is not None and v not in ("", {}, [])}
+        return {k: plain[k] for k in plain if k in always or k in said}
+
+
+def summary(rows: Iterable[Row]) -> Json:
+    """Bytes by role (headers included); bits per weight over routed experts and over everything (tensors alone), or None."""
+    roles: dict[str, int] = {}
+    stored = weights = everything = 0
+    for row in rows:
+        roles[row.role] = roles.get(row.role, 0) + row.nbytes
+        everything += row.weights
+        if row.role == ROUTED and row.bits:
+            # a row of coded experts stands for their biases too, whose weights its bits do not count
+            kept = row.fate.kind == "kept"
+            stored += row.nbytes
+            weights += row.weights if kept else round(8 * row.nbytes / row.bits)
+    total = sum(roles.values())
+    tensors = total - roles.get("file format", 0)
+    return {
+        "bytes": total,
+        "bytes_by_role": roles,
+        "bits_per_weight_experts": per_weight(8 * stored, weights) or None,
+        "bits_per_weight": per_weight(8 * tensors, everything) or None,
+    }

@@ -1,0 +1,80 @@
+"""Whether an artifact can hold a program: asked after every pass, so that nothing is first found out when it is written.
+
+A compiled model runs its family's code for everything but coded experts and quantized linears. So every other node must be as
+it was traced, a parameter must keep its shape, and a held tensor must have a place: a parameter's name, or an operand of such a
+node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx
+
+from moecc.errors import MoeccError
+from moecc.ir import ops
+from moecc.ir.program import Program
+
+# operands in front that must be the model's own, by op
+_OWN_OPERANDS = {op: 3 for op in ops.MOE_OPS - {ops.EXPERTS}} | {ops.Q_LINEAR: 1}
+_SAY_IT_IN_WEIGHTS = (
+    "a compiled model runs its family's code for all but coded experts and quantized linears, "
+    "so say it in weights"
+)
+
+
+def require_nodes(program: Program, traced: Program, stage: int | None = None) -> None:
+    """MoeccError if a node of `stage` (None: of any) is not as in `traced`, the program before all passes."""
+    before = {n.name: n for n in _calls(traced, stage)}
+    changed = []
+    for node in _calls(program, stage):
+        was = before.pop(node.name, None)
+        if was is None:
+            changed.append(f"added {program.line(node)}")
+        elif _own_part(node, node.target) != _own_part(was, node.target):
+            changed.append(f"made {traced.line(was)} to {program.line(node)}")
+    changed += [f"removed {traced.line(node)}" for node in before.values()]
+    if changed:
+        raise MoeccError(f"a pass {changed[0]}; {_SAY_IT_IN_WEIGHTS}")
+
+
+def require_tensors(program: Program, traced: Program) -> None:
+    """MoeccError if a pass left a tensor that has no place, or a parameter of another shape."""
+    store = program.store
+    if store is None:
+        return
+    parameters = {n for n in store.names() if n not in store.tied}
+    places = parameters | set(_operands(program))
+    for name in program.tensors:
+        if program.tensors.same(traced.tensors, name):
+            continue
+        if name not in places:
+            tied = f"it is tied to {store.tied[name]}" if name in store.tied else ""
+            why = tied or "the model has no parameter of that name"
+            raise MoeccError(f"a pass gave {name} a value that can't be stored: {why}")
+        shape = program.tensors.shape(name)
+        if name in parameters and shape is not None and shape != tuple(store.shape(name)):
+            want = f"its configuration says {list(store.shape(name))}"
+            raise MoeccError(f"a pass gave {name} the shape {list(shape)}, but {want}")
+
+
+def _calls(program: Program, stage: int | None) -> Iterable[fx.Node]:
+    nodes = (n for n in program.graph.nodes if n.op == "call_function")
+    return nodes if stage is None else (n for n in nodes if n.meta["layer"] == stage)
+
+
+def _operands(program: Program) -> Iterable[str]:
+    """The weights that coded experts and quantized linears read."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in _OWN_OPERANDS:
+            for i in node.all_input_nodes:
+                if i.name in program.weights:
+                    yield program.weights[i.name].name
+
+
+def _own_part(node: fx.Node, became: Any) -> Any:
+    """The part of a node that a pass may not change if it makes it a call of `became`."""
+    operands = _OWN_OPERANDS.get(became)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.name)
+    return args[:operands] if operands else (node.target, args, kwargs)
