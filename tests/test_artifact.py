@@ -22,7 +22,7 @@ from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program
-from moecc.pipeline.fate import REWRITTEN, Fate
+from moecc.pipeline.fate import HEADER, KEPT, REWRITTEN, Fate
 from moecc.pipeline.order import resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context
@@ -398,10 +398,12 @@ def test_what_is_recorded_of_a_parameter_is_in_the_rows_of_coded_experts(
 
 def test_summary_counts_whole_bits() -> None:
     rows = [
-        Row("e", "routed experts", (4, 8, 8), "vq4 2 bit", 96, 3.0), Row("b", "routed experts", (4, 8), "in e", 0),
-        Row("d", "routed experts", (4, 8, 8), "as it was", 512, 16.0), Row("n", "norm", (8,), "as it was", 16, 16.0),
-        Row("h", "file format", (), "names", 8),
-    ]  # fmt: skip
+        Row("e", "routed experts", (4, 8, 8), Fate("coded", bits=2, format="vq4"), 96, 3.0),
+        Row("b", "routed experts", (4, 8), Fate("part", of="e"), 0),
+        Row("d", "routed experts", (4, 8, 8), KEPT, 512, 16.0),
+        Row("n", "norm", (8,), KEPT, 16, 16.0),
+        Row("h", "file format", (), HEADER, 8),
+    ]
     got = summary(rows)
     assert got["bytes"] == 632 and got["bytes_by_role"]["routed experts"] == 608
     assert got["bits_per_weight_experts"] == pytest.approx(8 * 608 / 512)

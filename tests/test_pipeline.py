@@ -512,18 +512,18 @@ def test_what_is_recorded_must_be_json(tiny: Tiny, batches: list[Tensor], value:
 
 def test_a_layer_that_no_longer_runs_names_what_ran(tiny: Tiny, batches: list[Tensor]) -> None:
     def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
-        for node in layer.program.graph.nodes:
-            if node.name == "tanh" and node.meta["layer"] == layer.index:
-                node.target = torch.ops.aten.mm.default
-                node.args = (node.args[0], node.args[0])
-        return True
+        for moe in layer.moe:  # nobody looks at a tensor on disk before it is read
+            name = layer.program.weights[moe.gate_up.operand().name].name
+            layer.program.add(name, layer.weight(moe.gate_up))
+            layer.program.tensors.spill(name, lambda: torch.zeros(1))
+        return bool(layer.moe)
 
     kind = dataclass(frozen=True, kw_only=True)(
         type("Break", (LayerPass,), {"name": "break", "run_layer": run_layer})
     )
     message = failure(tiny("MD"), batches, Touch(), kind())
     assert message.startswith(
-        "layer 1 no longer runs behind touch, break: node %tanh (aten.mm) in stage 2 failed: "
+        "layer 0 no longer runs behind touch, break: node %experts (moecc.experts) in stage 1 failed: "
     )
 
 

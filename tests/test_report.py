@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from moecc.artifact.schema import Row, summary
 from moecc.commands import report
 from moecc.pipeline.fate import HEADER, KEPT, UNUSED, Fate
 
+CODED = Fate("coded", bits=2, format="vq4")
 EVIL = "<script>alert('x')</script>&\""
 FACTS: dict[str, Any] = {
     "format": 1, "pipeline": "moments,klt{rank=32},vq{bits=2},affine,fold,vsraq{steps=200}", "seed": 0,
@@ -58,7 +58,7 @@ def experts(layer: int) -> list[Row]:
                 name,
                 "routed experts",
                 shape,
-                Fate("coded", bits=2, format="vq4"),
+                CODED,
                 nbytes,
                 bits,
                 error + layer / 200,
@@ -165,10 +165,10 @@ def test_text_of_the_checkpoint_is_no_markup() -> None:
 def test_the_same_bytes_again_and_from_the_manifest_alone(tmp_path: Path) -> None:
     first = report.write_report(tmp_path, FACTS, audit())
     written = first.read_bytes()
-    manifest = {**FACTS, "summary": summary(audit()), "audit": [asdict(r) for r in audit()]}
+    manifest = {**FACTS, "summary": summary(audit()), "audit": [r.as_json() for r in audit()]}
     (tmp_path / "moecc.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
     read = json.loads((tmp_path / "moecc.json").read_text())
-    rows = [Row(**{**r, "shape": tuple(r["shape"])}) for r in read["audit"]]
+    rows = [Row.of_json(r) for r in read["audit"]]
     assert report.write_report(tmp_path, read, rows) == first == tmp_path / "report.html"
     assert first.read_bytes() == written
     assert sorted(p.name for p in tmp_path.iterdir()) == ["moecc.json", "report.html"]
@@ -183,23 +183,29 @@ def test_size_before_follows_the_stated_rule() -> None:
     )  # float32 in the source, and stored so
     assert by_name["lm_head.weight"] == by_name[EVIL] == by_name["(safetensors headers)"] == 0
     lead = Row(
-        "a", "routed experts", (4, 4), "vq4 2 bit", 8, 2.0, details={"bytes": {}, "source_bits": 32}
+        "a", "routed experts", (4, 4), CODED, 8, 2.0, details={"bytes": {}, "source_bits": 32}
     )
-    assert report.bytes_before([lead, Row("b", "routed experts", (4, 4), "in a", 0)]) == [64, 64]
+    assert report.bytes_before(
+        [lead, Row("b", "routed experts", (4, 4), Fate("part", of="a"), 0)]
+    ) == [64, 64]
 
 
 def test_layers_in_order_of_their_numbers_with_both_projections() -> None:
     layers = report.layers_of(audit())
     assert list(layers) == ["2", "10"]
-    assert [(p, r.name.rsplit(".", 1)[1]) for p, r in layers["10"]] == [
+    assert [(r.projection, r.name.rsplit(".", 1)[1]) for r in layers["10"]] == [
         (p, f"{p}_proj") for p in ("gate_up", "down")
     ]
 
 
 def test_layers_of_two_stacks_are_kept_apart() -> None:
-    names = [f"{stack}.layers.0.experts.w" for stack in ("enc", "dec")]
-    rows = [Row(n, "routed experts", (4, 4), "vq4", 8, 2.0, details={"bytes": {}}) for n in names]
-    assert list(report.layers_of(rows)) == ["dec.layers.0", "enc.layers.0"]
+    paths = [f"{stack}.layers.0.experts" for stack in ("enc", "dec")]
+    told: dict[str, Any] = {"projection": "down", "layer": 0, "details": {"bytes": {}}}
+    rows = [
+        Row(f"{path}.w", "routed experts", (4, 4), CODED, 8, 2.0, experts=path, **told)
+        for path in paths
+    ]
+    assert list(report.layers_of(rows)) == ["dec.layers.0.experts", "enc.layers.0.experts"]
 
 
 def test_what_passes_recorded_of_a_projection_is_in_its_row() -> None:
@@ -211,12 +217,12 @@ def test_what_passes_recorded_of_a_projection_is_in_its_row() -> None:
     found = Cells(report.page(FACTS, rows)).rows
     start = next(i for i, r in enumerate(found) if r[:2] == ["layer", "projection"])
     head, lines = found[start], found[start + 1 : start + 5]
-    assert head[5:-1] == ["rank", "codebook", "affine", "errors", "lora", "lora lost"]
+    assert head[5:-1] == ["affine", "codebook", "errors", "lora", "lora lost", "rank"]
     assert [line[5:-1] for line in lines] == [
-        ["0", "layer", "slope", "all channels alike", "–", "–"],
-        ["32", "layer", "slope", "all channels alike", "–", "–"],
-        ["0", "layer", "slope", "all channels alike", "–", "–"],
-        ["32", "layer", "slope", "all channels alike", "rank 8 of the basis", "0.0625"],
+        ["slope", "layer", "all channels alike", "–", "–", "0"],
+        ["slope", "layer", "all channels alike", "–", "–", "32"],
+        ["slope", "layer", "all channels alike", "–", "–", "0"],
+        ["slope", "layer", "all channels alike", "rank 8 of the basis", "0.0625", "32"],
     ]
 
 
@@ -230,9 +236,7 @@ def test_what_rilq_gained_is_there_once() -> None:
         if row.role == "routed experts":
             row.details["rilq"] = told
     found = Cells(report.page(FACTS, rows)).rows
-    assert [r for r in found if "3 → 2.5" in r] == [
-        ["3 → 2.5", "–", "0.5 → 0.25", "2 → 2.125", "–"]
-    ]
+    assert [r for r in found if "3 → 2.5" in r] == [["all", "0.5 → 0.25", "2 → 2.125", "3 → 2.5"]]
 
 
 def test_starved_experts_are_marked() -> None:
@@ -246,7 +250,7 @@ def test_little_or_nothing_to_say_still_makes_a_page() -> None:
     assert not Cells(report.page({}, [])).open
     name, details = "model.layers.0.experts.w", {"bytes": {}}
     blank = Row(
-        name, "routed experts", (4, 4), "vq4", 8, 2.0, float("nan"), [0, 0], details=details
+        name, "routed experts", (4, 4), CODED, 8, 2.0, float("nan"), [0, 0], details=details
     )
     assert not Cells(report.page({}, [blank])).open
 

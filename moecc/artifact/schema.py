@@ -49,6 +49,11 @@ class Row:
         said = {k: v for k, v in plain.items() if v is not None and v not in ("", {}, [])}
         return {k: plain[k] for k in plain if k in always or k in said}
 
+    @classmethod
+    def of_json(cls, value: Json) -> Row:
+        """The row that `as_json` wrote."""
+        return cls(**{**value, "shape": tuple(value["shape"]), "fate": Fate.of_json(value["fate"])})
+
 
 def summary(rows: Iterable[Row]) -> Json:
     """Bytes by role (headers included); bits per weight over routed experts and over everything (tensors alone), or None."""

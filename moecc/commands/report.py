@@ -88,7 +88,8 @@ def layers_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
             found.setdefault(row.experts, []).append(row)
     numbers = [of[0].layer for of in found.values()]
     alone = len(set(numbers)) == len(numbers)
-    return {str(of[0].layer) if alone else path: of for path, of in found.items()}
+    order = sorted(found, key=lambda path: (found[path][0].layer or 0, path))
+    return {str(found[path][0].layer) if alone else path: found[path] for path in order}
 
 
 def starved_of(row: Row) -> set[int]:
@@ -246,7 +247,7 @@ def _projections(layers: Mapping[str, list[Row]]) -> str:
     """A column for every plain value that a pass recorded of a projection."""
     all_rows = [r for rows in layers.values() for r in rows]
     plain = (k for r in all_rows for k, v in r.details.items() if isinstance(v, int | float | str))
-    shown = [k for k in dict.fromkeys(plain) if k != "source_bits"]
+    shown = sorted({k for k in plain if k != "source_bits"})  # moecc.json sorts too
     lines = []
     for label, rows in layers.items():
         for r in rows:
@@ -268,10 +269,10 @@ def _losses(layers: Mapping[str, list[Row]]) -> str:
             if isinstance(told, dict) and {"before", "after"} <= told.keys():
                 tables.setdefault(key, []).append((label, told))
     shown = ""
-    for key, found in tables.items():
+    for key, found in sorted(tables.items()):
         if all(told == found[0][1] for _, told in found):  # of the whole model, not of a layer
             found = [("all", found[0][1])]
-        terms = list(dict.fromkeys(k for _, told in found for k in told["before"]))
+        terms = sorted({k for _, told in found for k in told["before"]})
         lines = [
             [label, *(_change(told["before"].get(t), told["after"].get(t)) for t in terms)]
             for label, told in found
