@@ -124,7 +124,7 @@ def evaluate_models(
     folder, original = checkpoint_folder(model), checkpoint_folder(reference)
     tokenizer = tokenizer_of(original, trust_remote_code=trust_remote_code)
     ids = token_rows(tokenizer, text, count=rows, length=length, purpose="evaluation", say=say)
-    if _calibrated_on(folder) == rows_digest(ids):
+    if _manifest(folder).get("calibration_digest") == rows_digest(ids):
         say(f"note: {model} was calibrated on these very rows; they say little about others")
     programs = [_traced(path, say) for path in (folder, original)]
     if restriction := programs[1].restriction:
@@ -148,14 +148,18 @@ def _traced(folder: Path, say: Say) -> Program:
             f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact"
         )
     program.store.check()
+    kept = _manifest(folder).get("experts_kept", {})
+    program.kept = {path: tuple(rows) for path, rows in kept.items()}
     return program
 
 
-def _calibrated_on(folder: Path) -> str | None:
+def _manifest(folder: Path) -> Json:
+    """What moecc.json says, nothing for a checkpoint that moecc did not write."""
     try:
-        return str(json.loads((folder / "moecc.json").read_text())["calibration_digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((folder / "moecc.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def table(found: Json) -> str:
@@ -237,6 +241,19 @@ def _check(program: Program, reference: Program, rows: Tensor) -> list[tuple[MoE
             raise MoeccError(
                 f"{r.path}: the reference chooses {r.top_k} experts, the compiled program {p.top_k}; {_OTHER_MODEL}"
             )
+        ours_of, theirs_of = (
+            side.kept.get(m.path, tuple(range(m.sizes[0])))
+            for side, m in ((program, p), (reference, r))
+        )
+        if not set(ours_of) <= set(theirs_of):
+            raise MoeccError(
+                f"{r.path}: the reference lacks experts that the compiled program has; {_OTHER_MODEL}"
+            )
+        if len(ours_of) < len(theirs_of) and not program.kept:
+            raise MoeccError(
+                f"{r.path}: the reference has {len(theirs_of)} experts, the compiled program {len(ours_of)}, and nothing "
+                f"says which; {_OTHER_MODEL}"
+            )
     return pairs
 
 
@@ -279,12 +296,18 @@ class _Side:
         self.stream.advance(self.visit)
 
     def pop(self, moe: MoE) -> list[tuple[Tensor, Tensor]]:
-        """(chosen experts [T, k], -1 where a slot has no weight; output [T, D]) per batch."""
+        """(chosen experts [T, k], -1 where a slot has no weight; output [T, D]) per batch.
+
+        Experts are numbered as in the source, whatever a pass has taken out of it.
+        """
         found = []
+        kept = torch.tensor(self.program.kept[moe.path]) if moe.path in self.program.kept else None
         for b in range(len(self.stream.values)):
             index, weight, y = (
                 self.seen.pop((node.name, b)) for node in (*_routing(moe), moe.node)
             )
+            if kept is not None:
+                index = kept[index]
             found.append((torch.where(weight != 0, index, -1), y))
         return found
 

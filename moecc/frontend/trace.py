@@ -21,9 +21,11 @@ from torch.export.graph_signature import InputKind
 from moecc.checkpoint.module import ModuleStore
 from moecc.checkpoint.store import CheckpointStore
 from moecc.frontend.capture import capture
+from moecc.frontend.resize import Resizer
 from moecc.frontend.skeleton import Skeleton, skeleton
 from moecc.ir.program import Program, Weight, fold_weight_graphs
 from moecc.ir.tensors import Held, Store
+from moecc.types import Config
 
 
 def trace(source: str | Path | nn.Module | Any, *, dtype: torch.dtype | None = None) -> Program:
@@ -34,9 +36,15 @@ def trace(source: str | Path | nn.Module | Any, *, dtype: torch.dtype | None = N
     MoeccError for anything that can't be traced, in one line.
     """
     found = skeleton(source, dtype)
-    return program_of(
-        capture(found), found, str(source) if isinstance(source, (str, Path)) else found.model_type
-    )
+    name = str(source) if isinstance(source, (str, Path)) else found.model_type
+    program = program_of(capture(found), found, name)
+
+    def build(config: Config) -> tuple[Program, nn.Module]:
+        other = skeleton(config, dtype)
+        return program_of(capture(other), other, name), other.model
+
+    program.resizer = Resizer(found, build)
+    return program
 
 
 def program_of(exported: ExportedProgram, found: Skeleton, name: str) -> Program:

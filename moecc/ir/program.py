@@ -14,9 +14,9 @@ after the last; never smaller than that of its inputs) and meta["path"] (its mod
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +28,14 @@ from moecc.ir import ops
 from moecc.ir.graph import ancestors, arg_text, copy_module, target_text, type_text
 from moecc.ir.moe import MoE, check_operands, operand_names, router_logits
 from moecc.ir.tensors import Held, Store, digest, nonfinite
+
+
+class Resizer(Protocol):
+    """Makes programs of the same model with fewer experts (`moecc.frontend.resize`)."""
+
+    def groups(self, program: Program) -> int: ...
+    def require(self, program: Program, counts: Mapping[str, int]) -> None: ...
+    def resize(self, program: Program, keep: Mapping[str, Sequence[int]]) -> Program: ...
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,11 @@ class Program:
     facts: set[str] = field(default_factory=set)
     # dotted entry of config.json -> its value, where a pass has changed the model's sizes
     config_edits: dict[str, object] = field(default_factory=dict)
-    rounded: set[str] = field(
-        default_factory=set
-    )  # held weights whose values the checkpoint's own type holds exactly
+    # held weights whose values the checkpoint's own type holds exactly
+    rounded: set[str] = field(default_factory=set)
+    # path of an MoE layer -> the source's numbers of its experts, where a pass has taken some out
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    resizer: Resizer | None = None  # makes the program with fewer experts
 
     @property
     def graph(self) -> fx.Graph:
@@ -174,6 +184,30 @@ class Program:
                 self.tensors.pop(name, None)
                 self.graph.erase_node(node)
 
+    def expert_groups(self) -> int:
+        """Groups of neighbouring experts from which the router chooses first; equally many must stay in each."""
+        return 1 if self.resizer is None else self.resizer.groups(self)
+
+    def require_experts(self, counts: Mapping[str, int]) -> None:
+        """MoeccError, which says what is possible, if the layers named by path can't have this many experts."""
+        if self.resizer is None:
+            raise MoeccError(
+                "the number of experts of this program can't change; trace it from a folder"
+            )
+        self.resizer.require(self, counts)
+
+    def keep_experts(self, keep: Mapping[str, Sequence[int]]) -> None:
+        """Leave the layers named by path with the experts `keep` (ascending) alone.
+
+        Router, configuration and stored shapes follow: the program is what a trace of the smaller model gives, weights
+        that were rewritten before included. MoeccError as from `require_experts`.
+        """
+        self.require_experts({path: len(rows) for path, rows in keep.items()})
+        assert self.resizer is not None
+        made = self.resizer.resize(self, keep)
+        for f in fields(self):
+            setattr(self, f.name, getattr(made, f.name))
+
     def copy(self) -> Program:
         """The same program with a graph of its own; tensors and store are shared."""
         return replace(
@@ -184,6 +218,7 @@ class Program:
             facts=set(self.facts),
             rounded=set(self.rounded),
             config_edits=dict(self.config_edits),
+            kept=dict(self.kept),
         )
 
     def _fake(self, tensor: Tensor) -> Tensor:

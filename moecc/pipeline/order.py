@@ -113,6 +113,10 @@ def _sort(passes: list[Pass], facts: set[str]) -> list[Pass]:
         for j, b in enumerate(passes):
             if i != j and (a.provides & (b.requires | b.after) or b.spoils & a.requires):
                 graph.add_edge(i, j)
+    for i, a in enumerate(passes):  # the float model is made before anything is done to it
+        for j, b in enumerate(passes):
+            if a.makes_reference and not b.makes_reference and not nx.has_path(graph, j, i):
+                graph.add_edge(i, j)
     try:
         return [passes[i] for i in nx.lexicographical_topological_sort(graph, key=int)]
     except nx.NetworkXUnfeasible:

@@ -191,6 +191,11 @@ class Context:
         found = self.kept(key)
         return self.keep(key, make()) if found is None else found
 
+    def keep_experts(self, program: Program, keep: Mapping[str, Sequence[int]]) -> None:
+        """Leave layers of the program, by path, with the experts `keep` (ascending) alone; for passes that make the reference."""
+        program.keep_experts(keep)
+        self.traced = program.copy()
+
     def record(self, name: str, **facts: Any) -> None:
         """Add to the audit's row of the weight `name` (of coded experts `path.gate_up` or `path.down`): values that JSON holds."""
         try:

@@ -1,0 +1,38 @@
+"""The input shapes that a trace holds for, as data; the sentence is made where it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from moecc.types import Json
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """The sequence lengths S that a program holds for: low <= S <= high (None: no bound) but the excluded ones.
+
+    It is false if the program holds for every length.
+    """
+
+    low: int = 1
+    high: int | None = None
+    excluded: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self != Restriction()
+
+    def holds(self, sequence: int) -> bool:
+        """Whether the program holds for sequences of this length."""
+        bounded = self.high is None or sequence <= self.high
+        return self.low <= sequence and bounded and sequence not in self.excluded
+
+    def __str__(self) -> str:
+        if self.excluded:
+            return "sequence other than " + ", ".join(map(str, self.excluded))
+        low = f"{self.low} <= " if self.low > 1 else ""
+        high = "" if self.high is None else f" <= {self.high}"
+        return f"{low}sequence{high}" if self else ""
+
+    def as_json(self) -> Json | None:
+        """Its fields, None if it is false."""
+        return asdict(self) if self else None
