@@ -196,7 +196,7 @@ def _evaluation(
         agreement=sum(t.same for t in tallies) / sum(t.slots for t in tallies),
         exact_agreement=sum(t.exact for t in tallies) / sum(t.tokens for t in tallies),
         tokens=totals.tokens,
-        bits_per_weight_experts=experts_bits(program), bits_per_weight=everything_bits(program, reference),
+        bits_per_weight_experts=experts_bits(program, reference), bits_per_weight=everything_bits(program, reference),
         per_layer=tuple(t.layer() for t in tallies),
     )  # fmt: skip
 

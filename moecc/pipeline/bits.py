@@ -49,10 +49,10 @@ def _element_bits(program: Program, node: fx.Node) -> int:
     return min(bits, 16) if name in program.tensors else bits  # a dense remainder counts as 16 bits
 
 
-def experts_bits(program: Program) -> float:
-    """Bits per weight of the routed experts, 0 for a program without any."""
-    found = program.moe_layers()
-    return per_weight(sum(stored_bits(program, m) for m in found), sum(m.weights for m in found))
+def experts_bits(program: Program, reference: Program | None = None) -> float:
+    """Bits per weight of the routed experts, 0 for a program without any; per weight of the reference's, if one is given."""
+    stored = sum(stored_bits(program, m) for m in program.moe_layers())
+    return per_weight(stored, sum(m.weights for m in (reference or program).moe_layers()))
 
 
 def everything_bits(program: Program, reference: Program) -> float:
