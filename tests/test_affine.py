@@ -1,0 +1,82 @@
+"""The slopes and offsets of `affine` against numpy, and the rows that an expert sees."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from coders import costs
+
+from moecc.passes._code.moments import Routed
+from moecc.passes.affine import CoupledSums, Sums
+
+
+@pytest.mark.parametrize("offset", [True, False])
+def test_the_affine_line_against_numpy(offset: bool) -> None:
+    """It is weighted least squares per channel, with 32 tokens of prior for slope 1, offset 0."""
+    g = torch.Generator().manual_seed(0)
+    v, weight = torch.randn(40, 3, generator=g), torch.rand(40, generator=g)
+    t = (
+        v * torch.tensor([0.9, 1.2, 1.0])
+        + torch.tensor([0.5, 0.0, -0.2])
+        + 0.1 * torch.randn(40, 3, generator=g)
+    )
+    slope, shift = Sums.of(v, t, weight).line(offset=offset)
+    trust = 40 / (40 + 32)
+    for n in range(3):
+        x, y, w = (a.double().numpy() for a in (v[:, n], t[:, n], weight.sqrt()))
+        columns = [x * w, w] if offset else [x * w]
+        fit = np.linalg.lstsq(np.stack(columns, 1), y * w, rcond=None)[0]
+        want = 1 + trust * (fit[0] - 1)
+        assert float(slope[n]) == pytest.approx(want, abs=1e-5)
+        share = weight.double().numpy() / float(weight.double().sum())
+        residual = float((share * (y - want * x)).sum()) if offset else float(shift[n]) / trust
+        assert float(shift[n]) == pytest.approx(trust * residual, abs=1e-5)
+
+
+def test_sums_of_two_halves_give_the_line_and_the_error_of_the_whole() -> None:
+    g = torch.Generator().manual_seed(1)
+    v, t = torch.randn(30, 3, generator=g), torch.randn(30, 3, generator=g)
+    weight = torch.rand(30, generator=g)
+    whole = Sums.of(v, t, weight)
+    halves = Sums.of(v[::2], t[::2], weight[::2]) + Sums.of(v[1::2], t[1::2], weight[1::2])
+    torch.testing.assert_close(halves.line(), whole.line())
+    slope, shift = whole.line()
+    left = t.double() - slope * v.double() - shift
+    want = float((weight[:, None].double() * left.square()).sum())
+    assert halves.error(slope, shift) == pytest.approx(want, rel=1e-5)
+
+
+def test_the_affine_line_without_tokens_changes_nothing() -> None:
+    slope, shift = Sums.of(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0)).line()
+    assert bool((slope == 1).all()) and bool((shift == 0).all())
+
+
+@pytest.mark.parametrize("offset", [True, False])
+def test_slopes_under_output_costs_are_least_squares_together(offset: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    v, weight = torch.randn(4000, 6, generator=g).double(), torch.rand(4000, generator=g).double()
+    t = 1.3 * v + 0.4 * v.roll(1, 1) + 0.2 + 0.1 * torch.randn(4000, 6, generator=g)
+    cost = costs(1.0, rows=6)[0].double()
+    sums = CoupledSums.of(v[::2], t[::2], weight[::2], cost) + CoupledSums.of(
+        v[1::2], t[1::2], weight[1::2], cost
+    )
+    slope, shift = sums.line(offset=offset)
+    r = t - slope * v - shift
+    want = float((weight * ((r @ cost) * r).sum(-1)).sum())
+    assert sums.error(slope, shift) == pytest.approx(want, rel=1e-6)
+    for near in (0.98, 1.02):  # only the prior of 32 tokens keeps it off the minimum
+        assert sums.error(1 + near * (slope - 1), shift) > want * (1 - 1e-4)
+    small = CoupledSums.of(v, t, weight, cost * 1e-12).line(offset=offset)
+    torch.testing.assert_close(small[0], slope, rtol=1e-6, atol=1e-9)
+    alone, alike = Sums.of(v, t, weight), CoupledSums.of(v, t, weight, torch.eye(6))
+    for got, plain in zip(alike.line(offset=offset), alone.line(offset=offset), strict=True):
+        torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-6)
+    assert alike.error(slope, shift) == pytest.approx(alone.error(slope, shift), rel=1e-9)
+
+
+def test_a_slot_without_weight_gives_an_expert_no_token() -> None:
+    index = torch.tensor([[0, 1], [2, 0], [0, 0]])
+    weight = torch.tensor([[0.0, 0.4], [0.3, 0.2], [0.0, 0.0]])
+    routed = Routed(torch.randn(3, 4), index, weight, None)
+    assert [routed.rows(e).tolist() for e in range(4)] == [[1], [0], [1], []]

@@ -1,0 +1,69 @@
+"""The shared basis of `klt` against numpy's SVD, and the shapes in which it is stored."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from coders import E, K, drawn
+
+from moecc.ir import vq4
+from moecc.passes._code.basis import factorize, square_root
+
+
+def test_square_root_and_its_inverse_give_back_the_moments() -> None:
+    _, h = drawn(1)
+    root, inverse = square_root(h)
+    torch.testing.assert_close(root @ root, h, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(root @ inverse, torch.eye(K).expand(E, -1, -1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("input_side", [True, False])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_shared_basis_against_the_svd_of_numpy(input_side: bool, rank: int) -> None:
+    weight, moment = drawn(7, experts=3, rows=10, columns=8)
+    shared = factorize(weight, moment, rank, input_side=input_side)
+    got = (weight - shared.left_of(weight)).double().numpy()
+    w, h = weight.double().numpy(), moment.double().numpy()
+    if input_side:
+        c = h.mean(0)
+        c = c + np.eye(8) * (1e-3 * np.diag(c).mean())
+        values, vectors = np.linalg.eigh(c)
+        root, inverse = (vectors * values**p @ vectors.T for p in (0.5, -0.5))
+        v = np.linalg.svd(np.concatenate(list(w @ root)))[2][:rank].T
+        want = w @ root @ v @ v.T @ inverse
+    else:
+        parts = []
+        for e in range(3):
+            c = h[e] + np.eye(8) * (1e-3 * np.diag(h[e]).mean())
+            # any root of C has the same left singular vectors
+            parts.append(w[e] @ np.linalg.cholesky(c))
+        u = np.linalg.svd(np.concatenate(parts, axis=1))[0][:, :rank]
+        want = u @ u.T @ w
+    assert np.abs(got - want).max() <= 0.01 * np.abs(want).max()
+
+
+def test_a_full_basis_leaves_only_rounding() -> None:
+    weight, moment = drawn(8, experts=3, rows=10, columns=8)
+    for input_side, rank in ((True, 8), (False, 10)):
+        left = factorize(weight, moment, rank, input_side=input_side).left_of(weight)
+        assert float(left.abs().max()) < 0.03 * float(weight.abs().max())
+
+
+def test_a_stored_basis_has_the_shapes_of_the_format() -> None:
+    weight, moment = drawn(8, experts=3, rows=10, columns=8)
+    for input_side, basis, coef in ((True, (2, 8), (3, 10, 2)), (False, (2, 10), (3, 2, 8))):
+        got = factorize(weight, moment, 2, input_side=input_side)
+        want = {
+            "basis": (basis, torch.float16),
+            "coef": (coef, torch.int8),
+            "coef_scale": (coef[:2], torch.float16),
+        }
+        stored = {n: t for n, t in got.tensors.items() if t is not None}
+        assert {n: (tuple(t.shape), t.dtype) for n, t in stored.items()} == want
+        bits = 16 * math.prod(basis) + 8 * math.prod(coef) + 16 * math.prod(coef[:2])
+        assert vq4.stored_bits(got.tensors) == bits
+        assert vq4.basis_bits(2, 3, 10, 8, input_side=input_side) == bits
+    assert vq4.basis_bits(0, 3, 10, 8, input_side=True) == 0
