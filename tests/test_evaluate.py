@@ -1,10 +1,9 @@
-"""Evaluation: a model against itself, against transformers' own loss, and against a damaged copy."""
+"""Evaluation: a model against itself, against transformers' own loss, against a damaged copy."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -38,14 +37,14 @@ def tinymoe() -> Program:
 
 
 def scaled(program: Program, layer: int, factor: float) -> Program:
-    """A copy whose gate_up of one MoE layer is multiplied by `factor`."""
+    """Copy a program and multiply gate_up of one of its MoE layers by `factor`."""
     copy = program.copy()
     name = copy.weights[copy.moe_layers()[layer].operand("gate_up").name].name
     copy.add(name, copy.read(name) * factor)
     return copy
 
 
-def test_a_model_against_itself(tinymoe: Program) -> None:
+def test_a_model_does_not_diverge_from_itself(tinymoe: Program) -> None:
     found = evaluate(tinymoe, tinymoe, tokens(3, 40, 4096), batch=2)
     assert found.kl == 0 and found.agreement == 1 and found.exact_agreement == 1
     assert found.perplexity == found.reference_perplexity
@@ -56,17 +55,16 @@ def test_a_model_against_itself(tinymoe: Program) -> None:
 
 
 @torch.no_grad()
-def test_perplexity_is_transformers_own_loss(tinymoe: Program) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(TINYMOE, dtype=torch.float32)
+def test_perplexity_is_that_of_transformers_loss(tinymoe: Program) -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINYMOE, dtype=torch.float32)
     rows = tokens(4, 32, 4096)
     loss = model(rows, labels=rows).loss
     for batch in (1, 3, 8):
-        assert evaluate(tinymoe, tinymoe, rows, batch=batch).perplexity == pytest.approx(
-            float(loss.exp()), rel=1e-4
-        )
+        found = evaluate(tinymoe, tinymoe, rows, batch=batch)
+        assert found.perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
 
 
-def test_damage_shows_where_it_is(tinymoe: Program) -> None:
+def test_damage_shows_in_its_own_layer_and_behind_it(tinymoe: Program) -> None:
     rows = tokens(2, 64, 4096)
     little, much = (evaluate(scaled(tinymoe, 1, f), tinymoe, rows) for f in (1.1, 3.0))
     assert 0 < little.kl < much.kl
@@ -74,9 +72,8 @@ def test_damage_shows_where_it_is(tinymoe: Program) -> None:
     assert little.agreement >= little.exact_agreement
     first, damaged, *later = much.per_layer
     assert first.agreement == 1 and first.output_error == 0
-    assert (
-        damaged.agreement == 1 and damaged.output_error > 0.1
-    )  # its router reads what the reference's reads
+    # the damaged layer's router still reads what the reference's reads
+    assert damaged.agreement == 1 and damaged.output_error > 0.1
     assert all(layer.agreement < 1 for layer in later)
 
 
@@ -87,8 +84,7 @@ def test_an_experts_layer_of_zeros_has_output_error_one(tinymoe: Program) -> Non
 
 @pytest.mark.family
 @pytest.mark.parametrize(
-    "family",
-    SAMPLE if ALL else ("qwen2_moe", "gpt_oss", "nemotron_h", "muse_spark_text"),
+    "family", SAMPLE if ALL else ("qwen2_moe", "gpt_oss", "nemotron_h", "muse_spark_text")
 )
 @torch.no_grad()
 def test_every_family_has_a_perplexity(family: str) -> None:
@@ -97,15 +93,14 @@ def test_every_family_has_a_perplexity(family: str) -> None:
     if family == "muse_spark_text":  # a text tower without a head
         assert "needs a causal language model" in refused(program, program, rows)
         return
-    expected = torch.nn.functional.cross_entropy(
-        model(input_ids=rows).logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten()
-    )
+    logits = model(input_ids=rows).logits[:, :-1].float().flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten())
     found = evaluate(program, program, rows)
     assert found.perplexity == pytest.approx(float(expected.exp()), rel=1e-4)
     assert found.kl == 0 and found.agreement == 1 and found.bits_per_weight == 32
 
 
-def test_as_dict_is_json(tinymoe: Program) -> None:
+def test_an_evaluation_can_be_written_as_json(tinymoe: Program) -> None:
     found = evaluate(tinymoe, tinymoe, tokens(1, 8, 4096)).as_dict()
     assert json.loads(json.dumps(found)) == found
     assert found["per_layer"][0].keys() == {"path", "agreement", "exact_agreement", "output_error"}
@@ -115,7 +110,7 @@ def test_as_dict_is_json(tinymoe: Program) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 33])
-def test_sets_are_compared_whatever_their_order(k: int) -> None:
+def test_chosen_experts_are_compared_as_sets(k: int) -> None:
     generator = torch.Generator().manual_seed(k)
     a, b = (
         torch.stack([torch.randperm(40, generator=generator)[:k] for _ in range(50)])
@@ -130,22 +125,15 @@ def test_sets_are_compared_whatever_their_order(k: int) -> None:
 def test_a_slot_without_an_expert_is_not_expert_0() -> None:
     ours = torch.tensor([[-1, 2], [0, 2], [-1, -1], [-1, -1]])
     theirs = torch.tensor([[0, 2], [2, 0], [-1, 3], [-1, -1]])
-    assert [compare_sets(x[None], y[None]) for x, y in zip(ours, theirs, strict=True)] == [
-        (1, 0),
-        (2, 1),
-        (1, 0),
-        (2, 1),
-    ]
+    found = [compare_sets(x[None], y[None]) for x, y in zip(ours, theirs, strict=True)]
+    assert found == [(1, 0), (2, 1), (1, 0), (2, 1)]
 
 
 def test_identity_experts_are_not_expert_0() -> None:
-    """longcat_flash: one program chooses experts 0 and 1, the other two of those that give back their input."""
+    """Let one longcat_flash choose experts 0 and 1, and another two experts that are identities."""
     traced = trace(make("longcat_flash"), dtype=torch.float32)
-    name = next(
-        w.name
-        for w in traced.weights.values()
-        if w.name.endswith("1.mlp.router.e_score_correction_bias")
-    )
+    names = (w.name for w in traced.weights.values())
+    name = next(n for n in names if n.endswith("1.mlp.router.e_score_correction_bias"))
 
     def preferring(experts: list[int]) -> Program:
         program, bias = traced.copy(), torch.zeros(6)
@@ -161,9 +149,8 @@ def test_identity_experts_are_not_expert_0() -> None:
 def test_kl_is_the_sum_over_the_vocabulary_and_skips_masked_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        "moecc.commands.evaluate._PROBABILITIES_AT_ONCE", 16
-    )  # several chunks per row
+    # several chunks per row
+    monkeypatch.setattr("moecc.commands.evaluate._PROBABILITIES_AT_ONCE", 16)
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 2, 6, 7, generator=generator)
     ours[..., 6] = theirs[..., 6] = -torch.inf
@@ -178,27 +165,25 @@ def test_kl_is_the_sum_over_the_vocabulary_and_skips_masked_tokens(
 # ---- sizes
 
 
-def test_bits_count_what_a_pass_made_and_not_what_it_replaced(tinymoe: Program) -> None:
+def test_bits_count_new_tensors_and_not_those_they_replaced(tinymoe: Program) -> None:
     program = tinymoe.copy()
     moe = program.moe_layers()[0]
     operand = moe.operand("gate_up")
     name = program.weights[operand.name].name
-    smaller = program.add(
-        "small", program.read(name).to(torch.float16).view(torch.uint8)[..., ::2].contiguous()
-    )
-    program.replace(
-        moe.node, moe.node.target, (*moe.node.args[:3], smaller, *moe.node.args[4:]), moe.attributes
-    )
+    halves = program.read(name).to(torch.float16).view(torch.uint8)[..., ::2].contiguous()
+    args = (*moe.node.args[:3], program.add("small", halves), *moe.node.args[4:])
+    program.replace(moe.node, moe.node.target, args, moe.attributes)
     weights, part = 9_200_000, tinymoe.read(name).numel()
     assert 16 - everything_bits(program, tinymoe) == pytest.approx(8 * part / weights, rel=0.01)
     assert experts_bits(program) == pytest.approx(16 - 8 * (2 / 3) / 4)
     assert everything_bits(tinymoe, tinymoe) == 16
 
 
-# ---- what can't be compared
+# ---- refusals
 
 
 def refused(program: Program, reference: Program, rows: Tensor) -> str:
+    """Return the one line with which evaluate refuses its arguments."""
     with pytest.raises(MoeccError) as error:
         evaluate(program, reference, rows)
     assert "\n" not in str(error.value)
@@ -208,21 +193,25 @@ def refused(program: Program, reference: Program, rows: Tensor) -> str:
 def test_different_models_are_refused(tinymoe: Program) -> None:
     other = trace(make("mixtral"))
     assert "MoE layers" in refused(other, tinymoe, tokens(1, 8))
-    config: Any = make("mixtral").config
+    config = make("mixtral").config
     config.vocab_size = 96
     wider = trace(AutoModelForCausalLM.from_config(config))
     assert "vocabulary of 96" in refused(wider, other, tokens(1, 8))
     config.vocab_size, config.num_experts_per_tok = 64, 1
-    assert "chooses 2 experts" in refused(
-        trace(AutoModelForCausalLM.from_config(config)), other, tokens(1, 8)
-    )
+    fewer = trace(AutoModelForCausalLM.from_config(config))
+    assert "chooses 2 experts" in refused(fewer, other, tokens(1, 8))
 
 
 def test_a_model_without_a_head_is_refused() -> None:
     config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
     program = trace(MixtralModel(config).eval())
     assert "needs a causal language model" in refused(program, program, tokens(1, 8))
 
@@ -238,17 +227,15 @@ def test_rows_that_do_not_fit_are_refused(tinymoe: Program) -> None:
     assert "positions for 32" in refused(program, program, tokens(1, 33))
     program = tinymoe.copy()
     program.restriction = "sequence other than 2"  # as zaya's
-    assert "holds for sequence other than 2 only; give --length 5" in refused(
-        program, tinymoe, tokens(1, 2)
-    )
+    message = "holds for sequence other than 2 only; give --length 5"
+    assert message in refused(program, tinymoe, tokens(1, 2))
     assert evaluate(program, tinymoe, tokens(1, 3)).kl == 0
 
 
-def test_logits_that_are_not_numbers_are_said() -> None:
+def test_logits_that_are_not_numbers_are_refused() -> None:
     model = make("mixtral")
     program, broken = trace(model), trace(model)
     name = broken.weights[broken.moe_layers()[0].operand("down").name].name
     broken.add(name, broken.read(name) * torch.nan)
-    assert "the compiled program computes logits that are not numbers" in refused(
-        broken, program, tokens(1, 8)
-    )
+    message = "the compiled program computes logits that are not numbers"
+    assert message in refused(broken, program, tokens(1, 8))

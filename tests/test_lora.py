@@ -1,4 +1,4 @@
-"""Merging PEFT adapters: equal to what PEFT's own layers compute, and every adapter that means something else is refused."""
+"""Merging LoRA adapters of PEFT: the results equal PEFT's own; what cannot be merged is refused."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from moecc.pipeline.parse import find_pass, parse_passes
 from moecc.pipeline.passes import Context
 from moecc.pipeline.run import run_passes
 from moecc.pipeline.stream import run_program
+from moecc.types import FamilyModule
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -33,32 +34,28 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def adapter(folder: Path, shapes: dict[str, tuple[int, ...]], **config: Any) -> dict[str, Tensor]:
-    """An adapter folder as PEFT saves it, with random matrices; the tensors."""
+    """Write an adapter with random matrices as PEFT saves it; return its tensors."""
     folder.mkdir(exist_ok=True)
     g = torch.Generator().manual_seed(0)
     tensors = {
-        f"base_model.model.{k}.weight": torch.randn(s, generator=g) * 0.2 for k, s in shapes.items()
+        f"base_model.model.{name}.weight": torch.randn(shape, generator=g) * 0.2
+        for name, shape in shapes.items()
     }
     save_file(tensors, folder / "adapter_model.safetensors")
-    whole = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 8,
-        "bias": "none",
-        "use_dora": False,
-        **config,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(whole))
+    plain = dict(peft_type="LORA", r=2, lora_alpha=8, bias="none", use_dora=False)
+    (folder / "adapter_config.json").write_text(json.dumps(plain | config))
     return tensors
 
 
 def linear(module: str, rows: int, columns: int, rank: int = 2) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a linear's adapter."""
     return {f"{module}.lora_A": (rank, columns), f"{module}.lora_B": (rows, rank)}
 
 
-def merge(model: Any, folder: Path) -> tuple[Program, Context]:
+def merge(model: FamilyModule, folder: Path) -> tuple[Program, Context]:
+    """Trace a model and merge an adapter into it."""
     program, ctx = trace(model), Context()
-    run_passes(program, [find_pass("lora")(path=str(folder))], ctx)  # type: ignore[call-arg]
+    run_passes(program, parse_passes(f"lora{{path={folder}}}")[0], ctx)
     return program, ctx
 
 
@@ -66,9 +63,15 @@ def logits(program: Program) -> Tensor:
     return torch.cat(run_program(program, IDS))
 
 
-@pytest.mark.parametrize(("options", "scaling"), [({}, 8 / 2), ({"use_rslora": True}, 8 / math.sqrt(2)),
-                                                  ({"alpha_pattern": {"q_proj": 3}}, 3 / 2)])  # fmt: skip
-def test_a_linear_is_its_weight_plus_scaled_b_a(
+@pytest.mark.parametrize(
+    ("options", "scaling"),
+    [
+        ({}, 8 / 2),
+        ({"use_rslora": True}, 8 / math.sqrt(2)),
+        ({"alpha_pattern": {"q_proj": 3}}, 3 / 2),
+    ],
+)
+def test_a_merged_linear_is_its_weight_plus_scaled_b_a(
     tmp_path: Path, options: dict[str, Any], scaling: float
 ) -> None:
     model = make("qwen2_moe")
@@ -85,30 +88,28 @@ def test_a_linear_is_its_weight_plus_scaled_b_a(
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])  # [E, out, in], and transposed
 def test_experts_are_adapted_one_by_one(tmp_path: Path, family: str) -> None:
-    """As `lora.ParamWrapper` of PEFT 0.21 multiplies them: einsum "o r e, e r i -> e o i", "-> e i o" where transposed."""
+    """Multiply as `lora.ParamWrapper` of PEFT 0.21 does.
+
+    It is the einsum "o r e, e r i -> e o i", or "-> e i o" for transposed experts.
+    """
     model = make(family)
     experts = model.get_submodule("model.layers.0.mlp.experts")
     down = experts.down_proj
-    count, rows, columns = (
-        down.shape if family == "qwen2_moe" else (down.shape[0], down.shape[2], down.shape[1])
-    )
-    shapes = {"lora_A": (2 * count, columns), "lora_B": (rows, 2 * count)}
+    count, rows, columns = down.shape if family == "qwen2_moe" else down.mT.shape
     path = "model.layers.0.mlp.experts"
-    tensors = adapter(
-        tmp_path / "a", {f"{path}.{k}": s for k, s in shapes.items()}, target_parameters=EXPERTS[1:]
-    )
+    shapes = linear(path, rows, columns, 2 * count)
+    tensors = adapter(tmp_path / "a", shapes, target_parameters=EXPERTS[1:])
     program, _ = merge(model, tmp_path / "a")
     a, b = (tensors[f"base_model.model.{path}.lora_{s}.weight"] for s in "AB")
     out, got = "eoi" if family == "qwen2_moe" else "eio", logits(program)
     with torch.no_grad():
-        down += 4 * torch.einsum(
-            f"ore,eri->{out}", b.reshape(rows, 2, count), a.reshape(count, 2, columns)
-        )
+        b, a = b.reshape(rows, 2, count), a.reshape(count, 2, columns)
+        down += 4 * torch.einsum(f"ore,eri->{out}", b, a)
     torch.testing.assert_close(got, logits(trace(model)), rtol=1e-5, atol=1e-6)
 
 
 def test_nested_names_are_told_apart_by_depth(tmp_path: Path) -> None:
-    """With two parameters adapted, the last one's matrices are the outermost: PEFT names no parameter."""
+    """PEFT names no parameter: of two that it adapts, the last one's matrices are the outermost."""
     model = make("qwen2_moe")
     e, n, d = model.get_submodule("model.layers.0.mlp.experts").gate_up_proj.shape
     path = "model.layers.0.mlp.experts"
@@ -118,14 +119,11 @@ def test_nested_names_are_told_apart_by_depth(tmp_path: Path) -> None:
     assert set(ctx.audit) == {f"{path}.gate_up_proj", f"{path}.down_proj"}
 
 
-def test_merged_experts_are_what_is_coded(tmp_path: Path) -> None:
-    """Passes behind it see the merged weights, and compare with the merged model."""
+def test_passes_behind_a_merge_code_the_merged_experts(tmp_path: Path) -> None:
+    """They compare with the merged model too."""
     model = make("qwen2_moe")
-    adapter(
-        tmp_path / "a",
-        linear("model.layers.0.mlp.experts", 32, 16, 8),
-        target_parameters=EXPERTS[1:],
-    )
+    shapes = linear("model.layers.0.mlp.experts", 32, 16, 8)
+    adapter(tmp_path / "a", shapes, target_parameters=EXPERTS[1:])
     resolved, _ = resolve(parse_passes(f"vq{{bits=4}},lora{{path={tmp_path / 'a'}}}")[0])
     assert [p.name for p in resolved] == ["lora", "moments", "vq"]
     program, ctx = trace(model), Context()
@@ -138,12 +136,17 @@ def test_merged_experts_are_what_is_coded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
-def test_merging_equals_peft_s_own(tmp_path: Path, family: str) -> None:
+def test_merging_equals_the_merge_of_peft(tmp_path: Path, family: str) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], target_parameters=["down_proj", "gate_up_proj"],
-        rank_pattern={"q_proj": 2}, alpha_pattern={"o_proj": 6}, task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "o_proj"],
+        target_parameters=["down_proj", "gate_up_proj"],
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"o_proj": 6},
+        task_type="CAUSAL_LM",
+    )
     wrapped = peft.get_peft_model(make(family), config)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -156,28 +159,33 @@ def test_merging_equals_peft_s_own(tmp_path: Path, family: str) -> None:
     parameters = dict(whole.named_parameters())
     assert len(ctx.audit) == 8 and any("experts.gate_up_proj" in name for name in ctx.audit)
     for name in ctx.audit:
-        torch.testing.assert_close(
-            program.tensors[name], parameters[name].detach(), rtol=1e-6, atol=1e-6
-        )
-        assert not torch.equal(parameters[name], make(family).get_parameter(name))
+        want = parameters[name].detach()
+        torch.testing.assert_close(program.tensors[name], want, rtol=1e-6, atol=1e-6)
+        assert not torch.equal(want, make(family).get_parameter(name))
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+NOT_THERE = "model.layers.7.self_attn.q_proj"
+DORA = "use_dora in its adapter_config.json can't be merged here; merge it with PEFT first"
+SHAPES = r"updates \[32, 16\], but the weight is \[32, 32\]"
 
 
 @pytest.mark.parametrize(
     ("shapes", "config", "message"),
     [
-        ({}, {"use_dora": True}, "use_dora in its adapter_config.json can't be merged here; merge it with PEFT first"),
+        ({}, {"use_dora": True}, DORA),
         ({}, {"init_lora_weights": "pissa"}, "init_lora_weights=pissa in its"),
         ({}, {"bias": "all"}, "bias in its"),
         ({}, {"peft_type": "IA3"}, "an adapter of type IA3"),
         ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save in its"),
-        (linear("model.layers.0.self_attn.q_proj", 32, 16), {}, r"updates \[32, 16\], but the weight is \[32, 32\]"),
-        (linear("model.layers.7.self_attn.q_proj", 32, 32), {}, "no weight for the adapter of model.layers.7.self_attn.q_proj"),
-        ({"model.layers.0.self_attn.q_proj.lora_A": (2, 32)}, {}, "q_proj has lora_A alone"),
+        (linear(Q_PROJ, 32, 16), {}, SHAPES),
+        (linear(NOT_THERE, 32, 32), {}, f"no weight for the adapter of {NOT_THERE}"),
+        ({f"{Q_PROJ}.lora_A": (2, 32)}, {}, "q_proj has lora_A alone"),
         ({"model.embed_tokens.lora_embedding_A": (2, 64)}, {}, "no LoRA matrix of a linear"),
-        (linear("model.layers.0.self_attn.q_proj", 32, 32), {"lora_alpha": None}, "no lora_alpha"),
+        (linear(Q_PROJ, 32, 32), {"lora_alpha": None}, "no lora_alpha"),
     ],
-)  # fmt: skip
-def test_what_can_t_be_merged_is_refused_in_one_line(
+)
+def test_adapters_that_cannot_be_merged_are_refused_in_one_line(
     tmp_path: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, Any], message: str
 ) -> None:
     adapter(tmp_path / "a", shapes, **config)
@@ -193,21 +201,20 @@ def test_what_can_t_be_merged_is_refused_in_one_line(
 def test_an_adapter_of_a_tied_weight_is_refused(
     tmp_path: Path, passes: str, module: str, other: str
 ) -> None:
-    """The artifact stores one tensor for both, so it can't hold the update of one."""
+    """The artifact stores one tensor for both, so it cannot hold an update of one of them."""
     model = make("qwen2_moe")
     model.config.tie_word_embeddings = True
     model.tie_weights()
     adapter(tmp_path / "a", linear(module, 64, 32))
     resolved, _ = resolve(parse_passes(passes % (tmp_path / "a"))[0])
     ctx = Context()
-    with pytest.raises(
-        MoeccError, match=f"updates {module}.weight, which is tied to {other}.weight; untie them"
-    ):
+    message = f"updates {module}.weight, which is tied to {other}.weight; untie them"
+    with pytest.raises(MoeccError, match=message):
         run_passes(trace(model), resolved, ctx, IDS)
-    assert not ctx.ledger  # before any pass
+    assert not ctx.ledger  # refused before any pass has run
 
 
-def test_a_folder_without_an_adapter_and_no_folder(tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     model = make("qwen2_moe")
     with pytest.raises(MoeccError, match=r"no adapter_config.json; give a folder that PEFT saved"):
         merge(model, tmp_path)
@@ -229,7 +236,10 @@ def absorbed(
     before: str = "klt{rank=2,mean=2},vq,affine,fold",
     size: float = 1.0,
 ) -> tuple[Program, Program, Context]:
-    """A compressed qwen2_moe before and after it took in an adapter of routed experts, attention and a shared expert."""
+    """Compress a qwen2_moe and absorb an adapter of routed experts and attention.
+
+    Return the program without the adapter, the program with it, and the latter's context.
+    """
     model = make("qwen2_moe")
     e, n, d = model.get_submodule("model.layers.0.mlp.experts").gate_up_proj.shape
     path = "model.layers.0.mlp.experts"
@@ -245,32 +255,26 @@ def absorbed(
 
 
 def decoded(program: Program, layer: int, projection: str) -> Tensor:
-    """The dense [E, N, K] that a compressed projection stands for."""
+    """Return the dense [E, N, K] that a compressed projection stands for."""
     moe = program.moe_layers()[layer]
-    nodes = {t: moe.operand(f"{projection}_{t}") for t in vq4.TENSORS}
+    nodes = {name: moe.operand(f"{projection}_{name}") for name in vq4.TENSORS}
     t = {
-        k: None if v is None else program.read(program.weights[v.name].name)
-        for k, v in nodes.items()
+        name: None if node is None else program.read(program.weights[node.name].name)
+        for name, node in nodes.items()
     }
-    hidden = moe.node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
-    columns = (
-        hidden
-        if projection == "gate_up"
-        else moe.operand("gate_up_scale").meta["val"].shape[1] // 2
-    )  # type: ignore[union-attr]
+    hidden = moe.node.args[0].meta["val"].shape[1]
+    intermediate = moe.operand("gate_up_scale").meta["val"].shape[1] // 2
+    columns = hidden if projection == "gate_up" else intermediate
     codes, codebook, scale = t["codes"], t["codebook"], t["scale"]
     assert codes is not None and codebook is not None and scale is not None
-    coded = vq4.decode(
-        codes, t["signs"], codebook, columns, torch.float32
-    ) * scale.float().unsqueeze(-1)
+    coded = vq4.decode(codes, t["signs"], codebook, columns, torch.float32)
+    coded = coded * scale.float().unsqueeze(-1)
     shared = vq4.shared_part(t, columns, torch.float32, input_side=projection == "gate_up")
     return coded if shared is None else coded + shared
 
 
 @pytest.mark.parametrize("before", ["klt{rank=2,mean=2},vq,affine,fold", "vq,affine,fold"])
-def test_a_basis_that_is_large_enough_takes_an_adapter_in_whole(
-    tmp_path: Path, before: str
-) -> None:
+def test_a_large_enough_basis_absorbs_the_whole_adapter(tmp_path: Path, before: str) -> None:
     plain, program, ctx = absorbed(tmp_path, ",rank=32", before=before)
     updates = Adapter.read("lora", str(tmp_path / "a")).updates(trace(make("qwen2_moe")))
     for projection, name in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
@@ -286,12 +290,12 @@ def test_a_basis_that_is_large_enough_takes_an_adapter_in_whole(
 
 
 @pytest.mark.parametrize("before", ["klt{rank=4,mean=off},vq,affine,fold", "vq,affine,fold"])
-def test_a_small_adapter_is_not_lost_beside_large_weights(tmp_path: Path, before: str) -> None:
+def test_a_small_adapter_survives_beside_large_weights(tmp_path: Path, before: str) -> None:
     _, _, ctx = absorbed(tmp_path, ",rank=32", before=before, size=0.002)
     assert all(v["lora_lost"] < 0.02 for v in ctx.audit.values() if "lora_lost" in v)
 
 
-def test_transposed_experts_take_an_adapter_in_as_they_are_stored(tmp_path: Path) -> None:
+def test_transposed_experts_absorb_an_adapter_as_they_are_stored(tmp_path: Path) -> None:
     model = make("gpt_oss")
     path = "model.layers.0.mlp.experts"
     e, k, n = model.get_submodule(path).down_proj.shape
@@ -301,34 +305,27 @@ def test_transposed_experts_take_an_adapter_in_as_they_are_stored(tmp_path: Path
     run_passes(plain, resolve(parse_passes(text)[0])[0], Context(), IDS)
     absorbing = f"{text},absorb{{path={tmp_path / 'a'},rank=32}}"
     run_passes(program, resolve(parse_passes(absorbing)[0])[0], Context(), IDS)
-    update = (
-        Adapter.read("lora", str(tmp_path / "a"))
-        .updates(trace(model))[f"{path}.down_proj"]
-        .delta()
-        .mT
-    )
+    updates = Adapter.read("lora", str(tmp_path / "a")).updates(trace(model))
+    update = updates[f"{path}.down_proj"].delta().mT
     moved = decoded(program, 0, "down") - decoded(plain, 0, "down")
     assert float((moved - update).norm() / update.norm()) < 0.02
 
 
-def test_inspect_counts_the_rows_that_an_adapter_of_the_experts_may_bring(tmp_path: Path) -> None:
+def test_inspect_counts_the_basis_rows_that_an_adapter_may_add(tmp_path: Path) -> None:
     before = "klt{rank=2,mean=2},vq,affine{offset=off},fold"
     _, program, _ = absorbed(tmp_path, ",rank=4", before=before)
     make("qwen2_moe").save_pretrained(tmp_path / "model")
 
     def most(passes: str) -> float:
-        return float(
-            inspect_model(str(tmp_path / "model"), passes=passes)["estimate"][
-                "bits_per_weight_experts"
-            ][1]
-        )
+        found = inspect_model(str(tmp_path / "model"), passes=passes)["estimate"]
+        return float(found["bits_per_weight_experts"][1])
 
     taken = f"{before},absorb{{path={tmp_path / 'a'},rank=4}}"
     assert most(before) < experts_bits(program) <= most(taken)
     assert most(taken.replace("rank=4", "rank=8")) > most(taken)
 
 
-def test_a_small_basis_loses_some_of_an_adapter_and_says_so(tmp_path: Path) -> None:
+def test_a_small_basis_loses_some_of_an_adapter_and_records_it(tmp_path: Path) -> None:
     _, small, ctx = absorbed(tmp_path, ",rank=2")
     lost = [v["lora_lost"] for v in ctx.audit.values() if "lora_lost" in v]
     assert len(lost) == 2 and all(0.05 < share < 1 for share in lost)

@@ -1,11 +1,10 @@
-"""Token rows: which ones are taken, and one line for every text that is none."""
+"""Token rows: which rows of a text are taken, and one line for each text that is refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,13 @@ from moecc.commands import rows
 from moecc.commands.rows import default_text, rows_digest, token_rows, tokenizer_of
 from moecc.errors import MoeccError
 from moecc.frontend import shapes
+from moecc.types import Tokenizer
 
 TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
 
 
 class Letters:
-    """One token per character, as an ordinary tokenizer would give it; begins a text with token 1 if told to."""
+    """A tokenizer with one token per character; with `begins`, a text begins with token 1."""
 
     def __init__(self, begins: bool = False, end: int | None = 0):
         self.bos_token_id, self.eos_token_id, self.begins = 1, end, begins
@@ -29,25 +29,26 @@ class Letters:
         self, text: str, add_special_tokens: bool = True, verbose: bool = True
     ) -> dict[str, list[int]]:
         self.characters += len(text)
-        return {
-            "input_ids": [1] * (self.begins and add_special_tokens) + [ord(c) % 1000 for c in text]
-        }
+        first = [1] if self.begins and add_special_tokens else []
+        return {"input_ids": first + [ord(c) % 1000 for c in text]}
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def tokenizer() -> Tokenizer:
     return tokenizer_of(TINYMOE)
 
 
 def written(folder: Path, content: str | bytes) -> Path:
+    """Write a text file; return its path."""
     file = folder / "text.txt"
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     return file
 
 
-def refused(*args: Any, **kwargs: Any) -> str:
+def refused(tokenizer: Tokenizer, file: Path, **options: int) -> str:
+    """Return the one line with which token_rows refuses a file."""
     with pytest.raises(MoeccError) as error:
-        token_rows(*args, **kwargs)
+        token_rows(tokenizer, file, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -63,27 +64,28 @@ def test_rows_are_evenly_spaced(tmp_path: Path) -> None:
     assert (got == got[:, :1]).all()
 
 
-def test_fewer_rows_than_asked_are_all_taken_and_said(tmp_path: Path) -> None:
+def test_a_short_text_gives_all_its_rows_and_a_remark(tmp_path: Path) -> None:
     said: list[str] = []
     got = token_rows(Letters(), written(tmp_path, "abcdefghij"), count=9, length=3, say=said.append)
     assert got.tolist() == [[ord(c) for c in part] for part in ("abc", "def", "ghi")]
     assert len(said) == 1 and "3 rows of 3 tokens, not 9" in said[0]
 
 
-def test_every_row_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+def test_every_row_begins_with_the_token_that_begins_a_text(tmp_path: Path) -> None:
     got = token_rows(Letters(begins=True), written(tmp_path, "abcdef"), count=2, length=4)
     assert got.tolist() == [[1, *map(ord, "abc")], [1, *map(ord, "def")]]
 
 
 @pytest.mark.parametrize("end", [0, None])
 def test_nul_separates_documents(tmp_path: Path, end: int | None) -> None:
-    got = token_rows(
-        Letters(end=end), written(tmp_path, "ab\0\0cd" + "e" * 2000), count=1, length=5
-    )
+    file = written(tmp_path, "ab\0\0cd" + "e" * 2000)
+    got = token_rows(Letters(end=end), file, count=1, length=5)
     assert got.tolist() == [[*map(ord, "ab"), *([0] if end == 0 else []), *map(ord, "cde")][:5]]
 
 
-def test_a_huge_file_is_sliced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_slices_of_a_huge_file_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rows, "_WHOLE", 4000)
     for line in ("0123456789\n", "日本語テキスト"):
         file, tokenizer = written(tmp_path, line * 5000), Letters()
@@ -92,7 +94,7 @@ def test_a_huge_file_is_sliced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(got, token_rows(tokenizer, file, count=4, length=20))
 
 
-def test_rows_of_the_example_text(tokenizer: Any) -> None:
+def test_rows_of_the_example_text(tokenizer: Tokenizer) -> None:
     got = token_rows(tokenizer, TINYMOE / "valid.txt", count=5, length=100)
     again = token_rows(tokenizer, TINYMOE / "valid.txt", count=5, length=100)
     assert got.shape == (5, 100) and int(got.max()) < 4096
@@ -109,7 +111,7 @@ def test_calibration_and_evaluation_share_no_document() -> None:
     assert any(name.startswith("topic ") for name in ours | theirs)
 
 
-def test_default_rows_are_the_same_every_time_and_read_little(tokenizer: Any) -> None:
+def test_default_rows_are_the_same_every_time_and_read_little(tokenizer: Tokenizer) -> None:
     got = token_rows(tokenizer, count=4, length=64)
     assert torch.equal(got, token_rows(tokenizer, count=4, length=64))
     assert not torch.equal(got, token_rows(tokenizer, count=4, length=64, purpose="evaluation"))
@@ -128,10 +130,10 @@ def test_whole_documents_follow_where_excerpts_do_not_reach(
     assert set(got[2].tolist()) == {ord("a"), ord("b")}
 
 
-# ---- what is no text
+# ---- texts and tokenizers that are refused
 
 
-def test_bad_files(tmp_path: Path) -> None:
+def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     letters = Letters()
     assert "no text file" in refused(letters, tmp_path / "none.txt")
     assert "is a folder" in refused(letters, tmp_path)
@@ -140,14 +142,13 @@ def test_bad_files(tmp_path: Path) -> None:
     assert "no UTF-8 text" in refused(letters, written(tmp_path, "grün".encode("utf-16")))
     assert "is binary" in refused(letters, written(tmp_path, b"abc\0" * 1000))
     assert "no UTF-8 text" in refused(letters, TINYMOE / "model.safetensors")
-    assert "give a longer text or --length 5" in refused(
-        letters, written(tmp_path, "abcde"), length=6
-    )
-    assert "at least 1 row" in refused(letters, written(tmp_path, "abcde"), count=0)
-    assert "at least 1 row" in refused(letters, written(tmp_path, "abcde"), length=1)
+    short = written(tmp_path, "abcde")
+    assert "give a longer text or --length 5" in refused(letters, short, length=6)
+    assert "at least 1 row" in refused(letters, short, count=0)
+    assert "at least 1 row" in refused(letters, short, length=1)
 
 
-def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
     for prepare in (lambda: None, lambda: shutil.copy(TINYMOE / "config.json", tmp_path)):
         prepare()
         with pytest.raises(MoeccError, match="has no tokenizer"):
@@ -160,9 +161,8 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
 def test_a_tokenizer_that_is_code_runs_only_if_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
-    )
+    cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(cache, str(tmp_path / "modules"))
     folder = Path(shutil.copytree(TINYMOE, tmp_path / "model"))
     (folder / "mine.py").write_text(
         "from transformers import PreTrainedTokenizerFast\nclass Mine(PreTrainedTokenizerFast): ..."
@@ -171,9 +171,8 @@ def test_a_tokenizer_that_is_code_runs_only_if_asked_for(
     config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"model_type": "mine"}))
-    with pytest.raises(
-        MoeccError, match="its tokenizer is Python code; read it, then --trust-remote-code"
-    ):
+    message = "its tokenizer is Python code; read it, then --trust-remote-code"
+    with pytest.raises(MoeccError, match=message):
         tokenizer_of(folder)
     assert type(tokenizer_of(folder, trust_remote_code=True)).__name__ == "Mine"
 
@@ -188,5 +187,5 @@ def test_a_tokenizer_that_is_code_runs_only_if_asked_for(
         ("3 <= sequence <= 63", [3, 4, 5, 63]),
     ],
 )
-def test_what_a_restriction_allows(restriction: str, allowed: list[int]) -> None:
+def test_a_restriction_allows_its_lengths_only(restriction: str, allowed: list[int]) -> None:
     assert [n for n in (1, 2, 3, 4, 5, 63, 64) if shapes.holds(restriction, n)] == allowed
