@@ -1,9 +1,12 @@
-"""drop_bias: takes the bias out of a compressed projection whose output it hardly moves.
+"""drop_bias: remove the bias of a compressed projection if it hardly moves the output.
 
-  1. A row's bias is compared with the row's norm: what the row gives for an input of unit variance.
-  2. Where the root mean square of that share over all rows and experts is under `below`, the bias goes: 16/K bits less.
+  1. Divide each row's bias by the row's norm, the size of its output for an input of unit variance.
+  2. Take the root mean square of these shares over all rows and experts. If it is under `below`,
+     remove the bias; that saves 16/K bits per weight.
 
-A pass of your own in one file: `moecc compile MODEL --passes kbvq,./examples/my_pass.py{below=0.02} -o OUT`.
+This is a pass of your own in one file. Run it by its path:
+
+    moecc compile MODEL --passes kbvq,./examples/my_pass.py{below=0.02} -o OUT
 """
 
 from __future__ import annotations
