@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import os
 
-from moecc.frontend import capture
-
 # Before transformers is imported; a test that needs a hub model must say so itself.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,13 +19,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import make
 from hypothesis import HealthCheck, settings
+from made import QUICK, ROWS, Compile, Run, checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from moecc.frontend import capture
 from moecc.frontend.skeleton import Skeleton
+from moecc.frontend.trace import trace
 from moecc.ir.program import Program, Weight
 from moecc.ir.tensors import Held, digest
 
@@ -104,6 +106,32 @@ def traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capture, "_export", export)
         yield
+
+
+# ---- commands on tiny models of transformers
+
+
+@pytest.fixture
+def compile(capsys: pytest.CaptureFixture[str]) -> Compile:
+    """compile(model, out, passes, *options): run `moecc compile --json` on 8 rows of 32 tokens."""
+
+    def run(model: Path, out: Path, passes: str = QUICK, *options: str | int | Path) -> Run:
+        args = model, "--passes", passes, "-o", out, *ROWS, "--json", *options
+        return Run(capsys, "compile", *args)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny mixtral."""
+    return checkpoint(tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="module")
+def traced() -> Program:
+    """qwen2_moe with two MoE layers of random weights; tests take copies."""
+    return trace(make("qwen2_moe"))
 
 
 # ---- a model of one file

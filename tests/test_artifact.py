@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import make
+from families import ALL, FAMILIES, make
+from made import EVERYTHING, QUICK, checkpoint, load, logits
 from safetensors.torch import load_file, save_file
-from test_compile import ALL, EVERYTHING, FAMILIES, QUICK, checkpoint, compile, load, logits
 from torch import fx
 
 from moecc.artifact import hf
@@ -31,7 +31,6 @@ from moecc.pipeline.run import run_passes
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
 SAMPLE = ("qwen2_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
-_ = compile  # a fixture, found by its name
 
 
 class Artifact:

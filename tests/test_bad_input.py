@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from made import QUICK, checkpoint, interrupt, stop
 from safetensors.torch import load_file, save_file
-from test_compile import QUICK, checkpoint, cli, interrupt, stop
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moecc import cli
 from moecc.artifact import verify
 from moecc.checkpoint import files
 from moecc.pipeline import journal

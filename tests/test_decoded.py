@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from made import checkpoint
 from safetensors.torch import load_file, save_file
-from test_compile import checkpoint
 from torch import Tensor
 
 from moecc.checkpoint.store import CheckpointStore

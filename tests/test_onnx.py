@@ -20,8 +20,8 @@ import onnxruntime
 import pytest
 import torch
 from families import ALL, FAMILIES
+from made import PROMPT, Run, checkpoint, generated, load
 from onnx import TensorProto, helper, numpy_helper
-from test_compile import PROMPT, Run, checkpoint, generated, load
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from layers import FEATURES, ROUTINGS, Layer, assert_within, draw_layer, draw_routed
-from test_compile import ROWS, checkpoint, load
+from made import ROWS, checkpoint, load
 from test_triton_model import PROMPT, logits, projections
 from transformers import AutoModelForCausalLM
 

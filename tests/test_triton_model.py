@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from layers import Layer, draw_layer
-from test_compile import ROWS, checkpoint, load
+from made import ROWS, checkpoint, load
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
