@@ -1,0 +1,110 @@
+"""`klt`: a basis and a mean for all experts of a layer, and their training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pipelines import TOKENS, Tiny, compiled
+from torch import Tensor
+
+from moecc.errors import MoeccError
+from moecc.ir import vq4
+from moecc.ir.graph import run_nodes
+from moecc.ir.ops import KLT_EXPERTS
+from moecc.ir.program import Program, output_node
+from moecc.passes._tune.tuned import Tuned, bits_of
+from moecc.pipeline.stream import StageWeights, run_program
+
+pytestmark = pytest.mark.usefixtures("traced_once")
+
+
+@pytest.mark.parametrize("rank", ["40", "1024"])
+def test_a_rank_beyond_the_dimensions_is_an_error(traced: Program, rank: str) -> None:
+    with pytest.raises(
+        MoeccError, match=rf"klt\{{rank={rank}\}} failed in layer 0 .*more than .* dimensions"
+    ):
+        compiled(traced, f"klt{{rank={rank}}}")
+
+
+@pytest.mark.parametrize("options", ["rank=4", "rank=0,mean=2", "rank=4,mean=3"])
+def test_klt_changes_the_program_by_rounding_only(traced: Program, options: str) -> None:
+    run = compiled(traced, f"klt{{{options}}}")
+    assert [m.node.target for m in run.program.moe_layers()] == [KLT_EXPERTS] * 2
+    torch.testing.assert_close(
+        run.output(), torch.cat(run_program(traced, TOKENS)), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(("mean", "bits"), [("off", 0), (2, 2), (3, 3), (4, 4)])
+def test_basis_and_mean_are_there_as_told(
+    tiny: Tiny, batches: list[Tensor], rank: int, mean: int | str, bits: int
+) -> None:
+    run = compiled(tiny("M"), f"klt{{rank={rank},mean={mean}}},vq{{rounds=1}}", batches=batches)
+    (moe,) = run.program.moe_layers()
+    for projection in ("gate_up", "down"):
+        there = {n for n in vq4.SHARED if moe.operand(f"{projection}_{n}") is not None}
+        want = {"basis", "coef", "coef_scale"} if rank else set()
+        want |= {"mean_codes", "mean_codebook", "mean_scale"} if bits else set()
+        assert there == want | ({"mean_signs"} if bits == 3 else set())
+        assert not bits or bits_of(moe, projection, vq4.MEAN) == bits
+        row = run.ctx.audit[f"{moe.path}.{projection}"]
+        assert (row["rank"], row["mean"]) == (rank, f"{bits} bit" if bits else "none")
+
+
+def test_experts_of_one_parent_get_a_mean_where_it_is_worth_its_bits(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    """And what is left of them is coded the better for it."""
+    alike, off, independent, few = (
+        compiled(tiny(kind), f"{klt},vq{{rounds=1,codebook=layer}}", batches=batches).ctx.audit
+        for kind, klt in (("S", "klt"), ("S", "klt{mean=off}"), ("I", "klt"), ("F", "klt"))
+    )
+    for path in ("layers.0.gate_up", "layers.0.down"):
+        assert alike[path]["mean"] in ("2 bit", "3 bit", "4 bit")
+        assert [audit[path]["mean"] for audit in (off, independent, few)] == ["none"] * 3
+        assert alike[path]["error"] < off[path]["error"] / 5
+
+
+def test_a_mean_s_codebook_and_scale_are_trained_and_stored_as_the_format_has_them(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    program = compiled(
+        tiny("M"), "klt{rank=2,mean=3},vq{rounds=1},affine,fold", batches=batches
+    ).program
+    (moe,) = program.moe_layers()
+    tuned = Tuned(program, [moe])
+    assert set(tuned.kinds.values()) >= {
+        "codebook",
+        "scale",
+        "basis",
+        "coef",
+        "mean_codebook",
+        "mean_scale",
+    }
+    mean = {k: kind for k, kind in tuned.kinds.items() if kind.startswith(vq4.MEAN)}
+    assert [tuned.bits[k] for k in tuned.kinds] == [3 if k in mean else 2 for k in tuned.kinds]
+
+    before, weights = tuned.stored(), StageWeights(program)
+    with torch.enable_grad():
+        shared = StageWeights.sharing(weights, tuned.rounded())
+        values: dict[str, Any] = {program.user_inputs[0].name: batches[0]}
+        for _ in run_nodes(
+            [n for n in program.graph.nodes if n.op == "call_function"], values, shared
+        ):
+            pass
+        values[output_node(program).name].square().mean().backward()
+    optimizer = torch.optim.Adam(tuned.groups(10.0))
+    assert all(p.grad is not None and bool(p.grad.any()) for p in tuned.parameters.values())
+    optimizer.step()
+    after = tuned.stored()
+    for k, kind in mean.items():
+        assert not torch.equal(after[k], before[k])
+        assert after[k].dtype == (torch.int8 if kind == "mean_codebook" else torch.float16)
+        assert (
+            kind != "mean_codebook" or int(after[k].min()) >= 0
+        )  # as three bits' symmetric codebooks are
+    assert tuned.store() and all(torch.equal(program.read(tuned.names[k]), after[k]) for k in mean)
+    program.verify()
