@@ -1,4 +1,4 @@
-"""Pipelines run over small programs, with an eye on what each pass changed."""
+"""Pipelines run over small programs; each run records what every pass changed."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ TOKENS = [
 
 @dataclass
 class Run:
-    """A finished run, and for each pass in turn whether the text of the graph differed after it."""
+    """A finished run.
+
+    differed: by pass, whether the text of the graph differed after it.
+    texts: the graph's text by "layer001-vq" and the like, and by "before" ahead of the first pass.
+    """
 
     program: Program
     ctx: Context
     reports: list[PassReport]
     differed: dict[str, bool] = field(default_factory=dict)
-    texts: dict[str, str] = field(
-        default_factory=dict
-    )  # by "layer001-vq" and the like, "before" the first
+    texts: dict[str, str] = field(default_factory=dict)
 
     def output(self) -> Tensor:
         return torch.cat(run_program(self.program, TOKENS))
@@ -54,13 +56,15 @@ def compiled(
     batches: list[Tensor] | None = None,
     facts: tuple[str, ...] = (),
 ) -> Run:
-    """`text` run over a copy of `program`, with an eye on what each pass changed."""
+    """Run the pipeline `text` over a copy of `program` and record what each pass changed.
+
+    facts: what the program has already, so that no pass is inserted for it.
+    """
     program = program.copy()
     passes, _ = resolve(parse_passes(text)[0], facts)
-    found = Run(
-        program, Context(seed=seed), [], {p.name: False for p in passes}, {"before": program.text()}
-    )
-    last = found.texts["before"]
+    last = program.text()
+    unchanged = {p.name: False for p in passes}
+    found = Run(program, Context(seed=seed), [], unchanged, {"before": last})
 
     def look(name: str, after: str) -> None:
         nonlocal last
@@ -74,13 +78,12 @@ def compiled(
 
     def after_pass(report: PassReport, now: Program) -> None:
         p = next(p for p in passes if str(p) == report.text)
-        if f"layer001-{p.name}" not in found.texts:  # a model pass
+        if f"layer001-{p.name}" not in found.texts:  # only a model pass leaves no text of a layer
             look(p.name, now.text())
 
     hooks = Hooks(dump=dump, after_pass=after_pass)
-    found.reports = run_passes(
-        program, passes, found.ctx, TOKENS if batches is None else batches, hooks
-    )
+    rows = TOKENS if batches is None else batches
+    found.reports = run_passes(program, passes, found.ctx, rows, hooks)
     return found
 
 
@@ -88,6 +91,6 @@ def compiled(
 
 
 def expert_errors(run: Run) -> dict[str, list[float]]:
-    return {
-        path: row["expert_error"] for path, row in run.ctx.audit.items() if "expert_error" in row
-    }
+    """Return the error of each expert [E], by the path of its projection."""
+    audit = run.ctx.audit.items()
+    return {path: row["expert_error"] for path, row in audit if "expert_error" in row}

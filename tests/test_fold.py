@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 def tensors_of(program: Program, moe: MoE) -> dict[str, Any]:
-    """The operands of an experts node behind the routing, by name; None where one is absent."""
+    """Return the operands of an experts node after its routing, by name; None if one is absent."""
     nodes = {name: moe.operand(name) for name in operand_names(moe.node)[3:]}
     return {name: None if node is None else program.value(node) for name, node in nodes.items()}
 
@@ -30,13 +30,17 @@ def tensors_of(program: Program, moe: MoE) -> dict[str, Any]:
     ("family", "before"), [("qwen2_moe", ""), ("qwen2_moe", "klt{rank=2,mean=2},"), ("gpt_oss", "")]
 )
 def test_fold_is_exact_up_to_rounding(family: str, before: str) -> None:
-    """Of one compiled program: compiled anew with fold, the second layer is coded for what the rounded first one gives."""
+    """Fold one compiled program.
+
+    A new compilation with fold would differ: its second layer is coded for the output of the first
+    after rounding.
+    """
     start = compiled(trace(make(family)), f"{before}vq{{bits=3}},affine{{offset=on}}").program
     folded = compiled(start, "fold", facts=("affine",)).program
     assert "slope" not in folded.text() and "offset" not in folded.text()
     seen: dict[str, list[Tensor]] = {}
     run_program(start, TOKENS, lambda node, value, _: seen.setdefault(node.name, []).append(value))
-    unit = 2**-11  # rounding to float16 moves a number by no more of its size
+    unit = 2**-11  # the largest relative error of rounding to float16
     for old, new in zip(start.moe_layers(), folded.moe_layers(), strict=True):
         was, now = tensors_of(start, old), tensors_of(folded, new)
         corrections = [n for n in was if n.endswith(("slope", "offset"))]
@@ -49,28 +53,24 @@ def test_fold_is_exact_up_to_rounding(family: str, before: str) -> None:
             assert now[f"{p}_scale"].dtype == now[f"{p}_bias"].dtype == torch.float16
         for name, want in exact.items():
             assert (now[name] is None) == (want is None), name
-            if want is not None:  # double: one of the four above
-                within = (
-                    dict(rtol=unit, atol=2**-25)
-                    if want.dtype == torch.float64
-                    else dict(rtol=0, atol=0)
-                )
-                torch.testing.assert_close(now[name].to(want.dtype), want, **within)
+            if want is not None:
+                rounded = want.dtype == torch.float64  # one of the four above
+                rtol, atol = (unit, 2**-25) if rounded else (0, 0)
+                torch.testing.assert_close(now[name].to(want.dtype), want, rtol=rtol, atol=atol)
 
-        # every token, with the inputs and the experts that it has in `start`
+        # every token, with its inputs and experts of `start`; `lost` is without one of the tensors
         routed = [torch.cat(seen[n.name]) for n in old.node.args[:3]]
         kinds = [was, now, *({**was, n: None} for n in corrections)]
         wanted, got, *without = [VQ_EXPERTS(*routed, *t.values(), **old.attributes) for t in kinds]
         moved, *lost = [
             float(((y - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()) for y in (got, *without)
         ]
-        assert (
-            moved < 3 * unit < min(lost) / 2
-        )  # gate, up and down are rounded; `lost`: had fold dropped a tensor
+        # 3: gate, up and down are rounded
+        assert moved < 3 * unit < min(lost) / 2
 
 
 @pytest.mark.parametrize("before", ["", "klt{rank=0,mean=2},"])
-def test_the_correction_takes_the_shift_of_the_mean_and_brings_the_variance_nearer(
+def test_affine_removes_the_shift_of_the_mean_and_restores_the_variance(
     traced: Program, before: str
 ) -> None:
     more = list(torch.randint(0, 64, (8, 2, 64), generator=torch.Generator().manual_seed(0)))

@@ -14,11 +14,12 @@ from moecc.ir.tensors import digest
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
-# ---- golden text
-
 
 def layer_text(program: Program, text: str, batches: list[Tensor], names: tuple[str, str]) -> str:
-    """The graph before and after a pass: after the pass named first, and after the one named second."""
+    """Return the graph's text before and after a pass.
+
+    names: the pass before it, or "before" if it is the first to change the text, and the pass.
+    """
     run = compiled(program, text, batches=batches)
     parts = [run.texts["before"] if n == "before" else run.texts[f"layer001-{n}"] for n in names]
     return f"// before\n{parts[0]}// after {text}\n{parts[1]}"
@@ -32,7 +33,7 @@ def layer_text(program: Program, text: str, batches: list[Tensor], names: tuple[
         ("fold", "moments,vq{codebook=layer},affine{offset=on},fold", ("affine", "fold")),
     ],
 )
-def test_the_text_before_and_after_a_pass(
+def test_a_pass_changes_the_golden_text_as_expected(
     name: str,
     text: str,
     names: tuple[str, str],

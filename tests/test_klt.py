@@ -1,4 +1,4 @@
-"""`klt`: a basis and a mean for all experts of a layer, and their training."""
+"""`klt`: one basis and one mean for all experts of a layer, and the training of the mean."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ pytestmark = pytest.mark.usefixtures("traced_once")
 
 @pytest.mark.parametrize("rank", ["40", "1024"])
 def test_a_rank_beyond_the_dimensions_is_an_error(traced: Program, rank: str) -> None:
-    with pytest.raises(
-        MoeccError, match=rf"klt\{{rank={rank}\}} failed in layer 0 .*more than .* dimensions"
-    ):
+    message = rf"klt\{{rank={rank}\}} failed in layer 0 .*more than .* dimensions"
+    with pytest.raises(MoeccError, match=message):
         compiled(traced, f"klt{{rank={rank}}}")
 
 
@@ -32,14 +31,13 @@ def test_a_rank_beyond_the_dimensions_is_an_error(traced: Program, rank: str) ->
 def test_klt_changes_the_program_by_rounding_only(traced: Program, options: str) -> None:
     run = compiled(traced, f"klt{{{options}}}")
     assert [m.node.target for m in run.program.moe_layers()] == [KLT_EXPERTS] * 2
-    torch.testing.assert_close(
-        run.output(), torch.cat(run_program(traced, TOKENS)), rtol=1e-4, atol=1e-4
-    )
+    want = torch.cat(run_program(traced, TOKENS))
+    torch.testing.assert_close(run.output(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize(("mean", "bits"), [("off", 0), (2, 2), (3, 3), (4, 4)])
-def test_basis_and_mean_are_there_as_told(
+def test_basis_and_mean_are_present_as_the_options_say(
     tiny: Tiny, batches: list[Tensor], rank: int, mean: int | str, bits: int
 ) -> None:
     run = compiled(tiny("M"), f"klt{{rank={rank},mean={mean}}},vq{{rounds=1}}", batches=batches)
@@ -54,10 +52,10 @@ def test_basis_and_mean_are_there_as_told(
         assert (row["rank"], row["mean"]) == (rank, f"{bits} bit" if bits else "none")
 
 
-def test_experts_of_one_parent_get_a_mean_where_it_is_worth_its_bits(
+def test_experts_of_one_parent_get_a_mean_if_it_is_worth_its_bits(
     tiny: Tiny, batches: list[Tensor]
 ) -> None:
-    """And what is left of them is coded the better for it."""
+    """Their remainders are coded with a smaller error then."""
     alike, off, independent, few = (
         compiled(tiny(kind), f"{klt},vq{{rounds=1,codebook=layer}}", batches=batches).ctx.audit
         for kind, klt in (("S", "klt"), ("S", "klt{mean=off}"), ("I", "klt"), ("F", "klt"))
@@ -68,22 +66,15 @@ def test_experts_of_one_parent_get_a_mean_where_it_is_worth_its_bits(
         assert alike[path]["error"] < off[path]["error"] / 5
 
 
-def test_a_mean_s_codebook_and_scale_are_trained_and_stored_as_the_format_has_them(
+def test_mean_codebook_and_scale_are_trained_and_stored_in_the_types_of_the_format(
     tiny: Tiny, batches: list[Tensor]
 ) -> None:
-    program = compiled(
-        tiny("M"), "klt{rank=2,mean=3},vq{rounds=1},affine,fold", batches=batches
-    ).program
+    text = "klt{rank=2,mean=3},vq{rounds=1},affine,fold"
+    program = compiled(tiny("M"), text, batches=batches).program
     (moe,) = program.moe_layers()
     tuned = Tuned(program, [moe])
-    assert set(tuned.kinds.values()) >= {
-        "codebook",
-        "scale",
-        "basis",
-        "coef",
-        "mean_codebook",
-        "mean_scale",
-    }
+    wanted = {"codebook", "scale", "basis", "coef", "mean_codebook", "mean_scale"}
+    assert set(tuned.kinds.values()) >= wanted
     mean = {k: kind for k, kind in tuned.kinds.items() if kind.startswith(vq4.MEAN)}
     assert [tuned.bits[k] for k in tuned.kinds] == [3 if k in mean else 2 for k in tuned.kinds]
 
@@ -91,9 +82,8 @@ def test_a_mean_s_codebook_and_scale_are_trained_and_stored_as_the_format_has_th
     with torch.enable_grad():
         shared = StageWeights.sharing(weights, tuned.rounded())
         values: dict[str, Any] = {program.user_inputs[0].name: batches[0]}
-        for _ in run_nodes(
-            [n for n in program.graph.nodes if n.op == "call_function"], values, shared
-        ):
+        nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+        for _ in run_nodes(nodes, values, shared):
             pass
         values[output_node(program).name].square().mean().backward()
     optimizer = torch.optim.Adam(tuned.groups(10.0))
@@ -103,8 +93,7 @@ def test_a_mean_s_codebook_and_scale_are_trained_and_stored_as_the_format_has_th
     for k, kind in mean.items():
         assert not torch.equal(after[k], before[k])
         assert after[k].dtype == (torch.int8 if kind == "mean_codebook" else torch.float16)
-        assert (
-            kind != "mean_codebook" or int(after[k].min()) >= 0
-        )  # as three bits' symmetric codebooks are
+        # codebooks of three bits are symmetric: the signs are stored apart
+        assert kind != "mean_codebook" or int(after[k].min()) >= 0
     assert tuned.store() and all(torch.equal(program.read(tuned.names[k]), after[k]) for k in mean)
     program.verify()

@@ -1,4 +1,4 @@
-"""`moments`: the memory it takes, and the tokens it sees."""
+"""`moments`: the memory that it needs, and the tokens that it sees."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors made while it is on take at one time."""
+    """Count the most bytes that new tensors hold at one time while the mode is on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class Peak(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
-                self.count(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), 1)
-                weakref.finalize(
-                    t, self.count, t.untyped_storage().data_ptr(), t.untyped_storage().nbytes(), -1
-                )
+                storage = t.untyped_storage()
+                key, nbytes = storage.data_ptr(), storage.nbytes()
+                self.count(key, nbytes, 1)
+                weakref.finalize(t, self.count, key, nbytes, -1)
         return result
 
     def count(self, storage: int, nbytes: int, more: int) -> None:
@@ -44,7 +44,7 @@ class Peak(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def test_moments_are_in_memory_once(tiny: Tiny, batches: list[Tensor]) -> None:
+def test_moments_are_held_in_memory_only_once(tiny: Tiny, batches: list[Tensor]) -> None:
     program = tiny("I")
     stream = Stream(program, batches)
     stream.advance()
@@ -54,11 +54,8 @@ def test_moments_are_in_memory_once(tiny: Tiny, batches: list[Tensor]) -> None:
     with Peak() as peak:
         found = measure(layer, moe, routed, torch.eye(16))
     weights = (layer.weight(moe, p) for p in ("gate_up", "down"))
-    size = sum(
-        t.nbytes
-        for t in (found.gate_up, found.down, found.output["gate_up"], *weights)
-        if t is not None
-    )
+    held = found.gate_up, found.down, found.output["gate_up"], *weights
+    size = sum(t.nbytes for t in held if t is not None)
     assert size <= peak.most < 1.1 * size
 
 

@@ -1,12 +1,11 @@
-"""One contract for every pass. A new pass is tested here as soon as it can be found."""
+"""One contract for all passes. These tests find a new pass by themselves."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
+from dataclasses import Field, fields
 
 import pytest
 import torch
@@ -20,12 +19,13 @@ from moecc.ir.program import Program
 from moecc.pipeline.parse import find_pass, pass_names
 from moecc.pipeline.passes import Composite
 from moecc.pipeline.stream import run_program
+from moecc.types import FamilyModule
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
 
-# Options under which a pass is run here; a pass that is not listed runs with its defaults. Small, and for each pass of ours one
-# that changes the tiny model and one that leaves it as it is.
+# The pipelines in which each pass is tested; a pass that is not listed runs with its defaults. They
+# are small. For most passes, one changes the tiny model and the other leaves it as it is.
 OPTIONS: dict[str, list[str]] = {
     "budget": [
         "budget{bits=6,codebook=layer}",
@@ -38,7 +38,7 @@ OPTIONS: dict[str, list[str]] = {
     "vsraq": ["vsraq{steps=4}", "vsraq{steps=1,lr=0.0001}"],
     "rilq": ["rilq{steps=4,rank=2}", "rilq{steps=1,lr=0.0001,experts=false,patience=1}"],
     "lora": [],
-    "absorb": [],  # need an adapter: tests/test_lora.py
+    "absorb": [],  # both need an adapter: tests/test_lora.py
     "merge": ["rilq{steps=12,rank=2,lr=10},merge"],
     "kbvq": ["kbvq", "kbvq{bits=4,rank=4,mean=2,offset=on}"],
     "dense": ["dense{group=16}", "dense{group=16,bits=4}", "dense{group=128}"],
@@ -57,7 +57,7 @@ def text_and_run(request: pytest.FixtureRequest, traced: Program) -> tuple[str, 
     return request.param, compiled(traced, request.param, seed=7)
 
 
-def test_a_pass_says_honestly_whether_it_changed_anything_and_leaves_a_legal_graph(
+def test_a_pass_reports_whether_it_changed_anything_and_leaves_a_legal_graph(
     traced: Program, text_and_run: tuple[str, Run]
 ) -> None:
     run = text_and_run[1]
@@ -65,9 +65,8 @@ def test_a_pass_says_honestly_whether_it_changed_anything_and_leaves_a_legal_gra
     said = dict(zip(run.differed, (r.changed for r in run.reports), strict=True))
     assert said == run.differed
     out = run.output()
-    assert out.shape == torch.cat(run_program(traced, TOKENS)).shape and bool(
-        torch.isfinite(out).all()
-    )
+    assert out.shape == torch.cat(run_program(traced, TOKENS)).shape
+    assert bool(torch.isfinite(out).all())
 
 
 def test_the_same_seed_gives_the_same_bytes(traced: Program, text_and_run: tuple[str, Run]) -> None:
@@ -77,7 +76,7 @@ def test_the_same_seed_gives_the_same_bytes(traced: Program, text_and_run: tuple
     assert first.ctx.audit == again.ctx.audit and first.ctx.notes == again.ctx.notes
 
 
-def test_passes_leave_the_program_they_copied_from_alone(traced: Program) -> None:
+def test_passes_do_not_change_the_program_that_was_copied(traced: Program) -> None:
     before = traced.text()
     compiled(traced, "kbvq,vsraq{steps=2},dense{group=16}")
     assert traced.text() == before
@@ -92,7 +91,8 @@ def test_options_out_of_range_are_refused(name: str) -> None:
                 cls(**{f.name: wrong})
 
 
-def out_of_range(f: Any) -> Iterator[Any]:
+def out_of_range(f: Field[object]) -> Iterator[object]:
+    """Yield values of an option that its bounds or choices exclude."""
     low, high, choices = (f.metadata.get(k) for k in ("low", "high", "choices"))
     if low is not None:
         yield low - 1
@@ -105,7 +105,7 @@ def out_of_range(f: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", pass_names())
-def test_facts_are_declared(name: str) -> None:
+def test_facts_are_declared_as_sets_of_names(name: str) -> None:
     cls = find_pass(name)
     for attribute in ("requires", "after", "provides", "spoils"):
         facts = getattr(cls, attribute)
@@ -120,7 +120,7 @@ def test_a_model_without_experts_is_left_alone(tiny: Tiny, batches: list[Tensor]
     program = tiny("DD")
     for name in (n for n in pass_names() if OPTIONS.get(n) != []):
         run = compiled(program, OPTIONS.get(name, [name])[0], batches=batches)
-        if name not in ("dense", "rilq", "merge"):  # which work on what every token goes through
+        if name not in ("dense", "rilq", "merge"):  # these work outside the experts too
             assert not any(run.differed.values()) and not any(r.changed for r in run.reports), name
 
 
@@ -130,7 +130,7 @@ def test_error_falls_as_bits_rise(traced: Program) -> None:
         for b in (2, 3, 4)
     ]
     for path in expert_errors(runs[0]):
-        errors = [sum(expert_errors(r)[path]) for r in runs]
+        errors = [sum(expert_errors(run)[path]) for run in runs]
         assert errors[0] > errors[1] > errors[2] > 0, path
     want = torch.cat(run_program(traced, TOKENS))
     moved = [float((r.output() - want).square().mean()) for r in runs]
@@ -139,28 +139,24 @@ def test_error_falls_as_bits_rise(traced: Program) -> None:
     assert bits[1] > bits[0] and bits[2] > bits[0]
 
 
-def permuted(model: Any, order: list[int]) -> Any:
-    """The same model with its experts in another order: weights and router rows."""
+def permuted(model: FamilyModule, order: list[int]) -> FamilyModule:
+    """Copy a model and put its experts in another order: weights and router rows."""
     model = copy.deepcopy(model)
     for layer in model.model.layers:
-        for p in (
-            layer.mlp.experts.gate_up_proj,
-            layer.mlp.experts.down_proj,
-            layer.mlp.gate.weight,
-        ):
+        experts = layer.mlp.experts
+        for p in (experts.gate_up_proj, experts.down_proj, layer.mlp.gate.weight):
             p.data = p.data[order].clone()
     return model
 
 
 def test_permuting_experts_permutes_results() -> None:
-    """Exactly, but for what depends on the order of sums and on the draw that k-means starts from."""
+    """The order of sums and the random start of k-means still make small differences."""
     order = [2, 0, 3, 1]
     model = make("qwen2_moe")
     programs = [trace(model), trace(permuted(model, order))]
     want = torch.cat(run_program(programs[0], TOKENS))
-    torch.testing.assert_close(
-        torch.cat(run_program(programs[1], TOKENS)), want, rtol=1e-4, atol=1e-4
-    )
+    got = torch.cat(run_program(programs[1], TOKENS))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
     first, second = (compiled(p, "klt{rank=3}") for p in programs)
     torch.testing.assert_close(second.output(), first.output(), rtol=1e-3, atol=1e-3)
@@ -175,9 +171,9 @@ def test_permuting_experts_permutes_results() -> None:
     first, second = (compiled(p, text) for p in programs)
     for path, errors in expert_errors(first).items():
         tokens = first.ctx.audit[path]["tokens"]
-        assert second.ctx.audit[path]["tokens"] == [tokens[e] for e in order] or path.startswith(
-            "model.layers.1"
-        )
+        # the second layer's router sees the differences of the first
+        same = second.ctx.audit[path]["tokens"] == [tokens[e] for e in order]
+        assert same or path.startswith("model.layers.1")
         for got, e in zip(expert_errors(second)[path], order, strict=True):
             assert got == pytest.approx(errors[e], rel=0.5)
 
@@ -197,34 +193,25 @@ def starved() -> Program:
 def test_an_expert_with_no_routed_token_works_and_is_named(starved: Program, text: str) -> None:
     run = compiled(starved, text)
     path = starved.moe_layers()[0].path
-    named = [
-        n
-        for n in run.ctx.notes
-        if n.startswith(f"{path} expert 3: 0 routed tokens; calibrated on ")
-    ]
+    start = f"{path} expert 3: 0 routed tokens; calibrated on "
+    named = [note for note in run.ctx.notes if note.startswith(start)]
     assert len(named) == 1 and named[0].endswith(" sent to it on purpose")
     row = run.ctx.audit[f"{path}.gate_up"]
     assert row["tokens"][3] == 0 and "3" in {str(e) for e in row["starved"]}
     for projection in ("gate_up", "down"):
-        assert all(
-            math.isfinite(e) and e < 0.5
-            for e in run.ctx.audit[f"{path}.{projection}"]["expert_error"]
-        )
+        errors = run.ctx.audit[f"{path}.{projection}"]["expert_error"]
+        assert all(math.isfinite(e) and e < 0.5 for e in errors)
     assert bool(torch.isfinite(run.output()).all())
 
 
 def test_calibration_sees_compressed_earlier_layers(traced: Program) -> None:
-    """The second layer's codes depend on what the first was coded to."""
+    """The codes of the second layer depend on those of the first."""
     runs = [compiled(traced, f"vq{{bits={b},codebook=layer}}") for b in (2, 4)]
-    texts = [
-        {
-            k: v
-            for k, v in r.program.tensors.items()
-            if "layers.1" in k and k.endswith("gate_up.scale")
-        }
-        for r in runs
+    names = [
+        {n for n in run.program.tensors if "layers.1" in n and n.endswith("gate_up.scale")}
+        for run in runs
     ]
-    assert texts[0].keys() == texts[1].keys() and len(texts[0]) == 1
+    assert names[0] == names[1] and len(names[0]) == 1
     alone = compiled(traced, "vq{bits=2,codebook=layer}", batches=TOKENS[:2])
     assert alone.program.text() != runs[0].program.text()
 
@@ -232,7 +219,7 @@ def test_calibration_sees_compressed_earlier_layers(traced: Program) -> None:
 def test_tuning_lowers_the_held_out_loss_or_leaves_all_as_it_was(traced: Program) -> None:
     run = compiled(traced, "vq{codebook=layer},vsraq{steps=40}")
     terms = run.ctx.audit["model.layers.0.mlp.experts.gate_up"]["tuned"]
-    options: Any = find_pass("vsraq")()
+    options = find_pass("vsraq")()
     kinds = [k for k in ("reconstruction", "value", "order", "boundary") if k in terms["before"]]
     ratio = {k: terms["after"][k] / max(terms["before"][k], 1e-12) for k in kinds}
     assert sum(getattr(options, k) * (ratio[k] - 1) for k in kinds) <= 1e-9

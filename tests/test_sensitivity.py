@@ -1,4 +1,4 @@
-"""`sensitivity`, and gradients that are taken layer by layer, against those of the whole graph."""
+"""`sensitivity`, and gradients taken layer by layer, against gradients of the whole graph."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moecc.pipeline.stream import StageWeights
 pytestmark = pytest.mark.usefixtures("traced_once")
 
 
-def test_sensitivity_is_that_of_the_whole_graph(traced: Program) -> None:
+def test_sensitivity_equals_that_of_the_whole_graph(traced: Program) -> None:
     ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
     layered = Gradients(traced, Context()).measure("kl", [ids]).tensors
     values: dict[str, Any] = {traced.user_inputs[0].name: ids}
@@ -37,15 +37,14 @@ def test_sensitivity_is_that_of_the_whole_graph(traced: Program) -> None:
         logits = values[output_node(traced).name].flatten(0, 1)
         drawn = torch.Generator().manual_seed(Context().seed_for("sensitivity", "kl", 0, "output"))
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn).squeeze(-1)
-        grads = torch.autograd.grad(
-            F.cross_entropy(logits, labels, reduction="sum"), list(probes.values())
-        )
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        grads = torch.autograd.grad(loss, list(probes.values()))
     for path, g in zip(probes, grads, strict=True):
         torch.testing.assert_close(layered[path], g.T @ g / len(g), rtol=1e-3, atol=1e-9)
 
 
-def test_sensitivity_foretells_the_divergence(traced: Program) -> None:
-    """Behind the last experts, where no router can change its mind."""
+def test_sensitivity_predicts_the_divergence(traced: Program) -> None:
+    """Add noise behind the last experts, where no router can choose other experts for it."""
     ids = torch.randint(0, 64, (16, 32), generator=torch.Generator().manual_seed(0))
     run = compiled(traced, "sensitivity{routing=0}", batches=list(ids.split(1)))
     assert not run.differed["sensitivity"]
@@ -58,45 +57,42 @@ def test_sensitivity_foretells_the_divergence(traced: Program) -> None:
                 generator = torch.Generator().manual_seed(1)
                 values[node.name] = value + noise * torch.randn(value.shape, generator=generator)
         logits.append(values[output_node(traced).name].double().log_softmax(-1))
-    divergence = (
-        float((logits[0].exp() * (logits[0] - logits[1]).square()).sum(-1).mean()) / 2
-    )  # to second order
-    assert divergence == pytest.approx(
-        0.002**2 * float(run.ctx.sensitivity[moe.path].trace()) / 2, rel=0.1
-    )
+    # to second order
+    moved = (logits[0] - logits[1]).square()
+    divergence = float((logits[0].exp() * moved).sum(-1).mean()) / 2
+    want = 0.002**2 * float(run.ctx.sensitivity[moe.path].trace()) / 2
+    assert divergence == pytest.approx(want, rel=0.1)
 
 
-def test_values_that_are_watched_come_in_the_graph_s_order(traced: Program) -> None:
-    """Their losses are added in it: a set's would depend on PYTHONHASHSEED, and with it the last bits."""
+def test_watched_values_come_in_the_order_of_the_graph(traced: Program) -> None:
+    """Their losses are added in that order; a set's would make the last bits random."""
     names = {n.name for n in traced.graph.nodes if n.op == "call_function"}
     in_order = [[n.name for n in stage_nodes(traced, i)] for i in range(traced.layers)]
     assert Whole(traced, set(), watch=names).watched == in_order
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 40])
-def test_sensitivity_is_the_same_where_weights_do_not_stay_in_memory(
+def test_sensitivity_is_the_same_if_weights_do_not_stay_in_memory(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, memory: int, batches: list[Tensor]
 ) -> None:
     program = tiny("MMM")
     want = {k: Gradients(program, Context()).measure(k, batches).tensors for k in ("kl", "routing")}
     monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: False)
-    monkeypatch.setattr(
-        "moecc.passes.sensitivity.free_memory", lambda: memory
-    )  # batches one by one, and all together
+    # batches one by one without memory, all together with it
+    monkeypatch.setattr("moecc.passes.sensitivity.free_memory", lambda: memory)
     got = {k: Gradients(program, Context()).measure(k, batches).tensors for k in want}
     for kind, found in want.items():
         assert found.keys() == got[kind].keys() and found
         assert all(torch.equal(s, got[kind][n]) for n, s in found.items())
 
 
-def test_sensitivity_of_routing_is_that_of_the_routers_behind(traced: Program) -> None:
+def test_sensitivity_of_routing_counts_later_routers_alone(traced: Program) -> None:
     run = compiled(traced, "sensitivity{kl=0}")
     first, last = (m.path for m in traced.moe_layers())
     assert first in run.ctx.sensitivity and last not in run.ctx.sensitivity
     both = compiled(traced, "sensitivity")
-    assert (
-        float(both.ctx.sensitivity[first].trace()) > float(both.ctx.sensitivity[last].trace()) > 0
-    )
+    traces = [float(both.ctx.sensitivity[path].trace()) for path in (first, last)]
+    assert traces[0] > traces[1] > 0
 
 
 def test_without_sensitivity_all_output_channels_count_alike(traced: Program) -> None:
@@ -109,31 +105,31 @@ def test_without_sensitivity_all_output_channels_count_alike(traced: Program) ->
     assert told == ["weighted by sensitivity", "all channels alike"]
 
 
-def test_gradients_layer_by_layer_are_those_of_the_whole(traced: Program) -> None:
+def test_gradients_layer_by_layer_equal_those_of_the_whole_graph(traced: Program) -> None:
     program = compiled(traced, "kbvq{rank=2}").program
-    trained = Trained(find_pass("rilq")(rank=3), program, Context())  # type: ignore[call-arg, arg-type]
+    trained = Trained(find_pass("rilq")(rank=3), program, Context())
     with torch.no_grad():
         for b in trained.b.values():
             b.normal_(std=0.05)
     routers = {selection_scores(m).name for m in program.moe_layers()}
     whole = Whole(program, trained.placeholders, watch=routers)
     inner = {name: lambda scores: scores.float().sin().sum() for name in routers}
-    whole.backward(
-        TOKENS[0], trained.values, lambda values, logits: logits.float().square().mean(), inner
-    )
+
+    def loss(values: object, logits: Tensor) -> Tensor:
+        return logits.float().square().mean()
+
+    whole.backward(TOKENS[0], trained.values, loss, inner)
     got = [p.grad for p in trained.parameters]
 
     weights = StageWeights(program)
     values: dict[str, Any] = {program.user_inputs[0].name: TOKENS[0]}
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     with torch.enable_grad():
-        for _ in run_nodes(
-            nodes, values, StageWeights.sharing(weights, trained.values(trained.placeholders))
-        ):
+        shared = StageWeights.sharing(weights, trained.values(trained.placeholders))
+        for _ in run_nodes(nodes, values, shared):
             pass
-        want = values[whole.output].float().square().mean() + sum(
-            values[n].float().sin().sum() for n in routers
-        )
+        want = values[whole.output].float().square().mean()
+        want = want + sum(values[n].float().sin().sum() for n in routers)
         grads = torch.autograd.grad(want, trained.parameters, allow_unused=True)
     assert sum(g is not None for g in got) > 20
     for g, w in zip(got, grads, strict=True):
