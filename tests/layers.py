@@ -174,5 +174,5 @@ def assert_within(out: Tensor, wanted: Tensor) -> None:
 
 
 def bits_of(tensors: Mapping[str, Tensor | None]) -> int:
-    """Every bit that these tensors hold."""
+    """Return the number of bits that these tensors hold."""
     return sum(8 * t.numel() * t.element_size() for t in tensors.values() if t is not None)

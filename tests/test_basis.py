@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from coders import E, K, drawn
+from layers import bits_of
 
-from moecc.ir import vq4
 from moecc.passes._code.basis import factorize, square_root
+from moecc.pipeline.bits import basis_bits
 
 
 def test_square_root_and_its_inverse_give_back_the_moments() -> None:
@@ -64,6 +65,6 @@ def test_a_stored_basis_has_the_shapes_of_the_format() -> None:
         stored = {n: t for n, t in got.tensors.items() if t is not None}
         assert {n: (tuple(t.shape), t.dtype) for n, t in stored.items()} == want
         bits = 16 * math.prod(basis) + 8 * math.prod(coef) + 16 * math.prod(coef[:2])
-        assert vq4.stored_bits(got.tensors) == bits
-        assert vq4.basis_bits(2, 3, 10, 8, input_side=input_side) == bits
-    assert vq4.basis_bits(0, 3, 10, 8, input_side=True) == 0
+        assert bits_of(got.tensors) == bits
+        assert basis_bits(2, 3, 10, 8, input_side=input_side) == bits
+    assert basis_bits(0, 3, 10, 8, input_side=True) == 0

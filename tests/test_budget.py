@@ -75,7 +75,8 @@ def count_codes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def coded_bits(matrices: int, rows: int, columns: int, bits: int, books: int = 1) -> int:
         return matrices * rows * columns * bits
 
-    monkeypatch.setattr(vq4, "coded_bits", coded_bits)
+    for module in ("budget", "_code.basis"):
+        monkeypatch.setattr(f"moecc.passes.{module}.coded_bits", coded_bits)
 
 
 def test_bits_go_where_errors_cost_and_stay_within_the_budget(
@@ -86,12 +87,12 @@ def test_bits_go_where_errors_cost_and_stay_within_the_budget(
     weights = {p: (512 if p.endswith("gate_up") else 256) * 4 for p in ctx.data["budget"]}
     spent = sum(w * ctx.data["budget"][p].bits for p, w in weights.items()) / sum(weights.values())
     assert 2.4 < spent <= 2.5
-    assert {v["became"] for v in ctx.audit.values()} == {"vq4 2 bit", "vq4 3 bit"}
-    for p, planned in ctx.plan.items():
-        assert ctx.audit[p]["became"] == f"vq4 {planned.bits} bit"
+    assert {v["fate"]["bits"] for v in ctx.audit.values()} == {2, 3}
+    for p, planned in ctx.data["budget"].items():
+        assert ctx.audit[p]["fate"]["bits"] == planned.bits
     placeholders = [n.name for n in program.graph.nodes if n.op == "placeholder"]
     signed = {name.rpartition("_")[0] for name in placeholders if name.endswith("signs")}
-    assert len(signed) == sum(planned.bits == 3 for planned in ctx.plan.values())
+    assert len(signed) == sum(planned.bits == 3 for planned in ctx.data["budget"].values())
 
 
 def test_a_mean_is_planned_where_experts_are_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +151,14 @@ def test_without_memory_for_costs_of_gate_up_bits_still_follow_sensitivity(
     monkeypatch.setattr("moecc.passes._code.moments._PER_EXPERT_BYTES", 4000)
     count_codes_alone(monkeypatch)
     _, ctx = compiled("budget{bits=2.7,mean=off,rank=0},klt,vq", "MMM")
-    bits = [sum(it.bits for name, it in ctx.plan.items() if str(i) in name) for i in range(3)]
-    planned = {name: s for name, s in ctx.sensitivity.items() if f"{name}.down" in ctx.plan}
+    bits = [
+        sum(it.bits for name, it in ctx.data["budget"].items() if str(i) in name) for i in range(3)
+    ]
+    planned = {
+        name: s
+        for name, s in ctx.data["sensitivity"].items()
+        if f"{name}.down" in ctx.data["budget"]
+    }
     costs = {name: float(s.trace()) for name, s in planned.items()}
     # the first layer costs the most, by far
     assert min(costs) == max(costs, key=lambda name: costs[name])
@@ -163,4 +170,4 @@ def test_experts_without_tokens_do_not_make_a_layer_cheap() -> None:
     ids = [torch.randint(0, 16, (1, 6), generator=g) for g in seeds]
     plan = "budget{bits=6,codebook=layer,mean=off,rank=0}"
     _, ctx = compiled(f"{plan},klt,vq{{codebook=layer}}", "IM", ids)
-    assert all(planned.cost > 0 for planned in ctx.plan.values())
+    assert all(planned.cost > 0 for planned in ctx.data["budget"].values())

@@ -242,7 +242,7 @@ def test_adapters_are_merged_in_the_dtype_of_the_checkpoint(
     assert got.json["passes"].endswith(",merge")
     rows = json.loads((tmp_path / "out" / "moecc.json").read_text())["audit"]
     (row,) = (r for r in rows if r["name"] == f"{name}.weight")
-    assert (row["became"], row["bits"], row["role"]) == ("rewritten", 16.0, "attention")
+    assert (row["fate"]["kind"], row["bits"], row["role"]) == ("rewritten", 16.0, "attention")
     before, after = (
         load(f).get_parameter(f"{name}.weight").detach() for f in (model, tmp_path / "out")
     )

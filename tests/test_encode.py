@@ -9,12 +9,14 @@ import torch
 from coders import BITS, E, K, N, costs, drawn, relative
 from hypothesis import given
 from hypothesis import strategies as st
+from layers import bits_of
 from torch import Tensor
 
 from moecc.ir import vq4
 from moecc.passes._code import coding
 from moecc.passes._code.coding import Coded, encode, encode_in_parts, pad_columns
 from moecc.passes._code.metric import weighted_error
+from moecc.pipeline.bits import coded_bits
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -130,7 +132,7 @@ def test_coded_experts_can_be_stored_in_the_format(bits: int, shared: bool) -> N
     torch.testing.assert_close(
         vq4.mean_part(part, K, torch.float32), coded.dense(), rtol=1e-3, atol=1e-6
     )
-    assert vq4.stored_bits(stored) == vq4.coded_bits(E, N, K, bits, books=1 if shared else E)
+    assert bits_of(stored) == coded_bits(E, N, K, bits, books=1 if shared else E)
 
 
 @pytest.mark.parametrize("bits", BITS)

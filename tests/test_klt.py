@@ -14,7 +14,7 @@ from moecc.ir import vq4
 from moecc.ir.graph import run_nodes
 from moecc.ir.ops import KLT_EXPERTS
 from moecc.ir.program import Program, output_node
-from moecc.passes._tune.tuned import Tuned, bits_of
+from moecc.passes._tune.tuned import Tuned
 from moecc.pipeline.stream import StageWeights, run_program
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -42,13 +42,13 @@ def test_basis_and_mean_are_present_as_the_options_say(
 ) -> None:
     run = compiled(tiny("M"), f"klt{{rank={rank},mean={mean}}},vq{{rounds=1}}", batches=batches)
     (moe,) = run.program.moe_layers()
-    for projection in ("gate_up", "down"):
-        there = {n for n in vq4.SHARED if moe.operand(f"{projection}_{n}") is not None}
+    for projection in moe.projections:
+        there = {n for n in vq4.SHARED if projection.operand(n) is not None}
         want = {"basis", "coef", "coef_scale"} if rank else set()
         want |= {"mean_codes", "mean_codebook", "mean_scale"} if bits else set()
         assert there == want | ({"mean_signs"} if bits == 3 else set())
-        assert not bits or bits_of(moe, projection, vq4.MEAN) == bits
-        row = run.ctx.audit[f"{moe.path}.{projection}"]
+        assert not bits or projection.bits(vq4.MEAN) == bits
+        row = run.ctx.audit[projection.path]
         assert (row["rank"], row["mean"]) == (rank, f"{bits} bit" if bits else "none")
 
 

@@ -60,7 +60,7 @@ def test_sensitivity_predicts_the_divergence(traced: Program) -> None:
     # to second order
     moved = (logits[0] - logits[1]).square()
     divergence = float((logits[0].exp() * moved).sum(-1).mean()) / 2
-    want = 0.002**2 * float(run.ctx.sensitivity[moe.path].trace()) / 2
+    want = 0.002**2 * float(run.ctx.data["sensitivity"][moe.path].trace()) / 2
     assert divergence == pytest.approx(want, rel=0.1)
 
 
@@ -89,9 +89,9 @@ def test_sensitivity_is_the_same_if_weights_do_not_stay_in_memory(
 def test_sensitivity_of_routing_counts_later_routers_alone(traced: Program) -> None:
     run = compiled(traced, "sensitivity{kl=0}")
     first, last = (m.path for m in traced.moe_layers())
-    assert first in run.ctx.sensitivity and last not in run.ctx.sensitivity
+    assert first in run.ctx.data["sensitivity"] and last not in run.ctx.data["sensitivity"]
     both = compiled(traced, "sensitivity")
-    traces = [float(both.ctx.sensitivity[path].trace()) for path in (first, last)]
+    traces = [float(both.ctx.data["sensitivity"][path].trace()) for path in (first, last)]
     assert traces[0] > traces[1] > 0
 
 
