@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moecc.ir.moe import MoE
+from moecc.ir.moe import Projection
 from moecc.ir.ops import VQ_EXPERTS
 from moecc.options import option
 from moecc.pipeline.passes import Context, Layer, LayerPass
@@ -30,16 +30,16 @@ class DropBias(LayerPass):
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         compressed = [m for m in layer.moe if m.node.target is VQ_EXPERTS]
-        return any([self.drop(layer, m, p, ctx) for m in compressed for p in m.projections])
+        return any([self.drop(layer, p, ctx) for m in compressed for p in m.projections])
 
-    def drop(self, layer: Layer, moe: MoE, projection: str, ctx: Context) -> bool:
-        bias, weight = layer.weight(moe, f"{projection}_bias"), layer.original(moe, projection)
+    def drop(self, layer: Layer, projection: Projection, ctx: Context) -> bool:
+        bias, weight = layer.weight(projection, "bias"), layer.original(projection)
         if bias is None or weight is None:
             return False
         share = float((bias / weight.norm(dim=-1).clamp(min=1e-12)).square().mean().sqrt())
-        ctx.record(f"{moe.path}.{projection}", bias_share=share)
+        ctx.record(projection.path, bias_share=share)
         if share >= self.below:
             return False
-        moe.set_operands({f"{projection}_bias": None})
+        projection.set_operands({"bias": None})
         layer.program.drop_unused()
         return True
