@@ -41,17 +41,7 @@ def write_artifact(
 
     source: the folder that the model came from, None for a model in memory. facts: what moecc.json says besides the audit.
     """
-    free_space(folder, int(found.nbytes * 1.01) + (1 << 20))
-    shards = _shards(found.tensors)
-    count = len(shards)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    files = dict(zip(names if count > 1 else [SINGLE], shards, strict=True))
-    for name, keys in progress(list(files.items()), "writing"):
-        write_safetensors(folder / name, {k: found.tensors[k] for k in keys}, {"format": "pt"})
-    if count > 1:
-        index = {k: name for name, keys in files.items() for k in keys}
-        total = {"total_size": found.nbytes}
-        _json(folder / INDEX, {"metadata": total, "weight_map": index})
+    files = write_weights(folder, found.tensors, progress)
     on_disk = sum((folder / name).stat().st_size for name in files)
     header = Row("(safetensors headers)", "file format", (), HEADER, on_disk - found.nbytes)
     rows = [*found.rows, header]
@@ -61,6 +51,24 @@ def write_artifact(
     audit = [row.as_json() for row in rows]
     _json(folder / "moecc.json", {**facts, "summary": summary(rows), "audit": audit})
     return rows
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, LazyTensor], progress: Progress = lambda items, label: items
+) -> list[str]:
+    """Write tensors as a checkpoint's safetensors file, or as shards with their index; the files' names."""
+    nbytes = sum(t.nbytes for t in tensors.values())
+    free_space(folder, int(nbytes * 1.01) + (1 << 20))
+    shards = _shards(tensors)
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = dict(zip(names if count > 1 else [SINGLE], shards, strict=True))
+    for name, keys in progress(list(files.items()), "writing"):
+        write_safetensors(folder / name, {k: tensors[k] for k in keys}, {"format": "pt"})
+    if count > 1:
+        index = {k: name for name, keys in files.items() for k in keys}
+        _json(folder / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": index})
+    return list(files)
 
 
 def _shards(tensors: Mapping[str, LazyTensor]) -> list[list[str]]:

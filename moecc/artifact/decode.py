@@ -1,0 +1,142 @@
+"""The float weights that an artifact stands for, under the names and in the layout of its family.
+
+1. a coded projection is decoded to the canonical matrices [E, N, K] (`moecc.ir.vq4`), a quantized linear to [N, K]
+2. the float model's trace knows each canonical operand as a graph over its parameters (a transposition, interleaved rows). The
+   same graph, run on the numbers of elements, says which element of which parameter each canonical weight is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from moecc.checkpoint.files import LazyTensor
+from moecc.errors import MoeccError
+from moecc.frontend.capture import capture
+from moecc.frontend.config import as_if_plain, read_config
+from moecc.frontend.skeleton import skeleton
+from moecc.frontend.trace import program_of, trace
+from moecc.ir import ops, vq4
+from moecc.ir.moe import Projection, operand
+from moecc.ir.program import Program
+
+
+def float_tensors(folder: Path, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
+    """The tensors of the float checkpoint by name, each computed when it is read.
+
+    dtype: of floating tensors, by default that of the configuration. MoeccError if the family has no place for something that
+    is stored: offsets, where it has no biases.
+    """
+    program = trace(folder)
+    found = skeleton(as_if_plain(read_config(folder)[0]))
+    plain = program_of(capture(found), found, str(folder))
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.model.state_dict().items()}
+    return _Decoder(program, plain, shapes, dtype or program.dtype).tensors()
+
+
+class _Decoder:
+    """Gives the float model `plain` the weights that the artifact `program` stands for. shapes: of its parameters."""
+
+    def __init__(
+        self,
+        program: Program,
+        plain: Program,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+    ):
+        self.program, self.plain, self.shapes, self.dtype = program, plain, shapes, dtype
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Experts and linears decoded, everything else as it is stored."""
+        store = self.program.store
+        if store is None:
+            raise MoeccError(f"{self.program.source} has no weights; give a complete artifact")
+        found: dict[str, LazyTensor] = {}
+        left = {name for name in store.names() if name not in store.tied}
+        dense = {m.path: m for m in self.plain.moe_layers()}
+        for moe in self.program.moe_layers():
+            if moe.node.target is ops.VQ_EXPERTS:
+                for ours, theirs in zip(moe.projections, dense[moe.path].projections, strict=True):
+                    found |= self.projection(ours, theirs)
+                    left -= {f"{ours.path}.{part}" for part in vq4.TENSORS}
+        for node in self.program.graph.nodes:
+            if node.op == "call_function" and node.target is ops.Q_LINEAR:
+                path, tensor = self.linear(node)
+                found[f"{path}.weight"] = tensor
+                left -= {f"{path}.{part}" for part in ("weight", "scale", "zero")}
+        for name in left:
+            dtype = self.dtype if store.dtype(name).is_floating_point else store.dtype(name)
+            read = partial(_as, partial(store.read, name), dtype)
+            found[name] = LazyTensor(tuple(store.shape(name)), dtype, read)
+        return found
+
+    def projection(self, ours: Projection, theirs: Projection) -> dict[str, LazyTensor]:
+        """The parameters behind one projection and its bias."""
+        bias, place = ours.operand("bias"), theirs.operand("bias")
+        if bias is not None and place is None:
+            raise MoeccError(
+                f"{ours.path}: offsets are stored, and its family has no biases to hold them; "
+                "compile it with kbvq{offset=off}"
+            )
+        found = {}
+        for node in (theirs.operand(), place if bias is not None else None):
+            if node is None:
+                continue
+            weight = self.plain.weights[node.name]
+            for source in weight.sources or (weight.name,):
+                read = partial(self.parameter, node, source, ours, bias if node is place else None)
+                found[source] = LazyTensor(self.shapes[source], self.dtype, read)
+        return found
+
+    def parameter(
+        self, node: fx.Node, source: str, ours: Projection, bias: fx.Node | None
+    ) -> Tensor:
+        """The parameter `source`, one of those that the float model computes the operand `node` from."""
+        canonical = self.program.value(bias) if bias is not None else self.dense(ours)
+        weight = self.plain.weights[node.name]
+        if weight.recipe is None:
+            return canonical.to(self.dtype).contiguous()
+        numbers, start, first = [], 0, 0
+        for name in weight.sources:
+            size = torch.Size(self.shapes[name])
+            numbers.append(torch.arange(start, start + size.numel()).view(size))
+            first = start if name == source else first
+            start += size.numel()
+        # rows that the model never reads, such as those of experts that do nothing, stay zero
+        flat = torch.zeros(start, dtype=self.dtype)
+        flat[weight.recipe(*numbers).flatten()] = canonical.to(self.dtype).flatten()
+        size = torch.Size(self.shapes[source])
+        return flat[first : first + size.numel()].view(size).clone()
+
+    def dense(self, projection: Projection) -> Tensor:
+        """The float32 matrices [E, N, K] of a coded projection."""
+        nodes = {part: projection.operand(part) for part in vq4.TENSORS}
+        tensors = {part: None if n is None else self.program.value(n) for part, n in nodes.items()}
+        codes, book, scale = (tensors[part] for part in ("codes", "codebook", "scale"))
+        assert codes is not None and book is not None and scale is not None
+        columns, side = projection.shape[2], projection.input_side
+        weight = vq4.decode(codes, tensors["signs"], book, columns, torch.float32)
+        weight = weight * scale.float().unsqueeze(-1)
+        shared = vq4.shared_part(tensors, columns, torch.float32, input_side=side)
+        return weight if shared is None else weight + shared
+
+    def linear(self, node: fx.Node) -> tuple[str, LazyTensor]:
+        """The path and the matrix [N, K] of a quantized linear."""
+        nodes = [operand(node, name) for name in ("weight", "scale", "zero")]
+        names = [self.program.weights[n.name].name for n in nodes if n is not None]
+        bits, rows = int(node.kwargs["bits"]), nodes[1].meta["val"].shape[0]  # type: ignore[arg-type, union-attr]
+        columns = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+
+        def read() -> Tensor:
+            tensors = map(self.program.read, names)
+            return ops.dequantize_linear(*tensors, bits=bits).to(self.dtype)
+
+        return names[0].rpartition(".")[0], LazyTensor((rows, columns), self.dtype, read)
+
+
+def _as(read: partial[Tensor], dtype: torch.dtype) -> Tensor:
+    return read().to(dtype).contiguous()
