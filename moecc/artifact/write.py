@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from moecc.artifact.audit import Plan
@@ -88,6 +89,22 @@ def _require_total(rows: Sequence[Row], on_disk: int) -> None:
     if on_disk != accounted:
         what = f"the audit accounts for {accounted} bytes but the files hold {on_disk}"
         raise MoeccError(f"{what}; this is a fault of moecc")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in that becomes `out` if nothing fails, and is gone otherwise. MoeccError if `out` exists."""
+    if out.exists():
+        raise MoeccError(f"{out} exists; give another folder or remove it")
+    draft = out.with_name(out.name + ".partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        draft.rename(out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def copy_small_files(source: Path | None, folder: Path) -> None:
