@@ -20,7 +20,6 @@ from moecc.options import option
 from moecc.target import Emitted, Target
 from moecc.types import Say
 
-
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
