@@ -11,16 +11,12 @@ from families import ALL, SAMPLE, make
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralModel
 
-from moecc.commands.evaluate import (
-    _Totals,
-    compare_sets,
-    evaluate,
-    everything_bits,
-    experts_bits,
-)
+from moecc.commands.agreement import Totals, compare_sets
+from moecc.commands.evaluate import evaluate
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program
+from moecc.pipeline.bits import everything_bits, experts_bits
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -150,12 +146,12 @@ def test_kl_is_the_sum_over_the_vocabulary_and_skips_masked_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # several chunks per row
-    monkeypatch.setattr("moecc.commands.evaluate._PROBABILITIES_AT_ONCE", 16)
+    monkeypatch.setattr("moecc.commands.agreement._PROBABILITIES_AT_ONCE", 16)
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 2, 6, 7, generator=generator)
     ours[..., 6] = theirs[..., 6] = -torch.inf
     ids = torch.randint(0, 6, (2, 6), generator=generator)
-    totals = _Totals()
+    totals = Totals()
     totals.add(ours, theirs, ids)
     q, p = ours[:, :-1, :6].double().softmax(-1), theirs[:, :-1, :6].double().softmax(-1)
     assert float(totals.kl) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)

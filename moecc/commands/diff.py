@@ -1,19 +1,22 @@
-"""`moecc diff A B`: how two artifacts or checkpoints differ, tensor by tensor.
+"""`moecc diff A B`: compare two artifacts or checkpoints, tensor by tensor.
 
-A tensor in both is the same (dtype, shape and every byte), or differs: floats by the relative error |B - A| / |A|
-(Frobenius norms, float64 sums), codes and other integers by the share of entries that are not equal. Two folders are
-identical where all tensors are and every JSON file but the shard index is; how tensors are spread over files doesn't
-count. Large tensors are read and compared a few rows at a time.
+Two tensors are the same if dtype, shape and every byte agree. Otherwise the difference is a number:
+
+  floats             the relative error |B - A| / |A| (Frobenius norms, sums in float64)
+  codes, integers    the share of entries that are not equal
+
+Two folders are identical if all tensors are the same and all JSON files except the shard index say
+the same; how tensors are spread over files does not count. Large tensors are read and compared a
+few rows at a time.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,21 +24,23 @@ from torch import Tensor
 from moecc.checkpoint.files import INDEX, SINGLE, TensorEntry, read_header, read_index, size
 from moecc.checkpoint.source import SMALL_FILES, checkpoint_folder
 from moecc.errors import MoeccError
+from moecc.types import Json, Progress
 
 _AT_ONCE = 64 << 20  # bytes of a tensor that are compared together
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: its tensors by name and what is known of where it comes from."""
+    """One of the two models: its tensors by name, the bytes of its weight files, its moecc.json."""
 
     name: str
     folder: Path
     entries: dict[str, TensorEntry]
     nbytes: int
-    manifest: dict[str, Any]
+    manifest: Json
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
+        """Return what `moecc diff --json` says about this model alone."""
         weights = sum(math.prod(e.shape) for e in self.entries.values())
         stored = sum(e.nbytes for e in self.entries.values())
         summary = self.manifest.get("summary", {})
@@ -51,12 +56,11 @@ class Side:
         }
 
 
-def compare_models(
-    a: str,
-    b: str,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items,
-) -> Any:
-    """What `moecc diff --json` prints; `identical` says whether there is any difference."""
+def compare_models(a: str, b: str, progress: Progress = lambda items, label: items) -> Json:
+    """Return what `moecc diff --json` prints; its `identical` is true if nothing differs.
+
+    a, b: folders or hub ids. Raise MoeccError if one of them is no checkpoint.
+    """
     left, right = _side(a), _side(b)
     shared = [name for name in left.entries if name in right.entries]
     different = []
@@ -64,30 +68,31 @@ def compare_models(
         found = compare(left.entries[name], right.entries[name])
         if found is not None:
             different.append({"name": name, **found})
-    only = [
-        [n for n in one.entries if n not in other.entries]
-        for one, other in ((left, right), (right, left))
-    ]
+    only_left = [name for name in left.entries if name not in right.entries]
+    only_right = [name for name in right.entries if name not in left.entries]
     files = _other_files(left, right)
     return {
-        "identical": not (different or only[0] or only[1] or files),
+        "identical": not (different or only_left or only_right or files),
         "a": left.as_dict(),
         "b": right.as_dict(),
         "same_tensors": len(shared) - len(different),
         "different_tensors": different,
-        "only_in_a": only[0],
-        "only_in_b": only[1],
+        "only_in_a": only_left,
+        "only_in_b": only_right,
         "different_files": files,
     }
 
 
-def compare(a: TensorEntry, b: TensorEntry) -> dict[str, Any] | None:
-    """None for the same bytes; else both kinds, and how far the values are apart where they mean the same thing: two
-    float tensors of any dtype, or integers of one dtype (codes are no values to hold against weights)."""
-    kinds = [f"{str(e.dtype).removeprefix('torch.')} {list(e.shape)}" for e in (a, b)]
+def compare(a: TensorEntry, b: TensorEntry) -> Json | None:
+    """Return None if both hold the same bytes, else both kinds and how far the values are apart.
+
+    Only values of one meaning have a distance: two float tensors of any dtype, or integers of one
+    dtype. Codes and weights have none.
+    """
     floating = a.dtype.is_floating_point and b.dtype.is_floating_point
+    kinds = {"a": _kind(a), "b": _kind(b)}
     if a.shape != b.shape or not (floating or a.dtype == b.dtype):
-        return {"a": kinds[0], "b": kinds[1]}
+        return kinds
     same, unequal, error, norm = a.dtype == b.dtype, 0, 0.0, 0.0
     for x, y in _parts(a, b):
         if a.dtype == b.dtype and torch.equal(_bytes(x), _bytes(y)):
@@ -102,15 +107,16 @@ def compare(a: TensorEntry, b: TensorEntry) -> dict[str, Any] | None:
     if same:
         return None
     if floating:
-        return {
-            "a": kinds[0],
-            "b": kinds[1],
-            "relative_error": math.sqrt(error / norm) if norm else None,
-        }
-    return {"a": kinds[0], "b": kinds[1], "unequal": unequal / math.prod(a.shape)}
+        return {**kinds, "relative_error": math.sqrt(error / norm) if norm else None}
+    return {**kinds, "unequal": unequal / math.prod(a.shape)}
+
+
+def _kind(entry: TensorEntry) -> str:
+    return f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}"
 
 
 def _parts(a: TensorEntry, b: TensorEntry) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield both tensors, whole or as equal ranges of rows with at most _AT_ONCE bytes."""
     if not a.shape or max(a.nbytes, b.nbytes) <= _AT_ONCE:
         yield a.read(), b.read()
         return
@@ -124,28 +130,35 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
+# ---------------------------------------------------------------- folders
+
+
 def _side(name: str) -> Side:
     folder = checkpoint_folder(name)
     files = _files(folder)
     entries: dict[str, TensorEntry] = {}
     for file in files:
         entries.update(read_header(file)[0])
-    manifest = _json(folder / "moecc.json") if (folder / "moecc.json").is_file() else {}
+    nbytes = sum(f.stat().st_size for f in files)
+    return Side(name, folder, dict(sorted(entries.items())), nbytes, _manifest(folder))
+
+
+def _manifest(folder: Path) -> Json:
+    """Return the content of moecc.json, {} if the folder has none."""
+    file = folder / "moecc.json"
+    manifest = _json(file) if file.is_file() else {}
     if not isinstance(manifest, dict):
-        raise MoeccError(
-            f"{folder / 'moecc.json'} isn't what moecc writes; compile the model again"
-        )
-    return Side(
-        name, folder, dict(sorted(entries.items())), sum(f.stat().st_size for f in files), manifest
-    )
+        raise MoeccError(f"{file} isn't what moecc writes; compile the model again")
+    return manifest
 
 
 def _files(folder: Path) -> list[Path]:
+    """Return the weight files of a model; raise MoeccError if there are none."""
     if (folder / INDEX).is_file():
         return [folder / name for name in sorted(set(read_index(folder / INDEX).values()))]
-    found = (
-        [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
-    )
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise MoeccError(
             f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact"
@@ -153,7 +166,7 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def _json(file: Path) -> Any:
+def _json(file: Path) -> object:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -161,12 +174,15 @@ def _json(file: Path) -> Any:
 
 
 def _other_files(a: Side, b: Side) -> list[str]:
-    """Names of other files of a model (configurations, tokenizer, code) that only one has, or that say another thing."""
+    """Return the names of other files of a model that one side lacks or whose content differs.
+
+    These are configurations, tokenizer files and code.
+    """
     names = {
         f.name
         for side in (a, b)
-        for kind in (*SMALL_FILES, "*.py")
-        for f in side.folder.glob(kind)
+        for pattern in (*SMALL_FILES, "*.py")
+        for f in side.folder.glob(pattern)
         if f.name != INDEX
     }
     both = {n for n in names if (a.folder / n).is_file() and (b.folder / n).is_file()}
@@ -175,8 +191,8 @@ def _other_files(a: Side, b: Side) -> list[str]:
     )
 
 
-def _content(file: Path) -> Any:
-    """What a file says: of JSON whatever its layout."""
+def _content(file: Path) -> object:
+    """Return the bytes of a file, or the values of a JSON file, whose layout does not count."""
     if file.suffix == ".json":
         return _json(file)
     try:
@@ -188,42 +204,42 @@ def _content(file: Path) -> Any:
 # ---------------------------------------------------------------- for people
 
 
-def table(found: dict[str, Any], most: int = 40) -> str:
-    """What `moecc diff` prints without --json."""
+def table(found: Json, most: int = 40) -> str:
+    """Return what `moecc diff` prints without --json, at most `most` lines of each list."""
     lines = [_side_line(key, found[key]) for key in ("a", "b")]
+    same, different = found["same_tensors"], found["different_tensors"]
     if found["identical"]:
-        return "\n".join([*lines, f"identical: {found['same_tensors']} tensors"])
-    lines.append(
-        f"{found['same_tensors']} tensors are the same, {len(found['different_tensors'])} differ"
-    )
-    for row in _first(found["different_tensors"], most):
-        lines.append(row if isinstance(row, str) else f"  {row['name']}: {_difference(row)}")
+        return "\n".join([*lines, f"identical: {same} tensors"])
+    lines.append(f"{same} tensors are the same, {len(different)} differ")
+    lines += _first([f"{row['name']}: {_difference(row)}" for row in different], most)
     for key, side in (("only_in_a", "A"), ("only_in_b", "B")):
         if found[key]:
             lines.append(f"{len(found[key])} only in {side}")
-            lines += [f"  {name}".rstrip() for name in _first(found[key], most)]
+            lines += _first(found[key], most)
     if found["different_files"]:
         lines.append(f"other files: {', '.join(found['different_files'])}")
     return "\n".join(lines)
 
 
-def _first(rows: list[Any], most: int) -> list[Any]:
-    return (
-        rows
-        if len(rows) <= most
-        else [*rows[:most], f"  ... and {len(rows) - most} more (--json lists all)"]
-    )
+def _first(texts: list[str], most: int) -> list[str]:
+    shown = [f"  {text}" for text in texts[:most]]
+    left = len(texts) - len(shown)
+    return [*shown, f"  ... and {left} more (--json lists all)"] if left else shown
 
 
-def _side_line(key: str, side: dict[str, Any]) -> str:
+def _side_line(key: str, side: Json) -> str:
     bits = f", {side['bits_per_weight']:.3f} bits per weight" if side["bits_per_weight"] else ""
     origin = f"; {side['pipeline']} of {side['source']}" if side["pipeline"] is not None else ""
-    return f"{key.upper()} {side['name']}: {side['tensors']} tensors, {size(side['bytes'])}{bits}{origin}"
+    sizes = f"{side['tensors']} tensors, {size(side['bytes'])}"
+    return f"{key.upper()} {side['name']}: {sizes}{bits}{origin}"
 
 
-def _difference(row: dict[str, Any]) -> str:
+def _difference(row: Json) -> str:
     kind = row["a"] if row["a"] == row["b"] else f"{row['a']} and {row['b']}"
-    if "relative_error" in row:
-        error = row["relative_error"]
-        return f"{kind}, relative error {'not defined (A is zero)' if error is None else f'{error:.3g}'}"
-    return f"{kind}, {100 * row['unequal']:.3g} % of the entries" if "unequal" in row else kind
+    if "unequal" in row:
+        return f"{kind}, {100 * row['unequal']:.3g} % of the entries"
+    if "relative_error" not in row:
+        return str(kind)
+    error = row["relative_error"]
+    known = "not defined (A is zero)" if error is None else f"{error:.3g}"
+    return f"{kind}, relative error {known}"

@@ -1,10 +1,9 @@
-"""`moecc export OUT --to TARGET`, `moecc bench OUT`, `moecc build-ops`: what targets make of an artifact."""
+"""`moecc export OUT --to TARGET`, `moecc bench OUT`, `moecc build-ops`: what targets do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.errors import MoeccError
@@ -15,9 +14,11 @@ from moecc.types import Say
 def export_artifact(
     model: str, to: str, out: Path | None = None, *, say: Say = lambda line: None
 ) -> Emitted:
-    """Write the artifact or checkpoint `model` (folder or hub id) in the form that the target text `to` names.
+    """Write the artifact or checkpoint `model` (folder or hub id) in the form that `to` names.
 
-    out: the new folder, by default one with the target's name in the model's. MoeccError in one line, with nothing left behind.
+    to: a target with its options, such as `onnx{profile=native}`. out: the new folder, by default
+    the target's name inside the model's folder. Raise MoeccError, and leave nothing behind, if the
+    target cannot write the model.
     """
     target, folder = parse_target(to), checkpoint_folder(model)
     return target.emit(folder, out or folder / target.name, say)
@@ -30,24 +31,28 @@ def bench_export(
     prompt: int = 128,
     new_tokens: int = 64,
     say: Say = lambda line: None,
-) -> tuple[Target, Any]:
-    """The target that wrote `folder`, or a folder in it that has the target's name, and rows of how fast that is here."""
+) -> tuple[Target, object]:
+    """Measure an exported model here: return the target that wrote it and the rows of its `bench`.
+
+    folder: the export, or an artifact with the export in a subfolder of the target's name. Raise
+    MoeccError if there is no export.
+    """
     for name in TARGETS.names():
         target = TARGETS.find(name)()
-        if (
-            found := next((f for f in (folder, folder / name) if target.exported(f)), None)
-        ) is not None:
+        found = next((f for f in (folder, folder / name) if target.exported(f)), None)
+        if found is not None:
             target.require()
-            return target, target.bench(
+            rows = target.bench(
                 found, threads=threads, prompt=prompt, new_tokens=new_tokens, say=say
             )
+            return target, rows
     raise MoeccError(
         f"{folder} holds nothing that was exported; run `moecc export {folder} --to TARGET` first"
     )
 
 
 def build_libraries(say: Say = lambda line: None) -> list[Path]:
-    """Compile the native libraries of all targets that have one."""
+    """Compile the native libraries of all targets that have any; return their paths."""
     found: list[Path] = []
     for name in TARGETS.names():
         cls = TARGETS.find(name)

@@ -1,9 +1,8 @@
-"""`moecc generate`: a few tokens from an artifact or a checkpoint, through transformers; greedy by default."""
+"""`moecc generate`: continue a prompt with transformers, greedily by default."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from moecc.commands.rows import tokenizer_of
 from moecc.errors import MoeccError, reason
 from moecc.frontend.config import longest_row, quantization_method, read_config
 from moecc.frontend.skeleton import bare
+from moecc.types import FamilyModule, Json
 
 
 @torch.no_grad()
@@ -25,12 +25,17 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """prompt, text (what follows it) and tokens of a folder's or hub id's model. The seed is for a temperature > 0."""
+) -> Json:
+    """Return the prompt, the text that follows it and that text's token ids.
+
+    model: folder or hub id. temperature: 0 is greedy; above 0, `seed` decides what is drawn. Raise
+    MoeccError if the model cannot be loaded, does not fit its tokenizer, or has too few positions.
+    """
     folder = checkpoint_folder(model)
     tokenizer = tokenizer_of(folder, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    if ids.shape[-1] == 0:
+    length = ids.shape[-1]
+    if length == 0:
         raise MoeccError("the prompt has no tokens; give some text with --prompt")
     store = _checked_store(folder)
     loaded = _load(str(folder))
@@ -38,29 +43,38 @@ def generate(
         _require_finite(loaded, store)
     if int(ids.max()) >= loaded.config.get_text_config().vocab_size:
         raise MoeccError(
-            f"{model}: its tokenizer makes tokens that the model doesn't have; copy the model's own tokenizer"
+            f"{model}: its tokenizer makes tokens that the model doesn't have; "
+            "copy the model's own tokenizer"
         )
     limit = longest_row(loaded.config)
-    if limit is not None and (length := ids.shape[-1] + new_tokens) > limit:
+    if limit is not None and length + new_tokens > limit:
         raise MoeccError(
-            f"{length} tokens with the prompt's, but {model} has positions for {limit}; give fewer --max-new-tokens"
+            f"{length + new_tokens} tokens with the prompt's, "
+            f"but {model} has positions for {limit}; give fewer --max-new-tokens"
         )
-    settings: dict[str, Any] = {"do_sample": temperature > 0}
+    padding = tokenizer.pad_token_id
+    settings: dict[str, object] = {"do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
         torch.manual_seed(seed)
     made = loaded.generate(
-        input_ids=ids.long(), attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **settings,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )[0, ids.shape[-1] :]  # fmt: skip
-    text = tokenizer.decode(made, skip_special_tokens=True)
-    return {"model": model, "prompt": prompt, "text": text, "tokens": made.tolist()}
+        input_ids=ids.long(),
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        pad_token_id=tokenizer.eos_token_id if padding is None else padding,
+        **settings,
+    )
+    tokens = made[0, length:]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return {"model": model, "prompt": prompt, "text": text, "tokens": tokens.tolist()}
 
 
 def _checked_store(folder: Path) -> CheckpointStore | None:
-    """The folder's weight files, which fit its model; None where only transformers knows how to load it.
+    """Return the folder's weight files, once they are known to fit its model.
 
-    transformers puts random numbers where a tensor is missing, and says so only in a log."""
+    transformers fills a missing tensor with random numbers and says so only in a log. Return None
+    if only transformers knows how to read the files.
+    """
     if quantization_method(read_config(folder)[0]) not in (None, METHOD):
         return None
     found = bare(folder)
@@ -71,22 +85,25 @@ def _checked_store(folder: Path) -> CheckpointStore | None:
     return store
 
 
-def _require_finite(loaded: Any, store: CheckpointStore) -> None:
-    """Looked for in what is loaded, so that no file is read twice but the one that holds such numbers."""
+def _require_finite(loaded: FamilyModule, store: CheckpointStore) -> None:
+    """Raise MoeccError if a loaded weight holds NaN or infinite values.
+
+    The check reads what is loaded, so that no file is read twice except one with such values.
+    """
     for name, tensor in loaded.state_dict().items():
         if name in store:
             try:
                 require_finite(tensor, f"'{name}'")
             except MoeccError:
-                store.read(name)  # says which tensor of which file
+                store.read(name)  # its error names the tensor and the file
                 raise
 
 
-def _load(folder: str) -> Any:
+def _load(folder: str) -> FamilyModule:
     from transformers import AutoModelForCausalLM
 
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        found: FamilyModule = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", local_files_only=True, trust_remote_code=False
         )
     except MoeccError:

@@ -1,17 +1,19 @@
-"""`moecc passes [NAME]`: the passes there are, and the options of one."""
+"""`moecc passes [NAME]`: list the passes, or show one with its options."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from moecc.options import accepted
 from moecc.pipeline.parse import find_pass, pass_names
 from moecc.pipeline.passes import Composite, LayerPass, Pass
+from moecc.types import Json
+
+_INDENT = " " * 12
 
 
-def describe_pass(name: str) -> dict[str, Any]:
-    """What the pass `name` does, needs and gives, and its options, as JSON holds it."""
+def describe_pass(name: str) -> Json:
+    """Return the facts and options of the pass `name`; raise MoeccError if there is none."""
     cls = find_pass(name)
     summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().split("\n")[0]
     composite = issubclass(cls, Composite)
@@ -31,20 +33,20 @@ def describe_pass(name: str) -> dict[str, Any]:
     }
 
 
-def describe_passes() -> list[dict[str, Any]]:
-    """Every pass that can be named without a path."""
+def describe_passes() -> list[Json]:
+    """Return every pass that can be named without a path."""
     return [describe_pass(name) for name in pass_names()]
 
 
-def _options(cls: type[Pass]) -> list[dict[str, Any]]:
+def _options(cls: type[Pass]) -> list[Json]:
     return [
         {"name": f.name, "default": f.default, "takes": accepted(f), "help": f.metadata["help"]}
         for f in cls.options()
     ]
 
 
-def _passed_on(cls: type[Composite]) -> list[dict[str, str]]:
-    """Options of parts that the composite lacks, each with its owner."""
+def _passed_on(cls: type[Composite]) -> list[Json]:
+    """Return the options of parts that the composite lacks, each with its owner."""
     own, found = {f.name for f in cls.options()}, {}
     for part in cls.parts:
         for f in part.options():
@@ -53,26 +55,26 @@ def _passed_on(cls: type[Composite]) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def pass_line(p: dict[str, Any]) -> str:
-    """One pass in two lines: what it does, what it needs and gives."""
-    return f"{p['name']:<12} {p['summary']}\n{'':<12} {', '.join(p['needs']) or '-'} -> {', '.join(p['gives']) or '-'}"
+def pass_line(p: Json) -> str:
+    """Return two lines about a pass: its summary, and the facts that it needs and gives."""
+    facts = f"{', '.join(p['needs']) or '-'} -> {', '.join(p['gives']) or '-'}"
+    return f"{p['name']:<12} {p['summary']}\n{_INDENT} {facts}"
 
 
-def pass_text(p: dict[str, Any]) -> str:
-    """One pass with its options."""
+def pass_text(p: Json) -> str:
+    """Return the text about one pass and its options."""
     lines = [pass_line(p)]
     if p["expands"]:
-        lines.append(f"{'':<12} stands for {p['expands']}")
+        lines.append(f"{_INDENT} stands for {p['expands']}")
     for key, what in (("after", "comes after"), ("spoils", "spoils")):
         if p[key]:
-            lines.append(f"{'':<12} {what} {', '.join(p[key])}")
+            lines.append(f"{_INDENT} {what} {', '.join(p[key])}")
     for o in p["options"]:
-        lines.append(
-            f"  {o['name']}={str(o['default']).lower() if isinstance(o['default'], bool) else o['default']}"
-        )
+        default = str(o["default"])
+        shown = default.lower() if isinstance(o["default"], bool) else default
+        lines.append(f"  {o['name']}={shown}")
         lines.append(f"      {o['help']} ({o['takes']})")
     if p["passes_on"]:
-        lines.append(
-            "  passes on " + ", ".join(f"{o['name']} to {o['of']}" for o in p["passes_on"])
-        )
+        passed = ", ".join(f"{o['name']} to {o['of']}" for o in p["passes_on"])
+        lines.append(f"  passes on {passed}")
     return "\n".join(lines if p["options"] else [*lines, "  no options"])
