@@ -60,8 +60,8 @@ def compare_sets(a: Tensor, b: Tensor) -> tuple[int, int]:
     """Compare chosen experts a, b i64 [T, k]; a slot of -1 chose none.
 
     Return the number of entries of `a` that are in the same row of `b`, and the number of rows that
-    are the same set. A slot without an expert equals such a slot of the other. Sorting and searching
-    cost k log k per token, comparing pairs k^2.
+    are the same set. A slot without an expert equals such a slot of the other. Sorting and
+    searching cost k log k per token; comparing pairs would cost k^2.
     """
     a, b = _sorted(a), _sorted(b)
     at = torch.searchsorted(b, a).clamp(max=b.shape[1] - 1)
@@ -104,6 +104,6 @@ class Totals:
         q, p = logits.log_softmax(-1), reference.log_softmax(-1)
         self.nll -= q.gather(1, targets[:, None]).sum(dtype=torch.float64)
         self.reference_nll -= p.gather(1, targets[:, None]).sum(dtype=torch.float64)
-        # a masked token (logit -inf in both) has p = 0 and adds nothing; 0 * (inf - inf) would be NaN
+        # a masked token (logit -inf in both) has p = 0 and adds nothing; 0 * (inf - inf) is NaN
         kl = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
         self.kl += kl.sum(dtype=torch.float64)

@@ -1,12 +1,11 @@
-"""`moecc inspect`: what a model is made of and what a pipeline would make of it, without reading a weight.
+"""`moecc inspect`: describe a model and what a pipeline would store, without reading a weight.
 
-  1. The model is traced from its configuration; every experts node says experts, top-k, shapes and gate, and the nodes
-     between the router's linear and the chosen indices say how it routes.
-  2. Every parameter is counted under a role, in the dtype on disk (or, without weights, that of the configuration).
-  3. Every pass of a pipeline says what it would store (`Pass.estimate`), at least and at most where it decides only when it
-     sees weights.
-
-Shapes: E experts, N rows and K columns of a projection, D hidden, F intermediate.
+1. The model is traced from its configuration. Every experts node gives experts, top-k, shapes and
+   gate; the nodes between the router's linear and the chosen indices show how it routes.
+2. Every parameter is counted under a role, in the dtype on disk, or in that of the configuration
+   if there are no weights.
+3. Every pass of a pipeline estimates what it would store (`Pass.estimate`): a least and a most if
+   it decides only when it sees weights.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -38,7 +36,7 @@ from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Pass
 from moecc.types import Json
 
-# bookkeeping that says nothing about how a router chooses
+# bookkeeping, which does not show how a router chooses
 _SILENT = frozenset(
     "view reshape getitem to _to_copy unsqueeze squeeze expand zeros_like flatten".split()
 )
@@ -46,7 +44,11 @@ _SILENT = frozenset(
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One MoE layer. router: the operations from the router's logits to the chosen experts."""
+    """One MoE layer.
+
+    layout: how the checkpoint's experts become canonical. router: the operations from the router's
+    logits to the chosen experts. form: the op that computes the experts.
+    """
 
     path: str
     experts: int
@@ -59,37 +61,42 @@ class MoELayer:
     form: str
 
 
-def inspect_model(
-    model: str, *, passes: str | None = None, bits: float | None = None
-) -> dict[str, Any]:
-    """What `moecc inspect --json` prints. `model` is a folder or a hub id; MoeccError where it can't be traced."""
+def inspect_model(model: str, *, passes: str | None = None, bits: float | None = None) -> Json:
+    """Return what `moecc inspect --json` prints of `model`, a folder or a hub id.
+
+    passes: a pipeline to estimate. bits: the default of its options of that name. Raise MoeccError
+    if the model cannot be traced, or if it is compressed already and a pipeline is given.
+    """
     wanted = _resolved(passes, bits) if passes is not None else None
     found = skeleton(model)
     program = program_of(capture(found), found, model)
     sizes = _sizes(program, found.model)
     layers = [_layer(program, moe) for moe in program.moe_layers()]
-    total = sum(s["bytes"] for s in sizes.values())
-    result: dict[str, Any] = {
-        "model": model, "model_type": found.model_type, "class": type(found.model).__name__,
-        "decoder_layers": program.layers - 2, "restriction": program.restriction,
+    result: Json = {
+        "model": model,
+        "model_type": found.model_type,
+        "class": type(found.model).__name__,
+        "decoder_layers": program.layers - 2,
+        "restriction": program.restriction,
         "has_weights": program.store is not None,
-        "moe_layers": [asdict(layer) for layer in layers], "sizes": sizes,
-        "parameters": sum(s["parameters"] for s in sizes.values()), "bytes": total,
+        "moe_layers": [asdict(layer) for layer in layers],
+        "sizes": sizes,
+        "parameters": sum(s["parameters"] for s in sizes.values()),
+        "bytes": sum(s["bytes"] for s in sizes.values()),
         "has_shared_expert": "shared expert" in sizes,
-    }  # fmt: skip
+    }
     if wanted is not None:
         if any(layer.form != "moecc::experts" for layer in layers):
             raise MoeccError(f"{model} is compressed already; give the checkpoint it was made from")
-        result["estimate"] = _estimated(
-            _estimate(program, found.model, wanted), wanted, result["parameters"]
-        )
+        estimate = _estimate(program, found.model, wanted)
+        result["estimate"] = _estimated(estimate, wanted, result["parameters"])
     return result
 
 
 def least_bytes(program: Program, passes: Sequence[Pass]) -> int:
-    """Bytes that a compilation of a checkpoint's program takes on disk at its end, at least.
+    """Return the least bytes that a compilation of a checkpoint's program has on disk at its end.
 
-    The artifact, and beside it the journal, which holds the coded experts once more.
+    They hold the artifact, and beside it the journal, which has the coded experts once more.
     """
     found = _estimate(program, None, passes)
     return round((found.experts[0] + found.rest + found.coded) / 8)
@@ -106,28 +113,25 @@ def _resolved(passes: str, bits: float | None) -> list[Pass]:
 
 def _layer(program: Program, moe: MoE) -> MoELayer:
     experts, _, hidden, intermediate = moe.sizes
-    attributes = moe.attributes
-    gate = (
-        attributes["act"]
-        if attributes["gate"] == "none"
-        else f"{attributes['act']}, {attributes['gate']}"
-    )
-    form = str(moe.node.target).removesuffix(".default").replace(".", "::")
+    act, gate = moe.attributes["act"], moe.attributes["gate"]
     return MoELayer(
-        moe.path,
-        experts,
-        moe.top_k,
-        hidden,
-        intermediate,
-        gate,
-        _layout(program, moe),
-        _router(program, moe),
-        form,
+        path=moe.path,
+        experts=experts,
+        top_k=moe.top_k,
+        hidden=hidden,
+        intermediate=intermediate,
+        gate=act if gate == "none" else f"{act}, {gate}",
+        layout=_layout(program, moe),
+        router=_router(program, moe),
+        form=str(moe.node.target).removesuffix(".default").replace(".", "::"),
     )
 
 
 def _layout(program: Program, moe: MoE) -> str:
-    """How the checkpoint's experts become canonical: nothing to do, or the operations that do it."""
+    """Return the operations that make the checkpoint's experts canonical, per projection.
+
+    Return "canonical" if they are so already, "compressed" if the experts are coded.
+    """
     if moe.node.target is not ops.EXPERTS:
         return "compressed"
     parts = []
@@ -139,7 +143,10 @@ def _layout(program: Program, moe: MoE) -> str:
 
 
 def _router(program: Program, moe: MoE) -> str:
-    """Names of the operations between the router's logits and topk_index, bookkeeping left out."""
+    """Return the names of the operations from the router's logits to topk_index.
+
+    Bookkeeping is left out, and a name that repeats stands once.
+    """
     index = moe.node.args[1]
     if moe.logits is None:
         return "no linear found before the choice"
@@ -164,7 +171,7 @@ def _short(node: fx.Node) -> str:
 
 
 def _sizes(program: Program, model: nn.Module | None = None) -> dict[str, dict[str, int]]:
-    """parameters and bytes by role, largest first."""
+    """Return parameters and bytes by role, most bytes first."""
     sizes: dict[str, dict[str, int]] = {}
     linears = Compression.of(program.config).linears
     for name, role, shape, itemsize in _parameters(program, model):
@@ -172,10 +179,11 @@ def _sizes(program: Program, model: nn.Module | None = None) -> dict[str, dict[s
         row["bytes"] += math.prod(shape) * itemsize
         path, _, leaf = name.rpartition(".")
         packed = 8 // linears[path].bits if path in linears else 1
+        # scales of a quantized linear are no parameters, and a byte of its codes holds several
         if path not in linears or leaf in ("weight", "bias"):
             row["parameters"] += math.prod(shape) * packed
     if ROUTED in sizes and any(m.node.target is not ops.EXPERTS for m in program.moe_layers()):
-        # of compressed experts the weights that they stand for count
+        # compressed experts count as the weights that they stand for
         sizes[ROUTED]["parameters"] = sum(m.weights for m in program.moe_layers())
     return dict(sorted(sizes.items(), key=lambda item: -item[1]["bytes"]))
 
@@ -183,7 +191,10 @@ def _sizes(program: Program, model: nn.Module | None = None) -> dict[str, dict[s
 def _parameters(
     program: Program, model: nn.Module | None
 ) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-    """(name, role, shape, bytes per element) of all that a checkpoint stores, tied tensors once; without one, of `model`."""
+    """Yield (name, role, shape, bytes per element) of every tensor that the checkpoint stores.
+
+    Without a checkpoint these are the parameters of `model`. Tied tensors come once.
+    """
     paths = tuple(m.path + "." for m in program.moe_layers())
 
     def role(name: str) -> str:
@@ -202,11 +213,11 @@ def _parameters(
             yield name, role(name), tuple(p.shape), p.dtype.itemsize
 
 
-# ---------------------------------------------------------------- what a pipeline would give
+# ---------------------------------------------------------------- what a pipeline would store
 
 
 def _estimate(program: Program, model: nn.Module | None, passes: Sequence[Pass]) -> Estimate:
-    """What `passes` would make of the model's parameters."""
+    """Return what `passes` would store of the model's parameters."""
     others: dict[str, Matrix] = {}
     routed = 0
     for name, role, shape, itemsize in _parameters(program, model):
@@ -224,7 +235,7 @@ def _estimate(program: Program, model: nn.Module | None, passes: Sequence[Pass])
 
 
 def _estimated(found: Estimate, passes: Sequence[Pass], weights: int) -> Json:
-    """Bytes and bits per weight, low and high. weights: the float model's."""
+    """Return bytes and bits per weight, each as [low, high]. weights: the float model's."""
     both = [experts + found.rest for experts in found.experts]
     return {
         "pipeline": ",".join(map(str, passes)),
@@ -239,23 +250,17 @@ def _estimated(found: Estimate, passes: Sequence[Pass], weights: int) -> Json:
 # ---------------------------------------------------------------- for people
 
 
-def table(found: dict[str, Any]) -> str:
-    """What `moecc inspect` prints without --json."""
-    lines = [
-        f"{found['model']}: {found['class']} ({found['model_type']}), {found['decoder_layers']} decoder layers, "
-        f"{len(found['moe_layers'])} of them MoE, {_count(found['parameters'])} parameters, {size(found['bytes'])}"
-        + ("" if found["has_weights"] else " (from the configuration)"),
-        "",
-    ]
+def table(found: Json) -> str:
+    """Return what `moecc inspect` prints without --json."""
+    lines = [_model_line(found), ""]
     same = ("experts", "top_k", "hidden", "intermediate", "gate", "layout", "router", "form")
     for _, group in groupby(found["moe_layers"], lambda layer: [layer[k] for k in same]):
         lines += _layer_lines(list(group), found["has_shared_expert"])
     width = max(len(role) for role in found["sizes"])
     for role, row in found["sizes"].items():
         share = 100 * row["bytes"] / max(found["bytes"], 1)
-        lines.append(
-            f"  {role:<{width}}  {_count(row['parameters']):>10}  {size(row['bytes']):>10}  {share:5.1f} %"
-        )
+        counts = f"{_count(row['parameters']):>10}  {size(row['bytes']):>10}"
+        lines.append(f"  {role:<{width}}  {counts}  {share:5.1f} %")
     if found["restriction"]:
         lines += ["", f"The trace holds for {found['restriction']} only."]
     if "estimate" in found:
@@ -263,41 +268,52 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _layer_lines(group: list[dict[str, Any]], shared: bool) -> list[str]:
-    one, last = group[0], group[-1]
-    names = (
-        one["path"] if len(group) == 1 else f"{one['path']} .. {last['path']} ({len(group)} layers)"
-    )
+def _model_line(found: Json) -> str:
+    kind = f"{found['class']} ({found['model_type']})"
+    layers = f"{found['decoder_layers']} decoder layers, {len(found['moe_layers'])} of them MoE"
+    sizes = f"{_count(found['parameters'])} parameters, {size(found['bytes'])}"
+    origin = "" if found["has_weights"] else " (from the configuration)"
+    return f"{found['model']}: {kind}, {layers}, {sizes}{origin}"
+
+
+def _layer_lines(group: list[Json], shared: bool) -> list[str]:
+    one, paths = group[0], group[0]["path"]
+    if len(group) > 1:
+        paths = f"{paths} .. {group[-1]['path']} ({len(group)} layers)"
+    sizes = f"hidden {one['hidden']}, intermediate {one['intermediate']}"
+    gate = f"{one['gate']}{', shared expert' if shared else ''}"
     return [
-        names,
-        f"  {one['experts']} experts, top-{one['top_k']}, hidden {one['hidden']}, intermediate {one['intermediate']}, "
-        f"{one['gate']}{', shared expert' if shared else ''}",
+        paths,
+        f"  {one['experts']} experts, top-{one['top_k']}, {sizes}, {gate}",
         f"  layout {one['layout']}; router {one['router']}; {one['form']}",
         "",
     ]
 
 
-def _estimate_lines(found: dict[str, Any]) -> list[str]:
-    def span(values: list[float], form: str) -> str:
-        low, high = (format(v, form) for v in values)
-        return low if low == high else f"{low} to {high}"
-
-    low, high = (size(n) for n in found["bytes"])
-    return [
+def _estimate_lines(found: Json) -> list[str]:
+    experts, everything = found["bits_per_weight_experts"], found["bits_per_weight"]
+    lines = [
         f"with {found['pipeline']}",
-        f"  about {low if low == high else f'{low} to {high}'}: {span(found['bits_per_weight_experts'], '.3f')} bits "
-        f"per routed-expert weight, {span(found['bits_per_weight'], '.3f')} over everything",
+        f"  about {_span([size(n) for n in found['bytes']])}: {_span(_bits(experts))} bits "
+        f"per routed-expert weight, {_span(_bits(everything))} over everything",
         *(f"  {remark}" for remark in found["remarks"]),
-        *(
-            [f"  what {', '.join(found['not_estimated'])} would change isn't known"]
-            if found["not_estimated"]
-            else []
-        ),
     ]
+    if found["not_estimated"]:
+        lines.append(f"  what {', '.join(found['not_estimated'])} would change isn't known")
+    return lines
+
+
+def _bits(values: list[float]) -> list[str]:
+    return [f"{value:.3f}" for value in values]
+
+
+def _span(texts: list[str]) -> str:
+    low, high = texts
+    return low if low == high else f"{low} to {high}"
 
 
 def _count(n: int) -> str:
-    return next(
-        (f"{n / d:.2f} {unit}" for unit, d in (("B", 1e9), ("M", 1e6), ("k", 1e3)) if n >= d),
-        str(n),
-    )
+    for unit, d in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= d:
+            return f"{n / d:.2f} {unit}"
+    return str(n)

@@ -1,12 +1,12 @@
 """Token rows for calibration and for evaluation.
 
-  1. A text file is tokenized whole (of a huge one, evenly spaced slices) and cut into consecutive rows of equal length,
-     of which `count` evenly spaced ones are taken. A NUL character in it separates documents.
-  2. Without a file the text is what comes with the running Python: standard-library sources and `pydoc_data.topics`.
-     Calibration and evaluation get different documents, by a hash of the document's name, so that no compression is
-     ever judged on the text it was made with.
-  3. Where the tokenizer begins every text with a token (BOS), every row begins with it: many models lose their footing
-     without.
+  1. A text file is tokenized whole, a huge one in evenly spaced slices, and cut into consecutive
+     rows of equal length. `count` evenly spaced rows are taken. NUL characters separate documents.
+  2. Without a file the text is what comes with the running Python: standard-library sources and
+     `pydoc_data.topics`. A hash of a document's name decides whether it is for calibration or for
+     evaluation, so that no compression is judged on the text it was made with.
+  3. If the tokenizer begins every text with a token (BOS), every row begins with it: many models
+     give poor predictions without it.
 
 The same text, tokenizer, count and length give the same rows.
 """
@@ -17,9 +17,9 @@ import codecs
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,35 +29,33 @@ from moecc.errors import MoeccError
 from moecc.frontend import shapes
 from moecc.frontend.config import longest_row, text_config
 from moecc.ir.program import Program, output_node
+from moecc.types import Say, Tokenizer
 
 Purpose = Literal["calibration", "evaluation"]
-_EXCERPT = (
-    8192  # characters of one document of the default text, so that a few long ones don't fill it
-)
-_WHOLE = 8 << 20  # bytes of a file that is read whole whatever is wanted
-_NOT_TEXT = {
-    "encodings",
-    "idlelib",
-    "pydoc_data",
-    "test",
-}  # tables and test suites; the topics are taken by name
+# characters taken of one document of the default text, so that a few long ones don't fill it
+_EXCERPT = 8192
+_WHOLE = 8 << 20  # bytes; a smaller file is always read whole
+# tables and test suites; pydoc_data's topics are taken by name
+_NOT_TEXT = {"encodings", "idlelib", "pydoc_data", "test"}
+_COPY = "copy the model's tokenizer files (tokenizer.json, tokenizer_config.json) into it"
 _UNBOUNDED = 1 << 30
-_SLICE = 16  # bytes per wanted token of a file too large for that; tokenizers make one token of 2 to 6 bytes
+# bytes read of a huge file for each wanted token; tokenizers make one token of 2 to 6 bytes
+_SLICE = 16
 
 
 def token_rows(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     file: Path | None = None,
     *,
     count: int = 64,
     length: int = 512,
     purpose: Purpose = "calibration",
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    say: Say = lambda line: print(line, file=sys.stderr),
 ) -> Tensor:
-    """Token ids i64 [count, length] of the text file, or of the default text of `purpose`.
+    """Return token ids i64 [count, length] of the text file, or of the default text of `purpose`.
 
-    Fewer rows, and a remark through `say`, where a file is too short for `count`; MoeccError where it is too short for
-    one, or is no text.
+    A text that is too short for `count` rows gives fewer, and `say` gets a remark. Raise MoeccError
+    if it is too short for one row, or is no text.
     """
     if count < 1 or length < 2:
         raise MoeccError(f"{count} rows of {length} tokens; give at least 1 row of 2 tokens")
@@ -69,14 +67,14 @@ def token_rows(
         stream = _tokens(tokenizer, _read(Path(file), count, length).split("\0"))
     found = len(stream) // body
     if found == 0:
+        shorter = f"--length {len(stream)}" if len(stream) > 1 else "a smaller --length"
         raise MoeccError(
-            f"{file or 'the text that comes with Python'} has {len(stream)} tokens, fewer than one row of {length}; "
-            f"give a longer text or {'--length ' + str(len(stream)) if len(stream) > 1 else 'a smaller --length'}"
+            f"{file or 'the text that comes with Python'} has {len(stream)} tokens, "
+            f"fewer than one row of {length}; give a longer text or {shorter}"
         )
     if found < count:
-        say(
-            f"note: {file or 'the default text'} has {found} rows of {length} tokens, not {count}; all are taken"
-        )
+        rows = f"{found} rows of {length} tokens, not {count}"
+        say(f"note: {file or 'the default text'} has {rows}; all are taken")
     take = min(count, found)
     cut = torch.tensor(stream[: found * body], dtype=torch.int64).view(found, body)
     picked = cut[torch.tensor([i * found // take for i in range(take)])]
@@ -84,14 +82,18 @@ def token_rows(
 
 
 def longest(program: Program) -> int:
-    """The most tokens of a row that the trace holds for and the model has positions for."""
+    """Return the most tokens of a row that the trace holds for and the model has positions for."""
     return min(
         shapes.longest(program.restriction) or _UNBOUNDED, longest_row(program.config) or _UNBOUNDED
     )
 
 
 def require_rows(program: Program, ids: Tensor) -> None:
-    """MoeccError where rows i64 [count, S] are of a length that `program` doesn't hold for, or of tokens that it doesn't have."""
+    """Raise MoeccError if `program` cannot take the rows i64 [count, S].
+
+    Their length must be one that its trace holds for and its model has positions for, and every
+    token must be in its vocabulary.
+    """
     length, most = ids.shape[1], longest(program)
     advice = f"give --length {min(most, max(length, shapes.SHORT + 1))}"
     if not shapes.holds(program.restriction, length):
@@ -99,74 +101,74 @@ def require_rows(program: Program, ids: Tensor) -> None:
             f"rows of {length} tokens, but the trace holds for {program.restriction} only; {advice}"
         )
     if length > most:
-        what = f"the model has positions for {most} (max_position_embeddings in its config.json)"
-        raise MoeccError(f"rows of {length} tokens, but {what}; {advice}")
-    size = (
-        getattr(text_config(program.config), "vocab_size", None)
-        or output_node(program).meta["val"].shape[-1]
-    )
+        limit = f"positions for {most} (max_position_embeddings in its config.json)"
+        raise MoeccError(f"rows of {length} tokens, but the model has {limit}; {advice}")
+    size = getattr(text_config(program.config), "vocab_size", None)
+    size = size or output_node(program).meta["val"].shape[-1]
     wrong = ids[(ids < 0) | (ids >= size)]
     if len(wrong):
         raise MoeccError(
-            f"token {int(wrong[0])} is outside the model's vocabulary of {size}; copy the model's own tokenizer files"
+            f"token {int(wrong[0])} is outside the model's vocabulary of {size}; "
+            "copy the model's own tokenizer files"
         )
 
 
 def rows_digest(ids: Tensor) -> str:
-    """SHA-256 of the rows and their shape, 16 hexadecimal digits."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of the rows and their shape."""
     sha = hashlib.sha256(str(tuple(ids.shape)).encode())
     sha.update(ids.contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
-def tokenizer_of(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a checkpoint; nothing is fetched. MoeccError where there is none or it makes no tokens.
+def tokenizer_of(folder: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    """Return the tokenizer beside a checkpoint; nothing is fetched.
 
-    trust_remote_code: run the Python code that the tokenizer may come with; models are transformers' own in any case.
+    trust_remote_code: run the Python code that the tokenizer may come with; models are
+    transformers' own in any case. Raise MoeccError if there is no tokenizer or it makes no tokens.
     """
     from transformers import AutoTokenizer
 
-    advice = "copy the model's tokenizer files (tokenizer.json, tokenizer_config.json) into it"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (
-        Exception
-    ) as error:  # a missing file, a broken one, a missing package: each family raises what it likes
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if has_code(Path(folder)) and not trust_remote_code:
-            raise MoeccError(
-                f"{folder}: its tokenizer is Python code; read it, then --trust-remote-code"
-            ) from error
-        if Path(folder, "tokenizer.json").is_file():
-            raise MoeccError(
-                f"{folder}: its tokenizer can't be used ({why}); {advice} again"
-            ) from error
-        raise MoeccError(f"{folder} has no tokenizer that can be used ({why}); {advice}") from error
-    if not _ids(
-        tokenizer, "Hello, world"
-    ):  # what transformers makes of a folder with a config.json alone
-        raise MoeccError(f"{folder} has no tokenizer; {advice}")
+    except Exception as error:  # each family raises errors of its own
+        raise MoeccError(_no_tokenizer(folder, error, trust_remote_code)) from error
+    # transformers makes an empty tokenizer for a folder that holds a config.json alone
+    if not _ids(tokenizer, "Hello, world"):
+        raise MoeccError(f"{folder} has no tokenizer; {_COPY}")
     return tokenizer
+
+
+def _no_tokenizer(folder: str | Path, error: Exception, trust_remote_code: bool) -> str:
+    """Return the message for a tokenizer that cannot be loaded."""
+    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if has_code(Path(folder)) and not trust_remote_code:
+        return f"{folder}: its tokenizer is Python code; read it, then --trust-remote-code"
+    if Path(folder, "tokenizer.json").is_file():
+        return f"{folder}: its tokenizer can't be used ({why}); {_COPY} again"
+    return f"{folder} has no tokenizer that can be used ({why}); {_COPY}"
 
 
 # ---------------------------------------------------------------- tokens
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
-def _beginning(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts in front of every text, if it does."""
+def _beginning(tokenizer: Tokenizer) -> list[int]:
+    """Return [the token that begins every text], [] if the tokenizer puts none there."""
     first = tokenizer("", verbose=False)["input_ids"][:1]
     return first if first and first[0] == getattr(tokenizer, "bos_token_id", None) else []
 
 
-def _tokens(tokenizer: Any, documents: Iterable[str], enough: int | None = None) -> list[int]:
-    """The ids of the documents, one after the other with the end-of-text token between, up to `enough`."""
+def _tokens(tokenizer: Tokenizer, documents: Iterable[str], enough: int | None = None) -> list[int]:
+    """Return the ids of the documents, with the end-of-text token between them.
+
+    No further document is tokenized once there are `enough` ids.
+    """
     end = getattr(tokenizer, "eos_token_id", None)
     separator = [end] if isinstance(end, int) else []
     stream: list[int] = []
@@ -182,14 +184,16 @@ def _tokens(tokenizer: Any, documents: Iterable[str], enough: int | None = None)
 
 
 def _read(file: Path, count: int, length: int) -> str:
-    """The text of a file; of one that is much longer than `count` rows need, a slice for each from all over it."""
+    """Return the text of a file, or slices from all over a file that is much too long.
+
+    There is a slice for each of `count` rows, and a NUL between two. Raise MoeccError if the file
+    is no text.
+    """
     if file.is_dir():
         raise MoeccError(f"{file} is a folder; give a text file")
     if not file.is_file():
-        raise MoeccError(
-            f"no text file {file}; give the path of a UTF-8 text"
-            + (" file" if not file.exists() else "")
-        )
+        wanted = "a UTF-8 text" + (" file" if not file.exists() else "")
+        raise MoeccError(f"no text file {file}; give the path of {wanted}")
     try:
         size = file.stat().st_size
         whole = size <= max(_WHOLE, 2 * _SLICE * count * length)
@@ -205,35 +209,34 @@ def _read(file: Path, count: int, length: int) -> str:
 
 
 def _slices(file: Path, size: int, parts: int, each: int) -> Iterator[bytes]:
-    """`parts` evenly spaced slices of `each` bytes, less what comes before the first line break in them."""
+    """Yield `parts` evenly spaced slices of `each` bytes, each from its first line break on."""
     with open(file, "rb") as f:
         for i in range(parts):
             f.seek(i * size // parts)
             part = f.read(each)
             if i:
                 cut = part.find(b"\n") + 1
-                part = (
-                    part[cut:] if cut else part.lstrip(bytes(range(0x80, 0xC0)))
-                )  # the middle of a character
+                # without a line break, drop at least the rest of a character that was cut in two
+                part = part[cut:] if cut else part.lstrip(bytes(range(0x80, 0xC0)))
             yield part
 
 
 def _decode(raw: bytes, file: Path) -> str:
     try:
-        return codecs.getincrementaldecoder("utf-8")().decode(
-            raw
-        )  # the last character may be cut off
+        # an incremental decoder allows that the last character is cut off
+        return codecs.getincrementaldecoder("utf-8")().decode(raw)
     except UnicodeDecodeError as error:
         raise MoeccError(
-            f"{file} is no UTF-8 text (byte {error.start}: {error.reason}); convert it (iconv -t utf-8) or give another"
+            f"{file} is no UTF-8 text (byte {error.start}: {error.reason}); "
+            "convert it (iconv -t utf-8) or give another"
         ) from error
 
 
 # ---------------------------------------------------------------- the text that comes with Python
 
 
-def _default_stream(tokenizer: Any, purpose: Purpose, tokens: int) -> list[int]:
-    """At least `tokens` ids of the default text; excerpts first, whole documents where those don't reach."""
+def _default_stream(tokenizer: Tokenizer, purpose: Purpose, tokens: int) -> list[int]:
+    """Return `tokens` or more ids of the default text: excerpts, then the rest of each one."""
     stream = _tokens(tokenizer, (text[:_EXCERPT] for _, text in default_text(purpose)), tokens)
     if len(stream) >= tokens:
         return stream
@@ -243,8 +246,11 @@ def _default_stream(tokenizer: Any, purpose: Purpose, tokens: int) -> list[int]:
 
 
 def default_text(purpose: Purpose) -> Iterator[tuple[str, str]]:
-    """(name, text) of the documents for `purpose`, in an order that mixes manual pages and code, read as they are asked
-    for. A document belongs to one purpose: the first bit of its name's hash says to which."""
+    """Yield (name, text) of the documents for `purpose`, read as they are asked for.
+
+    The first bit of a name's hash decides the purpose of a document. The hash also orders them,
+    which mixes manual pages and code.
+    """
     if purpose not in ("calibration", "evaluation"):
         raise MoeccError(f"no purpose {purpose!r}; there are calibration and evaluation")
     documents = {**_topics(), **_sources()}
@@ -261,13 +267,13 @@ def default_text(purpose: Purpose) -> Iterator[tuple[str, str]]:
 def _topics() -> dict[str, str | Path]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave it out
+    except ImportError:  # some distributions of Python leave it out
         return {}
     return {f"topic {name}": text for name, text in topics.items()}
 
 
 def _sources() -> dict[str, str | Path]:
-    """Modules of the standard library and of its packages, without tests and code tables, by path."""
+    """Return the modules of the standard library by path, without tests and code tables."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         f
