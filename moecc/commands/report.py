@@ -70,7 +70,7 @@ def page(facts: Json, rows: Sequence[Row]) -> str:
 
 
 def bytes_before(rows: Sequence[Row]) -> list[int]:
-    """Return the bytes of each row's parameter in the source, by the rule at the top of this file."""
+    """Return the bytes of each row's parameter in the source, by the rule at this file's top."""
     lead = {r.name: r for r in rows}
     return [_before(r, lead.get(r.fate.of, r)) for r in rows]
 
