@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.pipeline.order import resolve
 from moecc.pipeline.parse import parse_passes
-from moecc.pipeline.passes import Context
+from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.run import Hooks, PassReport, run_passes
 from moecc.pipeline.stream import run_program
 
@@ -28,6 +30,42 @@ MY_PASS = str(ROOT / "examples" / "my_pass.py")
 TOKENS = [
     torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(8)
 ]
+
+
+# ---- pipeline text and passes of a test's own
+
+
+def resolved(text: str, *, bits: float | None = None) -> list[Pass]:
+    """Return the passes that run for `text`, in order."""
+    return resolve(parse_passes(text, bits=bits)[0])[0]
+
+
+def order(text: str) -> list[str]:
+    """Return the names of the passes that run for `text`, in order."""
+    return [p.name for p in resolved(text)]
+
+
+def refusal(text: str, *, bits: float | None = None) -> str:
+    """Return the one line with which the pipeline `text` is refused."""
+    with pytest.raises(MoeccError) as found:
+        resolved(text, bits=bits)
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+def derive(base: type[Pass], name: str, **members: object) -> Pass:
+    """Return a pass that is `base` with another name and these methods and class variables."""
+    cls = type("Derived", (base,), {"name": name, **members})
+    return dataclass(frozen=True, kw_only=True)(cls)()
+
+
+def idle(name: str, **facts: str) -> Pass:
+    """Return a model pass that changes nothing; facts: requires, provides, after, spoils."""
+    sets = {key: frozenset(value.split()) for key, value in facts.items()}
+    return derive(Pass, name, run=lambda self, program, ctx: False, **sets)
+
+
+# ---- runs
 
 
 @dataclass

@@ -110,16 +110,12 @@ def test_rows_of_compressed_experts_say_what_became_of_them(made: Any) -> None:
             if k.startswith(path + ".")
         }
         assert row["details"]["bytes"] == parts and row["nbytes"] == sum(parts.values())
-        assert {
-            "basis",
-            "mean_codes",
-            "mean_codebook",
-            "mean_scale",
-        } <= parts.keys() and "mean_signs" not in parts
+        assert {"basis", "mean_codes", "mean_codebook", "mean_scale"} <= parts.keys()
+        assert "mean_signs" not in parts
         assert row["bits"] == pytest.approx(8 * row["nbytes"] / torch.Size(row["shape"]).numel())
-        assert (
-            became(row) == "vq4 3 bit" and 0 < row["error"] < 1 and sum(row["tokens"]) == 8 * 32 * 2
-        )
+        assert became(row) == "vq4 3 bit"
+        assert 0 < row["error"] < 1
+        assert sum(row["tokens"]) == 8 * 32 * 2
     shared = [r for n, r in got.rows.items() if ".shared_expert." in n]
     assert shared and all(r["role"] == "shared expert" for r in shared)
     linear = got.rows["model.layers.0.self_attn.q_proj.weight"]
@@ -130,10 +126,8 @@ def test_rows_of_compressed_experts_say_what_became_of_them(made: Any) -> None:
 def test_a_layout_made_canonical_is_accounted_to_its_parameters(made: Any) -> None:
     got = made("gpt_oss", EVERYTHING)
     prefix = "model.layers.0.mlp.experts."
-    assert (
-        got.rows[f"{prefix}gate_up_proj"]["shape"] == [4, 32, 96]
-        and got.rows[f"{prefix}gate_up_proj"]["nbytes"] > 0
-    )
+    assert got.rows[f"{prefix}gate_up_proj"]["shape"] == [4, 32, 96]
+    assert got.rows[f"{prefix}gate_up_proj"]["nbytes"] > 0
     assert became(got.rows[f"{prefix}gate_up_proj_bias"]) == f"in {prefix}gate_up_proj"
     assert got.rows[f"{prefix}gate_up_proj_bias"]["nbytes"] == 0
     stored = got.stored()
@@ -183,11 +177,9 @@ def test_an_expert_that_sees_few_tokens_is_named(made: Any, tmp_path: Path) -> N
     got = made("qwen2_moe", "moments{min_tokens=100},vq{rounds=1}")
     row = next(r for n, r in got.rows.items() if "tokens" in r and "layers.0" in n)
     starved = [e for e, count in enumerate(row["tokens"]) if count < 100]
-    assert (
-        starved
-        and sorted(map(int, row["starved"])) == starved
-        and set(row["starved"].values()) == {100}
-    )
+    assert starved
+    assert sorted(map(int, row["starved"])) == starved
+    assert set(row["starved"].values()) == {100}
     assert any("calibrated on 100 sent to it on purpose" in note for note in got.manifest["notes"])
 
 
@@ -221,10 +213,8 @@ def test_the_folder_is_complete(made: Any) -> None:
         "report.html",
     } <= names
     assert {"tokenizer.json", "tokenizer_config.json"} <= names
-    assert (
-        got.manifest["pipeline"] == "moments,vq{codebook=layer,rounds=1}"
-        and got.manifest["seed"] == 0
-    )
+    assert got.manifest["pipeline"] == "moments,vq{codebook=layer,rounds=1}"
+    assert got.manifest["seed"] == 0
     assert {"moecc", "torch", "transformers"} <= got.manifest["versions"].keys()
     assert len(got.manifest["source_digest"]) == 64 and got.manifest["calibration_digest"]
     assert [p["pass"] for p in got.manifest["passes"]] == ["moments", "vq{codebook=layer,rounds=1}"]
@@ -330,11 +320,9 @@ def test_nodes_that_nothing_stores_are_refused() -> None:
     assert added.startswith("a pass made %experts : f32[") or added.startswith("a pass added %mul")
     assert added.endswith(end)
     changed = refused("qwen2_moe", negated)
-    assert (
-        "= aten.silu(" in changed
-        and "= aten.neg(" in changed
-        and changed.startswith("a pass made %silu")
-    )
+    assert "= aten.silu(" in changed
+    assert "= aten.neg(" in changed
+    assert changed.startswith("a pass made %silu")
     assert refused("qwen2_moe", bypassed).startswith("a pass ")
     assert refused("qwen2_moe", lambda p, moe: moe.node.update_kwarg("act", "gelu")).startswith(
         "a pass made %experts"
@@ -389,9 +377,9 @@ def test_what_is_recorded_of_a_parameter_is_in_the_rows_of_coded_experts(
     run_passes(program, resolve(parse_passes("vq{rounds=1}")[0])[0], ctx, batches)
     ctx.record(name, lora="rank 2")
     row = next(r for r in plan(program, original, ctx).rows if r.name == name)
-    assert (
-        str(row.fate) == "vq4 2 bit" and row.details["lora"] == "rank 2" and row.details["codebook"]
-    )
+    assert str(row.fate) == "vq4 2 bit"
+    assert row.details["lora"] == "rank 2"
+    assert row.details["codebook"]
     assert not [note for note in ctx.notes if "recorded, but" in note]
 
 
@@ -413,14 +401,20 @@ def test_summary_counts_whole_bits() -> None:
 @pytest.mark.parametrize(
     ("name", "role"),
     [
-        ("model.embed_tokens.weight", "embeddings"), ("lm_head.weight", "embeddings"),
-        ("model.layers.0.mlp.gate.weight", "router"), ("model.layers.0.mlp.gate.e_score_correction_bias", "router"),
-        ("model.layers.0.mlp.experts.gate_up_proj", "routed experts"), ("model.layers.0.mlp.gate_proj.weight", "dense MLP"),
-        ("model.layers.0.mlp.shared_expert.down_proj.weight", "shared expert"), ("model.norm.weight", "norm"),
-        ("model.layers.0.self_attn.q_proj.weight", "attention"), ("model.layers.1.mixer.in_proj.weight", "attention"),
-        ("model.layers.1.mixer.gate.weight", "router"), ("model.layers.1.mixer.experts.down_proj", "routed experts"),
+        ("model.embed_tokens.weight", "embeddings"),
+        ("lm_head.weight", "embeddings"),
+        ("model.layers.0.mlp.gate.weight", "router"),
+        ("model.layers.0.mlp.gate.e_score_correction_bias", "router"),
+        ("model.layers.0.mlp.experts.gate_up_proj", "routed experts"),
+        ("model.layers.0.mlp.gate_proj.weight", "dense MLP"),
+        ("model.layers.0.mlp.shared_expert.down_proj.weight", "shared expert"),
+        ("model.norm.weight", "norm"),
+        ("model.layers.0.self_attn.q_proj.weight", "attention"),
+        ("model.layers.1.mixer.in_proj.weight", "attention"),
+        ("model.layers.1.mixer.gate.weight", "router"),
+        ("model.layers.1.mixer.experts.down_proj", "routed experts"),
         ("model.layers.0.self_attention.experts.input_linear.weight", "attention"),
     ],
-)  # fmt: skip
+)
 def test_roles(name: str, role: str) -> None:
     assert role_of(name) == role

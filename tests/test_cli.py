@@ -144,9 +144,8 @@ def test_bad_input_is_one_line(
     assert got.out == ""
     last = got.err.splitlines()[-1]
     assert last.startswith("moecc: error: ") and len(last) > 30
-    assert (
-        "Traceback" not in got.err and len([x for x in got.err.splitlines() if "error" in x]) == 1
-    )
+    assert "Traceback" not in got.err
+    assert len([x for x in got.err.splitlines() if "error" in x]) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,11 +183,9 @@ def test_a_checkpoint_without_weights_or_tokenizer(moecc: Any, tmp_path: Path) -
         got = moecc(*args)
         assert got.code == 2 and "no *.safetensors weights" in got.err
     got = moecc("generate", tmp_path)
-    assert (
-        got.code == 2
-        and "has neither model.safetensors nor" in got.err
-        and "\n" not in got.err.strip()
-    )
+    assert got.code == 2
+    assert "has neither model.safetensors nor" in got.err
+    assert "\n" not in got.err.strip()
 
 
 def test_what_a_trace_does_not_hold_for_is_said_and_refused(moecc: Any, tmp_path: Path) -> None:
@@ -200,10 +197,8 @@ def test_what_a_trace_does_not_hold_for_is_said_and_refused(moecc: Any, tmp_path
         shutil.copy(Path(TINYMOE, name), tmp_path)
     got = moecc("eval", tmp_path, "--reference", tmp_path, "--rows", "1", "--length", "2")
     assert "note: the trace holds for sequence other than 2 only\n" in got.err
-    assert (
-        got.code == 2
-        and "rows of 2 tokens, but the trace holds for sequence other than 2 only" in got.err
-    )
+    assert got.code == 2
+    assert "rows of 2 tokens, but the trace holds for sequence other than 2 only" in got.err
 
 
 def test_a_tokenizer_of_another_model(moecc: Any, tmp_path: Path) -> None:
@@ -228,8 +223,11 @@ def _raising(error: BaseException) -> Any:
 
 
 def test_exit_codes_of_what_goes_wrong(moecc: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [(KeyboardInterrupt(), 130, "interrupted"), (MoeccError("two\nlines"), 2, "error: two lines"),
-             (RuntimeError("a fault"), 3, "internal error: RuntimeError: a fault")]  # fmt: skip
+    cases = [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MoeccError("two\nlines"), 2, "error: two lines"),
+        (RuntimeError("a fault"), 3, "internal error: RuntimeError: a fault"),
+    ]
     for error, code, line in cases:
         monkeypatch.setattr("moecc.commands.inspect.inspect_model", _raising(error))
         got = moecc("inspect", TINYMOE, "--json")
@@ -286,12 +284,10 @@ def test_eval_of_a_model_against_itself(moecc: Any) -> None:
     rows = ("--text", f"{TINYMOE}/valid.txt", "--rows", "2", "--length", "32")
     got = moecc("eval", TINYMOE, "--reference", TINYMOE, *rows, "--json")
     assert got.code == 0
-    assert (
-        got.json["kl"] == 0
-        and got.json["agreement"] == 1
-        and got.json["rows"] == 2
-        and got.json["tokens"] == 62
-    )
+    assert got.json["kl"] == 0
+    assert got.json["agreement"] == 1
+    assert got.json["rows"] == 2
+    assert got.json["tokens"] == 62
     assert len(got.json["per_layer"]) == 4
 
 
@@ -317,9 +313,8 @@ def test_eval_says_when_the_rows_are_those_of_calibration(moecc: Any, tmp_path: 
 def test_inspect_knows_the_least_that_a_budget_can_be(moecc: Any) -> None:
     """With a codebook per layer: 2 bits, scales and 8192 bits for each layer and projection."""
     enough = moecc("inspect", TINYMOE, "--passes", "kbvq", "--bits", "2.2", "--json")
-    assert enough.code == 0 and enough.json["estimate"]["bits_per_weight_experts"][
-        1
-    ] == pytest.approx(2.2)
+    assert enough.code == 0
+    assert enough.json["estimate"]["bits_per_weight_experts"][1] == pytest.approx(2.2)
     few = moecc("inspect", TINYMOE, "--passes", "kbvq", "--bits", "2.05")
     assert few.code == 2 and "the least is 2.094" in few.err
 
@@ -459,11 +454,17 @@ def damaged(folder: Path, change: Any) -> Path:
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 DAMAGES: dict[str, tuple[Any, str]] = {
-    "a tensor lost": (lambda t: t.pop("model.norm.weight"), "has no tensor for 'model.norm.weight'"),
-    "a tensor of another shape": (lambda t: t.update({"model.norm.weight": torch.ones(8)}), "is [8], but config.json implies [32]"),
+    "a tensor lost": (
+        lambda t: t.pop("model.norm.weight"),
+        "has no tensor for 'model.norm.weight'",
+    ),
+    "a tensor of another shape": (
+        lambda t: t.update({"model.norm.weight": torch.ones(8)}),
+        "is [8], but config.json implies [32]",
+    ),
     "an expert lost": (lambda t: t.pop(EXPERT), f"('{EXPERT}' is missing); fetch it again"),
     "not a number": (lambda t: t[EXPERT][0].fill_(torch.nan), f"'{EXPERT}' in "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("change", "says"), DAMAGES.values(), ids=DAMAGES.keys())
@@ -471,9 +472,10 @@ def test_generate_from_a_damaged_checkpoint(
     moecc: Any, change: Any, says: str, tmp_path: Path
 ) -> None:
     got = moecc("generate", damaged(tmp_path, change), "--max-new-tokens", "1")
-    assert (
-        got.code == 2 and says in got.err and str(tmp_path) in got.err and "report" not in got.err
-    )
+    assert got.code == 2
+    assert says in got.err
+    assert str(tmp_path) in got.err
+    assert "report" not in got.err
 
 
 def test_passes_lists_every_pass_with_its_options(moecc: Any) -> None:
@@ -481,12 +483,10 @@ def test_passes_lists_every_pass_with_its_options(moecc: Any) -> None:
     assert {"moments", "klt", "vq", "affine", "fold", "kbvq"} <= {p["name"] for p in found}
     assert all(p["summary"] and p["scope"] in ("layer", "model", "composite") for p in found)
     one = moecc("passes", "vq")
-    assert (
-        one.code == 0
-        and "bits=2" in one.out
-        and "2 | 3 | 4" in one.out
-        and "moments -> vq" in one.out
-    )
+    assert one.code == 0
+    assert "bits=2" in one.out
+    assert "2 | 3 | 4" in one.out
+    assert "moments -> vq" in one.out
     assert "stands for moments,klt,vq,affine,fold" in moecc("passes", "kbvq").out
     options = {o["name"]: o for o in moecc("passes", "vq", "--json").json["options"]}
     assert options["bits"]["default"] == 2 and options["bits"]["help"]

@@ -137,10 +137,8 @@ def test_every_tensor_of_the_format_has_its_type(compressed: Program, name: str)
     moe.node.replace_input_with(node, program.add("wrong", held.float()))
     message = rejected(program)
     want = {torch.uint8: "u8", torch.int8: "i8"}.get(held.dtype, "f16 or bf16")
-    assert (
-        f"%{moe.node.name} (moecc.vq_experts): down_{name} is f32[" in message
-        and message.endswith(f"expected {want}")
-    )
+    assert f"%{moe.node.name} (moecc.vq_experts): down_{name} is f32[" in message
+    assert message.endswith(f"expected {want}")
 
 
 def test_held_weights_are_finite(compressed: Program) -> None:
@@ -238,9 +236,8 @@ def test_a_held_tensor_must_be_what_its_node_says(tiny: Tiny, wrong: Tensor) -> 
     program = tiny("M")
     program.add("extra", torch.zeros(4))
     program.tensors["extra"] = wrong
-    assert rejected(program).startswith("weight extra is ") and rejected(program).endswith(
-        "but its node says f32[4]"
-    )
+    assert rejected(program).startswith("weight extra is ")
+    assert rejected(program).endswith("but its node says f32[4]")
 
 
 # ---- rewriting
@@ -254,9 +251,8 @@ def test_add_puts_a_placeholder_before_the_inputs_and_gives_a_known_name_its_new
     order = [n.name for n in program.graph.nodes]
     assert order.index(node.name) < order.index(program.user_inputs[0].name)
     assert program.add("extra", torch.ones(2, 2)) is node
-    assert tuple(node.meta["val"].shape) == (2, 2) and torch.equal(
-        program.read("extra"), torch.ones(2, 2)
-    )
+    assert tuple(node.meta["val"].shape) == (2, 2)
+    assert torch.equal(program.read("extra"), torch.ones(2, 2))
     assert node not in program.user_inputs
 
 
@@ -285,9 +281,8 @@ def test_replace_drops_weights_that_nothing_reads_any_more(tiny: Tiny) -> None:
         (*args[:3], program.add("other", torch.zeros(4, 16, 16)), *args[4:]),
         moe.attributes,
     )
-    assert "layers.0.mine" not in program.tensors and not any(
-        w.name == "layers.0.mine" for w in program.weights.values()
-    )
+    assert "layers.0.mine" not in program.tensors
+    assert not any(w.name == "layers.0.mine" for w in program.weights.values())
 
 
 def test_a_copy_has_a_graph_of_its_own(tiny: Tiny) -> None:
@@ -298,9 +293,9 @@ def test_a_copy_has_a_graph_of_its_own(tiny: Tiny) -> None:
     experts_of(copy).update_kwarg("act", "relu")
     copy.add("extra", torch.zeros(3))
     copy.facts.add("vq")
-    assert (
-        program.text() == text and "extra" not in program.tensors and program.facts == {"moments"}
-    )
+    assert program.text() == text
+    assert "extra" not in program.tensors
+    assert program.facts == {"moments"}
 
 
 # ---- weights
@@ -345,9 +340,14 @@ def test_reading_says_what_is_missing(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize(
     ("family", "weight"),
-    [("qwen2_moe", "mlp.gate.weight"), ("gpt_oss", "mlp.router.weight"), ("deepseek_v3", "mlp.gate.weight"),
-     ("mixtral", "mlp.gate.weight"), ("llama4_text", "feed_forward.router.weight")],
-)  # fmt: skip
+    [
+        ("qwen2_moe", "mlp.gate.weight"),
+        ("gpt_oss", "mlp.router.weight"),
+        ("deepseek_v3", "mlp.gate.weight"),
+        ("mixtral", "mlp.gate.weight"),
+        ("llama4_text", "feed_forward.router.weight"),
+    ],
+)
 def test_the_router_is_the_linear_behind_the_chosen_indices(family: str, weight: str) -> None:
     program = trace(make(family))
     assert program.moe_layers()

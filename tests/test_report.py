@@ -16,15 +16,23 @@ from moecc.pipeline.fate import HEADER, KEPT, UNUSED, Fate
 CODED = Fate("coded", bits=2, format="vq4")
 EVIL = "<script>alert('x')</script>&\""
 FACTS: dict[str, Any] = {
-    "format": 1, "pipeline": "moments,klt{rank=32},vq{bits=2},affine,fold,vsraq{steps=200}", "seed": 0,
-    "calibration_digest": "c0ffee", "source": EVIL, "source_digest": "ab" * 20, "backend": "reference",
+    "format": 1,
+    "pipeline": "moments,klt{rank=32},vq{bits=2},affine,fold,vsraq{steps=200}",
+    "seed": 0,
+    "calibration_digest": "c0ffee",
+    "source": EVIL,
+    "source_digest": "ab" * 20,
+    "backend": "reference",
     "versions": {"torch": "2.13", "moecc": "0.1.0", "format": "1"},
-    "notes": [f"model.layers.{n}.mlp.experts expert 3: 9 routed tokens; calibrated on 64 sent to it" for n in (2, 10)],
+    "notes": [
+        f"model.layers.{n}.mlp.experts expert 3: 9 routed tokens; calibrated on 64 sent to it"
+        for n in (2, 10)
+    ],
     "passes": [
         {"pass": "klt{rank=32}", "bits": 16.2, "nodes": 40, "error": None},
         {"pass": "vq{bits=2}", "bits": 2.1, "nodes": 40, "error": 0.07},
     ],
-}  # fmt: skip
+}
 
 
 def experts(layer: int) -> list[Row]:
@@ -102,10 +110,7 @@ def audit() -> list[Row]:
     rows.append(
         Row(EVIL, "not part of the model", (), UNUSED, 0, fallback=f"no parameter takes {EVIL}")
     )
-    return [
-        *rows,
-        Row("(safetensors headers)", "file format", (), HEADER, 1_736),
-    ]
+    return [*rows, Row("(safetensors headers)", "file format", (), HEADER, 1_736)]
 
 
 class Cells(HTMLParser):

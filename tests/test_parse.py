@@ -1,0 +1,235 @@
+"""Pipeline text: what it parses to, what it refuses, and where passes come from."""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pipelines import MY_PASS, order, refusal
+
+from moecc.errors import MoeccError
+from moecc.ir.program import Program
+from moecc.options import accepted, option
+from moecc.pipeline.parse import find_pass, parse_passes, pass_names
+from moecc.pipeline.passes import Context, Pass
+
+# ---- text
+
+
+def values(f: Field[Any]) -> list[Any]:
+    """Return values that the option `f` takes, its default among them."""
+    low, high = f.metadata.get("low"), f.metadata.get("high")
+    found = [f.default, *f.metadata.get("choices", ())]
+    if isinstance(f.default, bool):
+        return [True, False]
+    if low is not None and high is not None:
+        kind = float if isinstance(f.default, float) else int
+        found += [kind(low), kind(high), kind((low + high) / 2)]
+    elif isinstance(f.default, str) and not f.metadata.get("choices"):
+        found += ["some/path", "a.b-c"]
+    return found
+
+
+@pytest.mark.parametrize("name", pass_names())
+@given(data=st.data())
+def test_the_text_of_a_pass_builds_it_again(name: str, data: st.DataObject) -> None:
+    cls = find_pass(name)
+    p = cls(**{f.name: data.draw(st.sampled_from(values(f)), label=f.name) for f in cls.options()})
+    parsed, remarks = parse_passes(str(p))
+    assert parsed == [p] and str(parsed[0]) == str(p) and remarks == []
+
+
+@pytest.mark.parametrize("name", pass_names())
+def test_every_pass_explains_itself(name: str) -> None:
+    cls = find_pass(name)
+    assert cls.name == name and (cls.__doc__ or cls.__module__)
+    for f in cls.options():
+        assert f.metadata["help"], f.name
+        assert accepted(f)
+    assert str(cls()) == name
+
+
+def test_a_pipeline_is_read_with_spaces_and_a_last_comma() -> None:
+    parsed, _ = parse_passes(" klt{ rank=8 , bits=3 } , vq,")
+    assert [str(p) for p in parsed] == ["klt{rank=8,bits=3}", "vq"]
+
+
+RANGES = {
+    "vq{bits=5}": "vq: bits=5 is out of range; it takes 2 | 3 | 4",
+    "vq{bits=two}": "vq: bits='two' is out of range; it takes 2 | 3 | 4",
+    "vq{rounds=0}": "vq: rounds=0 is out of range; it takes 1 <= number <= 50",
+    "vq{rounds=2.5}": "vq: rounds='2.5' is out of range; it takes 1 <= number <= 50",
+    "vq{feedback=maybe}": "vq: feedback='maybe' is out of range; it takes true | false",
+    "vq{codebook=any}": "vq: codebook='any' is out of range; it takes auto | expert | layer",
+    "klt{rank=-1}": "klt: rank=-1 is out of range; it takes auto | 0 <= number <= 1024",
+    "klt{rank=most}": "klt: rank='most' is out of range; it takes auto | 0 <= number <= 1024",
+    "vsraq{value=nan}": "vsraq: value=nan is out of range; it takes 0 <= number <= 10000",
+}
+EXPECTED = "expected name or name{key=value,...}"
+ENDS_IN_PY = "is no pass: the path of a pass file ends in .py, e.g. ./my_pass.py"
+UNREADABLE = {
+    "kbvqq": "no pass 'kbvqq'; did you mean 'kbvq'?",
+    "vq{bitz=3}": "vq has no option 'bitz'; did you mean 'bits'?",
+    "kbvq{zzz=3}": (
+        "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'mean', 'offset', 'rank']"
+    ),
+    "vq{bits=2,bits=3}": "vq: option 'bits' is there twice; leave one out",
+    "vq{bits}": "vq: option 'bits' lacks a value; write bits=VALUE",
+    "vq klt": f"can't read the pipeline at column 1: 'vq klt'; {EXPECTED}",
+    "klt,vq{bits=3": f"can't read the pipeline at column 5: 'vq{{bits=3'; {EXPECTED}",
+    "klt,,vq": f"can't read the pipeline at column 5: ',vq'; {EXPECTED}",
+    "": "no passes given; try --passes kbvq, or `moecc passes` for what there is",
+    "./nothing.py": "no pass file nothing.py; give the path of a Python file that defines a pass",
+    "./my_pass": f"./my_pass {ENDS_IN_PY}",
+    "./README.md": f"./README.md {ENDS_IN_PY}",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), [*RANGES.items(), *UNREADABLE.items()])
+def test_text_that_cannot_be_read_is_refused_with_a_reason(text: str, message: str) -> None:
+    assert refusal(text) == message
+
+
+def test_an_unknown_name_unlike_any_other_lists_all_passes() -> None:
+    assert refusal("xyzzy") == f"no pass 'xyzzy'; there are {', '.join(pass_names())}"
+
+
+def test_bits_is_the_default_of_every_option_of_that_name() -> None:
+    parsed, remarks = parse_passes("kbvq,moments,vq{bits=4}", bits=3)
+    assert [str(p) for p in parsed] == ["kbvq{bits=3}", "moments", "vq{bits=4}"] and remarks == []
+
+
+def test_a_pass_that_does_not_take_the_bits_keeps_its_own_and_says_so() -> None:
+    parsed, remarks = parse_passes("dense,kbvq", bits=8)
+    assert [str(p) for p in parsed] == ["dense", "kbvq"]
+    assert remarks == ["kbvq keeps bits=2 (it takes 2 <= number <= 4, not 8)"]
+
+
+def test_bits_that_no_pass_takes_are_refused() -> None:
+    assert refusal("kbvq,moments", bits=8) == (
+        "no pass of 'kbvq,moments' takes --bits 8: "
+        "kbvq keeps bits=2 (it takes 2 <= number <= 4, not 8)"
+    )
+
+
+def test_an_option_out_of_range_is_refused_in_python_too() -> None:
+    with pytest.raises(MoeccError, match=r"vq: bits=7 is out of range; it takes 2 \| 3 \| 4"):
+        find_pass("vq")(bits=7)  # type: ignore[call-arg]
+
+
+# ---- passes of a user's own
+
+
+def test_a_pass_is_found_by_its_path_and_keeps_it_in_its_text() -> None:
+    parsed, _ = parse_passes(f"{MY_PASS}{{below=0.5}}")
+    assert parsed[0].name == "drop_bias" and str(parsed[0]) == f"{MY_PASS}{{below=0.5}}"
+    again, _ = parse_passes(str(parsed[0]))
+    assert str(again[0]) == str(parsed[0])
+    assert order(f"{MY_PASS},kbvq") == ["moments", "klt", "vq", "affine", "fold", "drop_bias"]
+
+
+def test_a_pass_file_that_fails_is_named(tmp_path: Path) -> None:
+    broken, empty = tmp_path / "broken.py", tmp_path / "empty.py"
+    broken.write_text("import not_there\n")
+    empty.write_text("x = 1\n")
+    assert refusal(str(broken)) == (
+        f"pass file {broken} can't be imported: ModuleNotFoundError: No module named 'not_there'"
+    )
+    assert refusal(str(empty)) == "empty.py defines 0 passes; a pass file defines one"
+
+
+HEAD = """from dataclasses import dataclass
+from moecc.pipeline.passes import LayerPass, option
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(LayerPass):
+"""
+RUN = "    def run_layer(self, layer, ctx):\n        return False\n"
+
+
+WORD = "give a word of letters, digits, '_', '-' and '.'"
+INCOMPLETE = {
+    RUN: f"Mine.name is None; {WORD}",
+    f"    name = 'a/b'\n{RUN}": f"Mine.name is 'a/b'; {WORD}",
+    f"    name = 'mine'\n    requires = 'vq'\n{RUN}": (
+        "Mine.requires is 'vq'; give a frozenset of facts"
+    ),
+    f"    name = 'mine'\n    provides = ['vq']\n{RUN}": (
+        "Mine.provides is ['vq']; give a frozenset of facts"
+    ),
+    "    name = 'mine'\n": "Mine lacks run_layer",
+    f"    name = 'mine'\n    by: int\n{RUN}": (
+        "the option 'by' has no default; write option(DEFAULT, help=...)"
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), INCOMPLETE.items())
+def test_a_class_that_is_no_whole_pass_is_refused(body: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(HEAD + body)
+    assert refusal(str(tmp_path / "mine.py")) == f"mine.py: {message}"
+
+
+def test_the_default_of_an_option_may_be_none(tmp_path: Path) -> None:
+    option = "by: int | None = option(None, help='', low=0)"
+    (tmp_path / "mine.py").write_text(f"{HEAD}    name = 'mine'\n    {option}\n{RUN}")
+    assert order(f"{tmp_path}/mine.py") == ["mine"]
+
+
+def test_a_path_may_hold_spaces(tmp_path: Path) -> None:
+    (tmp_path / "my own pass.py").write_text(f"{HEAD}    name = 'mine'\n{RUN}")
+    assert order(f"vq, {tmp_path}/my own pass.py , dense") == ["moments", "vq", "mine", "dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fake(Pass):
+    """A model pass that changes nothing, installed under an entry point."""
+
+    name: ClassVar[str] = "fake"
+    provides: ClassVar[frozenset[str]] = frozenset({"moments"})
+    bits: int = option(2, help="not used", choices=(2, 3))
+
+    def run(self, program: Program, ctx: Context) -> bool:
+        return False
+
+
+class EntryPoint:
+    """An entry point as importlib.metadata gives it."""
+
+    def __init__(self, cls: type[Pass]):
+        self.name, self.cls = cls.name, cls
+
+    def load(self) -> type[Pass]:
+        return self.cls
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> list[type[Pass]]:
+    """A list of the passes that other packages have installed; a test appends to it."""
+    found: list[type[Pass]] = []
+
+    def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
+        assert group == "moecc.passes"
+        return [EntryPoint(c) for c in found if name in (None, c.name)]
+
+    monkeypatch.setattr("moecc.registry.entry_points", entry_points)
+    return found
+
+
+def test_a_pass_is_found_by_its_entry_point(installed: list[type[Pass]]) -> None:
+    installed.append(Fake)
+    assert "fake" in pass_names()
+    assert parse_passes("fake{bits=3}")[0] == [Fake(bits=3)]
+    assert refusal("fakee") == "no pass 'fakee'; did you mean 'fake'?"
+
+
+def test_with_two_providers_the_user_must_choose(installed: list[type[Pass]]) -> None:
+    installed.append(Fake)
+    assert (
+        refusal("vq") == "vq requires 'moments'; provided by ['fake', 'moments']; name one of them"
+    )
+    assert order("vq,fake") == ["fake", "vq"]

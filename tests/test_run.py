@@ -1,0 +1,253 @@
+"""Running passes: rounds over the layers, hooks, reports, and errors that name pass and layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from pipelines import Tiny, derive, idle, resolved
+from torch import Tensor
+
+from moecc.errors import MoeccError
+from moecc.ir.program import Program
+from moecc.options import option
+from moecc.pipeline.bits import experts_bits
+from moecc.pipeline.order import resolve
+from moecc.pipeline.parse import find_pass
+from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
+from moecc.pipeline.run import Hooks, run_passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Touch(LayerPass):
+    """Notes each layer it sees; in stage `fail_in` it fails as `how` says."""
+
+    name: ClassVar[str] = "touch"
+    fail_in: int = option(-1, help="stage", low=-1, high=100)
+    how: str = option(
+        "raise", help="what goes wrong", choices=("raise", "moecc", "break", "interrupt")
+    )
+
+    def run_layer(self, layer: Layer, ctx: Context) -> bool:
+        inputs, targets = layer.inputs.stage, layer.targets.stage
+        ctx.notes.append(f"{layer.index}: inputs before {inputs}, targets before {targets}")
+        if layer.index == self.fail_in:
+            if self.how == "raise":
+                raise RuntimeError("boom")
+            if self.how == "moecc":
+                raise MoeccError("it does not fit")
+            if self.how == "interrupt":
+                raise KeyboardInterrupt
+            next(n for n in layer.program.graph.nodes if n.name == "tanh").meta.pop("layer")
+        return False
+
+
+def failure(program: Program, batches: list[Tensor], *passes: Pass) -> str:
+    """Return the message with which a run of these passes fails."""
+    with pytest.raises(MoeccError) as found:
+        run_passes(program, passes, Context(), batches)
+    return str(found.value)
+
+
+def test_a_failure_names_pass_and_layer_and_the_passes_before_it(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    moments = find_pass("moments")()
+    message = failure(tiny("MD"), batches, moments, Touch(fail_in=2))
+    assert message == "touch{fail_in=2} failed in layer 1 (after moments): RuntimeError: boom"
+    assert failure(tiny("MD"), batches, Touch(fail_in=1, how="moecc")) == (
+        "touch{fail_in=1,how=moecc} failed in layer 0: it does not fit"
+    )
+
+
+def test_a_pass_that_breaks_the_graph_is_named(tiny: Tiny, batches: list[Tensor]) -> None:
+    message = failure(tiny("MD"), batches, idle("first"), Touch(fail_in=2, how="break"))
+    where = "touch{fail_in=2,how=break} failed in layer 1 (after first)"
+    assert message.startswith(f"{where}: node %tanh (aten.tanh) lacks meta")
+
+
+@pytest.mark.parametrize("returned", [None, "yes", 1])
+def test_a_pass_must_return_whether_it_changed_the_program(
+    tiny: Tiny, batches: list[Tensor], returned: object
+) -> None:
+    silent = derive(LayerPass, "silent", run_layer=lambda self, layer, ctx: returned)
+    assert failure(tiny("M"), batches, silent) == (
+        f"silent failed in layer 0: it returned {returned!r}; "
+        "return True or False, whether it changed the program"
+    )
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), float("nan"), {1: {2}}])
+def test_a_recorded_value_must_be_json(tiny: Tiny, batches: list[Tensor], value: object) -> None:
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        ctx.record("some.weight", share=value)
+        return False
+
+    message = failure(tiny("M"), batches, derive(LayerPass, "tell", run_layer=run_layer))
+    assert message.startswith("tell failed in layer 0: some.weight: can't record ['share'] (")
+    assert message.endswith("give finite numbers, text, lists or dicts")
+
+
+def test_a_layer_that_no_longer_runs_names_the_passes_that_ran(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        for moe in layer.moe:  # a tensor on disk is not checked before it is read
+            name = layer.program.weights[moe.gate_up.operand().name].name
+            layer.program.add(name, layer.weight(moe.gate_up))
+            layer.program.tensors.spill(name, lambda: torch.zeros(1))
+        return bool(layer.moe)
+
+    broken = derive(LayerPass, "break", run_layer=run_layer)
+    message = failure(tiny("MD"), batches, Touch(), broken)
+    where = "node %experts (moecc.experts) in stage 1"
+    assert message.startswith(f"layer 0 no longer runs behind touch, break: {where} failed: ")
+
+
+def test_an_interrupt_stays_an_interrupt(tiny: Tiny, batches: list[Tensor]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_passes(tiny("MD"), [Touch(fail_in=1, how="interrupt")], Context(), batches)
+
+
+def test_a_model_pass_that_fails_names_no_layer(tiny: Tiny) -> None:
+    def run(self: Pass, program: Program, ctx: Context) -> bool:
+        raise ValueError("no luck")
+
+    broken = derive(Pass, "broken", run=run)
+    assert failure(tiny("M"), [], broken) == "broken failed: ValueError: no luck"
+
+
+def test_a_pass_that_needs_data_asks_for_it(tiny: Tiny) -> None:
+    message = failure(tiny("M"), [], find_pass("moments")())
+    assert message == "moments needs calibration text; give --calib FILE"
+
+
+def test_layer_passes_of_one_round_see_inputs_before_and_targets_after_a_layer(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    ctx, dumps, layers = Context(), [], []
+    hooks = Hooks(
+        dump=lambda name, program, stage: dumps.append(name),
+        after_layer=lambda stage, program, ctx: layers.append(stage),
+    )
+    run_passes(tiny("MD"), [Touch(), idle("model"), Touch(), Touch()], ctx, batches, hooks)
+    # the last stage is the head; its output for all the text is never held
+    once = [f"{i}: inputs before {i}, targets before {min(i + 1, 3)}" for i in (1, 2, 3)]
+    assert ctx.notes == once + [line for line in once for _ in range(2)]
+    first = [f"layer00{i}-touch" for i in (1, 2, 3)]
+    # two passes of one name leave two texts
+    second = [f"layer00{i}-touch-{k}" for i in (1, 2, 3) for k in (2, 3)]
+    assert dumps == [*first, "01-after-touch", "02-after-model", *second, "04-after-touch"]
+    assert layers == [1, 2, 3, 1, 2, 3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Late(Touch):
+    """Begins when the passes before it have gone through all layers."""
+
+    name: ClassVar[str] = "late"
+    own_round: ClassVar[bool] = True
+
+
+def test_a_round_of_its_own_begins_behind_all_layers(tiny: Tiny, batches: list[Tensor]) -> None:
+    dumps: list[str] = []
+    hooks = Hooks(dump=lambda name, program, stage: dumps.append(name))
+    run_passes(tiny("MD"), [Touch(), Late(), Touch()], Context(), batches, hooks)
+    first = [f"layer00{i}-touch" for i in (1, 2, 3)]
+    second = [f"layer00{i}-{name}" for i in (1, 2, 3) for name in ("late", "touch-2")]
+    assert dumps == [*first, "01-after-touch", *second, "03-after-touch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen(LayerPass):
+    """Notes the op of the layer's experts in the float model that it is given."""
+
+    name: ClassVar[str] = "seen"
+
+    def run_layer(self, layer: Layer, ctx: Context) -> bool:
+        ctx.notes += [
+            str(m.node.target) for m in layer.reference.moe_layers() if m.layer == layer.index
+        ]
+        return False
+
+
+def test_the_float_model_stays_float_behind_a_model_pass(tiny: Tiny, batches: list[Tensor]) -> None:
+    ctx = Context()
+    run_passes(tiny("M"), [*resolved("vq"), idle("model"), Seen()], ctx, batches)
+    assert [note for note in ctx.notes if note.startswith("moecc")] == ["moecc.experts.default"]
+
+
+def test_a_restored_layer_is_not_run_again(tiny: Tiny, batches: list[Tensor]) -> None:
+    ctx = Context()
+    hooks = Hooks(restore_layer=lambda stage, program, ctx: stage < 2)
+    run_passes(tiny("MD"), [Touch()], ctx, batches, hooks)
+    assert [note[0] for note in ctx.notes] == ["2", "3"]
+
+
+def test_facts_hold_after_a_run(tiny: Tiny) -> None:
+    program = tiny("M")
+    run_passes(program, [idle("a", provides="x y"), idle("b", spoils="x", provides="z")], Context())
+    assert program.facts == {"y", "z"}
+
+
+def test_a_report_gives_change_bits_and_error_of_each_pass(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    seen: list[str] = []
+    hooks = Hooks(after_pass=lambda report, program: seen.append(report.text))
+    passes = resolved("klt{rank=2},vq{codebook=layer}")
+    result = run_passes(tiny("MD"), passes, Context(), batches, hooks)
+    assert [r.text for r in result] == seen == ["moments", "klt{rank=2}", "vq{codebook=layer}"]
+    assert [r.changed for r in result] == [False, True, True]
+    lines = [r.line() for r in result]
+    assert lines[0].startswith("moments: ")
+    assert "nothing changed" in lines[0]
+    assert "nothing changed" not in lines[2]
+    assert "bits/weight, error 0." in lines[2]
+    assert result[0].bits == 32.0 and len({r.bits for r in result}) == 3  # each pass its own
+
+
+def test_a_pass_that_stands_twice_has_two_reports(tiny: Tiny, batches: list[Tensor]) -> None:
+    """Check two layer passes of one round, and two model passes."""
+    seen: list[int] = []
+
+    def first_time(self: Pass, layer: Layer, ctx: Context) -> bool:
+        seen.append(layer.index)
+        return seen.count(layer.index) == 1
+
+    once = derive(LayerPass, "once", run_layer=first_time)
+    passes, _ = resolve([idle("model"), once, once, idle("model")])
+    reports = run_passes(tiny("MD"), passes, Context(), batches)
+    assert [(r.text, r.changed) for r in reports] == [
+        ("model", False),
+        ("once", True),
+        ("once", False),
+        ("model", False),
+    ]
+
+
+def test_bits_of_float_experts_are_those_of_the_checkpoint(tiny: Tiny) -> None:
+    program = tiny("M")
+    assert experts_bits(program) == 32.0
+    store = program.store
+    store.tensors = {name: t.bfloat16() for name, t in store.tensors.items()}
+    assert experts_bits(program) == 16.0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_bits_of_compressed_experts_count_every_tensor(
+    tiny: Tiny, batches: list[Tensor], bits: int
+) -> None:
+    program = tiny("M")
+    passes = resolved(f"klt{{rank=2}},vq{{bits={bits}}},affine{{offset=on}},fold")
+    run_passes(program, passes, Context(), batches)
+    moe = program.moe_layers()[0]
+    held = [
+        program.read(program.weights[n.name].name)
+        for n in moe.node.all_input_nodes
+        if n.name in program.weights
+    ]
+    stored = sum(8 * t.numel() * t.element_size() for t in held)
+    assert experts_bits(program) == stored / (4 * 16 * 16 + 4 * 16 * 8)
