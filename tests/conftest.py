@@ -21,7 +21,7 @@ import pytest
 import torch
 from families import make
 from hypothesis import HealthCheck, settings
-from made import QUICK, ROWS, Compile, Run, checkpoint
+from made import QUICK, ROWS, Command, Compile, Run, checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
@@ -109,6 +109,12 @@ def traced_once() -> Iterator[None]:
 
 
 # ---- commands on tiny models of transformers
+
+
+@pytest.fixture
+def moecc(capsys: pytest.CaptureFixture[str]) -> Command:
+    """moecc(*args): run a command."""
+    return lambda *args: Run(capsys, *args)
 
 
 @pytest.fixture

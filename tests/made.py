@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from moecc.types import FamilyModule, Json
 EVERYTHING = "kbvq{rank=4,mean=2},vsraq{steps=3},dense{group=16}"
 QUICK = "vq{rounds=1,codebook=layer}"
 ROWS = ("--rows", "8", "--length", "32")
+TINYMOE = Path(__file__).parents[1] / "examples" / "tinymoe"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -65,6 +68,12 @@ def checkpoint(
     return folder
 
 
+def copy_tokenizer(folder: Path) -> None:
+    """Copy the example model's tokenizer, of 4096 tokens, into `folder`."""
+    for name in TOKENIZER:
+        shutil.copy(TINYMOE / name, folder)
+
+
 class Run:
     """One run of the command line: its exit code, stdout and stderr."""
 
@@ -79,6 +88,7 @@ class Run:
         return found
 
 
+Command = Callable[..., Run]  # the fixture `moecc` of conftest.py
 Compile = Callable[..., Run]  # the fixture `compile` of conftest.py
 
 
