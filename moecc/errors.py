@@ -1,13 +1,16 @@
-"""The one error a user sees: what is wrong, where, and what to do, in one line."""
+"""The one error that users see: one line that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 
 class MoeccError(ValueError):
-    """Bad input or a model that moecc can't take. The command line prints it as one line and exits with 2."""
+    """Bad input, or a model that moecc cannot compile. The command line prints it and exits with 2."""
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of a library says, in one line: its first, with the next where that only introduces it."""
+    """Return a library's error message as one line: its first line.
+
+    If that line ends in a colon, the next line is appended.
+    """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")

@@ -1,7 +1,8 @@
-"""Makes transformers know the artifact format when transformers is used, and imports nothing before.
+"""Register the artifact format with transformers as soon as transformers is used, without importing it.
 
-`register_when_needed` registers at once where transformers' quantizers are imported already. Otherwise a finder on `sys.meta_path`
-waits for their import, which `from_pretrained` of every model goes through, and registers right behind it.
+If transformers' quantizers are imported already, `register_when_needed` registers at once. Otherwise
+it puts a finder on `sys.meta_path` that waits for their import, which every `from_pretrained` triggers,
+and registers right after it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,15 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 _QUANTIZERS = "transformers.quantizers.auto"
 
 
 def register_when_needed() -> None:
-    """See above; calling it again does nothing."""
+    """Register now or when the quantizers are imported; a second call does nothing."""
     if _QUANTIZERS in sys.modules:
         _register()
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
@@ -26,11 +26,11 @@ def register_when_needed() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("moecc.artifact.hf")  # registers at its end
+    importlib.import_module("moecc.artifact.hf")  # its last lines register the format
 
 
 class _Waiting(MetaPathFinder):
-    """Lets the others find transformers' quantizers, and registers once they are imported."""
+    """A finder that lets the others find transformers' quantizers, and registers after their import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -45,12 +45,16 @@ class _Waiting(MetaPathFinder):
         )
         spec = next((s for s in found if s is not None), None)
         if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            run = loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                run(module)
-                _register()
-
-            loader.exec_module = exec_module
+            _register_after(spec.loader)
         return spec
+
+
+def _register_after(loader: Loader) -> None:
+    """Make `loader` register the format once it has executed its module."""
+    run = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        run(module)
+        _register()
+
+    loader.exec_module = exec_module  # type: ignore[method-assign]

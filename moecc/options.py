@@ -1,7 +1,7 @@
-"""What passes and targets share: a frozen dataclass whose fields are options, printed and read back as text.
+"""Options of passes and targets: the fields of a frozen dataclass, printed and read back as text.
 
-`vq{bits=3,codebook=layer}` builds a pass, `onnx{profile=native}` a target, and `str()` of either prints the text that builds it
-again. An option is a dataclass field made by `option`, which says what the option is for and what it takes.
+`vq{bits=3,codebook=layer}` builds a pass and `onnx{profile=native}` a target; `str()` of either prints
+the text that builds it again. `option` makes a field with its help text and the values it takes.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from moecc.errors import MoeccError
+from moecc.types import Json
 
 _ITEM = re.compile(r"\s*([^,{}]*[^\s,{}])\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 
 
 def option(
-    default: Any,
+    default: object,
     *,
     help: str,
-    choices: Sequence[Any] = (),
+    choices: Sequence[object] = (),
     low: float | None = None,
     high: float | None = None,
-) -> Any:
-    """A dataclass field with its help text and what it takes: one of `choices`, or a number from `low` to `high`."""
+) -> Any:  # as dataclasses.field: a type checker sees the default assigned to the field's type
+    """Return a dataclass field that takes one of `choices`, or a number from `low` to `high`."""
     return field(
         default=default,
         metadata={"help": help, "choices": tuple(choices), "low": low, "high": high},
     )
 
 
-def accepts(f: Field[Any], value: Any) -> bool:
-    """Whether option `f` takes `value`."""
+def accepts(f: Field[object], value: object) -> bool:
+    """Return whether option `f` takes `value`."""
     choices, low, high = (f.metadata.get(k) for k in ("choices", "low", "high"))
     if choices and value in choices:
         return True
@@ -43,25 +44,26 @@ def accepts(f: Field[Any], value: Any) -> bool:
     return (low is None or value >= low) and (high is None or value <= high)
 
 
-def accepted(f: Field[Any]) -> str:
-    """The values that option `f` takes, in words."""
+def accepted(f: Field[object]) -> str:
+    """Return the values that option `f` takes, in words."""
     choices, low, high = (f.metadata.get(k) for k in ("choices", "low", "high"))
     parts = [" | ".join(map(str, choices))] if choices else []
     if low is not None or high is not None:
-        parts.append(
-            f"{'' if low is None else f'{low:g} <= '}number{'' if high is None else f' <= {high:g}'}"
-        )
+        least = "" if low is None else f"{low:g} <= "
+        most = "" if high is None else f" <= {high:g}"
+        parts.append(f"{least}number{most}")
     return " | ".join(parts) or "any value"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ABC):
-    """A named thing with options. Subclasses are frozen dataclasses; MoeccError where an option is out of range."""
+    """A named thing with options; subclasses are frozen dataclasses.
+
+    Raise MoeccError if an option is out of range.
+    """
 
     name: ClassVar[str]
-    file: ClassVar[str] = (
-        ""  # the path of the Python file that defines it, "" for what is found by name
-    )
+    file: ClassVar[str] = ""  # the path of its Python file; "" if the registry finds it by name
 
     def __post_init__(self) -> None:
         for f in self.options():
@@ -71,26 +73,32 @@ class Options(ABC):
                 )
 
     @classmethod
-    def options(cls) -> list[Field[Any]]:
-        """The fields that a user may set."""
+    def options(cls) -> list[Field[object]]:
+        """Return the fields that a user may set."""
         return [f for f in fields(cls) if "help" in f.metadata]
 
     @classmethod
-    def build_from(cls, text: str, defaults: dict[str, Any] | None = None) -> Self:
-        """The instance that `text`, such as `bits=3,codebook=layer`, describes; `defaults` are for options it leaves out."""
+    def build_from(cls, text: str, defaults: Json | None = None) -> Self:
+        """Build the instance that `text` describes, such as `bits=3,codebook=layer`.
+
+        An option that `text` leaves out is taken from `defaults`.
+        """
         return cls(**{**(defaults or {}), **cls.read(text)})
 
     @classmethod
-    def read(cls, text: str) -> dict[str, Any]:
-        """The options that `text` gives, by name; MoeccError for an option that there is not, or a value out of range."""
-        given: dict[str, Any] = {}
+    def read(cls, text: str) -> Json:
+        """Return the options that `text` gives, by name.
+
+        Raise MoeccError if an option is unknown or its value is out of range.
+        """
+        given: Json = {}
         for key, value in _pairs(cls.name, text):
             given[key] = read_option(cls.name, cls.option_called(key), value)
         return given
 
     @classmethod
-    def option_called(cls, key: str) -> Field[Any]:
-        """The option `key`; MoeccError, with what is like it, where there is none."""
+    def option_called(cls, key: str) -> Field[object]:
+        """Return the option `key`; raise MoeccError, with the nearest name, if there is none."""
         known = {f.name: f for f in cls.options()}
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -98,8 +106,8 @@ class Options(ABC):
             raise MoeccError(f"{cls.name} has no option {key!r}; {hint}")
         return known[key]
 
-    def changed(self) -> dict[str, Any]:
-        """The options that are not at their defaults."""
+    def changed(self) -> Json:
+        """Return the options that differ from their defaults."""
         return {f.name: v for f in self.options() if (v := getattr(self, f.name)) != f.default}
 
     def __str__(self) -> str:
@@ -110,7 +118,10 @@ class Options(ABC):
 
 
 def items(text: str) -> list[tuple[str, str]]:
-    """The (name, options) of each item of a list such as `vsraq,kbvq{bits=2}`; MoeccError says at which column it ends."""
+    """Return (name, options) for each item of a list such as `vsraq,kbvq{bits=2}`.
+
+    Raise MoeccError, with the column, if the text is not such a list.
+    """
     found, at = [], 0
     while at < len(text):
         m = _ITEM.match(text, at)
@@ -134,14 +145,17 @@ def _pairs(owner: str, text: str) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def read_option(owner: str, f: Field[Any], text: str) -> Any:
-    """The value that `text` means for option `f`, by the type of its default and its choices."""
-    choices = f.metadata.get("choices", ())
+def read_option(owner: str, f: Field[object], text: str) -> object:
+    """Convert `text` to a value of option `f`, by its choices and the type of its default.
+
+    Raise MoeccError if `f` takes no such value.
+    """
+    choices: Sequence[object] = f.metadata.get("choices", ())
     for choice in choices:
         if text == str(choice):
             return choice
     default = None if f.default is MISSING else f.default
-    kinds: list[Callable[[str], Any]] = []
+    kinds: list[Callable[[str], object]] = []
     if isinstance(default, float):
         kinds = [float]
     elif "float" in str(f.type):  # int | float

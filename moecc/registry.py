@@ -1,4 +1,4 @@
-"""Finding passes and targets: by the name of a module in their package, by entry point, or by the path of a Python file."""
+"""Find a pass or a target: by module name in its package, by entry point, or by file path."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def _any(cls: type[Options], where: str) -> None:
 
 @dataclass(frozen=True)
 class Registry(Generic[T]):
-    """The classes of one `kind` that can be asked for by name.
+    """The classes of one `kind`, found by name.
 
-    Each module of `package` that does not begin with an underscore defines one; entry points of the group `package` name more.
-    `word` and `plural` are what messages call them. `require` is a further check of a class and of where it was found.
+    Each module of `package` whose name has no leading underscore defines one class; entry points of
+    the group `package` add others. Messages call a class `word`, several `plural`. `require` is an
+    extra check: it gets the class and the place where it was found, and raises MoeccError.
     """
 
     kind: type[T]
@@ -40,7 +41,7 @@ class Registry(Generic[T]):
     require: Callable[[type[T], str], None] = field(default=_any)
 
     def names(self) -> list[str]:
-        """Every name that can be asked for without a path."""
+        """Return every name that needs no path, in alphabetical order."""
         package = importlib.import_module(self.package)
         local = [
             m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")
@@ -48,7 +49,10 @@ class Registry(Generic[T]):
         return sorted({*local, *(ep.name for ep in entry_points(group=self.package))})
 
     def find(self, name: str) -> type[T]:
-        """The class called `name`; MoeccError where there is none or it is not what a class of this kind must be."""
+        """Return the class called `name`.
+
+        Raise MoeccError if there is none, or if it lacks something that such a class needs.
+        """
         found = self._found(name)
         self._require_sound(found, Path(name).name)
         return found
@@ -75,16 +79,15 @@ class Registry(Generic[T]):
 
     def _load(self, path: Path) -> ModuleType:
         if not path.is_file():
-            raise MoeccError(
-                f"no {self.word} file {path}; give the path of a Python file that defines a {self.word}"
-            )
+            advice = f"give the path of a Python file that defines a {self.word}"
+            raise MoeccError(f"no {self.word} file {path}; {advice}")
         key = f"moecc_{self.word}_{path.stem}"
         spec = importlib.util.spec_from_file_location(key, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[key] = module
         before = sys.dont_write_bytecode
-        sys.dont_write_bytecode = True  # nothing is left beside the file, and no old code is run
+        sys.dont_write_bytecode = True  # leave nothing beside the file, and run no stale code
         try:
             spec.loader.exec_module(module)
         except Exception as e:
@@ -109,9 +112,8 @@ class Registry(Generic[T]):
     def _require_sound(self, cls: type[T], where: str) -> None:
         name = getattr(cls, "name", None)
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-            raise MoeccError(
-                f"{where}: {cls.__name__}.name is {name!r}; give a word of letters, digits, '_', '-' and '.'"
-            )
+            advice = "give a word of letters, digits, '_', '-' and '.'"
+            raise MoeccError(f"{where}: {cls.__name__}.name is {name!r}; {advice}")
         self.require(cls, where)
         if cls.__abstractmethods__:
             raise MoeccError(

@@ -23,7 +23,8 @@ from moecc.checkpoint.store import CheckpointStore
 from moecc.frontend.capture import capture
 from moecc.frontend.resize import Resizer
 from moecc.frontend.skeleton import Skeleton, skeleton
-from moecc.ir.program import Program, Weight, fold_weight_graphs
+from moecc.ir.fold import fold_weight_graphs
+from moecc.ir.program import Program, Weight
 from moecc.ir.tensors import Held, Store
 from moecc.types import Config
 

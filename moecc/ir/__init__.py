@@ -1,1 +1,1 @@
-"""What every room speaks about: programs, experts nodes, ops, gates and the format of compressed experts."""
+"""The IR: programs, experts nodes, ops, gates and the format of compressed experts."""

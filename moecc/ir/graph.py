@@ -1,24 +1,20 @@
-"""torch.fx graphs, whatever they compute: what depends on what, how nodes are run and printed."""
+"""torch.fx graphs in general: copy them, follow dependencies, and run nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from moecc.errors import MoeccError
 from moecc.ir import ops
-
-SHORT = {
-    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
-}  # fmt: skip
+from moecc.ir.text import node_text
+from moecc.types import Value
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule with its own graph; node metadata is shared value by value (fake tensors are not cloned)."""
+    """Copy a GraphModule's graph; node metadata is copied by reference (no fake tensor is cloned)."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -31,7 +27,7 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """The call nodes that `roots` are computed from, themselves included."""
+    """Return the call nodes that `roots` are computed from, `roots` included."""
     seen: set[fx.Node] = set()
     stack = [r for r in roots if isinstance(r, fx.Node)]
     while stack:
@@ -43,9 +39,10 @@ def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def needed_for(nodes: Iterable[fx.Node], wanted: set[str]) -> list[fx.Node]:
-    """Those of `nodes` (in order) that the values called `wanted` depend on, in order.
+    """Return those of `nodes` that the values called `wanted` depend on; both lists are in graph order.
 
-    An in-place op counts where a needed node, or the caller, reads what it writes into, though nobody reads its own result.
+    An in-place op is needed if a needed node or the caller reads the tensor that it writes into, even
+    if no one reads its own result.
     """
     needed: set[fx.Node] = set()
     order = list(nodes)
@@ -61,7 +58,7 @@ def needed_for(nodes: Iterable[fx.Node], wanted: set[str]) -> list[fx.Node]:
 
 
 def descendants(nodes: Sequence[fx.Node], roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes whose values depend on `roots`, through what is written in place too."""
+    """Return `roots` and the nodes that depend on them, through in-place writes too."""
     found, before = set(roots), 0
     while len(found) > before:
         before = len(found)
@@ -72,16 +69,21 @@ def descendants(nodes: Sequence[fx.Node], roots: Iterable[fx.Node]) -> set[fx.No
 
 
 def written(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose storage an in-place op changes: its first argument and what that is a view of."""
+    """Return the nodes whose storage an in-place op changes.
+
+    These are its first argument and, if that is a view, the nodes that it views.
+    """
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []
-    found = [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
-    while found and _is_view(found[-1]) and isinstance(found[-1].args[0], fx.Node):
-        found.append(found[-1].args[0])
-    return [f for f in found if isinstance(f, fx.Node)]
+    found: list[fx.Node] = []
+    into = node.args[0] if node.args else None
+    while isinstance(into, fx.Node):
+        found.append(into)
+        into = into.args[0] if _is_view(into) else None
+    return found
 
 
-def _is_view(node: Any) -> bool:
+def _is_view(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     return any(r.alias_info is not None for r in node.target._schema.returns)
@@ -89,13 +91,15 @@ def _is_view(node: Any) -> bool:
 
 def run_nodes(
     nodes: Iterable[fx.Node],
-    values: dict[str, Any],
-    weight: Mapping[str, Any],
+    values: dict[str, Value],
+    weight: Mapping[str, Value],
     keep: set[str] | None = None,
-) -> Iterator[tuple[fx.Node, Any]]:
-    """Evaluate `nodes` in order; `values` (by node name) is read and extended, `weight` gives placeholders. Yields each result.
+) -> Iterator[tuple[fx.Node, Value]]:
+    """Evaluate `nodes` in order and yield each with its result.
 
-    With `keep`, a value is dropped after its last use among `nodes` unless its name is in `keep`.
+    `values` (by node name) is read and extended; `weight` gives the placeholders of weights. With
+    `keep`, a value is dropped after its last use among `nodes` unless its name is in `keep`. Raise
+    MoeccError, with node and stage, if a node fails.
     """
     nodes = list(nodes)
     last: dict[str, fx.Node] = {}
@@ -104,24 +108,13 @@ def run_nodes(
             for i in node.all_input_nodes:
                 last[i.name] = node
 
-    def value(n: fx.Node) -> Any:
-        if (
-            n.op == "get_attr"
-        ):  # a constant of the graph that is no tensor, such as a mask function's tree
+    def value(n: fx.Node) -> Value:
+        if n.op == "get_attr":  # a constant that is no tensor, such as the tree of a mask function
             return getattr(n.graph.owning_module, str(n.target))
         return values[n.name] if n.name in values else weight[n.name]
 
     for node in nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        target: Any = node.target
-        if torch.is_grad_enabled():
-            target = ops.REFERENCE.get(target, target)
-        try:
-            result = target(*args, **kwargs)
-        except (RuntimeError, IndexError, TypeError) as e:
-            raise MoeccError(
-                f"node %{node.name} ({target_text(node.target)}) in stage {node.meta['layer']} failed: {e}"
-            ) from e
+        result = _call(node, value)
         values[node.name] = result
         yield node, result
         if keep is not None:
@@ -130,23 +123,14 @@ def run_nodes(
                     values.pop(i.name, None)
 
 
-def type_text(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{SHORT.get(value.dtype, str(value.dtype))}[{', '.join(map(str, value.shape))}]"
-    return (
-        "(" + ", ".join(map(type_text, value)) + ")"
-        if isinstance(value, (list, tuple))
-        else str(value)
-    )
-
-
-def arg_text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(arg_text, value)) + "]"
-    return f"%{value.name}" if isinstance(value, fx.Node) else str(value)
-
-
-def target_text(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target).removesuffix(".default")
-    return getattr(target, "__name__", str(target))
+def _call(node: fx.Node, value: Callable[[fx.Node], Value]) -> Value:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    assert callable(node.target)
+    target = node.target
+    if torch.is_grad_enabled():
+        target = ops.REFERENCE.get(target, target)
+    try:
+        return target(*args, **kwargs)
+    except (RuntimeError, IndexError, TypeError) as e:
+        where = f"{node_text(node)} in stage {node.meta['layer']}"
+        raise MoeccError(f"{where} failed: {e}") from e

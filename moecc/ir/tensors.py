@@ -1,20 +1,34 @@
-"""Where a program's tensors are: in the checkpoint (`Store`), in memory or spilled to disk (`Held`)."""
+"""The tensors of a program: `Weight` names one, `Store` reads the checkpoint's, `Held` has the others.
+
+A held tensor is in memory, or spilled to disk and read on demand.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The tensor behind a placeholder, by name; a derived one has a graph that computes it from `sources`."""
+
+    name: str
+    recipe: fx.GraphModule | None = None
+    sources: tuple[str, ...] = ()
 
 
 class Store(Protocol):
-    """Where a model's plain weights come from: a checkpoint (`moecc.checkpoint.store`) or a module in memory.
+    """The source of a model's plain weights: a checkpoint (`moecc.checkpoint.store`) or a module.
 
-    Names are the model's own (`state_dict` keys). `tied` maps a name that shares another's tensor to that name; nothing in the
-    checkpoint gives the `missing` names; no parameter takes the `unexpected` tensors, and the family says to leave the `ignored`.
+    Names are the model's own (`state_dict` keys). `tied` maps a name to the name whose tensor it shares.
+    The checkpoint lacks the `missing` names. No parameter takes the `unexpected` tensors. The `ignored`
+    tensors are left out because the family says so.
     """
 
     @property
@@ -40,7 +54,7 @@ class Store(Protocol):
 
 
 class Held(MutableMapping[str, Tensor]):
-    """Held tensors by name. One may be spilled: it stays on disk and is read each time it is asked for."""
+    """Held tensors by name. A spilled tensor stays on disk and is read at every access."""
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None):
         self._there: dict[str, Tensor | Callable[[], Tensor]] = (
@@ -67,42 +81,48 @@ class Held(MutableMapping[str, Tensor]):
         return len(self._there)
 
     def same(self, other: Held, name: str) -> bool:
-        """Whether both hold what was put there once under `name`; nothing is read for it."""
+        """Return whether both hold the very same tensor under `name`; nothing is read."""
         return self._there.get(name) is other._there.get(name)
 
     def pop(self, name: str, default: Any = None) -> Any:
-        """Forget a tensor; one that was spilled is not read for it."""
+        """Drop a tensor; unlike a plain mapping's `pop`, this reads no spilled one."""
         return self._there.pop(name, default)
 
     def reader(self, name: str) -> Callable[[], Tensor]:
-        """What gives a tensor, without reading it now."""
+        """Return a function that reads the tensor; nothing is read now."""
         held = self._there[name]
         return (lambda: held) if isinstance(held, Tensor) else held
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a tensor that is in memory, None for one that was spilled."""
-        held = self._there[name]
-        return tuple(held.shape) if isinstance(held, Tensor) else None
+        """Return the shape of a tensor in memory; None if it was spilled."""
+        held = self.in_memory(name)
+        return None if held is None else tuple(held.shape)
+
+    def in_memory(self, name: str) -> Tensor | None:
+        """Return the tensor if it is in memory; None if it was spilled or is not held."""
+        held = self._there.get(name)
+        return held if isinstance(held, Tensor) else None
 
     def spill(self, name: str, read: Callable[[], Tensor]) -> None:
-        """Drop the tensor called `name` from memory; `read` gives it again, or another in its place."""
+        """Drop the tensor from memory; from now on `read` gives it, or its replacement."""
         self._there[name] = read
 
 
 def digest(tensor: Tensor) -> str:
-    """Eight hexadecimal digits of a tensor's bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)  # torch 2.11 views no scalar as bytes
+    """Return the first eight hexadecimal digits of the SHA-256 of a tensor's bytes."""
+    flat = (
+        tensor.detach().cpu().contiguous().reshape(-1)
+    )  # torch 2.11 cannot view a scalar as bytes
     raw = flat.view(torch.uint8).numpy()
     return hashlib.sha256(raw.tobytes()).hexdigest()[:8]
 
 
 def nonfinite(tensor: Tensor) -> str:
-    """How many NaN and infinite values a float tensor holds, in words; empty where there are none."""
+    """Count NaN and infinite values of a float tensor, in words; return "" if there are none."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dtype.itemsize == 1:
         return ""
-    low, high = (
-        tensor.detach().aminmax()
-    )  # both are NaN if any element is; no temporary of the tensor's size
+    # no temporary of the tensor's size; both are NaN if any element is
+    low, high = tensor.detach().aminmax()
     if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
         return ""
     nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
