@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class MoeccError(ValueError):
-    """Bad input, or a model that moecc cannot compile. The command line prints it and exits with 2."""
+    """Bad input, or a model that moecc cannot compile; the command line prints it, exit code 2."""
 
 
 def reason(error: BaseException) -> str:

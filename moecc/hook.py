@@ -1,8 +1,8 @@
-"""Register the artifact format with transformers as soon as transformers is used, without importing it.
+"""Register the artifact format with transformers once transformers is used, without importing it.
 
-If transformers' quantizers are imported already, `register_when_needed` registers at once. Otherwise
-it puts a finder on `sys.meta_path` that waits for their import, which every `from_pretrained` triggers,
-and registers right after it.
+If transformers' quantizers are imported already, `register_when_needed` registers at once.
+Otherwise it puts a finder on `sys.meta_path` that waits for their import, which every
+`from_pretrained` triggers, and registers right after it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _register() -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """A finder that lets the others find transformers' quantizers, and registers after their import."""
+    """A finder that leaves the search to the others, and registers after the import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

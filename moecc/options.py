@@ -1,7 +1,8 @@
 """Options of passes and targets: the fields of a frozen dataclass, printed and read back as text.
 
-`vq{bits=3,codebook=layer}` builds a pass and `onnx{profile=native}` a target; `str()` of either prints
-the text that builds it again. `option` makes a field with its help text and the values it takes.
+`vq{bits=3,codebook=layer}` builds a pass and `onnx{profile=native}` a target; `str()` of either
+prints the text that builds it again. `option` makes a field with its help text and the values it
+takes.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ def exported(
 ) -> ExportedProgram:
     """Return a copy of `source` as an exported program whose weights are buffers.
 
-    weights: by placeholder name. read: gives a weight's tensor by its name. traced: the exported program
-    that `source` came from; inputs, outputs and range constraints are its own.
+    weights: by placeholder name. read: gives a weight's tensor by its name. traced: the exported
+    program that `source` came from; inputs, outputs and range constraints are its own.
     """
     module = copy_module(source)
     old = traced.graph_signature

@@ -1,4 +1,4 @@
-"""Fold computations on weights into derived weights, so that an experts node reads placeholders only."""
+"""Fold computations on weights into derived weights: experts nodes then read placeholders only."""
 
 from __future__ import annotations
 

@@ -1,19 +1,23 @@
-"""The closed set of activations and gate functions that MoE experts use.
+"""The closed set of activations and gate functions of MoE experts.
 
-A gate turns the rows of the first projection into hidden units: [n, 2F] -> [n, F] with a gate, [n, F] -> [n, F] without one.
-Rows are canonical: all gate rows first, then all up rows. The set was collected from the `_apply_gate` methods of
-transformers 5; a function outside it is an error (see `moecc.frontend.probe.probe_gate`), never a guess.
+A gate turns the rows of the first projection into hidden units: [n, 2F] -> [n, F]; without a gate,
+[n, F] -> [n, F]. Rows are canonical: all gate rows first, then all up rows. The set comes from the
+`_apply_gate` methods of transformers 5. A function outside the set is an error
+(`moecc.frontend.probe.probe_gate`), never a guess.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -29,47 +33,36 @@ def _clamped(g: Tensor, u: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     return g.clamp(max=limit), u.clamp(-limit, limit)
 
 
-def _clamp(
-    g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float
-) -> Tensor:
+def _clamp(g: Tensor, u: Tensor, act: Activation, alpha: float, limit: float) -> Tensor:
     g, u = _clamped(g, u, limit)
     return act(g) * u
 
 
-def _clamp_f32(
-    g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float
-) -> Tensor:
+def _clamp_f32(g: Tensor, u: Tensor, act: Activation, alpha: float, limit: float) -> Tensor:
     return _clamp(_up(g), _up(u), act, alpha, limit).to(g.dtype)
 
 
-def _clamp_after(
-    g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float
-) -> Tensor:
+def _clamp_after(g: Tensor, u: Tensor, act: Activation, alpha: float, limit: float) -> Tensor:
     return act(g).clamp(max=limit) * u.clamp(-limit, limit)
 
 
-def _oai(
-    g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float
-) -> Tensor:
+def _oai(g: Tensor, u: Tensor, act: Activation, alpha: float, limit: float) -> Tensor:
     g, u = _clamped(g, u, limit)
     return (u + 1) * (g * torch.sigmoid(g * alpha))
 
 
-def _softcap(
-    g: Tensor, u: Tensor, act: Callable[[Tensor], Tensor], alpha: float, limit: float
-) -> Tensor:
+def _softcap(g: Tensor, u: Tensor, act: Activation, alpha: float, limit: float) -> Tensor:
     gf, uf = _up(g), _up(u)
-    return (
-        torch.tanh(gf / alpha) * alpha * torch.sigmoid(gf) * (torch.tanh(uf / limit) * limit)
-    ).to(g.dtype)
+    capped = torch.tanh(gf / alpha) * alpha
+    return (capped * torch.sigmoid(gf) * (torch.tanh(uf / limit) * limit)).to(g.dtype)
 
 
 def _up(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# name -> f(gate rows, up rows, activation, alpha, limit); what each option means is in the function itself.
-GATES: dict[str, Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], float, float], Tensor]] = {
+# name -> f(gate rows, up rows, activation, alpha, limit); each function defines its alpha and limit
+GATES: dict[str, Callable[[Tensor, Tensor, Activation, float, float], Tensor]] = {
     "glu": lambda g, u, act, alpha, limit: act(g) * u,
     "f32": lambda g, u, act, alpha, limit: (act(_up(g)) * _up(u)).to(g.dtype),
     "clamp": _clamp,  # deepseek_v4, glm5_next, hy_v4
@@ -81,12 +74,12 @@ GATES: dict[str, Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], float, fl
 
 
 def rows_per_unit(gate: str) -> int:
-    """Rows of the first projection per hidden unit: 2 with a gate, 1 without (N = rows_per_unit * F)."""
+    """Return the rows of the first projection per hidden unit, N / F: 2 with a gate, 1 without."""
     return 1 if gate == "none" else 2
 
 
 def apply_gate(rows: Tensor, act: str, gate: str, alpha: float, limit: float) -> Tensor:
-    """Hidden units from the first projection's output. rows [..., N] -> [..., F]."""
+    """Return the hidden units [..., F] for rows [..., N] of the first projection."""
     if gate == "none":
         return ACTIVATIONS[act](rows)
     g, u = rows.chunk(2, dim=-1)

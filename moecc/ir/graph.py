@@ -14,7 +14,7 @@ from moecc.types import Value
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
-    """Copy a GraphModule's graph; node metadata is copied by reference (no fake tensor is cloned)."""
+    """Copy a GraphModule with its graph; node metadata is shared, no fake tensor is cloned."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -39,10 +39,10 @@ def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def needed_for(nodes: Iterable[fx.Node], wanted: set[str]) -> list[fx.Node]:
-    """Return those of `nodes` that the values called `wanted` depend on; both lists are in graph order.
+    """Return those of `nodes` that the values called `wanted` depend on, in the same order.
 
-    An in-place op is needed if a needed node or the caller reads the tensor that it writes into, even
-    if no one reads its own result.
+    An in-place op is needed if a needed node or the caller reads the tensor that it writes into,
+    even if no one reads its own result.
     """
     needed: set[fx.Node] = set()
     order = list(nodes)

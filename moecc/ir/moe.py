@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from moecc.ir import ops
@@ -19,8 +20,8 @@ from moecc.types import Json
 class MoE:
     """One experts node and its surroundings.
 
-    path: of the experts module. layer: the stage of the node. logits: the router's last linear; None if
-    the trace shows none.
+    path: of the experts module. layer: the stage of the node. logits: the router's last linear;
+    None if the trace shows none.
     """
 
     node: fx.Node
@@ -44,7 +45,8 @@ class MoE:
         first = self.operand("gate_up_scale" if self.node.target is ops.VQ_EXPERTS else "gate_up")
         experts, rows = (int(n) for n in first.meta["val"].shape[:2])  # type: ignore[union-attr]
         hidden = int(self.node.args[0].meta["val"].shape[1])  # type: ignore[union-attr]
-        return experts, rows, hidden, rows // rows_per_unit(self.node.kwargs["gate"])  # type: ignore[arg-type]
+        gate = str(self.node.kwargs["gate"])
+        return experts, rows, hidden, rows // rows_per_unit(gate)
 
     @property
     def gate_up(self) -> Projection:
@@ -63,7 +65,7 @@ class MoE:
 
     @property
     def weights(self) -> int:
-        """Number of weights of the dense experts, E N D + E D F, in whatever form they are stored."""
+        """Number of weights of the dense experts, E N D + E D F, however they are stored."""
         return sum(p.weights for p in self.projections)
 
     def operand(self, name: str) -> fx.Node | None:
@@ -80,10 +82,11 @@ class MoE:
 
 @dataclass(frozen=True)
 class Projection:
-    """One of a layer's two projections, with a matrix per expert: `gate_up` [E, N, D] or `down` [E, D, F].
+    """One of a layer's two projections, a matrix per expert: `gate_up` [E, N, D], `down` [E, D, F].
 
-    The op's schema names an operand after its projection: the dense matrix is `gate_up`, its parts are
-    `gate_up_bias`, `gate_up_codes` and so on. Methods take the name of the part; "" is the matrix.
+    The op's schema names an operand after its projection: the dense matrix is `gate_up`, its parts
+    are `gate_up_bias`, `gate_up_codes` and so on. Methods take the name of the part; "" is the
+    matrix.
     """
 
     moe: MoE
@@ -96,7 +99,10 @@ class Projection:
 
     @property
     def input_side(self) -> bool:
-        """Whether a shared basis is on its input's side: gate_up reads the residual stream, down writes it."""
+        """Whether it reads the residual stream (gate_up); down writes it.
+
+        A shared basis is on the side of the residual stream.
+        """
         return self.name == "gate_up"
 
     @property
@@ -124,7 +130,7 @@ class Projection:
         self.moe.set_operands({self.operand_name(part): value for part, value in values.items()})
 
     def bits(self, part: str = "") -> int:
-        """Return the bits per weight of codes and signs; with `part` vq4.MEAN, those of the mean."""
+        """Return the bits per weight of codes and signs, of the mean's if `part` is vq4.MEAN."""
         codebook = self.operand(part + "codebook")
         assert codebook is not None
         if self.operand(part + "signs") is not None:
@@ -134,7 +140,8 @@ class Projection:
 
 def operand_names(node: fx.Node) -> list[str]:
     """Return the names of a dialect call's tensors, in order."""
-    return [a.name for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return [a.name for a in node.target._schema.arguments if not a.kwarg_only]
 
 
 def operand(node: fx.Node, name: str) -> fx.Node | None:
@@ -147,9 +154,9 @@ def operand(node: fx.Node, name: str) -> fx.Node | None:
 def router_logits(experts: fx.Node) -> fx.Node | None:
     """Return the router's last linear; None if there is none.
 
-    Walk back from the chosen indices to the nearest linear that the experts' input does not need. If
-    scores multiply the experts' input (llama4), the input needs that linear too; then take the nearest
-    linear that has a row per expert.
+    Walk back from the chosen indices to the nearest linear that the experts' input does not need.
+    If scores multiply the experts' input (llama4), the input needs that linear too; then take the
+    nearest linear that has a row per expert.
     """
     chosen = experts.args[1]
     if not isinstance(chosen, fx.Node):

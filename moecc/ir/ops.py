@@ -1,17 +1,17 @@
 """The moecc dialect: one node per MoE layer, defined by an eager reference.
 
   moecc::experts        the dense experts of a layer, straight from the trace
-  moecc::klt_experts    the same without the parts that the experts share (basis, mean); the remainder
-                        is still dense
+  moecc::klt_experts    the same without the parts that the experts share (basis, mean); the
+                        remainder is still dense
   moecc::vq_experts     the compressed form (`moecc.ir.vq4`)
   moecc::q_linear       a group-quantized dense linear (attention, shared expert)
-  moecc::expert_linear  one projection per chosen expert, not combined (JetMoE's mixture of attention
-                        heads)
+  moecc::expert_linear  one projection per chosen expert, not combined (JetMoE's mixture of
+                        attention heads)
 
 Each op has a schema, a fake shape, an eager reference (`moecc.ir.reference`) and a backward that
-differentiates the reference (`moecc.ir.register`). The reference is the definition: passes write the
-op, and tests compare the backends with it. Attributes are keyword-only without defaults, because
-torch.export drops arguments that equal a default.
+differentiates the reference (`moecc.ir.register`). The reference is the definition: passes write
+the op, and tests compare the backends with it. Attributes are keyword-only without defaults,
+because torch.export drops arguments that equal a default.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from moecc.ir.reference import (
     q_linear_reference,
     vq_experts_reference,
 )
-from moecc.ir.register import define
+from moecc.ir.register import define, library
 
 __all__ = [
     "ATTRIBUTES",
@@ -44,6 +44,7 @@ __all__ = [
     "VQ_EXPERTS",
     "define",
     "dequantize_linear",
+    "library",
     "operands_of",
     "same_shape",
     "vq_experts_reference",

@@ -1,7 +1,7 @@
-"""The IR: a torch.fx graph in the moecc dialect, the weights behind its placeholders, and known facts.
+"""The IR: a torch.fx graph in the moecc dialect, its weights, and the facts known about both.
 
-A Program's graph is *lifted*: every parameter, buffer and constant is a placeholder; user inputs come
-last. A placeholder stands for a `Weight`, one of
+A Program's graph is *lifted*: every parameter, buffer and constant is a placeholder; user inputs
+come last. A placeholder stands for a `Weight`, one of
   plain      a tensor of the checkpoint, read from the store on demand;
   derived    a small graph over other weights (it makes a transposed or interleaved experts tensor
              canonical), computed when read;
@@ -119,7 +119,7 @@ class Program:
         return self.read(self.weights[placeholder.name].name)
 
     def origins(self, name: str) -> tuple[str, ...]:
-        """Return the model parameters that a weight is computed from; a plain weight's is itself."""
+        """Return the model parameters that a weight is computed from; a plain one is its own."""
         derived = self._derived(name)
         return derived.sources if derived else (name,)
 
@@ -181,8 +181,8 @@ class Program:
     ) -> fx.Node:
         """Make `node` a call of `target` with a result of the same shape; drop unread weights.
 
-        The node stays the same object with the same name, so that a rewritten program still lines up
-        with its float reference.
+        The node stays the same object with the same name, so that a rewritten program still lines
+        up with its float reference.
         """
         node.target, node.args, node.kwargs = target, args, kwargs
         self.drop_unused()
@@ -260,7 +260,7 @@ class Program:
         return text.line(node, self.weights, self.tensors)
 
     def exported(self) -> ExportedProgram:
-        """Return a torch.export program with every weight loaded, for torch.compile and other tools."""
+        """Return a torch.export program with all weights loaded, e.g. for torch.compile."""
         return export.exported(self.module, self.weights, self.read, self.exported_from)
 
 

@@ -1,7 +1,7 @@
 """The eager references that define the ops of the moecc dialect (`moecc.ir.ops`).
 
-Shapes: T tokens, k experts per token, E experts, D hidden, F intermediate, N = 2F (F without a gate),
-r basis rows.
+Shapes: T tokens, k experts per token, E experts, D hidden, F intermediate, N = 2F (F without a
+gate), r basis rows.
   x [T, D]; topk_index i64 [T, k]; topk_weight [T, k]; gate_up [E, N, D]; down [E, D, F];
   result [T, D] in x's dtype
   post_norm [D]         weight of a root-mean-square norm on each expert's output before the sum
@@ -129,10 +129,10 @@ def klt_experts_reference(
     limit: float,
     eps: float,
 ) -> Tensor:
-    """moecc::klt_experts: `experts` whose weights are a dense remainder plus the stored shared part.
+    """moecc::klt_experts: `experts` on weights that are a dense remainder plus the shared part.
 
-    operands: `vq4.SHARED` of gate_up and of down, then gate_up_bias, down_bias, post_norm. Computed in
-    float32.
+    operands: `vq4.SHARED` of gate_up and of down, then gate_up_bias, down_bias, post_norm. Computed
+    in float32.
     """
     dtype, count = _wide(x), len(vq4.SHARED)
     gate_up_bias, down_bias, post_norm = operands[2 * count :]
@@ -235,8 +235,8 @@ def q_linear_reference(
 ) -> Tensor:
     """moecc::q_linear: F.linear(x, (q - zero) * scale), in x's dtype.
 
-    Accumulated in float32 and rounded once. weight: u8 [N, K*bits/8] (at 4 bits the even column is in
-    the low nibble). scale: f16/bf16/f32 [N, K/group]. zero: u8 [N, K/group].
+    Accumulated in float32 and rounded once. weight: u8 [N, K*bits/8] (at 4 bits the even column is
+    in the low nibble). scale: f16/bf16/f32 [N, K/group]. zero: u8 [N, K/group].
     """
     w = dequantize_linear(weight, scale, zero, bits).to(_wide(x))
     return F.linear(x.to(w.dtype), w, None if bias is None else bias.to(w.dtype)).to(x.dtype)

@@ -1,6 +1,7 @@
 """Register a dialect op with torch: schema, kernel, fake shape and a backward that recomputes.
 
-The backward differentiates the eager reference again, so there is no hand-written derivative to keep.
+The backward differentiates the eager reference again, so there is no hand-written derivative to
+keep.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def define(
 ) -> None:
     """Register `moecc::name(tensors, *, attributes) -> Tensor`.
 
-    tensors, attributes: schema text. reference: defines the op and its derivatives. fake: the result's
-    shape. kernel: computes the op instead of `reference`; derivatives stay the reference's.
+    tensors, attributes: schema text. reference: defines the op and its derivatives. fake: the
+    result's shape. kernel: computes the op instead of `reference`; derivatives stay the
+    reference's.
     """
     keys = tuple(part.split()[-1] for part in attributes.split(",")) if attributes else ()
     star = f", *, {attributes}" if attributes else ""

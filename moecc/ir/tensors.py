@@ -1,4 +1,4 @@
-"""The tensors of a program: `Weight` names one, `Store` reads the checkpoint's, `Held` has the others.
+"""A program's tensors: `Weight` names one, `Store` reads the checkpoint's, `Held` has the others.
 
 A held tensor is in memory, or spilled to disk and read on demand.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 @dataclass(frozen=True)
 class Weight:
-    """The tensor behind a placeholder, by name; a derived one has a graph that computes it from `sources`."""
+    """The tensor behind a placeholder, by name; `recipe` computes a derived one from `sources`."""
 
     name: str
     recipe: fx.GraphModule | None = None
@@ -26,9 +26,9 @@ class Weight:
 class Store(Protocol):
     """The source of a model's plain weights: a checkpoint (`moecc.checkpoint.store`) or a module.
 
-    Names are the model's own (`state_dict` keys). `tied` maps a name to the name whose tensor it shares.
-    The checkpoint lacks the `missing` names. No parameter takes the `unexpected` tensors. The `ignored`
-    tensors are left out because the family says so.
+    Names are the model's own (`state_dict` keys). `tied` maps a name to the name whose tensor it
+    shares. The checkpoint lacks the `missing` names. No parameter takes the `unexpected` tensors.
+    The `ignored` tensors are left out because the family says so.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""The rules of the IR: well-formed graph, node metadata, operands of matching shapes, finite weights."""
+"""The rules of the IR: well-formed graph, node metadata, matching operands, finite weights."""
 
 from __future__ import annotations
 

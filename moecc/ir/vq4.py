@@ -1,30 +1,36 @@
-"""The compressed-experts format `vq4`, version 1: what the stored tensors of one projection mean.
+"""The compressed-experts format `vq4`, version 1: the stored tensors of one projection.
 
-E experts, N rows and K columns of one projection (gate_up: N = 2F or F, K = D; down: N = D, K = F), r basis rows.
+E experts; N rows and K columns of one projection (gate_up: N = 2F or F, K = D; down: N = D, K = F);
+r basis rows; v weights per code (4 at 2 and 3 bits, 2 at 4 bits); Kp: K rounded up to a multiple of
+8.
 
-  tensor       shape, dtype                   meaning
-  codes        u8 [E, N, Kp/v]                one code for v neighbouring weights along K (v = 4 at 2 and 3 bit, 2 at 4 bit)
-  signs        u8 [E, N, Kp/8]                3 bit only: one sign bit per weight
-  codebook     i8 [E or 1, 256, v]            centroids, an expert's own or one for the layer
-  scale        f16/bf16 [E, N]                per output row, the affine slope folded in
-  bias         f16/bf16 [E, N] or absent      per output row, the affine offset and the expert's own bias
-  basis        f16/bf16 [r, D] or absent      shared by the layer, on the residual-stream side
-  coef         i8 [E, N, r] | i8 [E, r, F]    gate_up | down: an expert's coordinates in the basis
-  coef_scale   f16/bf16 [E, N] | [E, r]       one scale per row of coef
-  mean_codes, mean_signs, mean_codebook, mean_scale, or absent:  one more matrix [1, N, K], coded as above at 2, 3 or 4 bits of its
-               own: what all experts of the layer hold with the same weight. Shared as it is: computed once per token
+  tensor       shape, dtype                 meaning
+  codes        u8 [E, N, Kp/v]              one code for v neighbouring weights along K
+  signs        u8 [E, N, Kp/8]              3 bits only: one sign bit per weight
+  codebook     i8 [E or 1, 256, v]          centroids, per expert or one book for the layer
+  scale        f16/bf16 [E, N]              per output row; includes the affine slope
+  bias         f16/bf16 [E, N] or absent    per output row: affine offset plus the expert's own bias
+  basis        f16/bf16 [r, D] or absent    shared by the layer, on the residual-stream side
+  coef         i8 [E, N, r] | i8 [E, r, F]  gate_up | down: an expert's coordinates in the basis
+  coef_scale   f16/bf16 [E, N] | [E, r]     one scale per row of coef
+  mean_codes, mean_signs, mean_codebook, mean_scale, or absent
+                                            the mean: one more matrix [1, N, K], coded as above at
+                                            2, 3 or 4 bits of its own, which every expert adds with
+                                            weight 1
 
-Kp is K rounded up to a multiple of 8; the padding is decoded and cut off, and counts as bits.
+The padding from K to Kp is decoded and cut off; it counts as bits.
 
-  2, 4 bit: weight = codebook[code]
-  3 bit:    weight = p where the sign bit is clear, -1-p where it is set (symmetric about -1/2, p in 0..127).
-            Bit c of a sign byte's low nibble belongs to component c of the even group of four, of its high nibble to the odd one.
+  2, 4 bits: weight = codebook[code]
+  3 bits:    weight = p if the sign bit is clear, else -1-p (symmetric about -1/2, p in 0..127).
+             Bit c of a sign byte's low nibble belongs to component c of the even group of four, bit
+             c of its high nibble to component c of the odd group.
 
   gate_up:  y_e = scale_e * (VQ_e x) + coef_e (basis x) + mean_scale * (VQ_mean x) + bias_e
-  down:     y   = sum_e w_e (scale_e * (VQ_e h_e) + bias_e) + basis^T sum_e w_e (coef_e h_e) + mean_scale * (VQ_mean sum_e w_e h_e)
+  down:     y   = sum_e w_e (scale_e * (VQ_e h_e) + bias_e)
+                  + basis^T sum_e w_e (coef_e h_e) + mean_scale * (VQ_mean sum_e w_e h_e)
 
-What is shared can be computed once per token so; where a family normalises each expert's output before the sum, down's is
-applied per expert.
+So a backend can compute the shared parts once per token. If a family normalises each expert's
+output before the sum, the shared parts of down are applied per expert.
 """
 
 from __future__ import annotations
@@ -36,46 +42,45 @@ from torch import Tensor
 
 VERSION = 1
 CODEBOOK_SIZE = 256
-# The suffixes of one projection's tensors, in the order of the op's operands.
-CODED = (
-    "codes",
-    "signs",
-    "codebook",
-    "scale",
-)  # a matrix per expert, or one for all under names that start with MEAN
+# The suffixes of one projection's tensors, in the order of the op's operands: a coded matrix per
+# expert (the mean's tensors have the same names behind MEAN), the bias, and the parts that experts
+# share.
+CODED = ("codes", "signs", "codebook", "scale")
 MEAN = "mean_"
-SHARED = (
-    "basis",
-    "coef",
-    "coef_scale",
-    *(MEAN + name for name in CODED),
-)  # what is taken out before coding
+SHARED = ("basis", "coef", "coef_scale", *(MEAN + name for name in CODED))
 TENSORS = (*CODED, "bias", *SHARED)
 _HALF = (torch.float16, torch.bfloat16)
 DTYPES = {
-    "codes": (torch.uint8,), "signs": (torch.uint8,), "codebook": (torch.int8,), "scale": _HALF, "bias": _HALF,
-    "basis": _HALF, "coef": (torch.int8,), "coef_scale": _HALF,
-}  # fmt: skip
+    "codes": (torch.uint8,),
+    "signs": (torch.uint8,),
+    "codebook": (torch.int8,),
+    "scale": _HALF,
+    "bias": _HALF,
+    "basis": _HALF,
+    "coef": (torch.int8,),
+    "coef_scale": _HALF,
+}
 
 
 def group_size(bits: int) -> int:
-    """Weights per code (v)."""
+    """Return v, the weights per code."""
     return 2 if bits == 4 else 4
 
 
 def padded(columns: int) -> int:
+    """Return Kp, the stored columns."""
     return -(-columns // 8) * 8
 
 
 def pack_signs(negative: Tensor) -> Tensor:
-    """bool [..., Kp] -> u8 [..., Kp/8], bit i of a byte for weight i of its eight (Kp a multiple of 8)."""
+    """Pack bool [..., Kp] into u8 [..., Kp/8]; bit i of a byte is the sign of its weight i."""
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=negative.device)
     eights: Tensor = negative.unflatten(-1, (-1, 8)).to(torch.uint8)
     return (eights * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(signs: Tensor) -> Tensor:
-    """u8 [..., Kp/8] -> bool [..., Kp]."""
+    """Unpack u8 [..., Kp/8] into bool [..., Kp]."""
     shifts = torch.arange(8, dtype=torch.uint8, device=signs.device)
     return ((signs.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)
 
@@ -83,11 +88,14 @@ def unpack_signs(signs: Tensor) -> Tensor:
 def decode(
     codes: Tensor, signs: Tensor | None, codebook: Tensor, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """Unscaled weights [E, N, columns] in `dtype`; differentiable in `codebook` where that is floating."""
+    """Return the unscaled weights [E, N, columns] in `dtype`.
+
+    Differentiable in `codebook` if that is floating.
+    """
     experts = codes.shape[0]
     table = codebook.to(dtype).expand(experts, -1, -1)
     offset = torch.arange(experts, device=codes.device).view(-1, 1, 1) * table.shape[1]
-    # index_select, because its gradient is an index_add: indexing's own accumulates one element at a time
+    # the gradient of index_select is an index_add; that of indexing adds one element at a time
     flat = table.reshape(-1, table.shape[2]).index_select(0, (codes.long() + offset).flatten())
     values = flat.view(*codes.shape[:2], -1)
     if signs is not None:
@@ -98,7 +106,7 @@ def decode(
 def basis_part(
     coef: Tensor, coef_scale: Tensor, basis: Tensor, dtype: torch.dtype, *, input_side: bool
 ) -> Tensor:
-    """The dense [E, N, K] that basis and coefficients stand for (input_side: gate_up, else down)."""
+    """Return the dense [E, N, K] of basis and coefficients (input_side: gate_up, else down)."""
     scaled = coef.to(dtype) * coef_scale.to(dtype).unsqueeze(-1)
     return scaled @ basis.to(dtype) if input_side else basis.to(dtype).T @ scaled
 
@@ -106,7 +114,7 @@ def basis_part(
 def mean_part(
     tensors: Mapping[str, Tensor | None], columns: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """The dense [1, N, columns] that all experts share as it is, by names of SHARED; None without one."""
+    """Return the dense mean [1, N, columns]; None if `tensors`, by names of SHARED, have none."""
     codes, signs, codebook, scale = (tensors.get(MEAN + name) for name in CODED)
     if codes is None or codebook is None or scale is None:
         return None
@@ -116,7 +124,10 @@ def mean_part(
 def shared_part(
     tensors: Mapping[str, Tensor | None], columns: int, dtype: torch.dtype, *, input_side: bool
 ) -> Tensor | None:
-    """The dense [E, N, columns] (a leading 1 where it is the mean alone) of all that is taken out before coding."""
+    """Return the dense [E, N, columns] of basis and mean, which are taken out before coding.
+
+    [1, N, columns] if there is only a mean; None if there is neither.
+    """
     basis, coef, coef_scale = (tensors.get(name) for name in SHARED[:3])
     mean = mean_part(tensors, columns, dtype)
     if basis is None or coef is None or coef_scale is None:

@@ -1,1 +1,1 @@
-"""What passes are, in which order they run, and running them."""
+"""Passes: their interface, their order, and running them."""

@@ -1,4 +1,7 @@
-"""What a pipeline would store, before a weight is read: each pass says what it changes, in the order in which they run."""
+"""Estimate the bits that a pipeline would store, before any weight is read.
+
+Each pass, in the order in which they run, changes the estimate as it would change the model.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +15,38 @@ from moecc.pipeline.bits import per_weight
 
 
 class Estimating(Protocol):
-    """A pass, as far as it is asked here."""
+    """A pass that can say what it would store."""
 
     def estimate(self, found: Estimate) -> None: ...
 
 
 @dataclass
 class Outlook:
-    """One projection: E experts, N rows, K columns, and the bits stored for it, at least and at most."""
+    """One projection [E, N, K] and the bits that it takes, at least (low) and at most (high)."""
 
     path: str
     experts: int
     rows: int
     columns: int
-    input_side: bool  # whether it reads the residual stream: gate_up
+    input_side: bool  # gate_up, which reads the residual stream
     low: float
     high: float
-    on_top: float = 0.0  # that may come on top, and that no plan of bits includes
+    on_top: float = 0.0  # bits that may come on top, outside any budget
     coded: bool = False
 
     @property
     def weights(self) -> int:
-        """E N K."""
+        """Number of weights, E N K."""
         return self.experts * self.rows * self.columns
 
     def add(self, low: float, high: float | None = None) -> None:
-        """Count these bits on top; `high` is `low` if it is left out."""
+        """Add bits to both bounds; `high` defaults to `low`."""
         self.low, self.high = self.low + low, self.high + (low if high is None else high)
 
 
 @dataclass
 class Matrix:
-    """Any other parameter: its shape, its role (`moecc.checkpoint.roles`), and the bits stored for it."""
+    """Any other parameter: shape, role (`moecc.checkpoint.roles`) and the bits that it takes."""
 
     shape: tuple[int, ...]
     role: str
@@ -51,25 +54,28 @@ class Matrix:
 
     @property
     def weights(self) -> int:
-        """Its elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass
 class Estimate:
-    """What passes change. `data` carries what one leaves for later ones, by the fact that it provides."""
+    """The estimate that passes change, one after the other."""
 
     projections: list[Outlook]
     others: dict[str, Matrix]  # by parameter
+    # what a pass leaves for later ones, by the fact that it provides
     data: dict[str, Any] = field(default_factory=dict)
-    most: tuple[str, float] | None = (
-        None  # a pass and the bits per expert weight that it lets later ones take
-    )
+    # a pass, and the bits per expert weight to which it limits later ones
+    most: tuple[str, float] | None = None
     remarks: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)  # passes that do not say what they store
+    unknown: list[str] = field(default_factory=list)  # passes without an estimate
 
     def run(self, passes: Sequence[Estimating]) -> Estimate:
-        """Ask every pass in turn; MoeccError if one allows fewer bits than the others need."""
+        """Apply every pass in turn.
+
+        Raise MoeccError if a pass allows fewer bits than the others need.
+        """
         for p in passes:
             p.estimate(self)
         if self.most is not None and any(p.coded for p in self.projections):
@@ -83,7 +89,7 @@ class Estimate:
 
     @property
     def weights(self) -> int:
-        """Weights of the routed experts."""
+        """Number of weights of the routed experts."""
         return sum(p.weights for p in self.projections)
 
     @property
@@ -96,7 +102,7 @@ class Estimate:
 
     @property
     def coded(self) -> float:
-        """Bits of coded experts, at least."""
+        """Bits of the coded experts, at least."""
         return sum(p.low for p in self.projections if p.coded)
 
     @property

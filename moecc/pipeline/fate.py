@@ -1,4 +1,4 @@
-"""What became of a weight, as data; the sentence is made where it is shown."""
+"""The fate of a weight in a compiled model, as data; `str()` makes the words that users see."""
 
 from __future__ import annotations
 
@@ -22,11 +22,18 @@ _SAID: dict[str, Callable[[Fate], str]] = {
 
 @dataclass(frozen=True)
 class Fate:
-    """The fate of one parameter.
+    """The fate of one parameter, by kind.
 
-    kind: kept (as the source has it), rewritten (in the same type), coded (by codes in a `format`), grouped (integers with a scale
-    per `group` of weights), part (stored in the row `of` another parameter), tied (shares the tensor `of` another), unused (the
-    model takes no such tensor), header (of the files, no parameter). bits: of one code, scales and books not counted.
+      kept        as in the source
+      rewritten   new values of the same type
+      coded       codes in a `format`
+      grouped     integers with a scale per `group` of weights
+      part        stored in the row `of` another parameter
+      tied        shares the tensor `of` another parameter
+      unused      the model takes no such tensor
+      header      the headers of the files, no parameter
+
+    bits: per weight, without scales and codebooks. Raise ValueError if there is no such kind.
     """
 
     kind: str
@@ -43,12 +50,12 @@ class Fate:
         return _SAID[self.kind](self)
 
     def as_json(self) -> Json:
-        """Its fields that say something."""
+        """Return the fields that are set."""
         return {k: v for k, v in asdict(self).items() if v not in (None, "")}
 
     @classmethod
     def of_json(cls, value: Json) -> Self:
-        """The fate that `as_json` wrote."""
+        """Return the fate that `as_json` wrote."""
         return cls(**value)
 
 

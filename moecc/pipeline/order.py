@@ -1,4 +1,4 @@
-"""The order in which passes run: providers first, what is missing put in, ties as typed."""
+"""Order passes: providers first, missing providers inserted, ties as typed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from moecc.errors import MoeccError
 from moecc.pipeline.parse import find_pass, pass_names
 from moecc.pipeline.passes import Composite, LayerPass, Pass
 
-# ---- 2. order
-
 
 def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pass], list[str]]:
-    """The order in which the passes run, and remarks on what was inserted. `facts` hold already."""
+    """Return the passes in running order, and remarks on the inserted ones.
+
+    facts: what holds before the first pass. Raise MoeccError if a pass appears twice, if not
+    exactly one pass provides a missing fact, or if passes need each other in a cycle.
+    """
     passes = _once_if_renewed(passes)
     _require_once(passes)
     flat = [q for p in passes for q in _expanded(p)]
@@ -28,13 +30,13 @@ def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pas
 
 
 def _once_if_renewed(passes: Sequence[Pass]) -> list[Pass]:
-    """Without what a resolved pipeline, typed again, has in a later round once more; it is put there anew."""
+    """Drop repeated measuring passes from a pasted pipeline; `_renewed` inserts them again."""
     texts = [str(p) for p in passes]
     return [p for i, p in enumerate(passes) if not (p.within_layer and texts[i] in texts[:i])]
 
 
 def _renewed(passes: list[Pass], remarks: list[str]) -> list[Pass]:
-    """The passes with providers of facts that hold within a layer once more in every round through the layers that needs them."""
+    """Insert layer-scoped providers again in each later round that needs them."""
     result: list[Pass] = []
     for group in groups(passes):
         there: set[str] = set()
@@ -42,17 +44,12 @@ def _renewed(passes: list[Pass], remarks: list[str]) -> list[Pass]:
             for before in [q for q in result if q.within_layer & p.requires - there]:
                 fact = min(before.within_layer & p.requires)
                 if not isinstance(p, LayerPass) or p.own_round:
-                    what = (
-                        "begins a round of its own"
-                        if isinstance(p, LayerPass)
-                        else "works on the whole model"
-                    )
-                    raise MoeccError(
-                        f"{p.name} requires {fact!r}, which holds within one layer and one round, but {p.name} {what}"
-                    )
-                remarks.append(
-                    f"{p.name} requires {fact!r}; {before.name!r} runs again before it, in its round"
-                )
+                    own, whole = "begins a round of its own", "works on the whole model"
+                    but = f"but {p.name} {own if isinstance(p, LayerPass) else whole}"
+                    scope = "which holds within one layer and one round"
+                    raise MoeccError(f"{p.name} requires {fact!r}, {scope}, {but}")
+                again = f"{before.name!r} runs again before it, in its round"
+                remarks.append(f"{p.name} requires {fact!r}; {again}")
                 result.append(before)
                 there |= before.provides
             result.append(p)
@@ -65,7 +62,7 @@ def _expanded(p: Pass) -> list[Pass]:
 
 
 def _require_once(passes: Sequence[Pass]) -> None:
-    """MoeccError where what gives facts stands there twice: it would run on what it has made itself."""
+    """Refuse a pass that appears twice and provides facts: it would run on its own result."""
     for i, p in enumerate(passes):
         for before in passes[:i]:
             if p.name == before.name and p.provides:
@@ -77,14 +74,16 @@ def _require_once(passes: Sequence[Pass]) -> None:
 
 
 def require_whole(passes: Sequence[Pass]) -> None:
-    """MoeccError where the passes leave a program that no artifact can hold, such as a basis without coded experts."""
+    """Raise MoeccError if the passes leave a program that no artifact can hold.
+
+    Such as a basis without coded experts.
+    """
     for i, p in enumerate(passes):
         lack = sorted(p.leads_to.difference(*(q.provides for q in passes[i + 1 :])))
         if lack:
             makers = [n for n in pass_names() if lack[0] in find_pass(n).provides]
-            raise MoeccError(
-                f"{p.name} leaves what can't be stored before {lack[0]!r}; add one of {makers} to the pipeline"
-            )
+            advice = f"add one of {makers} to the pipeline"
+            raise MoeccError(f"{p.name} leaves what can't be stored before {lack[0]!r}; {advice}")
 
 
 def _first_lack(passes: list[Pass], facts: set[str]) -> tuple[Pass, str] | None:
@@ -93,17 +92,13 @@ def _first_lack(passes: list[Pass], facts: set[str]) -> tuple[Pass, str] | None:
 
 
 def _provider(user: Pass, fact: str) -> Pass:
-    """The one pass that provides `fact` and can be made with its defaults."""
-    makers = [
-        n
-        for n in pass_names()
-        if fact in find_pass(n).provides and not issubclass(find_pass(n), Composite)
-    ]
+    """Return the one pass that provides `fact`, with its default options."""
+    found = {n: find_pass(n) for n in pass_names()}
+    makers = [n for n, c in found.items() if fact in c.provides and not issubclass(c, Composite)]
     if len(makers) != 1:
-        raise MoeccError(
-            f"{user.name} requires {fact!r}; provided by {makers or 'no known pass'}; name one of them"
-        )
-    return find_pass(makers[0])()
+        given = f"provided by {makers or 'no known pass'}"
+        raise MoeccError(f"{user.name} requires {fact!r}; {given}; name one of them")
+    return found[makers[0]]()
 
 
 def _sort(passes: list[Pass], facts: set[str]) -> list[Pass]:
@@ -113,7 +108,7 @@ def _sort(passes: list[Pass], facts: set[str]) -> list[Pass]:
         for j, b in enumerate(passes):
             if i != j and (a.provides & (b.requires | b.after) or b.spoils & a.requires):
                 graph.add_edge(i, j)
-    for i, a in enumerate(passes):  # the float model is made before anything is done to it
+    for i, a in enumerate(passes):  # the float model is made before any pass compresses it
         for j, b in enumerate(passes):
             if a.makes_reference and not b.makes_reference and not nx.has_path(graph, j, i):
                 graph.add_edge(i, j)
@@ -125,14 +120,11 @@ def _sort(passes: list[Pass], facts: set[str]) -> list[Pass]:
 
 
 def groups(passes: Sequence[Pass]) -> list[list[Pass]]:
+    """Group consecutive layer passes of one round; any other pass is a group of its own."""
     groups: list[list[Pass]] = []
     for p in passes:
-        if (
-            groups
-            and isinstance(p, LayerPass)
-            and isinstance(groups[-1][0], LayerPass)
-            and not p.own_round
-        ):
+        joins = isinstance(p, LayerPass) and not p.own_round
+        if joins and groups and isinstance(groups[-1][0], LayerPass):
             groups[-1].append(p)
         else:
             groups.append([p])

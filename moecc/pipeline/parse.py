@@ -1,14 +1,14 @@
-"""From `--passes vsraq,kbvq{bits=2}` to passes: find each by name, entry point or path, and read its options."""
+"""Parse `--passes vsraq,kbvq{bits=2}`: find each pass and read its options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from moecc.errors import MoeccError
 from moecc.options import accepted, accepts, items
 from moecc.pipeline.passes import Pass
 from moecc.registry import Registry
+from moecc.types import Json
 
 FACTS = ("requires", "after", "provides", "spoils", "leads_to", "within_layer")
 
@@ -22,24 +22,33 @@ def _require_facts(cls: type[Pass], where: str) -> None:
             )
 
 
-PASSES: Registry[Pass] = Registry(Pass, "moecc.passes", "pass", "passes", _require_facts)  # type: ignore[type-abstract]
+PASSES: Registry[Pass] = Registry(
+    Pass,  # type: ignore[type-abstract]
+    "moecc.passes",
+    "pass",
+    "passes",
+    _require_facts,
+)
 
 
 def pass_names() -> list[str]:
-    """Every pass that can be named without a path."""
+    """Return the name of every pass that needs no path."""
     return PASSES.names()
 
 
 def find_pass(name: str) -> type[Pass]:
-    """The pass called `name`: a path to a Python file, an installed entry point, or `moecc/passes/<name>.py`."""
+    """Return the pass called `name`; raise MoeccError if there is none.
+
+    name: the path of a Python file, an installed entry point, or that of `moecc/passes/<name>.py`.
+    """
     return PASSES.find(name)
 
 
-def parse_passes(text: str, **defaults: Any) -> tuple[list[Pass], list[str]]:
-    """The passes that `text` names, and remarks.
+def parse_passes(text: str, **defaults: object) -> tuple[list[Pass], list[str]]:
+    """Return the passes that `text` names, and remarks.
 
-    defaults: by option name, the value for every pass that has such an option, takes the value and is not given another. None
-    stands for no default. MoeccError where no pass takes one of them.
+    defaults: values by option name; None stands for no default. A default goes to every pass that
+    has the option, takes the value and is given no other one. Raise MoeccError if no pass takes it.
     """
     if not text.strip():
         raise MoeccError("no passes given; try --passes kbvq, or `moecc passes` for what there is")
@@ -60,10 +69,8 @@ def parse_passes(text: str, **defaults: Any) -> tuple[list[Pass], list[str]]:
     return found, remarks
 
 
-def _taken(
-    cls: type[Pass], options: str, wanted: Mapping[str, Any], remarks: list[str]
-) -> dict[str, Any]:
-    """Those of the wanted defaults that a pass takes; a remark for one that it has but does not take."""
+def _taken(cls: type[Pass], options: str, wanted: Mapping[str, object], remarks: list[str]) -> Json:
+    """Return the wanted defaults that a pass takes; add a remark for each value that it refuses."""
     known, given, taken = {f.name: f for f in cls.options()}, cls.read(options), {}
     for key, value in wanted.items():
         if key not in known or key in given:

@@ -1,6 +1,7 @@
-"""Running resolved passes: consecutive layer passes go through the model together, layer by layer.
+"""Run resolved passes; consecutive layer passes go through the model together, layer by layer.
 
-After each pass the graph is verified, and what an artifact could not hold is refused (`moecc.pipeline.storable`).
+After each pass, the graph is verified, and a program that no artifact could hold is refused
+(`moecc.pipeline.storable`).
 """
 
 from __future__ import annotations
@@ -25,32 +26,36 @@ from moecc.types import Json
 
 @dataclass
 class PassReport:
-    """What one pass did, over all layers."""
+    """The result of one pass, over all layers."""
 
     text: str
-    key: str = ""  # its place in the ledger: two passes may have the same text
+    key: str = ""  # of the ledger: two passes may have the same text
     changed: bool = False
     seconds: float = 0.0
     nodes: int = 0
-    bits: float = 0.0  # bits per weight over the routed experts, as they stood after this pass
+    bits: float = 0.0  # bits per weight of the routed experts after this pass
     error: float | None = None  # mean relative output error of the projections coded so far
 
     def line(self) -> str:
+        """Return the line that users see."""
         error = "" if self.error is None else f", error {self.error:.4f}"
         state = "" if self.changed else ", nothing changed"
-        return f"{self.text}: {self.nodes} nodes, {self.bits:.3f} bits/weight{error}{state}, {self.seconds:.1f} s"
+        size = f"{self.nodes} nodes, {self.bits:.3f} bits/weight"
+        return f"{self.text}: {size}{error}{state}, {self.seconds:.1f} s"
+
+
+def _no_dump(name: str, program: Program, stage: int | None) -> None:
+    return None
 
 
 @dataclass
 class Hooks:
-    """What the caller wants to see or keep of a run; each may be left out."""
+    """What a caller wants to see or keep of a run; each hook may be left out."""
 
     after_pass: Callable[[PassReport, Program], None] = lambda report, program: None
     after_layer: Callable[[int, Program, Context], None] = lambda stage, program, ctx: None
     restore_layer: Callable[[int, Program, Context], bool] = lambda stage, program, ctx: False
-    dump: Callable[[str, Program, int | None], None] = lambda name, program, stage: (
-        None
-    )  # stage None: the whole
+    dump: Callable[[str, Program, int | None], None] = _no_dump  # stage None: the whole program
 
 
 def run_passes(
@@ -60,9 +65,10 @@ def run_passes(
     batches: Sequence[Tensor] = (),
     hooks: Hooks | None = None,
 ) -> list[PassReport]:
-    """Run resolved passes over `program` in place, and report what each did.
+    """Run resolved passes over `program` in place, and return a report of each.
 
-    batches: calibration token ids, i64 [1 or more, S] each. MoeccError names the pass that failed, the layer and what ran before.
+    batches: calibration token ids, i64 [B, S] each, B >= 1. Raise MoeccError, with the pass, the
+    layer and the earlier passes, if a pass fails.
     """
     ctx.traced = ctx.reference = program.copy()
     ctx.batches = batches
@@ -76,7 +82,7 @@ def run_passes(
 
 @dataclass
 class _Run:
-    """The passes that are done, and what the next ones work on."""
+    """A run: its program and context, and the passes that are done."""
 
     program: Program
     ctx: Context
@@ -84,7 +90,7 @@ class _Run:
     done: list[Pass] = field(default_factory=list)
 
     def group(self, group: Sequence[Pass]) -> list[PassReport]:
-        """Run passes that go through the model together: layer passes, or one over the whole model."""
+        """Run a group of passes: layer passes, or one pass over the whole model."""
         try:
             if isinstance(group[0], LayerPass):
                 reports = self.layers([p for p in group if isinstance(p, LayerPass)])
@@ -116,14 +122,14 @@ class _Run:
         return report
 
     def layers(self, passes: Sequence[LayerPass]) -> list[PassReport]:
-        """Run layer passes, all of them on one layer before the next."""
+        """Run layer passes together: all of them on one layer, then on the next."""
         program, ctx = self.program, self.ctx
         assert ctx.reference is not None
         reports = [self.report(p, len(self.done) + i) for i, p in enumerate(passes)]
         stream, target = Stream(program, ctx.batches), Stream(ctx.reference, ctx.batches)
         last_experts = max((m.layer for m in program.moe_layers()), default=0)
         for stage in ctx.progress(range(program.layers), "layers"):
-            # nobody needs the logits of all calibration text at once
+            # no pass needs the logits of all calibration text at once
             head = last_experts < stage == program.layers - 1
             if not head:
                 target.advance()
@@ -154,28 +160,33 @@ class _Run:
             self.hooks.dump(f"layer{stage:03d}-{p.name}{again}", self.program, stage)
 
     def advance(self, stream: Stream, passes: Sequence[LayerPass]) -> None:
-        """Take the activations through a layer that is done."""
+        """Take the activations through a finished layer."""
         try:
             stream.advance()
-        except MoeccError as e:  # the float model went through it
+        except MoeccError as e:  # the float model ran, so a pass broke the layer
             ran = ", ".join(p.name for p in [*self.done, *passes])
             raise MoeccError(f"layer {stream.stage - 1} no longer runs behind {ran}: {e}") from e
 
     def require_storable(self, running: Sequence[Pass], stage: int | None = None) -> None:
-        """MoeccError for what no artifact could hold, unless a later pass still has to make it so."""
+        """Raise MoeccError if no artifact could hold the program.
+
+        Tensors are checked only if no pass that ran waits for a later one (`leads_to`).
+        """
         assert self.ctx.traced is not None
         storable.require_nodes(self.program, self.ctx.traced, stage)
         ran = [*self.done, *running]
-        if all(
-            p.leads_to <= set().union(*(q.provides for q in ran[i:])) for i, p in enumerate(ran)
-        ):
+        provided = [set().union(*(q.provides for q in ran[i:])) for i in range(len(ran))]
+        if all(p.leads_to <= given for p, given in zip(ran, provided, strict=True)):
             storable.require_tensors(self.program, self.ctx.traced)
 
     def report(self, p: Pass, position: int) -> PassReport:
         return PassReport(str(p), f"{position} {p}")
 
     def entry(self, stage: int, changed: bool) -> Json:
-        """The ledger's line of one pass in one layer; the journal keeps it, so that a resumed run reports the same."""
+        """Return the ledger's line of one pass in one layer.
+
+        The journal keeps it, so that a resumed run reports the same.
+        """
         found = [m for m in self.program.moe_layers() if m.layer == stage]
         recorded = [self.ctx.audit.get(p.path, {}) for m in found for p in m.projections]
         return {
@@ -189,25 +200,21 @@ class _Run:
 
 def _whether_changed(returned: object) -> bool:
     if not isinstance(returned, bool):
-        raise MoeccError(
-            f"it returned {returned!r}; return True or False, whether it changed the program"
-        )
+        advice = "return True or False, whether it changed the program"
+        raise MoeccError(f"it returned {returned!r}; {advice}")
     return returned
 
 
 @contextmanager
 def _naming(p: Pass, done: Sequence[Pass], stage: int | None) -> Iterator[None]:
-    """Add pass, layer and what ran before to any error inside."""
+    """Add the pass, the layer and the earlier passes to any error inside."""
     try:
         yield
     except Exception as error:
         where = "" if stage is None else f" in layer {stage - 1}"
         after = f" (after {', '.join(q.name for q in done)})" if done else ""
-        why = (
-            str(error)
-            if isinstance(error, MoeccError)
-            else f"{type(error).__name__}: {reason(error)}"
-        )
+        ours = isinstance(error, MoeccError)
+        why = str(error) if ours else f"{type(error).__name__}: {reason(error)}"
         raise MoeccError(f"{p} failed{where}{after}: {why}") from error
 
 

@@ -1,14 +1,13 @@
-"""Whether an artifact can hold a program: asked after every pass, so that nothing is first found out when it is written.
+"""Check after every pass that an artifact can hold the program, so that writing it cannot fail.
 
-A compiled model runs its family's code for everything but coded experts and quantized linears. So every other node must be as
-it was traced, a parameter must keep its shape, and a held tensor must have a place: a parameter's name, or an operand of such a
-node.
+A compiled model runs its family's code, except for coded experts and quantized linears. Hence three
+rules: every other node is as it was traced; a parameter keeps its shape; a held tensor has a place,
+which is the name of a parameter or an operand of such a node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import fx
 
@@ -16,7 +15,7 @@ from moecc.errors import MoeccError
 from moecc.ir import ops
 from moecc.ir.program import Program
 
-# operands in front that must be the model's own, by op
+# op -> the number of leading operands that must be the model's own
 _OWN_OPERANDS = {op: 3 for op in ops.MOE_OPS - {ops.EXPERTS}} | {ops.Q_LINEAR: 1}
 _SAY_IT_IN_WEIGHTS = (
     "a compiled model runs its family's code for all but coded experts and quantized linears, "
@@ -25,7 +24,10 @@ _SAY_IT_IN_WEIGHTS = (
 
 
 def require_nodes(program: Program, traced: Program, stage: int | None = None) -> None:
-    """MoeccError if a node of `stage` (None: of any) is not as in `traced`, the program before all passes."""
+    """Raise MoeccError if a node of `stage` (None: of any) differs from `traced`.
+
+    traced: the program before all passes.
+    """
     before = {n.name: n for n in _calls(traced, stage)}
     changed = []
     for node in _calls(program, stage):
@@ -40,7 +42,7 @@ def require_nodes(program: Program, traced: Program, stage: int | None = None) -
 
 
 def require_tensors(program: Program, traced: Program) -> None:
-    """MoeccError if a pass left a tensor that has no place, or a parameter of another shape."""
+    """Raise MoeccError if a pass left a tensor without a place, or a parameter of another shape."""
     store = program.store
     if store is None:
         return
@@ -65,7 +67,7 @@ def _calls(program: Program, stage: int | None) -> Iterable[fx.Node]:
 
 
 def _operands(program: Program) -> Iterable[str]:
-    """The weights that coded experts and quantized linears read."""
+    """Yield the names of the weights that coded experts and quantized linears read."""
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in _OWN_OPERANDS:
             for i in node.all_input_nodes:
@@ -73,8 +75,8 @@ def _operands(program: Program) -> Iterable[str]:
                     yield program.weights[i.name].name
 
 
-def _own_part(node: fx.Node, became: Any) -> Any:
-    """The part of a node that a pass may not change if it makes it a call of `became`."""
+def _own_part(node: fx.Node, became: fx.node.Target) -> object:
+    """Return the part of a node that a pass may not change if it makes it a call of `became`."""
     operands = _OWN_OPERANDS.get(became)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.name)
     return args[:operands] if operands else (node.target, args, kwargs)

@@ -1,14 +1,14 @@
-"""Calibration activations on their way through a program, one decoder layer at a time.
+"""Stream calibration activations through a program, one decoder layer at a time.
 
-A Stream holds, for every calibration batch, the values that are alive between two stages of the graph. Running a stage loads that
-stage's weights once, takes every batch through it and drops what no later stage reads; so memory is one layer's weights plus the
-activations between two layers, whatever the model's size.
+A Stream holds, for every calibration batch, the values that are alive between two stages of the
+graph. To run a stage, it loads the stage's weights once, takes every batch through and drops the
+values that no later stage reads. So the memory is one layer's weights plus the activations between
+two layers, whatever the model's size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -16,25 +16,27 @@ from torch import Tensor, fx
 from moecc.checkpoint.memory import free_memory
 from moecc.ir.graph import needed_for, run_nodes
 from moecc.ir.program import Program, output_node, stage_nodes
+from moecc.types import Value
 
 
-class StageWeights(Mapping[str, Any]):
-    """Placeholder name -> tensor, read from the program when first asked for and kept while the stage runs."""
+class StageWeights(Mapping[str, Tensor]):
+    """Placeholder name -> tensor, read from the program at first access and kept from then on."""
 
     def __init__(self, program: Program, overrides: Mapping[str, Tensor] | None = None):
-        self._program, self._loaded = program, dict(overrides or {})
+        self._program = program
+        self._loaded: dict[str, Tensor] = dict(overrides or {})
 
     @classmethod
     def sharing(cls, loaded: StageWeights, overrides: Mapping[str, Tensor]) -> StageWeights:
-        """The same weights but for `overrides`; what `loaded` reads later it reads once for both."""
+        """Return the same weights except for `overrides`; a tensor is read once for both."""
         return _Overridden(loaded, overrides)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tensor:
         if name not in self._loaded:
             self._loaded[name] = self._program.read(self._program.weights[name].name)
         return self._loaded[name]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._program.weights)
 
     def __len__(self) -> int:
@@ -46,21 +48,24 @@ class _Overridden(StageWeights):
         super().__init__(loaded._program, overrides)
         self._base = loaded
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tensor:
         return self._loaded[name] if name in self._loaded else self._base[name]
 
 
 class Stream:
-    """The activations of all batches before stage `stage` of `program`: a dict of values by node name per batch."""
+    """The activations of all batches before stage `stage` of `program`.
+
+    values: a dict of values by node name for each batch.
+    """
 
     def __init__(self, program: Program, batches: Iterable[Tensor]):
         name = program.user_inputs[0].name
         self.program, self.stage = program, 0
-        self.values: list[dict[str, Any]] = [{name: ids} for ids in batches]
+        self.values: list[dict[str, Value]] = [{name: ids} for ids in batches]
 
     @torch.no_grad()
-    def advance(self, visit: Callable[[fx.Node, Any, int], None] | None = None) -> None:
-        """Take every batch through the next stage; `visit(node, value, batch)` sees each result."""
+    def advance(self, visit: Callable[[fx.Node, Value, int], None] | None = None) -> None:
+        """Take every batch through the next stage; call `visit(node, value, batch)` per result."""
         nodes = stage_nodes(self.program, self.stage)
         weights, keep = StageWeights(self.program), self.needed_after(self.stage)
         for batch, values in enumerate(self.values):
@@ -72,11 +77,14 @@ class Stream:
         self.stage += 1
 
     @torch.no_grad()
-    def tap(self, stage: int, names: Iterable[str]) -> dict[str, list[Any]]:
-        """The values of the nodes called `names` in stage `stage`, without advancing; inputs of the stage are given too."""
+    def tap(self, stage: int, names: Iterable[str]) -> dict[str, list[Value]]:
+        """Return, batch by batch, the values of the nodes called `names`, without advancing.
+
+        stage: where the stream stands. names: nodes of this stage or inputs of it.
+        """
         assert stage == self.stage, f"the stream stands before stage {self.stage}, not {stage}"
         wanted = set(names)
-        found: dict[str, list[Any]] = {n: [] for n in wanted}
+        found: dict[str, list[Value]] = {n: [] for n in wanted}
         nodes = needed_for(stage_nodes(self.program, stage), wanted)
         weights = StageWeights(self.program)
         for values in self.values:
@@ -88,18 +96,18 @@ class Stream:
         return found
 
     def needed_after(self, stage: int) -> set[str]:
-        """Names of values that a stage after `stage`, or the output, reads: what has to be kept of those made by then."""
-        late = [
-            n
-            for n in self.program.graph.nodes
-            if n.op == "output" or (n.op == "call_function" and n.meta["layer"] > stage)
-        ]
-        return {
-            i.name for n in late for i in n.all_input_nodes if i.name not in self.program.weights
-        }
+        """Return the names of the values that a later stage or the output reads."""
+        nodes = self.program.graph.nodes
+        late = [n for n in nodes if n.op == "call_function" and n.meta["layer"] > stage]
+        late += [n for n in nodes if n.op == "output"]
+        read = {i.name for n in late for i in n.all_input_nodes}
+        return {name for name in read if name not in self.program.weights}
 
     def output(self) -> list[Tensor]:
-        """The program's first output (logits, or the last hidden state of a model without a head), batch by batch."""
+        """Return the program's first output, batch by batch.
+
+        It is the logits, or the last hidden state of a model without a head.
+        """
         assert self.stage == self.program.layers, (
             "the stream has not reached the end of the program"
         )
@@ -110,9 +118,9 @@ class Stream:
 def run_program(
     program: Program,
     batches: Iterable[Tensor],
-    visit: Callable[[fx.Node, Any, int], None] | None = None,
+    visit: Callable[[fx.Node, Value, int], None] | None = None,
 ) -> list[Tensor]:
-    """The program's outputs for `batches`, layer by layer."""
+    """Run the program on `batches` layer by layer and return its outputs, batch by batch."""
     stream = Stream(program, batches)
     while stream.stage < program.layers:
         stream.advance(visit)
@@ -120,12 +128,12 @@ def run_program(
 
 
 def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The first of equally large batches, up to `tokens` tokens in all (one batch at least)."""
+    """Return the first of equally large batches: `tokens` tokens in all, at least one batch."""
     return list(batches[: max(1, tokens // batches[0].numel())])
 
 
 def fits_in_memory(program: Program) -> bool:
-    """Whether all weights take no more than half of what is free, so that they can stay once they were read."""
+    """Return whether all weights fit in half of the free memory, so that they can stay loaded."""
     values = [
         n.meta["val"]
         for n in program.graph.nodes
