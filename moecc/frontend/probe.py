@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moecc.errors import MoeccError
-from moecc.ir import ops
 from moecc.ir.gates import ACTIVATIONS, apply_gate
+from moecc.ir.reference import norm_output
 
 ADVICE = "add the function to moecc/gates.py, or report the family"
 
@@ -150,7 +150,7 @@ def probe_post_norm(norm: nn.Module, owner: str) -> float:
     weight, x = _samples(32)[20] * 0.1, _samples(32)[:48]
     if eps is not None and hasattr(norm, "weight"):
         got = torch.func.functional_call(norm, {"weight": weight}, (x,))
-        if _close(got, ops._post_norm(x, 1.0 + weight, eps)):
+        if _close(got, norm_output(x, 1.0 + weight, eps)):
             return eps
     raise MoeccError(
         f"{owner}: the norm on its experts' outputs ({type(norm).__name__}) isn't known; {ADVICE}"

@@ -125,10 +125,10 @@ def run_nodes(
 
 def _call(node: fx.Node, value: Callable[[fx.Node], Value]) -> Value:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    assert callable(node.target)
     target = node.target
     if torch.is_grad_enabled():
         target = ops.REFERENCE.get(target, target)
+    assert callable(target)
     try:
         return target(*args, **kwargs)
     except (RuntimeError, IndexError, TypeError) as e:

@@ -16,7 +16,7 @@ because torch.export drops arguments that equal a default.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ VQ_EXPERTS = torch.ops.moecc.vq_experts.default
 Q_LINEAR = torch.ops.moecc.q_linear.default
 MOE_OPS = frozenset({EXPERTS, KLT_EXPERTS, VQ_EXPERTS})
 # Call these, not the ops, under autograd: an op's own backward runs its reference a second time.
-REFERENCE = {
+REFERENCE: dict[object, Callable[..., Tensor]] = {
     EXPERTS: experts_reference,
     KLT_EXPERTS: klt_experts_reference,
     VQ_EXPERTS: vq_experts_reference,

@@ -73,7 +73,8 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _post_norm(y: Tensor, weight: Operand, eps: float) -> Tensor:
+def norm_output(y: Tensor, weight: Operand, eps: float) -> Tensor:
+    """Normalise an expert's output [n, D] by its root mean square, scaled by `weight`, if any."""
     if weight is None:
         return y
     wide = _wide(y)
@@ -111,7 +112,7 @@ def experts_reference(
         rows = F.linear(x[tokens].to(gate_up.dtype), gate_up[e], _of_expert(gate_up_bias, e))
         hidden = apply_gate(rows, act, gate, alpha, limit)
         y = F.linear(hidden, down[e], _of_expert(down_bias, e))
-        return _post_norm(y, post_norm, eps)
+        return norm_output(y, post_norm, eps)
 
     return _combine(x, topk_index, topk_weight, gate_up.shape[0], run)
 
@@ -159,7 +160,7 @@ def klt_experts_reference(
             F.linear(x[tokens].to(dtype), up, bias(gate_up_bias, e)), act, gate, alpha, limit
         )
         y = F.linear(hidden, weight("down", down, e), bias(down_bias, e))
-        return _post_norm(y, post_norm, eps)
+        return norm_output(y, post_norm, eps)
 
     return _combine(x, topk_index, topk_weight, gate_up.shape[0], run)
 
@@ -193,7 +194,7 @@ def vq_experts_reference(
     def run(e: int, tokens: Tensor) -> Tensor:
         rows = _project(gate_up, e, x[tokens].to(dtype), up_mean, input_side=True)
         hidden = apply_gate(rows, act, gate, alpha, limit)
-        return _post_norm(_project(down, e, hidden, down_mean, input_side=False), post_norm, eps)
+        return norm_output(_project(down, e, hidden, down_mean, input_side=False), post_norm, eps)
 
     return _combine(x, topk_index, topk_weight, experts, run)
 

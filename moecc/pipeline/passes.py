@@ -86,7 +86,7 @@ class LayerPass(Pass):
 
     @abstractmethod
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
-        """Rewrite the nodes of `layer` and the tensors behind them; return whether anything changed."""
+        """Rewrite the nodes and tensors of `layer`; return whether anything changed."""
 
     def run(self, program: Program, ctx: Context) -> bool:
         raise MoeccError(f"{self.name} is a layer pass; run it with moecc.pipeline.run")
@@ -265,7 +265,7 @@ class Layer:
         return _float(self.reference, replace(projection, moe=same), part)
 
     def stored(self, projection: Projection) -> dict[str, Tensor | None]:
-        """Return a coded projection's tensors in their stored types, by the names of `vq4.TENSORS`."""
+        """Return a coded projection's tensors by the names of `vq4.TENSORS`, in their stored types."""
         nodes = {part: projection.operand(part) for part in vq4.TENSORS}
         value = self.program.value
         return {part: None if node is None else value(node) for part, node in nodes.items()}

@@ -16,7 +16,7 @@ from moecc.ir import ops
 from moecc.ir.program import Program
 
 # op -> the number of leading operands that must be the model's own
-_OWN_OPERANDS = {op: 3 for op in ops.MOE_OPS - {ops.EXPERTS}} | {ops.Q_LINEAR: 1}
+_OWN_OPERANDS: dict[object, int] = {op: 3 for op in ops.MOE_OPS - {ops.EXPERTS}} | {ops.Q_LINEAR: 1}
 _SAY_IT_IN_WEIGHTS = (
     "a compiled model runs its family's code for all but coded experts and quantized linears, "
     "so say it in weights"
