@@ -265,7 +265,7 @@ class Layer:
         return _float(self.reference, replace(projection, moe=same), part)
 
     def stored(self, projection: Projection) -> dict[str, Tensor | None]:
-        """Return a coded projection's tensors by the names of `vq4.TENSORS`, in their stored types."""
+        """Return a coded projection's stored tensors, by the names of `vq4.TENSORS`."""
         nodes = {part: projection.operand(part) for part in vq4.TENSORS}
         value = self.program.value
         return {part: None if node is None else value(node) for part, node in nodes.items()}
