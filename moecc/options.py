@@ -127,8 +127,8 @@ def items(text: str) -> list[tuple[str, str]]:
     while at < len(text):
         m = _ITEM.match(text, at)
         if not m or (re.search(r"\s", m[1]) and not m[1].endswith(".py")):
-            what = "expected name or name{key=value,...}"
-            raise MoeccError(f"can't read the pipeline at column {at + 1}: {text[at:]!r}; {what}")
+            where = f"can't read the pipeline at column {at + 1}"
+            raise MoeccError(f"{where}: {text[at:]!r}; expected name or name{{key=value,...}}")
         found.append((m[1], m[2] or ""))
         at = m.end()
     return found
@@ -175,5 +175,5 @@ def read_option(owner: str, f: Field[object], text: str) -> object:
             return kind(text)
         except ValueError:
             continue
-    what = "true | false" if isinstance(default, bool) else accepted(f)
-    raise MoeccError(f"{owner}: {f.name}={text!r} is out of range; it takes {what}")
+    takes = "true | false" if isinstance(default, bool) else accepted(f)
+    raise MoeccError(f"{owner}: {f.name}={text!r} is out of range; it takes {takes}")

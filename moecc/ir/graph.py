@@ -71,7 +71,7 @@ def descendants(nodes: Sequence[fx.Node], roots: Iterable[fx.Node]) -> set[fx.No
 def written(node: fx.Node) -> list[fx.Node]:
     """Return the nodes whose storage an in-place op changes.
 
-    These are its first argument and, if that is a view, the nodes that it views.
+    Its first argument and, if that is a view, the nodes that it views.
     """
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []
@@ -109,7 +109,7 @@ def run_nodes(
                 last[i.name] = node
 
     def value(n: fx.Node) -> Value:
-        if n.op == "get_attr":  # a constant that is no tensor, such as the tree of a mask function
+        if n.op == "get_attr":  # a constant that is no tensor: a mask function's tree
             return getattr(n.graph.owning_module, str(n.target))
         return values[n.name] if n.name in values else weight[n.name]
 

@@ -15,7 +15,7 @@ from moecc.pipeline.bits import per_weight
 
 
 class Estimating(Protocol):
-    """A pass that can say what it would store."""
+    """A pass with an estimate."""
 
     def estimate(self, found: Estimate) -> None: ...
 
@@ -64,7 +64,7 @@ class Estimate:
 
     projections: list[Outlook]
     others: dict[str, Matrix]  # by parameter
-    # what a pass leaves for later ones, by the fact that it provides
+    # data that a pass leaves for later ones, by the fact that it provides
     data: dict[str, Any] = field(default_factory=dict)
     # a pass, and the bits per expert weight to which it limits later ones
     most: tuple[str, float] | None = None

@@ -4,7 +4,7 @@ A resumed run ends with the same result. The journal is one folder next to the o
   run.json                  describes the run; another run's journal is never used
   layer-R-S.safetensors     the tensors that passes made in stage S of round R
   layer-R-S.json            the nodes that use them (`moecc.pipeline.record`)
-  kept-KEY.safetensors      what a pass over the whole model kept of its work (`Context.keep`)
+  kept-KEY.safetensors      work that a pass over the whole model kept (`Context.keep`)
 Layer passes that a pass over the whole model separates go through the layers once each, in rounds.
 A layer that cannot be restored is done again; a pass over the whole model runs again, and finds the
 work that it kept.

@@ -14,7 +14,7 @@ from moecc.pipeline.passes import Composite, LayerPass, Pass
 def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pass], list[str]]:
     """Return the passes in running order, and remarks on the inserted ones.
 
-    facts: what holds before the first pass. Raise MoeccError if a pass appears twice, if not
+    facts: those that hold already. Raise MoeccError if a pass appears twice, if not
     exactly one pass provides a missing fact, or if passes need each other in a cycle.
     """
     passes = _once_if_renewed(passes)

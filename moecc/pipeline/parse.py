@@ -78,6 +78,6 @@ def _taken(cls: type[Pass], options: str, wanted: Mapping[str, object], remarks:
         if accepts(known[key], value):
             taken[key] = value
         else:
-            what = f"it takes {accepted(known[key])}, not {value}"
-            remarks.append(f"{cls.name} keeps {key}={known[key].default} ({what})")
+            why = f"it takes {accepted(known[key])}, not {value}"
+            remarks.append(f"{cls.name} keeps {key}={known[key].default} ({why})")
     return taken

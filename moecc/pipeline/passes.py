@@ -184,7 +184,7 @@ class Context:
     traced: Program | None = None
     reference: Program | None = None
     batches: Sequence[Tensor] = ()
-    # what passes over the whole model leave for later ones, by the fact that they provide
+    # data that passes over the whole model leave for later ones, by the fact that they provide
     data: dict[str, Any] = field(default_factory=dict)
 
     def seed_for(self, *key: object) -> int:
