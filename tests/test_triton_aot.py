@@ -21,17 +21,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
 triton = pytest.importorskip("triton")
-from moecc.backends.triton import aot, around, grouped, hopper  # noqa: E402
-from moecc.backends.triton.aot import (
-    SHAPES,
-    TARGETS,
-    Report,
-    Shape,
-    Target,
-    abstract_plan,
-    compile_launch,
-)
-from moecc.backends.triton.launch import Launch, most_tokens  # noqa: E402
+from moecc.backends.triton import aot, combine, grouped, hopper, prepare, route  # noqa: E402
+from moecc.backends.triton.abstract import SHAPES, Shape, abstract_plan  # noqa: E402
+from moecc.backends.triton.aot import TARGETS, Report, Target, compile_launch  # noqa: E402
+from moecc.backends.triton.launch import most_tokens  # noqa: E402
+from moecc.backends.triton.parts import Launch  # noqa: E402
 from moecc.backends.triton.tiles import Tile  # noqa: E402
 
 MIXTRAL, QWEN = SHAPES["Mixtral-8x7B"], SHAPES["Qwen3-30B-A3B"]
@@ -44,7 +38,7 @@ STACK = (
 FLOATS = Tile(tokens=16, height=1, unroll=1, warps=4, stages=2, waves=0, half=True)
 KERNELS = {
     value
-    for module in (around, grouped, hopper)
+    for module in (combine, grouped, hopper, prepare, route)
     for name, value in vars(module).items()
     if name.endswith("_kernel")
 }

@@ -24,7 +24,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from moecc.backends.triton.hopper import persistent_kernel
-from moecc.backends.triton.launch import Plan, plan, vq_experts
+from moecc.backends.triton.launch import plan, vq_experts
+from moecc.backends.triton.parts import Plan
 from moecc.backends.triton.tiles import TILES, Tile, card_of, choose_tile
 
 

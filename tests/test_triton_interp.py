@@ -23,9 +23,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-from moecc.backends.triton import launch  # noqa: E402
-from moecc.backends.triton.aot import Shape, abstract_plan  # noqa: E402
-from moecc.backends.triton.launch import Plan, plan  # noqa: E402
+from moecc.backends.triton import around, launch  # noqa: E402
+from moecc.backends.triton.abstract import Shape, abstract_plan  # noqa: E402
+from moecc.backends.triton.launch import plan  # noqa: E402
+from moecc.backends.triton.parts import Plan  # noqa: E402
 from moecc.backends.triton.tiles import Card, Tile, choose_tile, choose_unroll  # noqa: E402
 
 SMALL = Tile(tokens=8, height=1, unroll=4, warps=4, stages=2, waves=4)
@@ -329,7 +330,7 @@ def test_slots_are_sorted_into_blocks(
     tokens: int, top_k: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """70 tokens are more slots than one chunk; the order within an expert is that of the slots."""
-    monkeypatch.setattr(launch, "_CHUNK", 1024)
+    monkeypatch.setattr(around, "_CHUNK", 1024)
     index = torch.from_numpy(slow.numbers(7, tokens, top_k) % 6) - 1  # some are no expert
     made = check_blocks(index, 5, block)
     assert made.launches[0].name == "prepare"
@@ -351,7 +352,7 @@ def test_many_slots_are_counted_before(
 ) -> None:
     """300 slots are two segments of 128 and a part of one, scanned 32 at a time."""
     for name, value in dict(_UNCOUNTED=299, _CHUNK=128, _COUNTS=96).items():
-        monkeypatch.setattr(launch, name, value)
+        monkeypatch.setattr(around, name, value)
     index = MANY[choices](torch.from_numpy(slow.numbers(7, 15, 20)))
     made = check_blocks(index, 9, block)
     assert [each.name for each in made.launches[:2]] == ["count", "prepare"] and made.launches[
@@ -367,7 +368,7 @@ def test_experts_that_fill_their_programs_or_do_not(
 ) -> None:
     """Choices of 32 bits, in one segment of three steps, even where that has more counts than a program would read."""
     for name, value in dict(_UNCOUNTED=0, _CHUNK=64, _COUNTS=32).items():
-        monkeypatch.setattr(launch, name, value)
+        monkeypatch.setattr(around, name, value)
     index = torch.from_numpy(slow.numbers(7, 15, 10)).to(torch.int32) % experts
     assert check_blocks(index, experts, 8).named("count").grid == (1,)
 
@@ -375,7 +376,7 @@ def test_experts_that_fill_their_programs_or_do_not(
 def test_a_layer_of_many_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = draw_layer(3, rank=2)
     alone = run(layer).out
-    monkeypatch.setattr(launch, "_UNCOUNTED", 0)
+    monkeypatch.setattr(around, "_UNCOUNTED", 0)
     assert torch.equal(check(layer).out, alone)
 
 

@@ -1,13 +1,20 @@
-"""The Triton target: the artifact runs in transformers on a GPU, its experts by kernels that read the codes as they are.
+"""The Triton target: the artifact runs in transformers on a GPU, by kernels that read its codes.
 
-pack     the order of codes on a GPU               around   routing, fixed point, gate and sum
-tiles    the shape of a program, by card           launch   a layer's calls, in order
-gates    the gates, in a kernel                    op       the op that a model calls
-grouped  the product of coded experts              aot      what the kernels become on a card that isn't there
-chain    when a kernel may start
+On the host
+  op        the op that a packed model calls pack      the order of codes on a GPU tiles     the
+  shape of a program, by card launch    plan the launches of a layer, and run them matmul, around,
+  call, parts    the launches of products, those around them, and what they share aot, abstract
+  compile kernels for cards that are not there, for layers without data
+Kernels
+  chain     when a kernel may start         fixed     16-bit fixed point
+  route     sort slots by expert            gates     the gates
+  prepare   all that precedes gate_up       decode    codes to weights
+  combine   gate, sum and norm              grouped, product    the product of coded experts
+  hopper, hopper_tile, hopper_decode        that product on sm_90 for many tokens
 
-Nothing of it touches a device or imports triton until it is asked to run. NVIDIA from compute capability 8.0 (Ampere) on, AMD
-CDNA and RDNA 3. Compiled models need nothing but to be moved: `from_pretrained(OUT, device_map="cuda")`.
+Importing this package neither touches a device nor imports triton. It supports NVIDIA from compute
+capability 8.0 (Ampere) on, AMD CDNA and RDNA 3. A compiled model only needs to be moved to the GPU:
+`from_pretrained(OUT, device_map="cuda")`.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,14 +36,16 @@ from moecc.backends.triton.pack import pack_projection, unpack_projection
 from moecc.errors import MoeccError
 from moecc.frontend import experts
 from moecc.target import Emitted, Kernels, Target
-from moecc.types import Say
+from moecc.types import FamilyModule, Say
 
-DEVICE = "cuda"  # what torch calls ROCm's devices too
-LEAST = (8, 0)  # compute capability: the first with int8 products as the kernels use them
+DEVICE = "cuda"  # torch's name for ROCm devices too
+LEAST = (8, 0)  # compute capability; older cards lack the int8 products that the kernels use
 
 
 @dataclass(frozen=True, kw_only=True)
 class TritonTarget(Target):
+    """Run the artifact as it is, by Triton kernels."""
+
     name: ClassVar[str] = "triton"
 
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
@@ -49,7 +58,7 @@ class TritonTarget(Target):
 
 
 class TritonKernels(Kernels):
-    """The kernels of this target, and the order of codes that they take."""
+    """The kernels of this target, and the order of codes that they read."""
 
     device, name = DEVICE, TritonTarget.name
 
@@ -72,7 +81,10 @@ KERNELS = TritonKernels()
 
 @lru_cache
 def require_device() -> None:
-    """MoeccError in one line where triton or a card for it isn't there. Under TRITON_INTERPRET=1 none is needed."""
+    """Raise MoeccError if triton or a card that it supports is missing.
+
+    Under TRITON_INTERPRET=1 no card is needed.
+    """
     if importlib.util.find_spec("triton") is None:
         raise MoeccError(
             "the target triton needs triton, which isn't installed; pip install 'moecc[triton]'"
@@ -82,16 +94,22 @@ def require_device() -> None:
     if not torch.cuda.is_available():
         raise MoeccError("the target triton needs a CUDA or ROCm device, and torch sees none")
     for i in range(torch.cuda.device_count()):
+        # ROCm reports other numbers here
         if torch.version.hip is None and torch.cuda.get_device_capability(i) < LEAST:
             major, minor = torch.cuda.get_device_capability(i)
             raise MoeccError(
-                f"the target triton needs compute capability {LEAST[0]}.{LEAST[1]}, and {torch.cuda.get_device_name(i)} has "
-                f"{major}.{minor}; MOECC_KERNELS=reference runs the reference on it"
+                f"the target triton needs compute capability {LEAST[0]}.{LEAST[1]}, and "
+                f"{torch.cuda.get_device_name(i)} has {major}.{minor}; MOECC_KERNELS=reference "
+                "runs the reference on it"
             )
 
 
-def runtime(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """The transformers model of an artifact on the current GPU; under TRITON_INTERPRET=1 on the CPU, by the same kernels."""
+def runtime(folder: Path, dtype: torch.dtype | None = None) -> FamilyModule:
+    """Load the artifact in `folder` as a transformers model on the current GPU.
+
+    Under TRITON_INTERPRET=1 it stays on the CPU and uses the same kernels. Raise MoeccError as
+    `require_device` does.
+    """
     require_device()
     model = hf.load(str(folder), dtype)
     if os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,443 +1,222 @@
-"""What stands around the two grouped products of a layer: routing and fixed point before, the gate between, the sum after.
+"""The launches around the products of a layer: routing and fixed point before, gate and sum after.
 
-  count_kernel     how many slots go to each expert, where there are many slots
-  prepare_kernel   slots sorted by expert into blocks; x as fixed point; z = basis x of the shared basis
-  hidden_kernel    sum over parts, the gate where the product didn't apply it, hidden units as fixed point
-  sums_kernel      sum_j w_tj h_j of bfloat16 hidden units
-  combine_kernel   y_t = sum_j w_tj (expert j's output) + what is shared
-  norm_kernel      the same where a family normalises each expert's output before the sum
-
-A slot is one choice t * k + j. A choice outside 0..E-1 is in no block; nothing reads what its rows hold, and it counts as zero (the
-reference raises IndexError, which a kernel can't). No program waits for another and no order of addition varies, and every shape
-depends on the shapes of the inputs alone, so a CUDA graph can hold all of it.
+Each function appends its launches to a call and returns the tensors that they fill.
+Shapes: T tokens, k choices each, S = T k slots, D hidden, r rank.
 """
 
-import triton
-import triton.language as tl
+from __future__ import annotations
 
-from moecc.backends.triton.chain import after_last, let_next_start
-from moecc.backends.triton.gates import activation, apply_gate
-from moecc.backends.triton.grouped import fixed_point, paired, peak_of
+import math
 
-GROUP = tl.constexpr(4)  # experts of one program of `_route_counted`: 16 bits each of 64
+import torch
+from torch import Tensor
 
+from moecc.backends.triton.call import Call, power_of_two
+from moecc.backends.triton.combine import combine_kernel, hidden_kernel, norm_kernel, sums_kernel
+from moecc.backends.triton.pack import COLUMNS
+from moecc.backends.triton.parts import Arguments, Blocks, Rows
+from moecc.backends.triton.prepare import prepare_kernel
+from moecc.backends.triton.route import GROUP, count_kernel
+from moecc.ir.gates import rows_per_unit
 
-@triton.jit
-def _route(
-    e, index_ptr, slots_ptr, block_expert_ptr, slots, blocks, EXPERTS: tl.constexpr, BINS: tl.constexpr, TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Blocks of expert e. Every program counts all experts, and so knows where its own blocks start.
-
-    slots_ptr i32 [blocks * TOKENS] and block_expert_ptr i32 [blocks], as grouped_kernel reads them."""
-    lane, bins = tl.arange(0, CHUNK), tl.arange(0, BINS)
-    counts = tl.zeros([BINS], tl.int32)
-    for start in range(0, slots, CHUNK):
-        index = tl.load(index_ptr + start + lane, mask=start + lane < slots, other=EXPERTS)
-        index = tl.where((index >= 0) & (index < EXPERTS), index, BINS - 1)  # BINS > EXPERTS
-        counts += tl.histogram(index.to(tl.int32), BINS)
-    needed = tl.where(bins < EXPERTS, (counts + TOKENS - 1) // TOKENS, 0)
-    first = tl.sum(tl.where(bins < e, needed, 0))
-    count, own = tl.sum(tl.where(bins == e, counts, 0)), tl.sum(tl.where(bins == e, needed, 0))
-    base = slots_ptr + first * TOKENS
-    placed = 0
-    for start in range(0, slots, CHUNK):
-        index = tl.load(index_ptr + start + lane, mask=start + lane < slots, other=EXPERTS)
-        mine = (index == e).to(tl.int32)
-        rank = placed + tl.cumsum(mine, 0) - 1
-        tl.store(base + rank, start + lane, mask=mine != 0)
-        placed += tl.sum(mine)
-    rest = count + tl.arange(0, TOKENS)
-    tl.store(base + rest, tl.full([TOKENS], -1, tl.int32), mask=rest < own * TOKENS)
-    last = (
-        blocks if e == EXPERTS - 1 else first + own
-    )  # the last expert's program marks the blocks that nobody needs
-    for start in range(first, last, CHUNK):
-        b = start + lane
-        tl.store(block_expert_ptr + b, tl.where(b < first + own, e, -1), mask=b < last)
+# Each routing program of prepare walks twice over up to this many slots; more are counted first.
+_UNCOUNTED = 4096
+_CHUNK = 2048  # slots per step of a walk, and the least number per segment
+_COUNTS = 4096  # counts that each of those programs reads at most, unless one segment has more
 
 
-@triton.jit(do_not_specialize=["slots", "span"])
-def count_kernel(
-    index_ptr,  # i64 or i32 [slots]
-    counts_ptr,  # i32 [segments, BINS]
-    slots, span, EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
-    """Grid segments of span slots each, a multiple of CHUNK. BINS, a power of two, is at least EXPERTS."""
-    after_last(HOPPER)
-    let_next_start(HOPPER)
-    segment, lane, bins = tl.program_id(0), tl.arange(0, CHUNK), tl.arange(0, BINS)
-    counts = tl.zeros([BINS], tl.int32)
-    for start in range(segment * span, tl.minimum((segment + 1) * span, slots), CHUNK):
-        index = tl.load(index_ptr + start + lane, mask=start + lane < slots, other=-1)
-        chosen = (index >= 0) & (index < EXPERTS)
-        counts += tl.histogram(tl.where(chosen, index, 0).to(tl.int32), BINS, chosen)
-    tl.store(counts_ptr + segment * BINS + bins, counts)
+def _count(call: Call) -> tuple[Tensor | None, int]:
+    """Count the slots of every segment by expert, i32 [segments, bins].
+
+    Return the counts and the number of slots per segment, or (None, 0) if there are few slots.
+    """
+    if call.slots <= _UNCOUNTED:
+        return None, 0
+    bins = power_of_two(call.experts, 32)
+    span = _CHUNK * -(-call.slots // (_CHUNK * max(1, _COUNTS // bins)))
+    counts = call.index.new_empty((-(-call.slots // span), bins), dtype=torch.int32)
+    arguments: Arguments = dict(
+        index_ptr=call.index,
+        counts_ptr=counts,
+        slots=call.slots,
+        span=span,
+        EXPERTS=call.experts,
+        BINS=bins,
+        CHUNK=_CHUNK,
+    )
+    call.add("count", count_kernel, (counts.shape[0],), arguments, warps=8)
+    return counts, span
 
 
-@triton.jit
-def _route_counted(
-    group, segment, index_ptr, counts_ptr, slots_ptr, block_expert_ptr, slots, blocks, segments, span, EXPERTS: tl.constexpr,
-    BINS: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One segment's slots of GROUP experts, by what count_kernel counted. SEGMENTS, a power of two, is at least segments.
+def _blocks(call: Call, like: Tensor) -> Blocks:
+    """Allocate room for the most blocks that any routing needs.
 
-    One scan ranks the slots of all of them: each expert counts in 16 bits of its own, which CHUNK doesn't overflow."""
-    e, lane, bins, own = group * GROUP, tl.arange(0, CHUNK), tl.arange(0, BINS), tl.arange(0, GROUP)
-    start, stop = (
-        segment * span,
-        tl.minimum((segment + 1) * span, slots),
-    )  # all loads first, so that none waits
-    index = tl.load(index_ptr + start + lane, mask=start + lane < stop, other=-1)
-    part = tl.arange(0, SEGMENTS)[:, None]
-    row, inside = counts_ptr + part * BINS, part < segments
-    mine = tl.load(row + e + own[None, :], mask=inside, other=0)
-    before = tl.load(row + bins[None, :], mask=inside & (bins < e)[None, :], other=0)
-    first, count = tl.sum((tl.sum(before, 0) + TOKENS - 1) // TOKENS), tl.sum(mine, 0)
-    needed = (count + TOKENS - 1) // TOKENS
-    first += tl.sum(tl.where(own[:, None] < own[None, :], needed[:, None], 0), 0)
-    place = first * TOKENS + tl.sum(tl.where(part < segment, mine, 0), 0)
-    for here in range(start, stop, CHUNK):
-        following = tl.load(
-            index_ptr + here + CHUNK + lane, mask=here + CHUNK + lane < stop, other=-1
-        )
-        chosen = (index >= e) & (index < tl.minimum(e + GROUP, EXPERTS))
-        which = tl.where(chosen, index - e, 0).to(tl.int32)
-        ones = chosen.to(tl.int64) << (which * 16)
-        rank = ((tl.cumsum(ones, 0) >> (which * 16)) & 0xFFFF).to(tl.int32) - 1
-        tl.store(slots_ptr + tl.gather(place, which, 0) + rank, here + lane, mask=chosen)
-        place += ((tl.sum(ones) >> (own * 16)) & 0xFFFF).to(tl.int32)
-        index = following
-    if segment == 0:
-        t = tl.arange(0, TOKENS)[None, :]
-        rest, room = count[:, None] + t, (needed * TOKENS)[:, None]
-        tl.store(
-            slots_ptr + (first * TOKENS)[:, None] + rest,
-            tl.full([GROUP, TOKENS], -1, tl.int32),
-            mask=rest < room,
-        )
-        for start in range(0, tl.max(needed), TOKENS):
-            b = start + t
-            tl.store(
-                block_expert_ptr + first[:, None] + b,
-                e + own[:, None] + 0 * t,
-                mask=b < needed[:, None],
-            )
-        if e + GROUP >= EXPERTS:  # the last experts' program marks the blocks that nobody needs
-            for start in range(tl.max(first + needed), blocks, CHUNK):
-                tl.store(
-                    block_expert_ptr + start + lane,
-                    tl.full([CHUNK], -1, tl.int32),
-                    mask=start + lane < blocks,
-                )
+    That is one per slot, or the full ones and one partly filled per expert that can be chosen.
+    """
+    tokens = call.tile.tokens
+    full = (call.slots + min(call.experts, call.slots) * (tokens - 1)) // tokens
+    count = min(call.slots, full)
+    slots, owners = (like.new_empty(n, dtype=torch.int32) for n in (count * tokens, count))
+    return Blocks(call.tile, count, slots, owners)
 
 
-@triton.jit
-def _store_fixed(values, out_ptr, out_scale_ptr, row, block, steps, STEP: tl.constexpr):
-    """One block f32 [STEP] of a row -> i8 [rows, 2, steps * STEP], f32 [rows, steps]."""
-    hi, lo, scale = fixed_point(values, peak_of(values, False))
-    out = out_ptr + row * (2 * steps * STEP) + block * STEP + tl.arange(0, STEP)
-    tl.store(out, hi)
-    tl.store(out + steps * STEP, lo)
-    tl.store(out_scale_ptr + row * steps + block, scale)
+def prepare(
+    call: Call, x: Tensor, basis: Tensor | None, column_tiles: int
+) -> tuple[Rows, Blocks, Tensor | None]:
+    """Return x as a right operand, the blocks, and z = basis x f32 [z_parts, T, RANK] or None."""
+    tokens, columns = x.shape
+    made, blocks = call.rows(x, tokens, column_tiles), _blocks(call, x)
+    rank = 0 if basis is None else basis.shape[0]
+    # every program that multiplies by z adds up its parts: few parts where tokens are many
+    z_span = 32 * -(-columns // (32 * max(1, min(made.steps, 1024 // tokens))))
+    z_parts = -(-columns // z_span)
+    z, z_programs = None, 0
+    if basis is not None:
+        z = x.new_empty((z_parts, tokens, power_of_two(rank, 32)), dtype=torch.float32)
+        z_programs = -(-tokens // 16) * z_parts
+    width = made.values.shape[-1]
+    step = COLUMNS * made.unroll if made.scale is not None else math.gcd(width, 1024)
+    routes, routing = _routing(call, blocks)
+    arguments: Arguments = dict(
+        x_ptr=x,
+        basis_ptr=None if basis is None else basis.contiguous(),
+        z_ptr=z,
+        out_ptr=made.values,
+        out_scale_ptr=made.scale,
+        tokens=tokens,
+        columns=columns,
+        steps=width // step,
+        z_parts=z_parts,
+        z_span=z_span,
+        rank=rank,
+        STEP=step,
+        RANK=power_of_two(rank, 32),
+    )
+    programs = routes + tokens * (width // step) + z_programs
+    call.add("prepare", prepare_kernel, (programs,), {**arguments, **routing}, warps=4)
+    return made, blocks, z
 
 
-@triton.jit
-def _project(x_ptr, basis_ptr, z_ptr, group, part, tokens, columns, span, rank, RANK: tl.constexpr):
-    """z [z_parts, tokens, RANK]: this part's share of basis x for 16 tokens, in float32. basis [rank, columns]."""
-    t, r, lane = group * 16 + tl.arange(0, 16), tl.arange(0, RANK), tl.arange(0, 32)
-    z = tl.zeros([16, RANK], tl.float32)
-    for start in range(part * span, tl.minimum((part + 1) * span, columns), 32):
-        d = start + lane
-        at = t.to(tl.int64)[:, None] * columns + d[None, :]
-        x = tl.load(x_ptr + at, mask=(t < tokens)[:, None] & (d < columns)[None, :], other=0.0).to(
-            tl.float32
-        )
-        inside = (r < rank)[None, :] & (d < columns)[:, None]
-        b = tl.load(basis_ptr + r[None, :] * columns + d[:, None], mask=inside, other=0.0).to(
-            tl.float32
-        )
-        z = tl.dot(x, b, z, input_precision="ieee")
-    at = (part * tokens + t).to(tl.int64)[:, None] * RANK + r[None, :]
-    tl.store(z_ptr + at, z, mask=(t < tokens)[:, None])
+def _routing(call: Call, blocks: Blocks) -> tuple[int, Arguments]:
+    """Return the number of prepare's routing programs, and their arguments."""
+    counts, span = _count(call)
+    segments, bins = counts.shape if counts is not None else (0, power_of_two(call.experts + 1))
+    # a scan over more slots would take registers that the programs for x need
+    chunk = _CHUNK // 4 if segments else min(power_of_two(call.slots, 128), _CHUNK)
+    routes = segments * -(-call.experts // GROUP.value) if segments else call.experts
+    return routes, dict(
+        index_ptr=call.index,
+        counts_ptr=counts,
+        slots_ptr=blocks.slots,
+        block_expert_ptr=blocks.experts,
+        slots=call.slots,
+        blocks=blocks.number,
+        segments=segments,
+        span=span,
+        EXPERTS=call.experts,
+        BINS=bins,
+        SEGMENTS=power_of_two(segments, 2),
+        TOKENS=call.tile.tokens,
+        CHUNK=chunk,
+    )
 
 
-@triton.jit(
-    do_not_specialize=["tokens", "slots", "blocks", "segments", "span", "z_parts", "z_span"]
-)
-def prepare_kernel(
-    x_ptr,  # [tokens, columns] of any float type
-    index_ptr,  # i64 or i32 [slots]
-    counts_ptr,  # i32 [segments, BINS] of count_kernel, or None: each program counts for itself
-    basis_ptr, z_ptr,  # [rank, columns] and f32 [z_parts, tokens, RANK], or None
-    out_ptr, out_scale_ptr,  # i8 [tokens, 2, steps * STEP], f32 [tokens, steps]; or 16-bit [tokens, steps * STEP], None
-    slots_ptr, block_expert_ptr,  # i32 [blocks * TOKENS], i32 [blocks]
-    tokens, columns, steps, slots, blocks, segments, span, z_parts, z_span, rank,
-    EXPERTS: tl.constexpr, BINS: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
-    STEP: tl.constexpr, RANK: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
-    """Grid routes + tokens * steps, and ceil(tokens / 16) * z_parts more with a basis, for z_span columns each.
+def hidden(
+    call: Call, first: Tensor, units: int, column_tiles: int, *, summed: bool
+) -> tuple[Rows, Rows]:
+    """Convert hidden units to fixed point.
 
-    routes: EXPERTS, or with counts segments * ceil(EXPERTS / GROUP)."""
-    after_last(HOPPER)
-    let_next_start(HOPPER)
-    program = tl.program_id(0)
-    if counts_ptr is None:
-        routes = EXPERTS
+    first: rows of every slot f32 [parts, S, rows]; after a fused gate, hidden units [S, units].
+    Return the hidden units of the S slots, and if `summed` their sums over a token's choices with
+    routing weights, else the hidden units again.
+    """
+    fused = first.dim() == 2
+    tokens = call.index.shape[0] if summed else 0
+    made = call.rows(first, call.slots + tokens, column_tiles)
+    assert made.scale is not None
+    arguments: Arguments = dict(
+        rows_ptr=first,
+        index_ptr=call.index,
+        weight_ptr=call.weight,
+        out_ptr=made.values,
+        out_scale_ptr=made.scale,
+        rows=units * rows_per_unit(call.gate),
+        units=units,
+        slots=call.slots,
+        steps=made.steps,
+        **call.limits,
+        ACT=call.act,
+        GATE=call.gate,
+        FUSED=fused,
+        PARTS=1 if fused else first.shape[0],
+        EXPERTS=call.experts,
+        TOP_K=call.choices,
+        STEP=COLUMNS * made.unroll,
+    )
+    grid = (call.slots + tokens, made.steps)
+    call.add("hidden", hidden_kernel, grid, arguments, warps=4)
+    each, sums = (
+        Rows(made.values[s], made.scale[s], made.unroll)
+        for s in (slice(call.slots), slice(call.slots, None))
+    )
+    return each, sums if summed else each
+
+
+def sums(call: Call, h: Rows) -> Rows:
+    """Return sum_j w_j h_j of every token, from 16-bit hidden units."""
+    tokens, width = call.index.shape[0], h.values.shape[1]
+    out = h.values.new_empty((tokens, width))
+    arguments: Arguments = dict(
+        h_ptr=h.values,
+        index_ptr=call.index,
+        weight_ptr=call.weight,
+        out_ptr=out,
+        width=width,
+        EXPERTS=call.experts,
+        TOP_K=call.choices,
+        BLOCK=1024,
+    )
+    call.add("sums", sums_kernel, (tokens, -(-width // 1024)), arguments, warps=4)
+    return Rows(out, None, h.unroll)
+
+
+def combine(
+    call: Call,
+    y: Tensor,
+    shared: Tensor | None,
+    c: Tensor | None,
+    basis: Tensor | None,
+    post_norm: Tensor | None,
+    eps: float,
+    out: Tensor,
+) -> None:
+    """Fill out [T, D] from rows y [parts, S, D], the shared mean and basis^T c."""
+    tokens, columns = out.shape
+    rank = 0 if c is None else c.shape[2]
+    common: Arguments = dict(
+        rows_ptr=y,
+        index_ptr=call.index,
+        weight_ptr=call.weight,
+        shared_ptr=shared,
+        c_ptr=c,
+        basis_ptr=None if c is None or basis is None else basis.contiguous(),
+        out_ptr=out,
+        columns=columns,
+        slots=call.slots,
+        c_parts=0 if c is None else c.shape[0],
+        rank=rank,
+        EXPERTS=call.experts,
+        TOP_K=call.choices,
+        PARTS=y.shape[0],
+        SHARED=0 if shared is None else shared.shape[0],
+    )
+    if post_norm is not None:
+        common |= dict(norm_ptr=post_norm.contiguous(), eps=eps, BLOCK=power_of_two(columns))
+        limit = 128 if call.card.name.startswith("sm_") else 0
+        warps = min(max(power_of_two(columns) // 512, 4), 16)
+        call.add("norm", norm_kernel, (tokens,), common, warps, registers=limit)
     else:
-        routes = segments * ((EXPERTS + GROUP - 1) // GROUP)
-    if program < routes:
-        if counts_ptr is None:
-            _route(
-                program,
-                index_ptr,
-                slots_ptr,
-                block_expert_ptr,
-                slots,
-                blocks,
-                EXPERTS,
-                BINS,
-                TOKENS,
-                CHUNK,
-            )
-        else:
-            _route_counted(
-                program // segments, program % segments, index_ptr, counts_ptr, slots_ptr, block_expert_ptr, slots, blocks,
-                segments, span, EXPERTS, BINS, SEGMENTS, TOKENS, CHUNK,
-            )  # fmt: skip
-    elif program < routes + tokens * steps:
-        token, block = (program - routes) // steps, (program - routes) % steps
-        place = block * STEP + tl.arange(0, STEP)
-        d = place if out_scale_ptr is not None else paired(place)
-        x = tl.load(x_ptr + token.to(tl.int64) * columns + d, mask=d < columns, other=0.0)
-        if out_scale_ptr is not None:
-            _store_fixed(
-                x.to(tl.float32), out_ptr, out_scale_ptr, token.to(tl.int64), block, steps, STEP
-            )
-        else:
-            tl.store(out_ptr + token.to(tl.int64) * (steps * STEP) + place, x)
-    else:
-        if basis_ptr is not None:
-            rest = program - routes - tokens * steps
-            _project(
-                x_ptr,
-                basis_ptr,
-                z_ptr,
-                rest // z_parts,
-                rest % z_parts,
-                tokens,
-                columns,
-                z_span,
-                rank,
-                RANK,
-            )
-
-
-@triton.jit
-def _width(index, width, EXPERTS: tl.constexpr):
-    """How many columns a slot's rows have: none where its choice is no expert."""
-    return tl.where((index >= 0) & (index < EXPERTS), width, 0)
-
-
-@triton.jit
-def _hidden(
-    rows_ptr, index_ptr, slot, f, rows, units, slots, alpha, limit, ACT: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr,
-    PARTS: tl.constexpr, EXPERTS: tl.constexpr,
-):  # fmt: skip
-    """Hidden units f of one slot, f32; zero where its choice is no expert."""
-    real = f < _width(tl.load(index_ptr + slot), units, EXPERTS)
-    inside = f < units  # rows don't wait for the choice
-    if FUSED:
-        h = tl.load(rows_ptr + slot * units + f, mask=inside, other=0.0).to(tl.float32)
-    else:
-        g, u = tl.zeros(f.shape, tl.float32), tl.zeros(f.shape, tl.float32)
-        for part in tl.static_range(PARTS):
-            row = rows_ptr + (part * slots + slot) * rows + f
-            g += tl.load(row, mask=inside, other=0.0).to(tl.float32)
-            if GATE != "none":
-                u += tl.load(row + rows // 2, mask=inside, other=0.0).to(tl.float32)
-        if GATE == "none":
-            h = activation(g, ACT)
-        else:
-            h = apply_gate(g, u, alpha, limit, ACT, GATE)
-    return tl.where(real, h, 0.0)
-
-
-@triton.jit(do_not_specialize=["slots"])
-def hidden_kernel(
-    rows_ptr,  # [parts, slots, rows] as grouped_kernel wrote it, with FUSED [slots, units]
-    index_ptr, weight_ptr,  # [slots]: choices and routing weights
-    out_ptr, out_scale_ptr,  # i8 [slots (+ tokens), 2, steps * STEP], f32 [slots (+ tokens), steps]
-    rows, units, slots, steps, alpha, limit,
-    ACT: tl.constexpr, GATE: tl.constexpr, FUSED: tl.constexpr, PARTS: tl.constexpr, EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr, STEP: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
-    """Grid (slots, steps); with tokens more in the first, row slots + t is sum_j w_tj h_tj of token t, for a shared mean."""
-    after_last(HOPPER)
-    let_next_start(HOPPER)
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    f = block * STEP + tl.arange(0, STEP)
-    if row < slots:
-        h = _hidden(
-            rows_ptr,
-            index_ptr,
-            row,
-            f,
-            rows,
-            units,
-            slots,
-            alpha,
-            limit,
-            ACT,
-            GATE,
-            FUSED,
-            PARTS,
-            EXPERTS,
-        )
-        _store_fixed(h, out_ptr, out_scale_ptr, row, block, steps, STEP)
-    else:
-        total = tl.zeros([STEP], tl.float32)
-        for j in range(TOP_K):
-            slot = (row - slots) * TOP_K + j
-            h = _hidden(
-                rows_ptr,
-                index_ptr,
-                slot,
-                f,
-                rows,
-                units,
-                slots,
-                alpha,
-                limit,
-                ACT,
-                GATE,
-                FUSED,
-                PARTS,
-                EXPERTS,
-            )
-            total += tl.load(weight_ptr + slot).to(tl.float32) * h
-        _store_fixed(total, out_ptr, out_scale_ptr, row, block, steps, STEP)
-
-
-@triton.jit
-def sums_kernel(
-    h_ptr,  # 16-bit [slots, width]
-    index_ptr, weight_ptr,  # [slots]
-    out_ptr,  # 16-bit [tokens, width]
-    width, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
-    """Grid (tokens, ceil(width / BLOCK)): sum_j w_tj h_tj of every token, for a shared mean."""
-    after_last(HOPPER)
-    let_next_start(HOPPER)
-    token, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for j in range(TOP_K):
-        slot = token * TOP_K + j
-        real = f < _width(tl.load(index_ptr + slot), width, EXPERTS)
-        weight = tl.load(weight_ptr + slot).to(tl.float32)
-        total += weight * tl.load(h_ptr + slot * width + f, mask=real, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * width + f, total.to(out_ptr.dtype.element_ty), mask=f < width)
-
-
-@triton.jit(do_not_specialize=["slots", "c_parts"])
-def combine_kernel(
-    rows_ptr,  # f32 [parts, slots, columns] as grouped_kernel wrote it; or of x's type, one part
-    index_ptr, weight_ptr,  # [slots]
-    shared_ptr,  # f32 [SHARED, tokens, columns] or None
-    c_ptr, basis_ptr,  # f32 [c_parts, slots, rank] and [rank, columns], or None
-    out_ptr,  # [tokens, columns]
-    columns, slots, c_parts, rank,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, CHOICES: tl.constexpr,
-    BLOCK: tl.constexpr, RANK: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
-    """Grid (tokens, ceil(columns / BLOCK)). CHOICES, a power of two, is at least TOP_K."""
-    after_last(HOPPER)
-    token, j = tl.program_id(0).to(tl.int64), tl.arange(0, CHOICES)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    slot = token * TOP_K + j
-    index = tl.load(index_ptr + slot, mask=j < TOP_K, other=-1)
-    chosen = (index >= 0) & (index < EXPERTS)
-    weight = tl.load(weight_ptr + slot, mask=j < TOP_K, other=0.0).to(tl.float32)
-    if rows_ptr.dtype.element_ty == tl.float32:
-        inside = (j < TOP_K)[:, None] & (d < columns)[None, :]  # rows don't wait for the choices
-        y = tl.zeros([CHOICES, BLOCK], tl.float32)
-        for piece in tl.static_range(PARTS):
-            y += tl.load(
-                rows_ptr + (piece * slots + slot)[:, None] * columns + d[None, :],
-                mask=inside,
-                other=0.0,
-            )
-        total = tl.sum(tl.where(chosen[:, None], y, 0.0) * weight[:, None], 0)
-    else:  # many tokens, rounded: one choice after the other, so that a thread adds up columns of its own
-        total = tl.zeros([BLOCK], tl.float32)
-        for i in tl.static_range(TOP_K):
-            one = token * TOP_K + i
-            y = tl.load(rows_ptr + one * columns + d, mask=d < columns, other=0.0).to(tl.float32)
-            width = _width(tl.load(index_ptr + one), columns, EXPERTS)
-            total += tl.where(d < width, y, 0.0) * tl.load(weight_ptr + one).to(tl.float32)
-    for piece in tl.static_range(SHARED):
-        total += tl.load(
-            shared_ptr + (piece * (slots // TOP_K) + token) * columns + d,
-            mask=d < columns,
-            other=0.0,
-        )
-    if c_ptr is not None:
-        r = tl.arange(0, RANK)
-        c = tl.zeros([CHOICES, RANK], tl.float32)
-        for part in range(c_parts):
-            row = (part * slots + slot)[:, None] * rank
-            c += tl.load(
-                c_ptr + row + r[None, :], mask=chosen[:, None] & (r < rank)[None, :], other=0.0
-            )
-        low = tl.sum(c * weight[:, None], 0)
-        inside = (r < rank)[:, None] & (d < columns)[None, :]
-        basis = tl.load(basis_ptr + r[:, None] * columns + d[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-        total += tl.sum(low[:, None] * basis, 0)
-    tl.store(out_ptr + token * columns + d, total.to(out_ptr.dtype.element_ty), mask=d < columns)
-
-
-@triton.jit(do_not_specialize=["slots", "c_parts"])
-def norm_kernel(
-    rows_ptr, index_ptr, weight_ptr,  # as combine_kernel's
-    shared_ptr,  # f32 [SHARED, slots, columns] or None
-    c_ptr, basis_ptr,
-    norm_ptr,  # [columns]
-    out_ptr,
-    columns, slots, c_parts, rank, eps,
-    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
-    HOPPER: tl.constexpr,
-):  # fmt: skip
-    """Grid tokens. BLOCK, a power of two, is at least columns. Scale, then normalise: `moecc.ir.ops._post_norm`."""
-    after_last(HOPPER)
-    token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = d < columns
-    norm = tl.load(norm_ptr + d, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for j in range(TOP_K):
-        slot = token * TOP_K + j
-        width, weight = (
-            _width(tl.load(index_ptr + slot), columns, EXPERTS),
-            tl.load(weight_ptr + slot).to(tl.float32),
-        )
-        chosen = d < width
-        y = tl.zeros([BLOCK], tl.float32)
-        for piece in tl.static_range(PARTS):
-            y += tl.load(
-                rows_ptr + (piece * slots + slot) * columns + d, mask=chosen, other=0.0
-            ).to(tl.float32)
-        for piece in tl.static_range(SHARED):
-            y += tl.load(shared_ptr + (piece * slots + slot) * columns + d, mask=chosen, other=0.0)
-        if c_ptr is not None:
-            for r in range(rank):
-                c = 0.0
-                for part in range(c_parts):
-                    c += tl.load(
-                        c_ptr + (part * slots + slot) * rank + r, mask=width > 0, other=0.0
-                    )
-                y += c * tl.load(basis_ptr + r * columns + d, mask=inside, other=0.0).to(tl.float32)
-        y = y * norm
-        y = y * tl.rsqrt(tl.sum(y * y) / columns + eps)
-        total += tl.where(chosen, weight * y, 0.0)
-    tl.store(out_ptr + token * columns + d, total.to(out_ptr.dtype.element_ty), mask=inside)
+        block = 256 if y.dtype == torch.float32 or c is not None else 1024
+        common |= dict(CHOICES=power_of_two(call.choices), BLOCK=block, RANK=power_of_two(rank, 16))
+        grid = (tokens, -(-columns // block))
+        call.add("combine", combine_kernel, grid, common, warps=4)

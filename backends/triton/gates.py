@@ -1,4 +1,7 @@
-"""The gates of `moecc.ir.gates` inside a kernel, in float32. Every kernel that applies one calls `apply_gate`."""
+"""The gates of `moecc.ir.gates` inside a kernel, in float32.
+
+Every kernel that applies a gate calls `apply_gate`.
+"""
 
 import triton
 import triton.language as tl
@@ -6,19 +9,20 @@ import triton.language as tl
 
 @triton.jit
 def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1  # tl has none, and libdevice's can't be interpreted
+    # tl has no tanh, and the interpreter cannot run libdevice's
+    return 2 * tl.sigmoid(2 * x) - 1
 
 
 @triton.jit
 def activation(x, ACT: tl.constexpr):
+    """Return ACT(x) for one of the names in `moecc.ir.gates.ACTIVATIONS`."""
     if ACT == "silu":
         y = x * tl.sigmoid(x)
     elif ACT == "gelu":
         y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":
-        y = x * tl.sigmoid(
-            1.5957691216057308 * (x + 0.044715 * x * x * x)
-        )  # (1 + tanh(z)) / 2 = sigmoid(2z)
+        # (1 + tanh(z)) / 2 = sigmoid(2z)
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACT == "relu":
         y = tl.maximum(x, 0.0)
     elif ACT == "relu2":
@@ -35,7 +39,7 @@ def activation(x, ACT: tl.constexpr):
 
 @triton.jit
 def apply_gate(g, u, alpha, limit, ACT: tl.constexpr, GATE: tl.constexpr):
-    """Hidden units of gate rows g and up rows u, tensors of one shape."""
+    """Return the hidden units of gate rows g and up rows u, tensors of the same shape."""
     if GATE == "glu" or GATE == "f32":
         h = activation(g, ACT) * u
     elif GATE == "clamp" or GATE == "clamp_f32":
@@ -53,4 +57,5 @@ def apply_gate(g, u, alpha, limit, ACT: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def _between(u, limit):
+    """Clamp u to [-limit, limit]."""
     return tl.minimum(tl.maximum(u, -limit), limit)

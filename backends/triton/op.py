@@ -1,21 +1,35 @@
-"""moecc::vq_experts_packed: moecc::vq_experts on codes in the order of tiles, as a module on a GPU holds them.
+"""moecc::vq_experts_packed: moecc::vq_experts on codes in the order of tiles.
 
-  moecc::vq_experts_packed(x, topk_index, topk_weight, gate_up's vq4.TENSORS, down's, post_norm, *, act, gate, alpha, limit, eps)
+A module on a GPU holds its codes in that order.
 
-The kernels on CUDA and ROCm, and on the CPU under TRITON_INTERPRET=1; elsewhere the definition: put the codes back into their
-order, then `moecc.ir.ops.vq_experts_reference`, whose derivatives are this op's. To torch.compile and torch.export it is one node.
+  moecc::vq_experts_packed(x, topk_index, topk_weight, gate_up's vq4.TENSORS, down's vq4.TENSORS,
+                           post_norm, *, act, gate, alpha, limit, eps)
+
+The kernels run it on CUDA and ROCm, and on the CPU under TRITON_INTERPRET=1. Elsewhere its
+definition runs: put the codes back into stored order and call `moecc.ir.ops.vq_experts_reference`.
+The derivatives are those of the definition. torch.compile and torch.export see a single node.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TypedDict, Unpack
 
 from torch import Tensor
 
 from moecc.backends.triton import pack
 from moecc.ir import ops, vq4
 from moecc.ir.gates import rows_per_unit
+
+
+class Attributes(TypedDict):
+    """The op's attributes: the gate (`moecc.ir.gates`), and the norm's epsilon."""
+
+    act: str
+    gate: str
+    alpha: float
+    limit: float
+    eps: float
 
 
 def _projections(
@@ -33,37 +47,47 @@ def reference(
     topk_index: Tensor,
     topk_weight: Tensor,
     *operands: Tensor | None,
-    gate: str,
-    **attributes: Any,
+    **attributes: Unpack[Attributes],
 ) -> Tensor:
-    """The definition. operands: gate_up, down, post_norm."""
+    """Compute the op by its definition. operands: those of gate_up, those of down, post_norm.
+
+    Raise IndexError if a choice is outside 0..E-1.
+    """
     gate_up, down = _projections(operands)
-    scale = gate_up["scale"]
+    scale, gate = gate_up["scale"], attributes["gate"]
     assert scale is not None
     up = pack.unpack_projection(gate_up, x.shape[1], gated=gate != "none")
     below = pack.unpack_projection(down, scale.shape[1] // rows_per_unit(gate), gated=False)
     stored = [t for p in (up, below) for t in (*(p[name] for name in vq4.TENSORS), None, None)]
-    return ops.vq_experts_reference(
-        x, topk_index, topk_weight, *stored, operands[-1], gate=gate, **attributes
-    )
+    return ops.vq_experts_reference(x, topk_index, topk_weight, *stored, operands[-1], **attributes)
 
 
 def kernel(
-    x: Tensor, topk_index: Tensor, topk_weight: Tensor, *operands: Tensor | None, **attributes: Any
+    x: Tensor,
+    topk_index: Tensor,
+    topk_weight: Tensor,
+    *operands: Tensor | None,
+    **attributes: Unpack[Attributes],
 ) -> Tensor:
-    """What runs. An index outside 0..E-1 counts as zero in the kernels; the reference raises IndexError."""
+    """Compute the op as models do. In the kernels a choice outside 0..E-1 counts as zero."""
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return reference(x, topk_index, topk_weight, *operands, **attributes)
     from moecc.backends.triton.launch import vq_experts
 
-    return vq_experts(
-        x, topk_index, topk_weight, *_projections(operands), operands[-1], **attributes
-    )
+    gate_up, down = _projections(operands)
+    return vq_experts(x, topk_index, topk_weight, gate_up, down, operands[-1], **attributes)
 
 
 ops.define(
     "vq_experts_packed",
-    f"{ops.ROUTED}, {ops.operands_of('gate_up', vq4.TENSORS)}, {ops.operands_of('down', vq4.TENSORS)}, Tensor? post_norm",
+    ", ".join(
+        [
+            ops.ROUTED,
+            ops.operands_of("gate_up", vq4.TENSORS),
+            ops.operands_of("down", vq4.TENSORS),
+            "Tensor? post_norm",
+        ]
+    ),
     ops.ATTRIBUTES,
     reference,
     ops.same_shape,

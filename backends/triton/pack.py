@@ -1,18 +1,22 @@
-"""The order in which codes and signs lie on a GPU, and the way back: what `moecc.ir.vq4` stores, permuted and padded, nothing else.
+"""The order of codes and signs on a GPU: what `moecc.ir.vq4` stores, permuted and padded, and back.
 
-A tile is 64 packed rows of 128 columns. Its words are in the order in which the threads of a tensor-core instruction want the
-left operand (PTX ISA, mma.m16n8k32, the fragment of A): thread r * 4 + t of warp w holds, of rows r and r + 8 of the warp's
-sixteen, columns 4t..4t+3 of every sixteen. An entry of a codebook is four int8 in one register, so a looked-up register is a
-fragment of the product without any further instruction, and each thread's codes are 16 neighbouring bytes.
+A tile is 64 packed rows of 128 columns. Its words are in the order in which the threads of a
+tensor-core instruction take the left operand (PTX ISA, mma.m16n8k32, the fragment of A): a warp has
+sixteen rows, and its thread r * 4 + t holds, of its rows r and r + 8, columns 4t..4t+3 of every
+sixteen. A codebook entry is four int8 in one register, so the looked-up register already is a
+fragment of the product, and each thread's codes are 16 neighbouring bytes.
 
-  words i32 [E, N/64, planes, K/128, 512]     word ((w * 8 + r) * 4 + t) * 4 + i * 2 + h, byte b
-                                              = code of row 16w + 8i + r, columns 4g..4g+3 with g = 4 (4h + b) + t
-  signs i32 [E, N/64, K/128, 256]             word ((w * 8 + r) * 4 + t) * 2 + i, byte b, bit c
-                                              = sign of row 16w + 8i + r, column 4 (4c + t) + b
+  words i32 [E, N/64, planes, K/128, 512]
+      word ((w * 8 + r) * 4 + t) * 4 + i * 2 + h, byte b
+      = code of row 16w + 8i + r, columns 4g..4g+3 with g = 4 (4h + b) + t
+  signs i32 [E, N/64, K/128, 256]
+      word ((w * 8 + r) * 4 + t) * 2 + i, byte b, bit c
+      = sign of row 16w + 8i + r, column 4 (4c + t) + b
 
-planes is 1 at 2 and 3 bit. At 4 bit, where a code is two weights, plane 0 has the even codes and plane 1 the odd ones: columns
-4g, 4g+1 and 4g+2, 4g+3. Rows of a projection with a gate alternate by eights, gate rows first, so that a thread that has
-a gate row (r) has its up row too (r + 8) and can apply the gate. Scales, biases and codebooks stay as they are stored.
+At 2 and 3 bit, planes is 1. At 4 bit a code is two weights: plane 0 has the even codes (columns 4g
+and 4g+1), plane 1 the odd ones (4g+2 and 4g+3). With a gate, rows alternate by eights, gate rows
+first: the thread that holds gate row r also holds its up row r + 8 and can apply the gate. Scales,
+biases and codebooks stay as stored.
 """
 
 from __future__ import annotations
@@ -28,11 +32,11 @@ ROWS, COLUMNS = 64, 128  # of a tile
 _GROUPS = COLUMNS // 4
 
 
-Projection = Mapping[str, Tensor | None]  # tensors of one projection by names of vq4.TENSORS
+Projection = Mapping[str, Tensor | None]  # tensors of one projection, named as in vq4.TENSORS
 
 
 def pack_projection(p: Projection, *, gated: bool) -> dict[str, Tensor | None]:
-    """The same tensors with codes and signs, a mean's too, in the order of tiles."""
+    """Return the tensors with codes and signs, also those of a mean, in the order of tiles."""
     packed = dict(p)
     for prefix in ("", vq4.MEAN):
         codes, signs, codebook = (p.get(prefix + name) for name in ("codes", "signs", "codebook"))
@@ -43,7 +47,7 @@ def pack_projection(p: Projection, *, gated: bool) -> dict[str, Tensor | None]:
 
 
 def unpack_projection(p: Projection, columns: int, *, gated: bool) -> dict[str, Tensor | None]:
-    """The inverse of `pack_projection` for a projection of `columns` columns."""
+    """Invert `pack_projection` for a projection of `columns` columns."""
     stored, wide = dict(p), vq4.padded(columns)
     for prefix in ("", vq4.MEAN):
         codes, signs, codebook, scale = (p.get(prefix + name) for name in vq4.CODED)
@@ -57,7 +61,7 @@ def unpack_projection(p: Projection, columns: int, *, gated: bool) -> dict[str, 
 
 
 def packed_rows(rows: int, *, gated: bool, device: torch.device | None = None) -> Tensor:
-    """The stored row of every packed row, i64 [multiple of 64]; `rows` itself stands for padding."""
+    """Return the stored row of every packed row, i64 [multiple of 64]; `rows` means padding."""
     units = rows // 2 if gated else rows
     p = torch.arange(tiles(rows, gated=gated) * ROWS, device=device)
     if not gated:
@@ -67,17 +71,17 @@ def packed_rows(rows: int, *, gated: bool, device: torch.device | None = None) -
 
 
 def _places(rows: int, *, gated: bool, device: torch.device) -> Tensor:
-    """The packed row of every stored row, i64 [rows]."""
+    """Return the packed row of every stored row, i64 [rows]."""
     return packed_rows(rows, gated=gated, device=device).argsort()[:rows]  # padding comes last
 
 
 def tiles(rows: int, *, gated: bool) -> int:
-    """Row tiles of a projection: 32 units with a gate and an up row each, or 64 rows."""
+    """Return the number of row tiles, each of 32 units with a gate and an up row, or of 64 rows."""
     return -(-(rows // 2) // (ROWS // 2)) if gated else -(-rows // ROWS)
 
 
 def pack_codes(codes: Tensor, group: int, *, gated: bool) -> Tensor:
-    """codes u8 [E, N, Kp/v] of v = `group` weights each -> words i32 [E, N/64, 4/v, K/128, 512]."""
+    """Pack codes u8 [E, N, Kp/v], v = `group`, to words i32 [E, N/64, 4/v, K/128, 512]."""
     experts, rows, width = codes.shape
     order = packed_rows(rows, gated=gated, device=codes.device)
     planes, across = 4 // group, -(-width * group // COLUMNS)
@@ -86,9 +90,8 @@ def pack_codes(codes: Tensor, group: int, *, gated: bool) -> Tensor:
         dtype=torch.int32,
         device=codes.device,
     )
-    for expert, out in zip(
-        codes, words, strict=True
-    ):  # one at a time: what is in between is as large as an expert
+    # one expert at a time: the intermediate tensor is as large as its codes
+    for expert, out in zip(codes, words, strict=True):
         wide = _padded(expert, order, across * COLUMNS // group)
         for plane in range(planes):
             out[:, plane] = _fragments(wide[:, plane::planes])
@@ -96,7 +99,7 @@ def pack_codes(codes: Tensor, group: int, *, gated: bool) -> Tensor:
 
 
 def unpack_codes(words: Tensor, group: int, rows: int, width: int, *, gated: bool) -> Tensor:
-    """The inverse of `pack_codes`: u8 [E, rows, width]."""
+    """Invert `pack_codes`: return codes u8 [E, rows, width]."""
     experts, down, planes, across, _ = words.shape
     places = _places(rows, gated=gated, device=words.device)
     codes = torch.empty((experts, rows, width), dtype=torch.uint8, device=words.device)
@@ -111,7 +114,7 @@ def unpack_codes(words: Tensor, group: int, rows: int, width: int, *, gated: boo
 
 
 def pack_signs(signs: Tensor, *, gated: bool) -> Tensor:
-    """signs u8 [E, N, Kp/8] -> i32 [E, N/64, K/128, 256]."""
+    """Pack signs u8 [E, N, Kp/8] to words i32 [E, N/64, K/128, 256]."""
     experts, rows, width = signs.shape
     order = packed_rows(rows, gated=gated, device=signs.device)
     across = -(-width * 8 // COLUMNS)
@@ -119,36 +122,36 @@ def pack_signs(signs: Tensor, *, gated: bool) -> Tensor:
     words = torch.empty(shape, dtype=torch.int32, device=signs.device)
     for expert, out in zip(signs, words, strict=True):
         negative = vq4.unpack_signs(_padded(expert, order, across * COLUMNS // 8))
-        parts = negative.view(
-            -1, 4, 2, 8, across, 8, 4, 4
-        )  # row tile, w, i, r, column tile, c, t, b
+        # row tile, w, i, r, column tile, c, t, b
+        parts = negative.view(-1, 4, 2, 8, across, 8, 4, 4)
         eights = parts.permute(0, 4, 1, 3, 6, 2, 7, 5).flatten()
         out.copy_(vq4.pack_signs(eights).view(torch.int32).view(out.shape))
     return words
 
 
 def unpack_signs(words: Tensor, rows: int, width: int, *, gated: bool) -> Tensor:
-    """The inverse of `pack_signs`: u8 [E, rows, width]."""
+    """Invert `pack_signs`: return signs u8 [E, rows, width]."""
     experts, down, across, _ = words.shape
     places = _places(rows, gated=gated, device=words.device)
     signs = torch.empty((experts, rows, width), dtype=torch.uint8, device=words.device)
     for packed, out in zip(words, signs, strict=True):
         eights = vq4.unpack_signs(packed.contiguous().view(torch.uint8).flatten())
-        parts = eights.view(-1, across, 4, 8, 4, 2, 4, 8)  # row tile, column tile, w, r, t, i, b, c
+        # row tile, column tile, w, r, t, i, b, c
+        parts = eights.view(-1, across, 4, 8, 4, 2, 4, 8)
         wide = vq4.pack_signs(parts.permute(0, 2, 5, 3, 1, 7, 4, 6).reshape(down * ROWS, -1))
         out.copy_(wide.index_select(0, places)[:, :width])
     return signs
 
 
 def _padded(expert: Tensor, order: Tensor, width: int) -> Tensor:
-    """u8 [rows, any] -> [packed rows, width], zeros where there is nothing."""
+    """Reorder u8 [rows, any] to [packed rows, width], padded with zeros."""
     wide = expert.new_zeros((expert.shape[0] + 1, width))
     wide[:-1, : expert.shape[1]] = expert
     return wide.index_select(0, order)
 
 
 def _fragments(codes: Tensor) -> Tensor:
-    """u8 [row tiles * 64, column tiles * 32] -> i32 [row tiles, column tiles, 512]."""
+    """Reorder u8 [row tiles * 64, column tiles * 32] to i32 [row tiles, column tiles, 512]."""
     across = codes.shape[1] // _GROUPS
     parts = codes.reshape(-1, 4, 2, 8, across, 2, 4, 4)  # row tile, w, i, r, column tile, h, b, t
     words = parts.permute(0, 4, 1, 3, 7, 2, 5, 6).contiguous().flatten().view(torch.int32)
@@ -156,8 +159,8 @@ def _fragments(codes: Tensor) -> Tensor:
 
 
 def _from_fragments(words: Tensor) -> Tensor:
+    """Invert `_fragments`."""
     across = words.shape[1]
-    parts = (
-        words.contiguous().view(torch.uint8).view(-1, across, 4, 8, 4, 2, 2, 4)
-    )  # row, column tile, w, r, t, i, h, b
+    # row tile, column tile, w, r, t, i, h, b
+    parts = words.contiguous().view(torch.uint8).view(-1, across, 4, 8, 4, 2, 2, 4)
     return parts.permute(0, 2, 5, 3, 1, 6, 7, 4).reshape(-1, across * _GROUPS)
