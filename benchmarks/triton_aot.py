@@ -1,6 +1,8 @@
-"""What the Triton kernels become on nine cards, without any: registers, shared memory and instructions per weight.
+"""Compile the Triton kernels for nine cards, without having any of them.
 
-python benchmarks/triton_aot.py         table to benchmarks/results/triton_aot.md; a few minutes
+python benchmarks/triton_aot.py
+    registers, shared memory and instructions per weight, to benchmarks/results/triton_aot.md; takes
+    a few minutes
 """
 
 from __future__ import annotations
@@ -11,16 +13,19 @@ from pathlib import Path
 
 import triton
 
-from moecc.backends.triton.aot import SHAPES, TARGETS, Row, abstract_plan, row, table
+from moecc.backends.triton.abstract import SHAPES, abstract_plan
+from moecc.backends.triton.aot import TARGETS, Row, row, table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TEXT = """# The Triton kernels, compiled ahead of time
 
-`python benchmarks/triton_aot.py`, triton {version}. {shape}, bfloat16, with the tile that the table of tiles has for the card.
-Nothing here ran on a card. *Instructions per weight* are those of the inner loop for each weight and lane, counted in the
-machine code (NVIDIA alone). Reading 2-bit weights at an H100's bandwidth leaves room for 1.7 of them, 3-bit weights for 2.6.
-*Spilled* is stack in bytes, of AMD registers. sm_90's tiles are chosen by time, not by this count; at 4096 tokens it has a kernel
-of its own (`backends/triton/hopper.py`), which takes every register and reads a few again once in a tile.
+`python benchmarks/triton_aot.py`, triton {version}. {shape}, bfloat16, with the tile that the
+table of tiles gives for the card. Nothing here ran on a card. *Instructions per weight* counts
+the machine code of the inner loop per weight and lane (NVIDIA alone). Reading at an H100's
+bandwidth leaves room for 1.7 of them per 2-bit weight and for 2.6 per 3-bit weight. *Spilled* is
+stack in bytes, on AMD registers. The tiles of sm_90 are chosen by time, not by this count; at
+4096 tokens it has a kernel of its own (`backends/triton/hopper.py`), which takes every register
+and reloads a few once per tile.
 
 {tables}
 """
@@ -29,6 +34,7 @@ of its own (`backends/triton/hopper.py`), which takes every register and reads a
 def rows(
     tokens: int, bits: tuple[int, ...], kernels: tuple[str, ...], shape: str, **optional: int
 ) -> list[Row]:
+    """Compile the named kernels of one layer for every card. optional: as in `abstract_plan`."""
     found = []
     for target in TARGETS.values():
         for b in bits:

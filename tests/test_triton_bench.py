@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py in triton's interpreter: all of it but the times, and that it times nothing that is wrong."""
+"""benchmarks/gpu.py and gpu_tiles.py in triton's interpreter; only the times mean nothing there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The benchmark's module, told to write to tmp_path."""
+    """The benchmark's module, with arguments that make it write to tmp_path."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", str(tmp_path)])
     import gpu
@@ -27,15 +27,19 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return gpu
 
 
-def test_it_writes_what_it_says(gpu: Any, tmp_path: Path) -> None:
+def test_the_benchmark_writes_its_numbers_table_and_plot(gpu: Any, tmp_path: Path) -> None:
     assert gpu.main() == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {(row["bits"], row["tokens"]) for row in found["checks"]} == {
         (b, t) for b in (2, 3, 4) for t in (1, 9)
     }
     assert {row["what"] for row in found["layers"]} == {
-        "moecc 2 bit", "moecc 3 bit", "transformers grouped_mm", "transformers batched_mm", "torch grouped_mm, products alone",
-    }  # fmt: skip
+        "moecc 2 bit",
+        "moecc 3 bit",
+        "transformers grouped_mm",
+        "transformers batched_mm",
+        "torch grouped_mm, products alone",
+    }
     assert all(row["us"] > 0 and row["roofline"] > 0 for row in found["layers"])
     kinds = {
         16: ["CUDA graph, transformers grouped_mm", "CUDA graph, transformers batched_mm"],
@@ -49,11 +53,13 @@ def test_it_writes_what_it_says(gpu: Any, tmp_path: Path) -> None:
     assert (tmp_path / "gpu.svg").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
-def test_what_is_not_run_is_kept_if_it_is_of_the_same_card(gpu: Any, tmp_path: Path) -> None:
+def test_rows_of_an_earlier_run_are_kept_if_the_card_is_the_same(gpu: Any, tmp_path: Path) -> None:
+    from _gpu_report import kept
+
     of = dict(device="H100", torch="2.11", triton="3.6")
     new: dict[str, Any] = dict(of, bandwidth=2, layers=[], model=[])
     told = {("a", 1), ("b", 4)}, {"moecc 2 bit"}
-    assert gpu.kept(new, tmp_path, "layers", *told) == new
+    assert kept(new, tmp_path, "layers", *told) == new
     rows = [
         dict(shape=s, tokens=t, what=w)
         for s in "ab"
@@ -63,8 +69,8 @@ def test_what_is_not_run_is_kept_if_it_is_of_the_same_card(gpu: Any, tmp_path: P
     (tmp_path / "gpu.json").write_text(
         json.dumps(dict(of, bandwidth=1, layers=rows, model=[2], model_shape="tiny"))
     )
-    assert gpu.kept(new, tmp_path, "model", *told) == dict(new, layers=rows, kept=["the layers"])
-    found = gpu.kept(new, tmp_path, "layers", *told)
+    assert kept(new, tmp_path, "model", *told) == dict(new, layers=rows, kept=["the layers"])
+    found = kept(new, tmp_path, "layers", *told)
     old = [
         r for r in rows if (r["shape"], r["tokens"]) not in told[0] or r["what"] == "moecc 3 bit"
     ]
@@ -74,7 +80,7 @@ def test_what_is_not_run_is_kept_if_it_is_of_the_same_card(gpu: Any, tmp_path: P
         and "moecc 3 bit of a, 1 tokens" in found["kept"]
     )
     other = dict(new, device="H200")
-    assert gpu.kept(other, tmp_path, "layers", *told) == other
+    assert kept(other, tmp_path, "layers", *told) == other
 
 
 def test_nothing_is_timed_if_the_kernels_are_wrong(
@@ -89,7 +95,7 @@ def test_nothing_is_timed_if_the_kernels_are_wrong(
     assert not list(tmp_path.iterdir())
 
 
-def test_tiles_are_timed_if_they_are_right(
+def test_only_tiles_with_right_results_are_timed(
     gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import gpu_tiles
