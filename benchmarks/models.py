@@ -1,11 +1,13 @@
-"""Train the checkpoints that `quality.py` compares on besides the example model: other routers, other numbers of experts.
+"""Train further checkpoints for `quality.py`, with other routers and other numbers of experts.
 
-    python benchmarks/models.py                      all of them into ~/.cache/moecc/models
+    python benchmarks/models.py                      all of them, into ~/.cache/moecc/models
     python benchmarks/models.py sigmoid32 --minutes 60 --into FOLDER
 
-Text: a sample of the Python sources of the running interpreter and its installed packages, without the documents of the evaluation
-text, and the calibration text. Tokenizer, embeddings and attention start as the example model's, so that its texts serve all and
-minutes are enough; routers and experts are trained from noise. The clock ends a run, so a checkpoint depends on the machine.
+The text is the calibration text and a sample of the Python sources of the running interpreter and
+its installed packages, without the documents of the evaluation text. Tokenizer, embeddings and
+attention start as those of the example model, so its texts serve every checkpoint and minutes are
+enough. Routers and experts are trained from noise. The clock ends a run, so a checkpoint depends on
+the machine.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tinymoe"
 
-SOURCES = 12_000_000  # characters of Python; the calibration text is there four times
-SIZES = "hidden_size=256 num_attention_heads=4 num_key_value_heads=4 max_position_embeddings=2048 tie_word_embeddings=true"
+SOURCES = 12_000_000  # characters of Python; the calibration text is added four times
+SIZES = (
+    "hidden_size=256 num_attention_heads=4 num_key_value_heads=4 max_position_embeddings=2048 "
+    "tie_word_embeddings=true"
+)
 # name -> (model type, settings, share of the run after which all experts restart from one parent)
 MODELS: dict[str, tuple[str, str, float | None]] = {
     "softmax8": (
@@ -35,8 +40,9 @@ MODELS: dict[str, tuple[str, str, float | None]] = {
     "sigmoid32": (
         "glm4_moe",
         "num_hidden_layers=4 first_k_dense_replace=1 intermediate_size=512 n_routed_experts=32 "
-        "num_experts_per_tok=4 n_shared_experts=1 n_group=1 topk_group=1 moe_intermediate_size=128 attention_bias=true "
-        'rope_parameters={"rope_theta":10000.0,"rope_type":"default","partial_rotary_factor":1.0}',
+        "num_experts_per_tok=4 n_shared_experts=1 n_group=1 topk_group=1 "
+        "moe_intermediate_size=128 attention_bias=true rope_parameters="
+        '{"rope_theta":10000.0,"rope_type":"default","partial_rotary_factor":1.0}',
         None,
     ),
     "upcycled64": (
@@ -45,11 +51,11 @@ MODELS: dict[str, tuple[str, str, float | None]] = {
         "norm_topk_prob=true router_aux_loss_coef=0.01",
         0.25,
     ),
-}  # fmt: skip
+}
 
 
 def corpus(out: Path) -> None:
-    """Python sources, a NUL character between them; what the evaluation text holds is left out."""
+    """Write Python sources, separated by NUL characters, without those in the evaluation text."""
     valid = (EXAMPLE / "valid.txt").read_text(encoding="utf-8")
     paths = sysconfig.get_paths()
     files = {f for name in ("stdlib", "purelib") for f in Path(paths[name]).rglob("*.py")}
@@ -85,10 +91,10 @@ def main() -> int:
         corpus(text)
         for name in args.names or MODELS:
             kind, settings, share = MODELS[name]
-            command = [
-                sys.executable, EXAMPLE / "train.py", "--text", text, "--tokenizer", EXAMPLE, "--start", EXAMPLE, "--config", kind,
-                "--set", *SIZES.split(), *settings.split(), "--minutes", str(args.minutes), "-o", args.into / name,
-            ]  # fmt: skip
+            command = [sys.executable, EXAMPLE / "train.py", "--text", text]
+            command += ["--tokenizer", EXAMPLE, "--start", EXAMPLE, "--config", kind]
+            command += ["--set", *SIZES.split(), *settings.split()]
+            command += ["--minutes", str(args.minutes), "-o", args.into / name]
             command += [] if share is None else ["--upcycle", str(share)]
             if status := subprocess.run(list(map(str, command)), check=False).returncode:
                 return status

@@ -1,16 +1,19 @@
-"""Quantize a checkpoint's routed experts with a peer tool, so that moecc's own evaluation can be run over the result.
+"""Quantize a checkpoint's routed experts with a peer tool, so that moecc can evaluate the result.
 
     python benchmarks/peers.py CHECKPOINT --ids ids.npy --method autoround-w2g128 autoround-w3g128
 
-  1. The peer gets a virtual environment of its own (`--venv-dir`), made at first use: torch first, then the peer.
-     On Linux without a GPU, point pip at CPU wheels of torch (`PIP_INDEX_URL`) to save some gigabytes.
-  2. `_peer.py` runs in that environment on the caller's token ids, [rows, length] int64, and leaves a
-     float32 checkpoint with the decoded experts and a report: seconds, peak memory, versions, how many expert
-     matrices were really quantized, and bits/weight of the routed experts counted from the tensors stored.
-  3. Both are kept (`--cache-dir`) under a name made of the method and of digests of options, token ids, checkpoint
-     and of the script itself: asking a second time only reads the report.
+  1. The peer gets a virtual environment of its own (`--venv-dir`), made at first use: torch first,
+     then the peer. On Linux without a GPU, point pip at CPU wheels of torch (`PIP_INDEX_URL`) to
+     save some gigabytes.
+  2. `_peer.py` runs in that environment on the caller's token ids, [rows, length] int64. It leaves
+     a float32 checkpoint with the decoded experts and a report: seconds, peak memory, versions, how
+     many expert matrices were really quantized, and bits/weight of the routed experts, counted from
+     the stored tensors.
+  3. Both are kept (`--cache-dir`). Their name is made of the method and of digests of options,
+     token ids, checkpoint and the script itself, so asking a second time only reads the report.
 
-From Python: `report = quantize(checkpoint, ids, "autoround-w2g128")`; `report["checkpoint"]` is the folder to evaluate.
+From Python: `report = quantize(checkpoint, ids, "autoround-w2g128")`; `report["checkpoint"]` is the
+folder to evaluate.
 """
 
 from __future__ import annotations
@@ -25,17 +28,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from moecc.errors import MoeccError
+from moecc.types import Json
 
 HOME = Path("~/.cache/moecc/peers").expanduser()
 WORKER = Path(__file__).with_name("_peer.py")
 
-# One line per `pip install` of each tool: torch comes before what would otherwise choose a torch of its own.
+# One line per `pip install` of each tool. torch comes first: the tool would choose another version.
 REQUIREMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "auto-round": (
         ("torch==2.13.0",),
@@ -45,13 +48,12 @@ REQUIREMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("torch==2.13.0",),
         ("gptqmodel==7.6.0", "torch==2.13.0", "transformers==5.24.0", "safetensors", "numpy"),
     ),
-    "llama-cpp": (
-        ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", "numpy"),
-    ),  # used by llamacpp.py
+    # for llamacpp.py
+    "llama-cpp": (("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors", "numpy"),),
 }
 
-# Each tool's options; everything that isn't named here is at the peer's own default.
-METHODS: dict[str, dict[str, Any]] = {
+# Each tool's options; all others stay at the peer's own defaults.
+METHODS: dict[str, Json] = {
     "autoround-w2g128": {"tool": "auto-round", "bits": 2, "group_size": 128, "iters": 200},
     "autoround-w2g32": {"tool": "auto-round", "bits": 2, "group_size": 32, "iters": 200},
     "autoround-w2g128-rtn": {"tool": "auto-round", "bits": 2, "group_size": 128, "iters": 0},
@@ -66,12 +68,15 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def last_line(text: str) -> str:
-    """The last line of a program's output that says something: its error, as a rule."""
+    """Return the last line of a program's output that is not empty: as a rule, its error."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
 def environment(folder: Path, tool: str) -> Path:
-    """The Python of the tool's virtual environment in `folder`, which is made (minutes, 1.5 GB) unless it is there."""
+    """Return the Python of the tool's virtual environment in `folder`, made if it is missing.
+
+    Making it takes minutes and 1.5 GB. Raise MoeccError if pip fails.
+    """
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = folder / "moecc-peer.json"
     wanted = json.dumps(REQUIREMENTS[tool])
@@ -93,7 +98,10 @@ def environment(folder: Path, tool: str) -> Path:
 
 
 def token_ids(file: Path) -> np.ndarray:
-    """Token ids [rows, length] of a .npy file, or of a .safetensors file that holds one tensor."""
+    """Read token ids [rows, length] from a .npy file, or from a .safetensors file of one tensor.
+
+    Raise MoeccError if there is no such file, or if it holds several tensors.
+    """
     if not file.is_file():
         raise MoeccError(f"no file {file}")
     if file.suffix == ".safetensors":
@@ -105,7 +113,7 @@ def token_ids(file: Path) -> np.ndarray:
 
 
 def digest(*parts: bytes | Path) -> str:
-    """SHA-256 of byte strings and of files' contents, in order."""
+    """Return the SHA-256 of byte strings and of the contents of files, in order."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -117,7 +125,7 @@ def digest(*parts: bytes | Path) -> str:
 
 
 def checkpoint_digest(checkpoint: Path) -> str:
-    """Digest of the configuration and of the weights of a checkpoint folder."""
+    """Return a digest of a checkpoint's configuration and weights; MoeccError if it has none."""
     if not (checkpoint / "config.json").is_file():
         raise MoeccError(f"{checkpoint} is not a checkpoint folder: it has no config.json")
     weights = sorted(checkpoint.glob("*.safetensors"))
@@ -127,15 +135,15 @@ def checkpoint_digest(checkpoint: Path) -> str:
 
 
 def run_worker(python: Path, arguments: list[str], log: Path) -> None:
-    """Run the worker script to its end, its output going to `log`."""
+    """Run the worker script and write its output to `log`. Raise MoeccError if it fails."""
     with log.open("w") as file:
         command = [str(python), str(WORKER), *arguments]
-        # The scratch folder is AutoRound's, which would otherwise be left in the caller's current one.
+        # AutoRound would otherwise leave its scratch folder in the caller's current folder
         surroundings = os.environ | {
             "AR_WORK_SPACE": str(log.parent / "scratch"),
             "TOKENIZERS_PARALLELISM": "false",
         }
-        # in the peer's own folder: both tools leave files where they run
+        # both tools leave files where they run
         place = log.parent
         code = subprocess.run(
             command, stdout=file, stderr=file, env=surroundings, cwd=place, check=False
@@ -143,9 +151,8 @@ def run_worker(python: Path, arguments: list[str], log: Path) -> None:
     if code:
         kept = Path(tempfile.gettempdir()) / f"moecc-peer-{time.time_ns()}.log"
         shutil.copy(log, kept)
-        raise MoeccError(
-            f"the peer failed: {last_line(log.read_text(errors='replace'))} (all of its output: {kept})"
-        )
+        why = last_line(log.read_text(errors="replace"))
+        raise MoeccError(f"the peer failed: {why} (all of its output: {kept})")
 
 
 def quantize(
@@ -157,14 +164,15 @@ def quantize(
     cache_dir: str | Path = HOME / "results",
     threads: int = 0,
     device: str = "cpu",
-) -> dict[str, Any]:
-    """Quantize the routed experts of `checkpoint` with `method` (a name in METHODS), or find it done.
+) -> Json:
+    """Quantize the routed experts of `checkpoint` with `method`, a name in METHODS.
 
-    venv_dir: the tool's environment, one of its own in HOME by default.
-    `ids` [rows, length] is what the peer calibrates on, row by row; the caller chooses and tokenizes the text.
-    The report has "checkpoint", the float32 folder with decoded experts; "cached"; and what the worker measured.
-    `threads` and `device` are not part of the key: they change the time more than the result.
-    Raises MoeccError when the peer can't be installed or fails.
+    A kept result is reused. ids [rows, length] is the peer's calibration, row by row; the caller
+    chooses and tokenizes the text. venv_dir is the tool's environment, by default one in HOME.
+    threads and device are not part of the result's key: they change the time more than the result.
+
+    Return the report: "checkpoint", the float32 folder with decoded experts; "cached"; and what the
+    worker measured. Raise MoeccError if the peer cannot be installed or fails.
     """
     if method not in METHODS:
         raise MoeccError(f"no peer method {method!r}; there are {sorted(METHODS)}")
@@ -173,60 +181,75 @@ def quantize(
             f"token ids must be integers [rows, length], not {ids.dtype} {list(ids.shape)}"
         )
     checkpoint, ids = Path(checkpoint).resolve(), np.ascontiguousarray(ids, dtype=np.int64)
-    options = METHODS[method]
+    tool = METHODS[method]["tool"]
     inputs = {
         "model_digest": checkpoint_digest(checkpoint),
         "ids_digest": digest(repr(ids.shape).encode(), ids.tobytes()),
-        "options": options,
-        "requirements": REQUIREMENTS[options["tool"]],
+        "options": METHODS[method],
+        "requirements": REQUIREMENTS[tool],
     }
     key = digest(json.dumps(inputs, sort_keys=True).encode(), WORKER)[:16]
     result = Path(cache_dir).expanduser() / f"{method}-{key}"
     cached = (result / "report.json").exists()
     if not cached:
-        python = environment(Path(venv_dir or HOME / options["tool"]).expanduser(), options["tool"])
-        result.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f"{method}-", suffix=".partial", dir=result.parent
-        ) as partial:
-            work = Path(partial)
-            np.save(work / "ids.npy", ids)
-            values = {
-                "model": checkpoint,
-                "ids": work / "ids.npy",
-                "out": work,
-                "threads": threads,
-                "device": device,
-            }
-            arguments = [f"--{k.replace('_', '-')}={v}" for k, v in (values | options).items()]
-            run_worker(python, arguments, work / "log.txt")
-            (work / "report.json").rename(work / "worker.json")
-            report = {"method": method, **inputs, "rows": ids.shape[0], "length": ids.shape[1]}
-            report |= json.loads((work / "worker.json").read_text())
-            result.mkdir(exist_ok=True)
-            for name in ("checkpoint", "log.txt"):
-                shutil.rmtree(result / name, ignore_errors=True)
-                (work / name).rename(result / name)
-            (result / "report.json").write_text(
-                json.dumps(report, indent=2) + "\n"
-            )  # last: it marks the folder whole
+        python = environment(Path(venv_dir or HOME / tool).expanduser(), tool)
+        run_peer(python, checkpoint, ids, method, inputs, result, threads, device)
     report = json.loads((result / "report.json").read_text())
     return report | {"checkpoint": str(result / "checkpoint"), "cached": cached}
 
 
-def line(report: dict[str, Any]) -> str:
-    """One line of text for a report."""
+def run_peer(
+    python: Path,
+    checkpoint: Path,
+    ids: np.ndarray,
+    method: str,
+    inputs: Json,
+    result: Path,
+    threads: int,
+    device: str,
+) -> None:
+    """Run the worker and move what it leaves into the folder `result`, the report last."""
+    result.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{method}-", suffix=".partial", dir=result.parent
+    ) as partial:
+        work = Path(partial)
+        np.save(work / "ids.npy", ids)
+        values = {
+            "model": checkpoint,
+            "ids": work / "ids.npy",
+            "out": work,
+            "threads": threads,
+            "device": device,
+        }
+        options = values | METHODS[method]
+        arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+        run_worker(python, arguments, work / "log.txt")
+        (work / "report.json").rename(work / "worker.json")
+        report = {"method": method, **inputs, "rows": ids.shape[0], "length": ids.shape[1]}
+        report |= json.loads((work / "worker.json").read_text())
+        result.mkdir(exist_ok=True)
+        for name in ("checkpoint", "log.txt"):
+            shutil.rmtree(result / name, ignore_errors=True)
+            (work / name).rename(result / name)
+        # the report comes last: it marks the folder as complete
+        (result / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def line(report: Json) -> str:
+    """Return a line of text about a report."""
     done, total = report["expert_matrices_quantized"], report["expert_matrices"]
     verdict = f"{done}/{total} expert matrices quantized"
     if not report["experts_quantized"]:
         verdict = f"EXPERTS LEFT UNQUANTIZED: {verdict}"
     return (
-        f"{report['method']:22s} {report['bits_per_weight']:.3f} bits/weight, {verdict}, {report['seconds']:.0f} s, "
-        f"{report['peak_memory_bytes'] / 2**30:.2f} GiB{', cached' if report['cached'] else ''}: {report['checkpoint']}"
+        f"{report['method']:22s} {report['bits_per_weight']:.3f} bits/weight, {verdict}, "
+        f"{report['seconds']:.0f} s, {report['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"{', cached' if report['cached'] else ''}: {report['checkpoint']}"
     )
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="quantize a checkpoint's routed experts with a peer tool"
     )
@@ -257,7 +280,11 @@ def main() -> int:
         "--threads", type=int, default=0, help="CPU threads of the peer; 0: its own choice"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
     places = {k: getattr(options, k) for k in ("venv_dir", "cache_dir", "threads", "device")}
     try:
         ids = token_ids(options.ids)
