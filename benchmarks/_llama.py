@@ -1,10 +1,11 @@
-"""llama.cpp on a checkpoint: written as GGUF, quantized by llama.cpp, timed and evaluated. Runs in an environment of its own.
+"""Run llama.cpp on a checkpoint: write GGUF, quantize by llama.cpp, time and evaluate.
 
     python _llama.py CHECKPOINT --ftype Q2_K --ids IDS.npy --threads 1 --out FOLDER
 
-CHECKPOINT is a float32 qwen2_moe or qwen3_moe model. Prints one JSON object: file bytes, load seconds, prefill and decode tokens
-per second; leaves log-probabilities [rows, length, vocabulary] of the ids in FOLDER/FTYPE.logprobs.npy. There is no vocabulary
-in the file: token ids go in, logits come out.
+It runs in an environment of its own. CHECKPOINT is a float32 qwen2_moe or qwen3_moe model. It
+prints one JSON object: file bytes, load seconds, prefill and decode tokens per second. It leaves
+log-probabilities [rows, length, vocabulary] of the ids in FOLDER/FTYPE.logprobs.npy. The GGUF file
+has no vocabulary: token ids go in, logits come out.
 """
 
 from __future__ import annotations
@@ -15,26 +16,35 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import gguf
 import llama_cpp
 import numpy as np
 from safetensors.numpy import load_file
 
+# name -> (bytes, type); type None for float32
+Quantized: TypeAlias = dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]
+
 _ATTENTION = {
-    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "q_norm": "attn_q_norm",
     "k_norm": "attn_k_norm",
-}  # fmt: skip
+}
 _OTHERS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-}  # fmt: skip
+}
 _EXPERTS = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 
 def tensors(checkpoint: Path, layers: int, experts: int) -> dict[str, np.ndarray]:
-    """The checkpoint's tensors by llama.cpp's names; experts are stacked."""
+    """Return the checkpoint's tensors by llama.cpp's names, with experts stacked."""
     held: dict[str, np.ndarray] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         held |= {n: t.astype(np.float32) for n, t in load_file(file).items()}
@@ -65,16 +75,13 @@ def tensors(checkpoint: Path, layers: int, experts: int) -> dict[str, np.ndarray
 def random_blocks(
     rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType
 ) -> np.ndarray:
-    """Bytes of a quantized tensor: anything where the integers are, small numbers where the scales are."""
+    """Return the bytes of a random quantized tensor: any integers, small scales."""
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = int(np.prod(shape)) // elements
     made = rng.integers(0, 256, (blocks, size), np.uint8)
-    scale = np.frombuffer(
-        np.float16(
-            shape[-1] ** -0.5 / (16 if kind == gguf.GGMLQuantizationType.Q2_K else 5)
-        ).tobytes(),
-        np.uint8,
-    )
+    size_of_integers = 16 if kind == gguf.GGMLQuantizationType.Q2_K else 5
+    scale = np.frombuffer(np.float16(shape[-1] ** -0.5 / size_of_integers).tobytes(), np.uint8)
+    # offsets of the float16 scales in a block
     at = {
         gguf.GGMLQuantizationType.Q2_K: (80, 82),
         gguf.GGMLQuantizationType.Q4_0: (0,),
@@ -85,19 +92,16 @@ def random_blocks(
     return made.reshape(*shape[:-1], -1)
 
 
-def random_tensors(
-    c: dict[str, Any], ftype: str
-) -> dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]:
-    """A qwen3_moe of the configuration with random weights: experts of `ftype`, attention Q4_0, embedding and head Q8_0."""
+def random_tensors(c: dict[str, Any], ftype: str) -> Quantized:
+    """Draw the tensors of a qwen3_moe of configuration c, by llama.cpp's names.
+
+    Experts are of `ftype`, attention is Q4_0, embedding and head are Q8_0.
+    """
     kinds = gguf.GGMLQuantizationType
-    rng, d, f, e = (
-        np.random.default_rng(0),
-        c["hidden_size"],
-        c["moe_intermediate_size"],
-        c["num_experts"],
-    )
+    rng = np.random.default_rng(0)
+    d, f, e = c["hidden_size"], c["moe_intermediate_size"], c["num_experts"]
     q, kv = (c[n] * c["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
-    made: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]] = {}
+    made: Quantized = {}
 
     def coded(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> None:
         made[f"{name}.weight"] = random_blocks(rng, shape, kind), kind
@@ -134,7 +138,10 @@ def random_tensors(
 
 
 def write(checkpoint: Path, path: Path, random_as: str = "") -> None:
-    """The model as a float32 GGUF file; random_as: with random weights of that kind instead of the checkpoint's."""
+    """Write the model as a float32 GGUF file.
+
+    random_as: write random weights of that kind instead of the checkpoint's.
+    """
     c: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
     arch = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}[c["model_type"]]
     w = gguf.GGUFWriter(str(path), arch)
@@ -169,6 +176,7 @@ def write(checkpoint: Path, path: Path, random_as: str = "") -> None:
 
 
 def quantize(source: Path, target: Path, ftype: str) -> None:
+    """Quantize a GGUF file by llama.cpp."""
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}")
     settings.nthread = 1
@@ -179,12 +187,12 @@ def quantize(source: Path, target: Path, ftype: str) -> None:
 
 
 def expert_bits(path: Path) -> float:
-    """Bits per weight of the routed experts in a file."""
+    """Return the bits per weight of the routed experts in a file."""
     found = [t for t in gguf.GGUFReader(str(path)).tensors if "_exps" in t.name]
     return 8 * sum(t.n_bytes for t in found) / sum(int(t.n_elements) for t in found)
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument(
@@ -200,7 +208,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def gguf_file(args: argparse.Namespace) -> Path:
+    """Return the model's GGUF file, written and quantized unless it is there."""
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{args.ftype}.gguf"
     if args.random and not file.exists():
@@ -211,44 +223,70 @@ def main() -> None:
             write(args.checkpoint, whole)
         if args.ftype != "F32":
             quantize(whole, file, args.ftype)
-    start = time.perf_counter()
-    ids = np.load(args.ids) if args.ids else np.zeros((0, 0), np.int64)
-    context = max(args.prompt + args.new_tokens, ids.shape[1] if ids.size else 0)
-    model = llama_cpp.Llama(
-        str(file), n_ctx=context, n_batch=context, n_ubatch=context, n_threads=args.threads, n_threads_batch=args.threads,
-        logits_all=True, verbose=False, seed=0,
-    )  # fmt: skip
-    load, rng, vocabulary = time.perf_counter() - start, np.random.default_rng(0), model.n_vocab()
-    prompt = rng.integers(0, vocabulary, args.prompt).tolist()
+    return file
+
+
+def speed(model: llama_cpp.Llama, prompt: int, new_tokens: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of five prefills of `prompt` tokens, and of each of `new_tokens` steps."""
+    rng, vocabulary = np.random.default_rng(0), model.n_vocab()
+    given = rng.integers(0, vocabulary, prompt).tolist()
     prefill, decode = [], []
     for _ in range(5):
         model.reset()
         start = time.perf_counter()
-        model.eval(prompt)
+        model.eval(given)
         prefill.append(time.perf_counter() - start)
-    for token in rng.integers(0, vocabulary, args.new_tokens).tolist():
+    for token in rng.integers(0, vocabulary, new_tokens).tolist():
         start = time.perf_counter()
         model.eval([token])
         decode.append(time.perf_counter() - start)
+    return prefill, decode
+
+
+def log_probabilities(model: llama_cpp.Llama, ids: np.ndarray) -> np.ndarray:
+    """Return float32 [rows, length, vocabulary]."""
+    rows = []
+    for row in ids.tolist():
+        model.reset()
+        model.eval(row)
+        logits = model.scores[: len(row)].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        rows.append((logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32))
+    return np.stack(rows)
+
+
+def main() -> None:
+    args = options()
+    file = gguf_file(args)
+    start = time.perf_counter()
+    ids = np.load(args.ids) if args.ids else np.zeros((0, 0), np.int64)
+    context = max(args.prompt + args.new_tokens, ids.shape[1] if ids.size else 0)
+    model = llama_cpp.Llama(
+        str(file),
+        n_ctx=context,
+        n_batch=context,
+        n_ubatch=context,
+        n_threads=args.threads,
+        n_threads_batch=args.threads,
+        logits_all=True,
+        verbose=False,
+        seed=0,
+    )
+    load = time.perf_counter() - start
+    prefill, decode = speed(model, args.prompt, args.new_tokens)
     if ids.size:
-        rows = []
-        for row in ids.tolist():
-            model.reset()
-            model.eval(row)
-            logits = model.scores[: len(row)].astype(np.float64)
-            logits -= logits.max(-1, keepdims=True)
-            rows.append((logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32))
-        np.save(args.out / f"{args.ftype}.logprobs.npy", np.stack(rows))
-    print(
-        json.dumps(
-            {
-                "ftype": args.ftype, "bytes": file.stat().st_size, "bits_per_weight_experts": expert_bits(file),
-                "load_seconds": load, "prefill_tokens_per_second": args.prompt / statistics.median(prefill),
-                "decode_tokens_per_second": 1 / statistics.median(decode), "threads": args.threads,
-                "versions": {"llama-cpp-python": llama_cpp.__version__},
-            }
-        )
-    )  # fmt: skip
+        np.save(args.out / f"{args.ftype}.logprobs.npy", log_probabilities(model, ids))
+    found = {
+        "ftype": args.ftype,
+        "bytes": file.stat().st_size,
+        "bits_per_weight_experts": expert_bits(file),
+        "load_seconds": load,
+        "prefill_tokens_per_second": args.prompt / statistics.median(prefill),
+        "decode_tokens_per_second": 1 / statistics.median(decode),
+        "threads": args.threads,
+        "versions": {"llama-cpp-python": llama_cpp.__version__},
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

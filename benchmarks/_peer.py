@@ -1,13 +1,18 @@
-"""A peer tool on the routed experts of one checkpoint; `peers.py` runs this inside the peer's own environment.
+"""Run a peer tool on the routed experts of one checkpoint.
 
-  1. AutoRound or GPTQModel, in a process of its own since it patches transformers, quantizes and packs the routed experts on
-     the caller's token ids; every other linear layer is named to it as one to leave alone.
-  2. Codes, zero points and scales are read back from the packed file, and every expert matrix is decoded in float32:
-     what is evaluated is what the peer stores, not what it held in memory.
-  3. The decoded matrices replace the float ones in the original model, which is saved as a plain float32 checkpoint.
+`peers.py` runs this script inside the peer's own environment.
 
-The report counts what was really quantized: a routed-expert matrix is quantized when the peer stored codes for it
-and its decoded weights differ from the original's. A matrix without codes counts with 16 bits a weight.
+  1. AutoRound or GPTQModel quantizes and packs the routed experts on the caller's token ids. It is
+     told to leave every other linear layer alone. It runs in a process of its own, since it patches
+     transformers.
+  2. Codes, zero points and scales are read back from the packed file, and every expert matrix is
+     decoded in float32: the evaluation sees what the peer stores, not what it held in memory.
+  3. The decoded matrices replace the float ones in the original model, which is saved as a plain
+     float32 checkpoint.
+
+The report counts what was really quantized: a routed-expert matrix counts if the peer stored codes
+for it and its decoded weights differ from the original ones. A matrix without codes counts 16 bits
+per weight.
 
 Shapes: E experts, F intermediate, D hidden, N output rows and K input columns of one expert matrix.
 """
@@ -38,7 +43,7 @@ SPLIT = {
 
 
 def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of int32 `words` [R, C] along the rows, low bits first: [R * 32 / bits, C].
+    """Unpack int32 `words` [R, C] along the rows, low bits first, to codes [R * 32 / bits, C].
 
     A code of 3 bits may lie across two words, so the words are read as one string of bits.
     """
@@ -49,10 +54,11 @@ def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def decode(stored: dict[str, torch.Tensor], bits: int, group_size: int) -> torch.Tensor:
-    """The float32 matrix [N, K] that the packed tensors stand for: scale * (code - zero point).
+    """Decode packed tensors to the float32 matrix [N, K]: scale * (code - zero point).
 
-    qweight [K * bits / 32, N], qzeros [G, N * bits / 32] and scales [G, N], with G = ceil(K / group_size); the file
-    holds zero points less one, the convention of the GPTQ format. g_idx [K], where there is one, names each column's group.
+    They are qweight [K * bits / 32, N], qzeros [G, N * bits / 32] and scales [G, N], with
+    G = ceil(K / group_size). By the convention of the GPTQ format, the file holds zero points less
+    one. An optional g_idx [K] names each column's group.
     """
     codes_KN = unpack_words(stored["qweight"], bits)
     zeros_GN = unpack_words(stored["qzeros"].T.contiguous(), bits).T + 1
@@ -65,7 +71,7 @@ def decode(stored: dict[str, torch.Tensor], bits: int, group_size: int) -> torch
 
 
 def other_layers(model_folder: str) -> list[str]:
-    """Names within a decoder layer of every linear layer but the routed experts'."""
+    """Return the names, within a decoder layer, of all linear layers outside the routed experts."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -84,7 +90,7 @@ def autoround(
     options: argparse.Namespace, folder: Path, ignored: list[str], ids: torch.Tensor
 ) -> None:
     """Leave AutoRound's packed checkpoint under `folder`."""
-    # Without this, 0.16.1 fails on families whose checkpoint names aren't their module names, such as Mixtral.
+    # without it, 0.16.1 fails if checkpoint names differ from module names, as in Mixtral
     os.environ["AR_DISABLE_META_LOAD"] = "1"
     from auto_round import AutoRound
 
@@ -108,9 +114,8 @@ def gptqmodel(
     options: argparse.Namespace, folder: Path, ignored: list[str], ids: torch.Tensor
 ) -> None:
     """Leave GPTQModel's packed checkpoint under `folder`."""
-    os.environ.setdefault(
-        "GPTQMODEL_CPU_WORKERS", "2"
-    )  # 7.6.0 asks its pool for two workers whatever it has
+    # 7.6.0 asks its pool for two workers, whatever the pool has
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import GPTQModel, QuantizeConfig
 
     skip = {rf"-:.*\.{re.escape(name)}$": {} for name in ignored}
@@ -125,7 +130,7 @@ TOOLS = {"auto-round": autoround, "gptqmodel": gptqmodel}
 
 
 def quantize(options: argparse.Namespace, folder: Path, ignored: list[str]) -> dict[str, object]:
-    """Run the peer, leaving its packed checkpoint under `folder`; returns what it took."""
+    """Run the peer, leave its packed checkpoint under `folder`, and return what it took."""
     if options.threads:
         torch.set_num_threads(options.threads)
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -141,10 +146,10 @@ def quantize(options: argparse.Namespace, folder: Path, ignored: list[str]) -> d
 
 
 def packed_matrices(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Stored tensors of every packed matrix, by its module name.
+    """Return the stored tensors of every packed matrix, by its module name.
 
-    A routed expert's matrix goes by "layer/expert/part": the peer's names between may be the checkpoint's or the
-    model's.
+    A routed expert's matrix is named "layer/expert/part", because the peer may use the checkpoint's
+    names or the model's in between.
     """
     packed: dict[str, dict[str, torch.Tensor]] = {}
     for file in sorted(folder.rglob("*.safetensors")):
@@ -157,7 +162,7 @@ def packed_matrices(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def expert_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The fused routed-expert weights [E, N, K] of the model, by parameter name."""
+    """Return the fused routed-expert weights [E, N, K] of the model, by parameter name."""
     found = {}
     for path, module in model.named_modules():
         if not re.search(r"(^|\.)experts$", path):
@@ -167,8 +172,9 @@ def expert_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
             module, "is_concatenated", True
         )
         if not matrices or not plain or matrices.keys() - SPLIT.keys():
+            kind = type(module).__name__
             raise SystemExit(
-                f"error: {path} ({type(module).__name__}): this layout of experts is not supported here"
+                f"error: {path} ({kind}): this layout of experts is not supported here"
             )
         found |= {f"{path}.{name}": weight for name, weight in matrices.items()}
     if not found:
@@ -179,7 +185,7 @@ def expert_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def replace_experts(
     model: torch.nn.Module, packed: dict[str, dict[str, torch.Tensor]], bits: int, group_size: int
 ) -> dict[str, object]:
-    """Write the decoded matrices into the model's experts, in place; returns the count of what was stored."""
+    """Write the decoded matrices into the model's experts; return the counts of what was stored."""
     count: Counter[str] = Counter()
     squares = errors = 0.0
     for name, weight_ENK in expert_parameters(model).items():
@@ -201,7 +207,8 @@ def replace_experts(
                 target.copy_(decoded)
     if packed:
         raise SystemExit(
-            f"error: the peer packed {len(packed)} matrices that are no routed experts': {min(packed)}, ..."
+            f"error: the peer packed {len(packed)} matrices outside the routed experts: "
+            f"{min(packed)}, ..."
         )
     return {
         "expert_matrices": count["matrices"],
@@ -238,7 +245,7 @@ def arguments() -> argparse.Namespace:
 
 @torch.no_grad()
 def save_decoded(options: argparse.Namespace, packed_folder: Path) -> dict[str, object]:
-    """Save the original model with the decoded experts as float32; returns the count of what was stored."""
+    """Save the original model with decoded experts as float32; return counts of what was stored."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
