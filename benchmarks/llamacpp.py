@@ -196,7 +196,8 @@ class Draw:
 def random_artifact(folder: Path, **changes: int) -> Path:
     """Write an artifact of random codes, experts at 2 bit, dense matrices at 4.
 
-    changes: to RANDOM."""
+    changes: to RANDOM.
+    """
     from transformers import Qwen3MoeConfig
 
     config = Qwen3MoeConfig(**{**RANDOM, **changes}, architectures=["Qwen3MoeForCausalLM"])

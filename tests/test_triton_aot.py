@@ -1,8 +1,8 @@
-"""The kernels that a plan would launch, compiled for cards that aren't there and read back from their machine code.
+"""The kernels of plans, compiled for cards that are not there, and checked in their machine code.
 
-No register is spilled but where `aot.may_spill` says why, shared memory fits, products use the matrix unit, and decoding a weight
-takes few enough instructions: at 2 bit an H100 reads 74 weights per clock and multiprocessor from memory, at 3 bit 50, and
-issues 128 instructions meanwhile.
+No register spills unless `aot.may_spill` says why, shared memory fits, products use the matrix
+unit, and decoding a weight takes few enough instructions: per clock and multiprocessor, an H100
+reads 74 weights from memory at 2 bit and 50 at 3 bit, and issues 128 instructions.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from moecc.backends.triton.tiles import Tile  # noqa: E402
 
 MIXTRAL, QWEN = SHAPES["Mixtral-8x7B"], SHAPES["Qwen3-30B-A3B"]
 BUDGET = {2: 1.75, 3: 2.6}  # instructions per weight, one token
-COUNTED_WITH = "3.9."  # another compiler makes other code
+COUNTED_WITH = "3.9."  # of triton; another compiler makes other code
 PINNED = triton.__version__.startswith(COUNTED_WITH)
-STACK = (
-    0 if PINNED else 32
-)  # bytes: other versions spill up to eight registers, for a round number of them
+# bytes; other versions of triton spill up to eight registers, for a round number of them
+STACK = 0 if PINNED else 32
 FLOATS = Tile(tokens=16, height=1, unroll=1, warps=4, stages=2, waves=0, half=True)
 KERNELS = {
     value
@@ -46,7 +45,7 @@ EVERYTHING: dict[str, Any] = dict(rank=32, mean=3, bias=True)
 
 
 def wrong(report: Report, target: Target, launch: Launch) -> list[str]:
-    """What a kernel must not be, of what it is."""
+    """Return the faults of a compiled kernel."""
     found = []
     if report.stack > max(STACK, aot.may_spill(launch) * (1 if PINNED else 2)):
         found.append(f"spills: {report.stack} bytes of stack, {report.spills} instructions")
@@ -55,13 +54,12 @@ def wrong(report: Report, target: Target, launch: Launch) -> list[str]:
     if "HEIGHT" in launch.arguments and not report.matrix:
         found.append("no matrix instruction")
     if launch.kernel is hopper.persistent_kernel:
-        slow = re.compile(
-            r"(?:LDL|STL)\b|WARPGROUP\.DEPBAR.*, 0x0"
-        )  # a spilled register, a wait for every product
+        # a spilled register, or a wait for every product
+        slow = re.compile(r"(?:LDL|STL)\b|WARPGROUP\.DEPBAR.*, 0x0")
         found += [f"in every step: {o}" for loop in report.loops for o in loop if slow.match(o)]
         if len(report.loops) != 2:
             found.append(
-                f"{len(report.loops)} loops with products, not those of full and of half full blocks"
+                f"{len(report.loops)} loops with products, not one each for full, half blocks"
             )
     if target.name == "sm_90" and early(report.assembly):
         found.append("doesn't wait for the kernel before")
@@ -69,11 +67,9 @@ def wrong(report: Report, target: Target, launch: Launch) -> list[str]:
 
 
 def early(ptx: str) -> bool:
-    """Whether memory is read or written before the kernel before has ended (`moecc.backends.triton.chain`)."""
-    wait, access = (
-        ptx.find("griddepcontrol.wait"),
-        re.search(r"\b(?:ld|st)\.global\b|\bcp\.async\.c", ptx),
-    )
+    """Whether memory is accessed before the previous kernel ended (`moecc.backends.triton.chain`)."""
+    wait = ptx.find("griddepcontrol.wait")
+    access = re.search(r"\b(?:ld|st)\.global\b|\bcp\.async\.c", ptx)
     assert access
     return wait < 0 or access.start() < wait
 
@@ -82,16 +78,24 @@ def over_budget(report: Report, bits: int) -> bool:
     return report.per_weight is None or report.per_weight > BUDGET[bits]
 
 
-# Cards that compile every launch; for others it is one of each kernel, with as much in it as there can be.
+# Every launch is compiled for these cards; for others, the fullest launch of each kernel.
 WHOLE = tuple(TARGETS) if ALL else ("sm_80", "sm_90")
 MOST = {
-    "decode: prepare", "decode: gate_up", "decode: hidden", "decode: combine", "norm: down", "norm: norm", "prefill: gate_up",
-    "prefill, float32: down", "prefill, mean: count", "prefill, sums: sums",
-}  # fmt: skip
+    "decode: prepare",
+    "decode: gate_up",
+    "decode: hidden",
+    "decode: combine",
+    "norm: down",
+    "norm: norm",
+    "prefill: gate_up",
+    "prefill, float32: down",
+    "prefill, mean: count",
+    "prefill, sums: sums",
+}
 
 
 def launches(target: str) -> dict[str, Launch]:
-    """One of each kind, with all that can stand in it; decode, a middle batch and prefill; 2, 3 and 4 bit."""
+    """One launch of each kind with all its options: decode, a middle batch, prefill; 2 to 4 bit."""
     plans = {
         "decode": (
             abstract_plan(MIXTRAL, 1, 2, card=target, **EVERYTHING),
@@ -112,10 +116,10 @@ def launches(target: str) -> dict[str, Launch]:
             abstract_plan(QWEN, 4096, 2, card=target, mean=3),
             ["count", "prepare", "down mean"],
         ),
-        # hidden units that are left as floats, on whatever card
+        # on any card, hidden units that stay floats
         "prefill, sums": (abstract_plan(QWEN, 4096, 2, card=target, mean=3, tile=FLOATS), ["sums"]),
     }
-    if target == "sm_90":  # tiles that other cards haven't
+    if target == "sm_90":  # tiles that only this card has
         plans |= {
             "prefill, mean and bias": (
                 abstract_plan(MIXTRAL, 4096, 2, card=target, mean=3, bias=True),
@@ -148,7 +152,7 @@ def test_every_kernel_fits_every_card(name: str) -> None:
 @pytest.mark.parametrize(
     "shape", [*SHAPES.values(), Shape(1024, 16, 2048, 512), Shape(2, 1, 64, 64)]
 )
-def test_no_grid_is_too_large_however_many_tokens_come(shape: Shape, dtype: torch.dtype) -> None:
+def test_no_grid_is_too_large_for_any_number_of_tokens(shape: Shape, dtype: torch.dtype) -> None:
     """CUDA's limits: 2^31 - 1 programs along the first axis, 65535 along the others."""
     tokens = min(1_500_000, most_tokens(shape.top_k))
     for card, norm in ((card, norm) for card in TARGETS for norm in (False, True)):
@@ -163,7 +167,7 @@ def test_no_grid_is_too_large_however_many_tokens_come(shape: Shape, dtype: torc
 
 
 def steps(ptx: str) -> list[str]:
-    """The code's loops with products in them, and with each what comes after it till all products are waited for."""
+    """Return each loop with products, twice, and the code after it up to the wait for all of them."""
     labels = {m[1]: m.end() for m in re.finditer(r"^(\$L__BB\w+):", ptx, re.MULTILINE)}
     jumps = [
         (labels[m[1]], m.start())
@@ -175,7 +179,7 @@ def steps(ptx: str) -> list[str]:
     ]
     straight = [(start, end) for start, end in loops if "\n$L__BB" not in ptx[start:end]]
     assert straight
-    for start, end in loops:  # a branch in a loop isn't followed here
+    for start, end in loops:  # branches inside a loop are not followed
         inside = [ptx[s:e] for s, e in straight if start <= s and e <= end]
         assert ptx[start:end].count("wgmma.mma_async") == sum(
             body.count("wgmma.mma_async") for body in inside
@@ -187,12 +191,14 @@ def steps(ptx: str) -> list[str]:
 
 
 def overrun(ptx: str) -> set[str]:
-    """Registers that are written where a product of the code's loops may still read them: between wgmma and the wait for it."""
+    """Return the registers that are written while a product of a loop may still read them.
+
+    That is between wgmma and the wait for it.
+    """
     found: set[str] = set()
-    for body in steps(ptx):  # twice: what one step leaves running meets the next
-        running: list[set[str]] = [
-            set()
-        ]  # what each group of products reads that isn't known to have ended; the last is open
+    for body in steps(ptx):  # a body is there twice: products of one step may run into the next
+        # the registers that each group of running products reads; the last group is open
+        running: list[set[str]] = [set()]
         for statement in re.split("[;\n]", body):
             statement = re.sub(r"^@!?%\w+\s+", "", statement.partition("//")[0].strip())
             operands = re.findall(r"\{[^}]*\}|[^,{}]+", statement.partition(" ")[2] or statement)
@@ -213,27 +219,39 @@ def overrun(ptx: str) -> set[str]:
 @pytest.mark.parametrize(
     ("tokens", "bits", "told", "name"),
     [
-        (1, 2, {}, "gate_up"), (64, 3, {}, "down"), (256, 2, {}, "down"), (1024, 3, {}, "gate_up"), (4096, 2, {}, "gate_up"),
-        (4096, 3, {}, "down"), (4096, 4, {}, "down"), (4096, 2, EVERYTHING, "gate_up"), (4096, 2, EVERYTHING, "down coef"),
+        (1, 2, {}, "gate_up"),
+        (64, 3, {}, "down"),
+        (256, 2, {}, "down"),
+        (1024, 3, {}, "gate_up"),
+        (4096, 2, {}, "gate_up"),
+        (4096, 3, {}, "down"),
+        (4096, 4, {}, "down"),
+        (4096, 2, EVERYTHING, "gate_up"),
+        (4096, 2, EVERYTHING, "down coef"),
         (4096, 2, EVERYTHING, "down mean"),
     ],
-)  # fmt: skip
-def test_no_product_runs_into_what_writes_its_operands(
+)
+def test_no_operand_is_overwritten_while_a_product_reads_it(
     tokens: int, bits: int, told: dict[str, Any], name: str
 ) -> None:
-    """wgmma reads registers until it is waited for (PTX ISA); on an H100 results differed from run to run without."""
+    """wgmma reads registers until it is waited for (PTX ISA).
+
+    Without such waits, results on an H100 differed from run to run.
+    """
     ptx = compile_launch(
         abstract_plan(MIXTRAL, tokens, bits, **told).named(name), TARGETS["sm_90"]
     ).assembly
-    assert all(
-        "fence.proxy.async" in step for step in steps(ptx)
-    )  # of what cp.async has written; triton 3.6 has none of its own
+    # for what cp.async has written; triton 3.6 sets no fence itself
+    assert all("fence.proxy.async" in step for step in steps(ptx))
     assert not overrun(ptx)
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096])
 def test_a_product_that_runs_into_the_next_step_is_found(tokens: int) -> None:
-    """The control: the same code, but each wait lets one more product run; or registers are read from memory meanwhile."""
+    """The control: the same code with faults put in.
+
+    Each wait lets one more product run; or registers are loaded while a product reads them.
+    """
     ptx = compile_launch(abstract_plan(MIXTRAL, tokens, 2).named("down"), TARGETS["sm_90"]).assembly
     careless = re.sub(r"(wgmma\.wait_group\S*\s+)(\d)", lambda m: m[1] + str(int(m[2]) + 1), ptx)
     assert not overrun(ptx) and overrun(careless)
@@ -243,7 +261,7 @@ def test_a_product_that_runs_into_the_next_step_is_found(tokens: int) -> None:
     assert overrun(ptx.replace(product[0], read)) == {product[1], product[2]}
 
 
-def test_what_the_persistent_kernel_does_in_every_step_is_looked_at() -> None:
+def test_faults_in_the_steps_of_the_persistent_kernel_are_found() -> None:
     target, launch = TARGETS["sm_90"], abstract_plan(MIXTRAL, 4096, 2).named("down")
     report = compile_launch(launch, target)
     assert not wrong(report, target, launch)
@@ -256,20 +274,19 @@ def test_what_the_persistent_kernel_does_in_every_step_is_looked_at() -> None:
 
 
 @pytest.mark.skipif(
-    not triton.__version__.startswith(COUNTED_WITH),
-    reason=f"budgets were counted with triton {COUNTED_WITH}x, not this version",
+    not PINNED, reason=f"budgets were counted with triton {COUNTED_WITH}x, not this version"
 )
 @pytest.mark.parametrize("bits", BUDGET)
 @pytest.mark.parametrize(
     "name", [name for name, target in TARGETS.items() if target.backend == "cuda"]
 )
-def test_decode_takes_few_instructions(name: str, bits: int) -> None:
+def test_decoding_takes_few_instructions(name: str, bits: int) -> None:
     report = compile_launch(abstract_plan(MIXTRAL, 1, bits, card=name).named("down"), TARGETS[name])
     assert not over_budget(report, bits), report.per_weight
 
 
 def test_a_tile_too_large_is_found_to_spill() -> None:
-    """The control: what the check looks for is seen where it is."""
+    """The control: the check sees a spill."""
     target = TARGETS["sm_100"]
     launch = abstract_plan(MIXTRAL, 4096, 2, card="sm_100").named("down")
     large = launch._replace(
@@ -296,7 +313,7 @@ def test_a_kernel_that_does_not_wait_for_the_one_before_is_found() -> None:
 
 
 def test_too_many_instructions_are_found() -> None:
-    """4 bit takes two lookups for four weights: more than either budget allows, which the count must show."""
+    """The control: two lookups per four weights, as at 4 bit, exceed both budgets."""
     launch = abstract_plan(MIXTRAL, 1, 4, card="sm_90").named("down")
     assert over_budget(compile_launch(launch, TARGETS["sm_90"]), 3)
 

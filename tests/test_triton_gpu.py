@@ -1,7 +1,7 @@
-"""The Triton kernels on a GPU, where there is one: `pytest tests/test_triton_gpu.py`. Its speed: `python benchmarks/gpu.py`.
+"""The Triton kernels on a GPU, if there is one. `python benchmarks/gpu.py` measures their speed.
 
-What the interpreter can't show: races (each layer runs ten times and gives the same bits), CUDA graphs, torch.compile, and that a
-model is loaded, packed, saved and run on the card.
+They show what the interpreter cannot: races (each layer runs ten times and gives the same bits),
+CUDA graphs, torch.compile, and that a model is loaded, packed, saved and run on the card.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moecc.backends.triton.tiles import TILES, Tile, card_of, choose_tile
 
 
 def check(layer: Layer, tile: Tile | None = None) -> Plan:
-    """Against the reference on the CPU."""
+    """Compare a layer with the reference on the CPU, and ten runs with each other."""
     made = plan(*layer.to("cuda").packed(), **layer.attributes, tile=tile)
     results = []
     for _ in range(10):
@@ -45,13 +45,13 @@ def check(layer: Layer, tile: Tile | None = None) -> Plan:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_layer_is_what_the_reference_says(feature: str, bits: int) -> None:
+def test_a_layer_agrees_with_the_reference(feature: str, bits: int) -> None:
     check(draw_layer(bits, **FEATURES[feature]))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_routings(routing: str, bits: int) -> None:
+def test_every_kind_of_routing_agrees_with_the_reference(routing: str, bits: int) -> None:
     check(draw_routed(routing, bits))
 
 
@@ -61,10 +61,10 @@ def test_routings(routing: str, bits: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [3, 25, 90, 400, 1200])
-def test_every_tile_of_the_card_s_table(
+def test_every_tile_of_this_card_agrees_with_the_reference(
     tokens: int, bits: int, dtype: torch.dtype, extras: dict[str, Any]
 ) -> None:
-    """Tails of rows, columns and steps, by each of the tiles that the number of tokens leads to."""
+    """Each number of tokens leads to another tile, which rows, columns and steps do not fill."""
     check(
         draw_layer(
             bits, tokens=tokens, dtype=dtype, experts=3, hidden=1352, intermediate=200, **extras
@@ -72,22 +72,32 @@ def test_every_tile_of_the_card_s_table(
     )
 
 
-LASTING = {f"{tile.tokens} slots": tile for _, tile in TILES["sm_90"] if tile.persistent}
+PERSISTENT = {f"{tile.tokens} slots": tile for _, tile in TILES["sm_90"] if tile.persistent}
 
 
 @pytest.mark.skipif(card_of(torch.device("cuda", 0)).name != "sm_90", reason="a kernel of sm_90's")
 @pytest.mark.parametrize(
     "told",
     [
-        {}, dict(shared=True), dict(mean=3, bias=True), dict(gate="oai"), dict(gate="none", act="sigmoid", bias=True, mean=2),
-        dict(top_k=1, hidden=64, intermediate=32), dict(experts=70, top_k=4, hidden=128, intermediate=136),
+        {},
+        dict(shared=True),
+        dict(mean=3, bias=True),
+        dict(gate="oai"),
+        dict(gate="none", act="sigmoid", bias=True, mean=2),
+        dict(top_k=1, hidden=64, intermediate=32),
+        dict(experts=70, top_k=4, hidden=128, intermediate=136),
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("bits", [2, 3])
-@pytest.mark.parametrize("tile", LASTING.values(), ids=list(LASTING))
-def test_the_persistent_kernel(tile: Tile, bits: int, told: dict[str, Any]) -> None:
-    """Full blocks, blocks at most half full and experts without any; tails of rows and columns; more tiles than programs."""
+@pytest.mark.parametrize("tile", PERSISTENT.values(), ids=list(PERSISTENT))
+def test_the_persistent_kernel_agrees_with_the_reference(
+    tile: Tile, bits: int, told: dict[str, Any]
+) -> None:
+    """Full blocks, blocks at most half full, and experts without any.
+
+    Rows and columns are not multiples of a tile, and there are more tiles than programs.
+    """
     for tokens in (3, 700):
         layer = draw_layer(
             bits,
@@ -108,16 +118,15 @@ def test_tiles_are_chosen_for_this_card() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_whole_numbers_are_exact(bits: int) -> None:
-    """What tensor cores add up is what PyTorch adds up in 64 bits on the CPU."""
+def test_integer_sums_are_exact(bits: int) -> None:
+    """Tensor cores give the sums that PyTorch gives in 64 bits on the CPU."""
     from moecc.ir import vq4
 
     layer = draw_layer(
         bits, tokens=9, experts=3, hidden=512, intermediate=72, act="identity", gate="none"
     )
-    tile = choose_tile(18, 3, card_of(torch.device("cuda", 0)))._replace(
-        waves=0
-    )  # one part, one sum
+    tile = choose_tile(18, 3, card_of(torch.device("cuda", 0)))
+    tile = tile._replace(waves=0)  # one part, one sum
     made = plan(*layer.to("cuda").packed(), **layer.attributes, tile=tile)
     made.named("gate_up").arguments["scale_ptr"] = torch.ones(3, 72, device="cuda")
     made.named("prepare")()
@@ -146,7 +155,7 @@ def test_whole_numbers_are_exact(bits: int) -> None:
     [(4096, 128, 8), (4096, 128, 1), (1100, 60, 4), (16384, 1024, 8)],
 )
 def test_slots_are_sorted_into_blocks(tokens: int, experts: int, top_k: int) -> None:
-    """Of few slots and of many; some choices are no expert, and every third expert is chosen by nobody."""
+    """Few slots and many; some choices name no expert, and nobody chooses every third expert."""
     layer = draw_layer(2, tokens=1, experts=experts, hidden=8, intermediate=8)
     layer.index = torch.randint(
         -1, experts + 1, (tokens, top_k), generator=torch.Generator().manual_seed(0)
@@ -196,20 +205,8 @@ def test_a_cuda_graph_takes_new_tokens_and_choices() -> None:
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     model = checkpoint(folder / "model", request.param)
-    assert (
-        cli.main(
-            [
-                "compile",
-                str(model),
-                "--passes",
-                "kbvq{bits=3,rank=2}",
-                "-o",
-                str(folder / "out"),
-                *ROWS,
-            ]
-        )
-        == 0
-    )
+    told = ["compile", str(model), "--passes", "kbvq{bits=3,rank=2}", "-o", str(folder / "out")]
+    assert cli.main([*told, *ROWS]) == 0
     return folder / "out"
 
 
@@ -238,7 +235,7 @@ def test_a_model_loaded_on_the_card_runs_by_the_kernels(artifact: Path, tmp_path
 
 @torch.no_grad()
 def test_a_model_is_compiled_into_one_graph(artifact: Path) -> None:
-    """fullgraph, with CUDA graphs, through generate with a static cache: the tokens of the model that isn't compiled."""
+    """fullgraph with CUDA graphs and a static cache generates the same tokens as uncompiled."""
     model = on_card(artifact)
     told: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, disable_compile=True)
     wanted, plain = model.generate(PROMPT.cuda(), **told), logits(model)

@@ -1,7 +1,10 @@
-"""The Triton kernels on CPU tensors, in triton's interpreter: `TRITON_INTERPRET=1 pytest -m interp` (in `make test`).
+"""The Triton kernels on CPU tensors, in triton's interpreter (in `make test`).
 
-Whole numbers must be equal, and what a layer computes must be within the rounding of 15-bit activations of moecc's reference.
-The interpreter sees neither races nor layouts nor shared memory; tests/test_triton_aot.py sees the last two.
+    TRITON_INTERPRET=1 pytest -m interp
+
+Integers must be equal; a layer must agree with moecc's reference within the rounding of 15-bit
+activations. The interpreter sees neither races nor layouts nor shared memory;
+tests/test_triton_aot.py sees the last two.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from moecc.backends.triton.parts import Plan  # noqa: E402
 from moecc.backends.triton.tiles import Card, Tile, choose_tile, choose_unroll  # noqa: E402
 
 SMALL = Tile(tokens=8, height=1, unroll=4, warps=4, stages=2, waves=4)
-WHOLE = SMALL._replace(waves=0)  # columns aren't split, so the gate is applied in the product
+WHOLE = SMALL._replace(waves=0)  # columns are not split, so the product applies the gate
 LARGE = Tile(tokens=32, height=2, unroll=2, warps=8, stages=2, waves=0)
 HALF = Tile(tokens=16, height=1, unroll=1, warps=4, stages=2, waves=0, half=True)
 
@@ -48,19 +51,20 @@ def check(layer: Layer, tile: Tile | None = None) -> Plan:
     return made
 
 
-# ---------------------------------------------------------------- whole layers against the reference
+# ---------------------------------------------------------------- whole layers against the
+# reference
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_layer_is_what_the_reference_says(feature: str, bits: int) -> None:
+def test_a_layer_agrees_with_the_reference(feature: str, bits: int) -> None:
     check(draw_layer(bits, **FEATURES[feature]))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_layer_by_16_bit_floats(feature: str, bits: int) -> None:
-    """Where every weight meets many tokens: x and hidden units as they are, no fixed point."""
+def test_a_layer_in_16_bit_floats_agrees_with_the_reference(feature: str, bits: int) -> None:
+    """For many tokens per weight: x and hidden units stay floats, without fixed point."""
     told = dict(dtype=torch.float16) | FEATURES[feature]
     made = check(draw_layer(bits, **told), HALF)
     assert made.named("down").arguments["x_ptr"].dtype == told["dtype"]
@@ -69,7 +73,7 @@ def test_a_layer_by_16_bit_floats(feature: str, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3])
 @pytest.mark.parametrize("unroll", [1, 2])
-def test_tails_by_16_bit_floats(bits: int, unroll: int) -> None:
+def test_partial_tiles_in_16_bit_floats(bits: int, unroll: int) -> None:
     tile = HALF._replace(unroll=unroll, height=2)
     check(
         draw_layer(
@@ -86,7 +90,7 @@ def test_tails_by_16_bit_floats(bits: int, unroll: int) -> None:
     )
 
 
-def test_a_block_that_is_half_empty_takes_half_the_work_to_the_same_result() -> None:
+def test_half_the_work_on_a_half_empty_block_gives_the_same_result() -> None:
     layer = draw_layer(3, tokens=16, dtype=torch.bfloat16, experts=4)
     made = run(layer, HALF)
     prepare, wanted = made.named("prepare").arguments, made.out.clone()
@@ -102,15 +106,14 @@ def test_a_block_that_is_half_empty_takes_half_the_work_to_the_same_result() -> 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("tile", [SMALL, WHOLE, LARGE], ids=["split", "whole", "large"])
-def test_tails_of_rows_columns_and_steps(bits: int, tile: Tile) -> None:
-    """Row tiles, column tiles and steps that aren't full; the columns split among programs, or the gate in the product."""
+def test_partial_row_tiles_column_tiles_and_steps(bits: int, tile: Tile) -> None:
+    """With the columns split among programs, and with the gate in the product."""
     made = check(
         draw_layer(bits, tokens=3, experts=2, hidden=1352, intermediate=70, rank=2, bias=True), tile
     )
     gate_up = made.named("gate_up")
-    assert gate_up.arguments["FUSED"] == (tile.waves == 0) and (gate_up.grid[2] > 1) == (
-        tile.waves > 0
-    )
+    assert gate_up.arguments["FUSED"] == (tile.waves == 0)
+    assert (gate_up.grid[2] > 1) == (tile.waves > 0)
     assert gate_up.arguments["TAIL"]  # 11 column tiles: neither 3 steps of 4 nor 6 of 2 are full
 
 
@@ -123,13 +126,13 @@ GATES = [
 
 
 @pytest.mark.parametrize(("gate", "act"), GATES)
-def test_every_gate(gate: str, act: str) -> None:
-    """In the product, and in the kernel that sums split columns."""
+def test_every_gate_agrees_with_the_reference(gate: str, act: str) -> None:
+    """Both in the product and in the kernel that sums split columns."""
     made = check(
         draw_layer(2, tokens=2, experts=2, hidden=16, intermediate=8, act=act, gate=gate, bias=True)
     )
-    assert made.named("gate_up").arguments["FUSED"]  # one step can't be split
-    if ALL or act == "silu" or gate == "glu":  # one function applies both, wherever it is called
+    assert made.named("gate_up").arguments["FUSED"]  # a single step cannot be split
+    if ALL or act == "silu" or gate == "glu":  # all gates go through one function
         made = check(
             draw_layer(
                 2, tokens=1, experts=2, hidden=520, intermediate=8, act=act, gate=gate, bias=True
@@ -140,11 +143,11 @@ def test_every_gate(gate: str, act: str) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_routings(routing: str, bits: int) -> None:
+def test_every_kind_of_routing_agrees_with_the_reference(routing: str, bits: int) -> None:
     check(draw_routed(routing, bits))
 
 
-def test_a_choice_that_is_no_expert_counts_as_zero() -> None:
+def test_a_choice_outside_the_experts_counts_as_zero() -> None:
     layer = draw_layer(2, tokens=4, rank=2, mean=2, bias=True)
     layer.index[1, 0], layer.index[2, 1], layer.index[3] = -1, 4, 1 << 40
     made = run(layer)
@@ -156,14 +159,14 @@ def test_a_choice_that_is_no_expert_counts_as_zero() -> None:
     assert bool((made.out[3] == 0).all())
 
 
-def test_nothing_to_do() -> None:
+def test_no_tokens_take_no_launches() -> None:
     layer = draw_layer(2)
     layer.x, layer.index, layer.weight = layer.x[:0], layer.index[:0], layer.weight[:0]
     made = run(layer)
     assert made.out.shape == (0, 40) and not made.launches
 
 
-def test_operands_with_gaps() -> None:
+def test_operands_need_not_be_contiguous() -> None:
     layer = draw_layer(2)
     layer.x = torch.stack((layer.x, layer.x), -1)[..., 0]
     layer.index, layer.weight = layer.index.T.contiguous().T, layer.weight.T.contiguous().T
@@ -172,11 +175,11 @@ def test_operands_with_gaps() -> None:
 
 
 def spread(p: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The same tensors, each every other number of one twice as long."""
+    """Return the same tensors as views of every other number."""
     return {name: None if t is None else torch.stack((t, t), -1)[..., 0] for name, t in p.items()}
 
 
-def test_stored_tensors_with_gaps() -> None:
+def test_stored_tensors_need_not_be_contiguous() -> None:
     layer = draw_layer(3, rank=3, bias=True, mean=3, norm=True)
     x, index, weight, gate_up, down, post_norm = layer.packed()
     gate_up, down = spread(gate_up), spread(down)
@@ -186,28 +189,25 @@ def test_stored_tensors_with_gaps() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_infinity_and_no_number_stay_in_their_token() -> None:
+def test_infinity_and_nan_stay_in_their_token() -> None:
     layer = draw_layer(2, tokens=3)
     layer.x[0, 0], layer.x[2, 5] = torch.inf, torch.nan
     out = run(layer).out
-    assert (
-        bool(out[1].isfinite().all())
-        and not bool(out[0].isfinite().any())
-        and not bool(out[2].isfinite().any())
-    )
+    assert bool(out[1].isfinite().all())
+    assert not bool(out[0].isfinite().any()) and not bool(out[2].isfinite().any())
 
 
-def test_zero_in_zero_out() -> None:
+def test_zeros_give_zeros() -> None:
     layer = draw_layer(2, tokens=2)
     layer.x.zero_()
     assert bool((run(layer).out == 0).all())
 
 
-# ---------------------------------------------------------------- whole numbers, exactly
+# ---------------------------------------------------------------- exact integers
 
 
 def fixed(made: Plan, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What a product read: whole numbers i64 [R, steps, STEP], scale f32 [R, steps]; and what it wrote."""
+    """Return a product's integers i64 [R, steps, STEP], scale f32 [R, steps], and its output."""
     args = made.named(name).arguments
     values, scale = args["x_ptr"].long(), args["x_scale_ptr"]
     return (
@@ -218,7 +218,7 @@ def fixed(made: Plan, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def whole_weights(p: dict[str, Tensor | None], columns: int, width: int) -> Tensor:
-    """i64 [E, N, width], zero past the columns."""
+    """Return the integer weights i64 [E, N, width], zero past the columns."""
     codes, codebook = p["codes"], p["codebook"]
     assert codes is not None and codebook is not None
     weights = vq4.decode(codes, p["signs"], codebook, columns, torch.float64).long()
@@ -229,8 +229,8 @@ def whole_weights(p: dict[str, Tensor | None], columns: int, width: int) -> Tens
 @pytest.mark.parametrize(
     "tile", [WHOLE, LARGE, WHOLE._replace(tokens=16, unroll=1)], ids=["small", "large", "middle"]
 )
-def test_whole_numbers_are_exact(bits: int, tile: Tile) -> None:
-    """With scales of one: a sum of whole numbers per step, rounded once to float32, then added in order."""
+def test_integer_sums_are_exact(bits: int, tile: Tile) -> None:
+    """With scales of one, each step's sum is rounded once to float32, and steps add up in order."""
     layer = draw_layer(
         bits, tokens=9, experts=3, hidden=1096, intermediate=72, act="identity", gate="none"
     )
@@ -249,8 +249,8 @@ def test_whole_numbers_are_exact(bits: int, tile: Tile) -> None:
     assert torch.equal(out, wanted)
 
 
-def test_the_largest_whole_number_doesn_t_overflow() -> None:
-    """512 columns of -128 * 32512, which is within 2^31."""
+def test_the_largest_sum_does_not_overflow() -> None:
+    """512 columns of -128 * 32512 stay within 2^31."""
     layer = draw_layer(
         2, tokens=1, top_k=1, experts=1, hidden=512, intermediate=8, gate="none", act="identity"
     )
@@ -281,7 +281,10 @@ def test_fixed_point_is_within_half_a_unit() -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("unroll", [4, 1])
 def test_an_outlier_costs_its_block_and_not_the_token(unroll: int) -> None:
-    """Why there is a scale per block: one channel of 2048 is 3000 times the rest. The error of what the others add up to."""
+    """The reason for a scale per block: one channel of 2048 is 3000 times the rest.
+
+    Compared are the errors of the other channels, relative to their norm.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1, 2048, generator=g)
     x[0, 100] = 3000.0
@@ -302,7 +305,10 @@ def test_an_outlier_costs_its_block_and_not_the_token(unroll: int) -> None:
 
 
 def check_blocks(index: Tensor, experts: int, block: int) -> Plan:
-    """Each expert's slots in ascending order, in blocks of its own; what is left over is -1."""
+    """Check that each expert's slots are in ascending order, in blocks of its own.
+
+    Unused places hold -1.
+    """
     layer = draw_layer(2, tokens=1, experts=experts, hidden=8, intermediate=8)
     layer.x, layer.index, layer.weight = torch.ones(len(index), 8), index, torch.ones(index.shape)
     made = plan(*layer.packed(), **layer.attributes, tile=SMALL._replace(tokens=block))
@@ -320,7 +326,7 @@ def check_blocks(index: Tensor, experts: int, block: int) -> Plan:
     assert owner.tolist() == [e for e, _ in wanted] + [-1] * (len(owner) - len(wanted))
     for row, (_, mine) in zip(slots.tolist(), wanted, strict=False):
         assert row == mine + [-1] * (block - len(mine))
-    assert bool((slots[len(wanted) :] == -9).all())  # nobody reads them, nobody writes them
+    assert bool((slots[len(wanted) :] == -9).all())  # never read, so never written
     return made
 
 
@@ -329,9 +335,9 @@ def check_blocks(index: Tensor, experts: int, block: int) -> Plan:
 def test_slots_are_sorted_into_blocks(
     tokens: int, top_k: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """70 tokens are more slots than one chunk; the order within an expert is that of the slots."""
+    """70 tokens have more slots than one chunk. Within an expert, slots keep their order."""
     monkeypatch.setattr(around, "_CHUNK", 1024)
-    index = torch.from_numpy(slow.numbers(7, tokens, top_k) % 6) - 1  # some are no expert
+    index = torch.from_numpy(slow.numbers(7, tokens, top_k) % 6) - 1  # some name no expert
     made = check_blocks(index, 5, block)
     assert made.launches[0].name == "prepare"
 
@@ -347,33 +353,35 @@ MANY = {
 
 @pytest.mark.parametrize("choices", MANY)
 @pytest.mark.parametrize("block", [8, 32])
-def test_many_slots_are_counted_before(
+def test_many_slots_are_counted_first(
     choices: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """300 slots are two segments of 128 and a part of one, scanned 32 at a time."""
+    """300 slots are two segments of 128 and a partial one, scanned 32 slots at a time."""
     for name, value in dict(_UNCOUNTED=299, _CHUNK=128, _COUNTS=96).items():
         monkeypatch.setattr(around, name, value)
     index = MANY[choices](torch.from_numpy(slow.numbers(7, 15, 20)))
     made = check_blocks(index, 9, block)
-    assert [each.name for each in made.launches[:2]] == ["count", "prepare"] and made.launches[
-        0
-    ].grid == (3,)
+    assert [each.name for each in made.launches[:2]] == ["count", "prepare"]
+    assert made.launches[0].grid == (3,)
     counts = made.named("prepare").arguments["counts_ptr"].sum(0)
     assert counts.tolist() == [int((index == e).sum()) for e in range(32)][:9] + [0] * 23
 
 
 @pytest.mark.parametrize("experts", [1, 4, 40])
-def test_experts_that_fill_their_programs_or_do_not(
+def test_routing_programs_with_all_or_some_of_their_experts(
     experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Choices of 32 bits, in one segment of three steps, even where that has more counts than a program would read."""
+    """32-bit choices in one segment of three steps.
+
+    The segment stays whole even if it has more counts than a program should read.
+    """
     for name, value in dict(_UNCOUNTED=0, _CHUNK=64, _COUNTS=32).items():
         monkeypatch.setattr(around, name, value)
     index = torch.from_numpy(slow.numbers(7, 15, 10)).to(torch.int32) % experts
     assert check_blocks(index, experts, 8).named("count").grid == (1,)
 
 
-def test_a_layer_of_many_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counting_slots_first_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = draw_layer(3, rank=2)
     alone = run(layer).out
     monkeypatch.setattr(around, "_UNCOUNTED", 0)
@@ -381,20 +389,17 @@ def test_a_layer_of_many_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("experts", [1, 8, 128, 384, 1024, 5000])
-def test_counts_are_few_enough_to_be_read_by_every_program(experts: int) -> None:
+def test_there_are_few_enough_counts_for_every_program_to_read(experts: int) -> None:
     for slots in (4097, 32768, 131072):
         layer = Shape(experts, 1, 64, 64)
         made = abstract_plan(layer, slots, 2)
-        counts, span = (
-            made.named("count").arguments["counts_ptr"],
-            made.named("count").arguments["span"],
-        )
-        assert (
-            counts.numel() <= max(4096, counts.shape[1]) and 0 <= len(counts) * span - slots < span
-        )
+        arguments = made.named("count").arguments
+        counts, span = arguments["counts_ptr"], arguments["span"]
+        assert counts.numel() <= max(4096, counts.shape[1])
+        assert 0 <= len(counts) * span - slots < span
 
 
-def test_the_table_of_tiles() -> None:
+def test_tiles_follow_card_and_tokens_per_expert() -> None:
     h100 = Card("sm_90", 132)
     assert choose_tile(8, 128, h100).tokens == 8 and choose_tile(512, 128, h100).tokens == 8
     assert choose_tile(2048, 128, h100).tokens == 16
@@ -409,7 +414,7 @@ def test_the_table_of_tiles() -> None:
     assert [choose_unroll(n, 4) for n in (1, 2, 3, 5, 6, 11, 16)] == [1, 2, 1, 1, 2, 4, 4]
 
 
-# ---------------------------------------------------------------- what the interpreter can't do
+# ---------------------------------------------------------------- limits of the interpreter
 
 
 @triton.jit
@@ -418,8 +423,11 @@ def _sum_of_bfloat16(x_ptr, y_ptr, out_ptr):
     tl.store(out_ptr + i, (tl.load(x_ptr + i) + tl.load(y_ptr + i)).to(tl.float32))
 
 
-def test_the_interpreter_s_bfloat16_is_still_wrong() -> None:
-    """It adds the bits. So kernels convert to float32 first; the day this test fails they needn't for its sake."""
+def test_bfloat16_is_still_wrong_in_the_interpreter() -> None:
+    """The interpreter adds the bits, so kernels convert to float32 first.
+
+    Once this test fails, they need not do so for the interpreter's sake.
+    """
     x, y, out = (
         torch.full((16,), 1.0).bfloat16(),
         torch.full((16,), 2.0).bfloat16(),
@@ -429,12 +437,12 @@ def test_the_interpreter_s_bfloat16_is_still_wrong() -> None:
     assert not torch.allclose(out, torch.full((16,), 3.0))
 
 
-def test_the_function_runs_the_plan() -> None:
+def test_the_function_computes_what_its_plan_computes() -> None:
     layer = draw_layer(3)
     assert torch.equal(launch.vq_experts(*layer.packed(), **layer.attributes), run(layer).out)
 
 
-def test_more_tokens_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_tokens_than_a_plan_can_have_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, sizes = draw_layer(3, tokens=5, rank=2), []
     monkeypatch.setattr(launch, "_MOST_SLOTS", 4)
     monkeypatch.setattr(launch, "plan", lambda x, *a, **k: sizes.append(len(x)) or plan(x, *a, **k))

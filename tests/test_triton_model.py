@@ -1,6 +1,7 @@
-"""Compiled models on the Triton backend: packed modules, the op that they call, and what is saved; on the CPU.
+"""Compiled models on the Triton target, on the CPU: packed modules, their op, and what is saved.
 
-Marked interp: by the kernels, in triton's interpreter. The others need no triton: off a GPU the op runs its definition.
+Tests marked interp run the kernels in triton's interpreter. The others need no triton: off a GPU
+the op runs its definition.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def interp(test: Any) -> Any:
 
 @pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "qwen2_moe"])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled models: a plain one, one with biases, interleaved rows and a gate of its own, one with a shared expert."""
+    """A compiled model: plain; with biases, interleaved rows and a gate; with a shared expert."""
     folder = tmp_path_factory.mktemp(request.param)
     model = checkpoint(folder / "model", request.param)
     assert (
@@ -66,7 +67,7 @@ PROMPT = torch.tensor([[5, 9, 2, 7, 3, 3, 8, 1]])
 
 
 def logits(model: Any) -> Tensor:
-    """On the CPU, wherever the model is."""
+    """Return logits on the CPU, wherever the model is."""
     with torch.no_grad():
         return model(PROMPT.to(model.device)).logits.cpu()
 
@@ -76,7 +77,7 @@ def logits(model: Any) -> Tensor:
 
 @interp
 @pytest.mark.parametrize("artifact", ["mixtral", "gpt_oss"], indirect=True)
-def test_a_model_by_the_kernels_gives_the_reference_s_answers(artifact: Path) -> None:
+def test_a_model_run_by_the_kernels_agrees_with_the_reference(artifact: Path) -> None:
     reference, model = load(artifact), backend.runtime(artifact, torch.float32)
     assert all(
         p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32
@@ -88,15 +89,15 @@ def test_a_model_by_the_kernels_gives_the_reference_s_answers(artifact: Path) ->
     assert torch.equal(model.generate(PROMPT, **told), reference.generate(PROMPT, **told))
 
 
-def test_a_packed_model_is_the_same_model(artifact: Path) -> None:
-    """Off a GPU its op is the definition, so nothing may differ; nor in what it saves."""
+def test_a_packed_model_gives_the_same_logits(artifact: Path) -> None:
+    """Off a GPU its op is the definition, so nothing may differ."""
     if INTERPRETED:
-        pytest.skip("there the kernels run")
+        pytest.skip("the kernels run in the interpreter")
     reference, model = load(artifact), packed(load(artifact))
     assert torch.equal(logits(model), logits(reference))
 
 
-def test_what_is_saved_is_as_the_format_says(artifact: Path, tmp_path: Path) -> None:
+def test_a_packed_model_saves_the_stored_order(artifact: Path, tmp_path: Path) -> None:
     reference, model = load(artifact), packed(load(artifact))
     saved, wanted = model.state_dict(), reference.state_dict()
     assert saved.keys() == wanted.keys()
@@ -106,7 +107,7 @@ def test_what_is_saved_is_as_the_format_says(artifact: Path, tmp_path: Path) -> 
     assert all(torch.equal(again[name], wanted[name]) for name in wanted)
 
 
-def test_stored_tensors_are_loaded_into_a_packed_model(artifact: Path) -> None:
+def test_a_packed_model_loads_stored_tensors(artifact: Path) -> None:
     reference, model = load(artifact), packed(load(artifact))
     with torch.no_grad():
         for p in projections(model):
@@ -145,8 +146,8 @@ def test_a_packed_model_can_be_copied(artifact: Path, way: str) -> None:
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in again.state_dict().items())
 
 
-def test_a_packed_model_without_numbers(artifact: Path) -> None:
-    """On meta it has the stored tensors' shapes, and can be loaded into."""
+def test_a_packed_model_on_meta_can_be_loaded_into(artifact: Path) -> None:
+    """On meta its state has the shapes of the stored tensors."""
     wanted = load(artifact).state_dict()
     model = packed(load(artifact)).to("meta")
     shapes = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
@@ -156,8 +157,8 @@ def test_a_packed_model_without_numbers(artifact: Path) -> None:
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
 
 
-def test_packing_takes_no_second_copy(artifact: Path) -> None:
-    """What stays is the packed tensors alone; those that need no other order are the same tensors as before."""
+def test_packing_keeps_no_second_copy(artifact: Path) -> None:
+    """Only the packed tensors stay; tensors whose order does not change are the same objects."""
     model = load(artifact)
     before = {
         id(p): {name: getattr(p, name) for name in ("codebook", "scale", "coef")}
@@ -168,8 +169,10 @@ def test_packing_takes_no_second_copy(artifact: Path) -> None:
         assert all(getattr(p, name) is tensor for name, tensor in before[id(p)].items())
 
 
-def test_a_model_follows_the_device(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a backend has kernels for a device, codes come into its order by .to(), and back."""
+def test_codes_follow_the_order_of_their_device(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """.to() brings codes into the order of the device's kernels, and back."""
     model, found = load(artifact), {"cpu": backend.KERNELS}
     monkeypatch.setattr(target, "kernels_for", found.get)
     model.to("cpu")
@@ -181,16 +184,14 @@ def test_a_model_follows_the_device(artifact: Path, monkeypatch: pytest.MonkeyPa
     assert all(p.packed == backend.KERNELS.name for p in projections(load(artifact)))
 
 
-def test_experts_that_are_lent_to_a_device_are_refused(
+def test_experts_that_accelerate_lends_to_a_device_are_refused(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What accelerate's offloading does: tensors are on the device during a forward, and no one has packed them."""
+    """Offloading moves tensors to the device during a forward, and nothing has packed them."""
     model = load(artifact)
     for p in projections(model):
         p.place = "meta"
-    assert bool(
-        logits(model).isfinite().all()
-    )  # no kernels for this device: nothing is slow behind one's back
+    assert bool(logits(model).isfinite().all())  # fine, because this device has no kernels
     monkeypatch.setattr(target, "kernels_for", {"cpu": backend.KERNELS}.get)
     with pytest.raises(
         MoeccError,
@@ -199,10 +200,10 @@ def test_experts_that_are_lent_to_a_device_are_refused(
         logits(model)
 
 
-# ---------------------------------------------------------------- which code runs where
+# ---------------------------------------------------------------- the device
 
 
-def test_the_backend_with_kernels_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_for_a_device_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(target.VARIABLE, raising=False)
     monkeypatch.setattr(backend, "require_device", lambda: None)
     assert target.kernels_for("cuda") is backend.KERNELS
@@ -216,14 +217,17 @@ def test_the_backend_with_kernels_for_a_device(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """require_device() asked anew, on a machine whose cards are given."""
+    """A function that calls require_device() on a machine with the given cards."""
 
     def ask(*capabilities: tuple[int, int], hip: str | None = None) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        monkeypatch.setattr(torch, "cuda", SimpleNamespace(
-            is_available=lambda: bool(capabilities), device_count=lambda: len(capabilities),
-            get_device_capability=lambda i: capabilities[i], get_device_name=lambda i: f"card {i}",
-        ))  # fmt: skip
+        cuda = SimpleNamespace(
+            is_available=lambda: bool(capabilities),
+            device_count=lambda: len(capabilities),
+            get_device_capability=lambda i: capabilities[i],
+            get_device_name=lambda i: f"card {i}",
+        )
+        monkeypatch.setattr(torch, "cuda", cuda)
         monkeypatch.setattr(torch.version, "hip", hip)
         backend.require_device.cache_clear()
         try:
@@ -234,10 +238,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
     return ask
 
 
-def test_what_is_missing_is_named(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_or_card_is_named(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     asked((9, 0), (8, 0))
-    asked((7, 5), hip="6.4")  # the number means another thing there
+    asked((7, 5), hip="6.4")  # ROCm counts otherwise
     with pytest.raises(
         MoeccError, match=r"^the target triton needs a CUDA or ROCm device, and torch sees none$"
     ):
@@ -254,8 +258,10 @@ def test_what_is_missing_is_named(asked: Any, monkeypatch: pytest.MonkeyPatch) -
         asked((9, 0))
 
 
-def test_it_is_compiled_for_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the artifact is the one that every backend takes."""
+def test_compiling_for_the_target_needs_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact is the same for every target."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     source, made = checkpoint(tmp_path / "model"), {}
@@ -285,14 +291,16 @@ def operands(layer: Layer) -> list[Any]:
 
 OP: Any = torch.ops.moecc.vq_experts_packed.default
 LAYERS = {
-    "2 bit": dict(bits=2), "3 bit": dict(bits=3, rank=2, bias=True, mean=2), "4 bit": dict(bits=4, norm=True, mean=3, shared=True),
+    "2 bit": dict(bits=2),
+    "3 bit": dict(bits=3, rank=2, bias=True, mean=2),
+    "4 bit": dict(bits=4, norm=True, mean=3, shared=True),
     "no gate": dict(bits=2, gate="none", act="relu2"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.skipif(INTERPRETED, reason="there the kernels run")
-def test_the_op_s_definition_is_that_of_the_stored_form(name: str) -> None:
+@pytest.mark.skipif(INTERPRETED, reason="the kernels run in the interpreter")
+def test_the_op_computes_what_its_stored_form_computes(name: str) -> None:
     layer = draw_layer(**LAYERS[name])
     assert torch.equal(OP(*operands(layer), **layer.attributes), layer.reference())
 
@@ -300,12 +308,12 @@ def test_the_op_s_definition_is_that_of_the_stored_form(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [*LAYERS, pytest.param("2 bit", marks=in_interpreter, id="kernels")]
 )
-def test_opcheck(name: str) -> None:
+def test_the_op_passes_opcheck(name: str) -> None:
     layer = draw_layer(**LAYERS[name])
     torch.library.opcheck(OP, operands(layer), layer.attributes)
 
 
-def test_derivatives_are_the_reference_s() -> None:
+def test_the_op_has_the_derivatives_of_the_reference() -> None:
     layer = draw_layer(3, rank=2)
     layer.x.requires_grad_()
     OP(*operands(layer), **layer.attributes).square().sum().backward()
@@ -316,7 +324,7 @@ def test_derivatives_are_the_reference_s() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
-def test_fake_tensors_export_and_compile() -> None:
+def test_the_op_can_be_faked_exported_and_compiled() -> None:
     layer = draw_layer(2, rank=2)
     args = operands(layer)
     with FakeTensorMode() as mode:
@@ -326,7 +334,7 @@ def test_fake_tensors_export_and_compile() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stored = nn.ParameterList()  # what is absent has no place
+            self.stored = nn.ParameterList()  # absent tensors have no place
             self.places = [None if t is None else self._add(t) for t in args[3:]]
 
         def _add(self, t: Tensor) -> int:
@@ -358,7 +366,7 @@ def test_fake_tensors_export_and_compile() -> None:
 def test_a_compressed_module_calls_the_kernels(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The implementation that transformers was given ("moecc") is what leads there."""
+    """By way of the experts implementation that transformers knows as "moecc"."""
     from moecc.backends.triton import launch
 
     model, calls = backend.runtime(artifact, torch.float32), []

@@ -1,4 +1,4 @@
-"""The order of codes and signs on a GPU, against its definition read index by index; no triton in it."""
+"""The order of codes and signs on a GPU, against its definition read index by index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPES = [(2, 64, 128), (1, 6, 24), (2, 70, 136), (1, 130, 264)]  # experts, row
 
 
 def stored_row(packed: int, rows: int, gated: bool) -> int | None:
-    """Packed rows alternate by eights between gate and up rows, where there is a gate."""
+    """With a gate, packed rows alternate by eights between gate and up rows. None for padding."""
     if not gated:
         return packed if packed < rows else None
     sixteen, inside = divmod(packed, 16)
@@ -24,7 +24,7 @@ def stored_row(packed: int, rows: int, gated: bool) -> int | None:
 
 
 def slow_words(codes: np.ndarray, v: int, gated: bool) -> np.ndarray:
-    """u8 [E, N, C] -> u8 [E, row tiles, planes, column tiles, 512, 4], by the docstring's sentence."""
+    """Pack u8 [E, N, C] to u8 [E, row tiles, planes, column tiles, 512, 4] by the docstring."""
     experts, rows, width = codes.shape
     down = -(-(rows // 2) // 32) if gated else -(-rows // 64)
     planes, across = 4 // v, -(-width * v // 128)
@@ -45,17 +45,15 @@ def slow_words(codes: np.ndarray, v: int, gated: bool) -> np.ndarray:
 
 
 def slow_signs(signs: np.ndarray, gated: bool) -> np.ndarray:
-    """u8 [E, N, Kp/8] -> u8 [E, row tiles, column tiles, 256, 4]."""
+    """Pack u8 [E, N, Kp/8] to u8 [E, row tiles, column tiles, 256, 4]."""
     experts, rows, width = signs.shape
     down, across = (-(-(rows // 2) // 32) if gated else -(-rows // 64)), -(-width * 8 // 128)
     out = np.zeros((experts, down, across, 256, 4), dtype=np.uint8)
     places = list(itertools.product(range(4), range(8), range(4), range(2), range(4), range(8)))
     for e, tile, column in itertools.product(range(experts), range(down), range(across)):
         for w, r, t, i, b, c in places:
-            row, k = (
-                stored_row(64 * tile + 16 * w + 8 * i + r, rows, gated),
-                128 * column + 4 * (4 * c + t) + b,
-            )
+            row = stored_row(64 * tile + 16 * w + 8 * i + r, rows, gated)
+            k = 128 * column + 4 * (4 * c + t) + b
             if row is not None and k < 8 * width:
                 bit = (int(signs[e, row, k // 8]) >> (k % 8)) & 1
                 out[e, tile, column, ((w * 8 + r) * 4 + t) * 2 + i, b] |= bit << c
@@ -65,7 +63,7 @@ def slow_signs(signs: np.ndarray, gated: bool) -> np.ndarray:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("v", [2, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_codes_lie_where_the_definition_says(
+def test_codes_are_packed_as_defined_and_unpacked(
     shape: tuple[int, int, int], v: int, gated: bool
 ) -> None:
     experts, rows, columns = shape
@@ -81,7 +79,7 @@ def test_codes_lie_where_the_definition_says(
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_signs_lie_where_the_definition_says(shape: tuple[int, int, int], gated: bool) -> None:
+def test_signs_are_packed_as_defined_and_unpacked(shape: tuple[int, int, int], gated: bool) -> None:
     experts, rows, columns = shape
     signs = (slow.numbers(2, experts, rows, columns // 8) % 256).astype(np.uint8)
     words = pack.pack_signs(torch.from_numpy(signs), gated=gated)
@@ -91,11 +89,9 @@ def test_signs_lie_where_the_definition_says(shape: tuple[int, int, int], gated:
     )
 
 
-def test_whole_tiles_take_no_more_room_than_what_is_stored() -> None:
-    codes, signs = (
-        torch.zeros(2, 128, 64, dtype=torch.uint8),
-        torch.zeros(2, 128, 32, dtype=torch.uint8),
-    )
+def test_whole_tiles_take_no_more_bytes_than_stored_tensors() -> None:
+    codes = torch.zeros(2, 128, 64, dtype=torch.uint8)
+    signs = torch.zeros(2, 128, 32, dtype=torch.uint8)
     assert pack.pack_codes(codes, 4, gated=True).nbytes == codes.nbytes
     assert pack.pack_codes(codes, 2, gated=True).nbytes == codes.nbytes
     assert pack.pack_signs(signs, gated=True).nbytes == signs.nbytes

@@ -55,6 +55,10 @@ class Call:
     def hopper(self) -> bool:
         return self.card.name == "sm_90" and not INTERPRETED
 
+    def gating(self) -> Arguments:
+        """Return the arguments of a kernel that applies the gate."""
+        return {**self.limits, "ACT": self.act, "GATE": self.gate}
+
     def add(
         self,
         name: str,

@@ -83,7 +83,8 @@ def hidden_kernel(
 ):
     """Grid: (slots, steps), or (slots + tokens, steps) if a shared mean needs sums.
 
-    Row slots + t is then sum_j w_tj h_tj of token t."""
+    Row slots + t is then sum_j w_tj h_tj of token t.
+    """
     after_last(HOPPER)
     let_next_start(HOPPER)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -144,7 +145,8 @@ def sums_kernel(
 ):
     """Store sum_j w_tj h_tj of every token, for a shared mean.
 
-    Grid: (tokens, ceil(width / BLOCK))."""
+    Grid: (tokens, ceil(width / BLOCK)).
+    """
     after_last(HOPPER)
     let_next_start(HOPPER)
     token, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -252,7 +254,8 @@ def norm_kernel(
 ):
     """Grid: tokens. BLOCK is a power of two and at least columns.
 
-    Rows are scaled first and normalised then, as in `moecc.ir.ops._post_norm`."""
+    Rows are scaled first and normalised then, as in `moecc.ir.ops._post_norm`.
+    """
     after_last(HOPPER)
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = d < columns

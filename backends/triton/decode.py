@@ -23,7 +23,8 @@ def _words(
     """Load SIZE words of each of HEIGHT row tiles and UNROLL column tiles.
 
     The result is i32 [HEIGHT * UNROLL * SIZE], zero past `down` row tiles or `across` column tiles.
-    Row tiles are `stride` words apart."""
+    Row tiles are `stride` words apart.
+    """
     word = tl.arange(0, SIZE * UNROLL)
     if HEIGHT == 1:
         if TAIL:
@@ -44,7 +45,8 @@ def spread_table(entries, one, COPIES: tl.constexpr):
 
     The copies of entry c are words c * COPIES + 0..COPIES-1. With 32 copies a warp's 32 lookups
     never conflict in a bank; with one copy they take 3.3 turns. one: any scalar, as the assembly's
-    operand."""
+    operand.
+    """
     WORDS: tl.constexpr = 256 * COPIES
     table = tl.inline_asm_elementwise(
         f"{{ .shared .align 128 .b32 moecc_table[{WORDS}]; mov.u32 $0, moecc_table; }}",
@@ -129,7 +131,8 @@ def read_step(
     """Load the words of one step, from row tile `index` on.
 
     Return code words and a second tensor: the odd codes at 4 bit, sign words at 3 bit, else a
-    dummy."""
+    dummy.
+    """
     first, across = step * UNROLL, column_tiles - step * UNROLL
     if BITS == 4:
         even, stride = words_ptr + (2 * index * column_tiles + first) * 512, 1024 * column_tiles
@@ -161,7 +164,8 @@ def decode_step(
 ):
     """Return words i32 [64 * HEIGHT, 32 * UNROLL] of four int8 weights each.
 
-    Weights past the last column tile are arbitrary; x is zero there."""
+    Weights past the last column tile are arbitrary; x is zero there.
+    """
     p = _lookup(words, table, HEIGHT, UNROLL, COPIES)
     if BITS == 4:
         p = p | (_lookup(more, table, HEIGHT, UNROLL, COPIES) << 16)
@@ -176,7 +180,8 @@ def paired(k):
 
     Of every sixteen columns, 0 1, 4 5, 8 9, 12 13 come first and the others follow: a thread holds
     columns 4t..4t+3 of a row of weights, but the instruction for 16-bit floats takes columns
-    2t, 2t+1, 2t+8, 2t+9 from it."""
+    2t, 2t+1, 2t+8, 2t+9 from it.
+    """
     return k // 16 * 16 + k // 2 % 4 * 4 + k // 8 % 2 * 2 + k % 2
 
 
@@ -204,7 +209,8 @@ def pairs(p):
 
     Assembly converts two weights at a time; the compiler packs them one by one, which takes twice
     as long. The low seven bits m of a byte, put behind the bits of 128, read 128 + m; from that,
-    128 is subtracted, or 256 if the eighth bit is set."""
+    128 is subtracted, or 256 if the eighth bit is set.
+    """
     return tl.inline_asm_elementwise(
         """{ .reg .b32 w, a, b, one; mov.b32 one, 0x3f803f80;
         prmt.b32 w, $2, 0, 0x4140; lop3.b32 a, w, 0x007f007f, 0x43004300, 0xea;

@@ -9,7 +9,8 @@ def fixed_point(v, peak):
     """Split v f32 into hi and lo int8 and a scale f32: v = (256 hi + lo) * scale within scale / 2.
 
     peak is the largest |v| that shares the scale. 15 bits are used: |256 hi + lo| <= 32512. A peak
-    of NaN (`peak_of`) makes the scale NaN."""
+    of NaN (`peak_of`) makes the scale NaN.
+    """
     peak = tl.where(peak < 1e-30, 1e-30, peak)
     q = tl.floor(v * (32512.0 / peak) + 0.5).to(tl.int32)
     hi = (q + 128) >> 8

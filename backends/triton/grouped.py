@@ -86,7 +86,8 @@ def grouped_kernel(
 ):
     """Grid: (ceil(row tiles / HEIGHT), blocks, parts).
 
-    NARROW: a block that is at most half full takes half the work."""
+    NARROW: a block that is at most half full takes half the work.
+    """
     after_last(HOPPER)
     group, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lane, pair = tl.arange(0, TOKENS), tl.arange(0, 2 * TOKENS)

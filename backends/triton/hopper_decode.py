@@ -28,7 +28,8 @@ def threads(SIZE: gl.constexpr):
 def read_tile(ptr, stride, down, more, HEIGHT: gl.constexpr, SIZE: gl.constexpr):
     """Load one column tile of HEIGHT row tiles, `stride` words apart: i32 [HEIGHT, 128, SIZE].
 
-    Zeros past `down` row tiles, and everywhere unless `more`."""
+    Zeros past `down` row tiles, and everywhere unless `more`.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 1, SIZE], [1, 32, 1], [2, 4, 1], [2, 1, 0])
     tile = gl.arange(0, HEIGHT, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     word = gl.arange(0, SIZE, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
@@ -52,7 +53,8 @@ def decode_step(
     """Decode half PART of a column tile to a left operand, bf16 [64 * HEIGHT, 64].
 
     words i32 [HEIGHT, 128, 2]: the half's code words; signs: the sign words of the column tile.
-    copies, shaped as words: the offset in bytes of the table's copy that a thread uses."""
+    copies, shaped as words: the offset in bytes of the table's copy that a thread uses.
+    """
     SIZE: gl.constexpr = COPIES * 8
     c0, c1, c2, c3 = words & 0xFF, (words >> 8) & 0xFF, (words >> 16) & 0xFF, (words >> 24) & 0xFF
     at = _bytes(copies | c0 * SIZE, copies | c1 * SIZE, copies | c2 * SIZE, copies | c3 * SIZE)

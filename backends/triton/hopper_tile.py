@@ -77,7 +77,8 @@ def multiply_tile(
 ):
     """Compute one tile: rows 64 * tile.. of expert e for TOKENS slots.
 
-    Return the buffer and the phase that the next tile begins with."""
+    Return the buffer and the phase that the next tile begins with.
+    """
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, TOKENS, 16]
     )

@@ -38,13 +38,11 @@ def product(
 ) -> Tensor:
     """Multiply x by m and return f32 [parts, slots, rows], of x's type if `rounded`.
 
-    fuse: if no columns are split, apply the gate and return [slots, units].
-    into: rows to fill.
+    fuse: apply the gate and return [slots, units] if no columns are split. into: rows to fill.
     """
     slots = call.slots if slots is None else slots
     row_tiles = tiles(m.rows, gated=gated)
-    groups = -(-row_tiles // blocks.tile.height)
-    parts, each = _parts(call, x, groups, blocks)
+    groups, parts, each = _split(call, x, row_tiles, blocks)
     fused = fuse and parts == 1
     shape = (slots, m.rows // 2 if gated else m.rows) if fused else (parts, slots, m.rows)
     dtype = call.dtype if rounded else torch.float32
@@ -60,13 +58,11 @@ def product(
         slots=slots,
         GATED=gated,
         FUSED=fused,
-        ACT=call.act,
-        GATE=call.gate,
         TOP_K=top_k,
         SHARED=0 if shared is None else shared.shape[0],
         COPIES=1 if INTERPRETED else blocks.tile.copies,
     )
-    common |= {**m.arguments(), **blocks.arguments(), **call.limits}
+    common |= {**m.arguments(), **blocks.arguments(), **call.gating()}
     if blocks.tile.persistent and call.hopper:
         _persistent(call, name, groups, blocks, common)
     else:
@@ -74,15 +70,15 @@ def product(
     return out
 
 
-def _parts(call: Call, x: Rows, groups: int, blocks: Blocks) -> tuple[int, int]:
-    """Return how many programs share the columns of a tile, and the steps of each of them."""
-    wanted = 1
+def _split(call: Call, x: Rows, row_tiles: int, blocks: Blocks) -> tuple[int, int, int]:
+    """Return groups of row tiles, parts that share a group's columns, and the steps of a part."""
+    groups, wanted = -(-row_tiles // blocks.tile.height), 1
     if blocks.tile.waves:
         programs = blocks.tile.waves * call.card.processors
         wanted = -(-programs // (groups * blocks.number))
     # 16 at most: the code that adds the parts up has a load for each
     each = -(-x.steps // max(1, min(wanted, x.steps, 16)))
-    return -(-x.steps // each), each
+    return groups, -(-x.steps // each), each
 
 
 def _persistent(call: Call, name: str, groups: int, blocks: Blocks, common: Arguments) -> None:

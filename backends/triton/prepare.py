@@ -19,7 +19,8 @@ from moecc.backends.triton.route import GROUP, route, route_counted
 def _project(x_ptr, basis_ptr, z_ptr, group, part, tokens, columns, span, rank, RANK: tl.constexpr):
     """Store this part's share of z = basis x for 16 tokens, in float32.
 
-    z is [z_parts, tokens, RANK], basis [rank, columns]."""
+    z is [z_parts, tokens, RANK], basis [rank, columns].
+    """
     t, r, lane = group * 16 + tl.arange(0, 16), tl.arange(0, RANK), tl.arange(0, 32)
     z = tl.zeros([16, RANK], tl.float32)
     for start in range(part * span, tl.minimum((part + 1) * span, columns), 32):
@@ -72,7 +73,8 @@ def prepare_kernel(
     """Grid: routes + tokens * steps programs; with a basis ceil(tokens / 16) * z_parts more.
 
     routes is EXPERTS, or segments * ceil(EXPERTS / GROUP) if counts are given. Each of the z_parts
-    covers z_span columns."""
+    covers z_span columns.
+    """
     after_last(HOPPER)
     let_next_start(HOPPER)
     program = tl.program_id(0)

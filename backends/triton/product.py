@@ -26,7 +26,8 @@ def _fence(one):
     """Make what cp.async wrote to shared memory visible to wgmma (PTX ISA, fence.proxy.async).
 
     Triton before 3.7 leaves this fence out (its pull request 9610). one: any scalar, as the
-    assembly's operand."""
+    assembly's operand.
+    """
     tl.inline_asm_elementwise(
         "fence.proxy.async.shared::cta; mov.u32 $0, $1;",
         "=r,r",
@@ -42,7 +43,8 @@ def _finished(total):
     """Return total unchanged, after the product that computes it has ended.
 
     Otherwise triton lets wgmma run into the next step, which may write the registers that wgmma
-    still reads. PTX ISA, wgmma.wait_group, forbids that; see triton's issue 9433."""
+    still reads. PTX ISA, wgmma.wait_group, forbids that; see triton's issue 9433.
+    """
     return tl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -72,7 +74,8 @@ def _low_rank(
 ):
     """Return y + coef_scale * (coef z), f32 [ROWS, TOKENS].
 
-    z is f32 [z_parts, tokens, RANK], coef i8 [E, rows, rank]."""
+    z is f32 [z_parts, tokens, RANK], coef i8 [E, rows, rank].
+    """
     r = tl.arange(0, RANK)
     at = (e * rows + row)[:, None] * rank + r[None, :]
     coef = tl.load(coef_ptr + at, mask=real[:, None] & (r < rank)[None, :], other=0)

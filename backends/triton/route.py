@@ -32,7 +32,8 @@ def route(
     """Write the blocks of expert e.
 
     Every program counts the slots of all experts, so it knows where its own blocks start. BINS, a
-    power of two, exceeds EXPERTS: the last bin counts the choices that name no expert."""
+    power of two, exceeds EXPERTS: the last bin counts the choices that name no expert.
+    """
     lane, bins = tl.arange(0, CHUNK), tl.arange(0, BINS)
     counts = tl.zeros([BINS], tl.int32)
     for start in range(0, slots, CHUNK):
@@ -73,7 +74,8 @@ def count_kernel(
     """Count the slots of each expert in one segment.
 
     Grid: segments. A segment has span slots, a multiple of CHUNK. BINS is a power of two and at
-    least EXPERTS."""
+    least EXPERTS.
+    """
     after_last(HOPPER)
     let_next_start(HOPPER)
     segment, lane, bins = tl.program_id(0), tl.arange(0, CHUNK), tl.arange(0, BINS)
@@ -106,7 +108,8 @@ def route_counted(
     """Write one segment's slots of GROUP experts, from the counts of `count_kernel`.
 
     One scan ranks the slots of all GROUP experts: each expert counts in 16 bits of its own, which
-    CHUNK does not overflow. SEGMENTS is a power of two and at least segments."""
+    CHUNK does not overflow. SEGMENTS is a power of two and at least segments.
+    """
     e, lane, bins, own = group * GROUP, tl.arange(0, CHUNK), tl.arange(0, BINS), tl.arange(0, GROUP)
     start, stop = segment * span, tl.minimum((segment + 1) * span, slots)
     # issue every load first, so that none waits for another
