@@ -20,8 +20,7 @@ from moecc.backends.triton import pack
 from moecc.backends.triton.abstract import SHAPES as SHAPES
 from moecc.backends.triton.abstract import Shape
 from moecc.backends.triton.launch import vq_experts
-from moecc.backends.triton.op import Attributes
-from moecc.backends.triton.parts import Plan
+from moecc.backends.triton.parts import Attributes, Plan
 from moecc.ir import ops, vq4
 
 PRODUCTS = "torch grouped_mm, products alone"

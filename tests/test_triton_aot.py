@@ -67,7 +67,7 @@ def wrong(report: Report, target: Target, launch: Launch) -> list[str]:
 
 
 def early(ptx: str) -> bool:
-    """Whether memory is accessed before the previous kernel ended (`moecc.backends.triton.chain`)."""
+    """Whether memory is accessed before the previous kernel ended (see `triton.chain`)."""
     wait = ptx.find("griddepcontrol.wait")
     access = re.search(r"\b(?:ld|st)\.global\b|\bcp\.async\.c", ptx)
     assert access
@@ -167,7 +167,7 @@ def test_no_grid_is_too_large_for_any_number_of_tokens(shape: Shape, dtype: torc
 
 
 def steps(ptx: str) -> list[str]:
-    """Return each loop with products, twice, and the code after it up to the wait for all of them."""
+    """Return each loop with products, twice, and the code after it up to the wait for all."""
     labels = {m[1]: m.end() for m in re.finditer(r"^(\$L__BB\w+):", ptx, re.MULTILINE)}
     jumps = [
         (labels[m[1]], m.start())

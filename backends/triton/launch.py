@@ -37,9 +37,8 @@ from torch import Tensor
 
 from moecc.backends.triton import around, matmul
 from moecc.backends.triton.call import Call
-from moecc.backends.triton.op import Attributes
 from moecc.backends.triton.pack import Projection
-from moecc.backends.triton.parts import Blocks, LowRank, Matrices, Plan, Rows
+from moecc.backends.triton.parts import Attributes, Blocks, LowRank, Matrices, Plan, Rows
 from moecc.backends.triton.tiles import Card, Tile, card_of, choose_tile
 from moecc.errors import MoeccError
 from moecc.ir.gates import rows_per_unit

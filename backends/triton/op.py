@@ -13,23 +13,14 @@ The derivatives are those of the definition. torch.compile and torch.export see 
 from __future__ import annotations
 
 import os
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
 from moecc.backends.triton import pack
+from moecc.backends.triton.parts import Attributes
 from moecc.ir import ops, vq4
 from moecc.ir.gates import rows_per_unit
-
-
-class Attributes(TypedDict):
-    """The op's attributes: the gate (`moecc.ir.gates`), and the norm's epsilon."""
-
-    act: str
-    gate: str
-    alpha: float
-    limit: float
-    eps: float
 
 
 def _projections(

@@ -1,4 +1,4 @@
-"""What a plan consists of: launches, and the operands that they read.
+"""What a plan is made from, and what it consists of: attributes, operands, launches.
 
 Shapes: R rows of x, E experts, N rows and K columns of a matrix, r rank.
 """
@@ -6,7 +6,7 @@ Shapes: R rows of x, E experts, N rows and K columns of a matrix, r rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ from moecc.ir import vq4
 Kernel: TypeAlias = Any  # what triton.jit or gluon.jit returns; triton has no types for it
 Argument: TypeAlias = Tensor | float | str | None
 Arguments: TypeAlias = dict[str, Argument]
+
+
+class Attributes(TypedDict):
+    """The attributes of moecc::vq_experts: the gate (`moecc.ir.gates`), and the norm's epsilon."""
+
+    act: str
+    gate: str
+    alpha: float
+    limit: float
+    eps: float
 
 
 class Launch(NamedTuple):
