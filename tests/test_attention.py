@@ -1,4 +1,4 @@
-"""moecc::CachedAttention: the function of standard operators and the op library against a plain definition in float64."""
+"""moecc::CachedAttention: function and op library against a plain definition in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Sizes and what there is. room: tokens that the cache has memory for beyond those it holds."""
+    """Sizes and operands. room: tokens for which the cache has memory beyond those it holds."""
 
     batch: int = 2
     tokens: int = 3
@@ -36,7 +36,9 @@ class Case:
     normed: bool = False
     interleaved: bool = False
     half: bool = False
-    mask: str = "rows"  # rows: of each row; one: for all; heads: of each head; nothing: some queries see no key
+    # rows: a mask for each row; one: for all; heads: for each head; nothing: some queries see no
+    # key
+    mask: str = "rows"
     room: int = 0
 
     @property
@@ -45,17 +47,25 @@ class Case:
 
     def made(self) -> Tensors:
         b, s, p, h, g, d, e = (
-            self.batch, self.tokens, self.past, self.heads, self.groups, self.width, self.value_width,
-        )  # fmt: skip
+            self.batch,
+            self.tokens,
+            self.past,
+            self.heads,
+            self.groups,
+            self.width,
+            self.value_width,
+        )
         planes = {"rows": (b, 1), "one": (1, 1), "heads": (b, h), "nothing": (b, 1)}[self.mask]
         mask = torch.ones(s, p + s).tril(p).bool() & (torch.rand(*planes, s, p + s) > 0.3)
         mask |= torch.eye(s, p + s, dtype=torch.bool).roll(p, 1)  # each sees itself
         if self.mask == "nothing":
             mask[0, 0, 0] = False
         tensors = {
-            "rows": torch.randn(b, s, (h + g) * d + g * e), "past_key": torch.randn(b, g, p + self.room, d),
-            "past_value": torch.randn(b, g, p + self.room, e), "mask": mask,
-        }  # fmt: skip
+            "rows": torch.randn(b, s, (h + g) * d + g * e),
+            "past_key": torch.randn(b, g, p + self.room, d),
+            "past_value": torch.randn(b, g, p + self.room, e),
+            "mask": mask,
+        }
         if self.normed:
             tensors |= {"q_norm": torch.rand(d) + 0.5, "k_norm": torch.rand(d) + 0.5}
         if self.angles:
@@ -68,12 +78,17 @@ class Case:
     def attributes(self) -> dict[str, Any]:
         h, g, d, e = self.heads, self.groups, self.width, self.value_width
         return {
-            "parts": [h * d, g * d, g * e], "queries": [0, 0, h, d], "keys": [0, 0, g, d], "values": [0, 0, g, e],
-            "scale": 0.3, "eps": 1e-3, "interleaved": int(self.interleaved),
-        }  # fmt: skip
+            "parts": [h * d, g * d, g * e],
+            "queries": [0, 0, h, d],
+            "keys": [0, 0, g, d],
+            "values": [0, 0, g, e],
+            "scale": 0.3,
+            "eps": 1e-3,
+            "interleaved": int(self.interleaved),
+        }
 
     def expected(self, given: Tensors) -> Tensor:
-        """Output, keys and values one after the other, as one row."""
+        """Output, keys and values, one after the other in one row."""
         t = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
         parts = t["rows"].split(self.attributes()["parts"], -1)
         widths = (self.width, self.width, self.value_width)
@@ -135,10 +150,8 @@ CASES: dict[str, Case] = {
     "few angles": Case(angles=5),
     "blind": Case(mask="nothing"),
 }
-LIBRARY_ONLY = {
-    "few angles",
-    "blind",
-}  # the operators want angles for all channels, and make no number of nothing
+# The operators want angles for all channels, and have no result for a query that sees nothing.
+LIBRARY_ONLY = {"few angles", "blind"}
 
 
 def write(folder: Path, name: str, case: Case, given: Tensors, *, functions: bool = False) -> None:
@@ -149,11 +162,8 @@ def write(folder: Path, name: str, case: Case, given: Tensors, *, functions: boo
             case.name, list(given), ["y", "key", "value"], domain="moecc", **case.attributes()
         )
     ]
-    for n, size in (
-        ("y", case.tokens),
-        ("key", total),
-        ("value", total),
-    ):  # not what a cache has beyond
+    # Cut off the room of the cache.
+    for n, size in (("y", case.tokens), ("key", total), ("value", total)):
         axis = 1 if n == "y" else 2
         nodes += [h.make_node("Slice", [n, "zero", f"{n}_size", f"{n}_axis"], [f"{n}_cut"])]
         nodes += [h.make_node("Reshape", [f"{n}_cut", "flat"], [f"{n}_flat"])]
@@ -165,9 +175,11 @@ def write(folder: Path, name: str, case: Case, given: Tensors, *, functions: boo
     nodes += [h.make_node("Concat", ["y_flat", "key_flat", "value_flat"], ["all"], axis=0)]
     types = {n: 9 if t.dtype == torch.bool else kind for n, t in given.items()}
     graph = h.make_graph(
-        nodes, "g", [h.make_tensor_value_info(n, types[n], [None] * t.dim()) for n, t in given.items()],
+        nodes,
+        "g",
+        [h.make_tensor_value_info(n, types[n], [None] * t.dim()) for n, t in given.items()],
         [h.make_tensor_value_info("all", kind, [None])],
-    )  # fmt: skip
+    )
     model = h.make_model(
         graph, opset_imports=[h.make_opsetid("", 23), h.make_opsetid("moecc", 1)], ir_version=11
     )
@@ -190,7 +202,7 @@ def check(outcome: Outcome, name: str, case: Case, given: Tensors, what: str) ->
     assert error <= (2e-3 if case.half else 1e-5), f"{name}, {what}: {error:.1e}"
 
 
-def test_the_library_gives_what_attention_is(tmp_path: Path, isas: list[str]) -> None:  # noqa: F811
+def test_the_library_computes_attention(tmp_path: Path, isas: list[str]) -> None:  # noqa: F811
     batch, made = Batch(tmp_path), {name: case.made() for name, case in CASES.items()}
     for name, case in CASES.items():
         write(tmp_path, name, case, made[name])
@@ -203,7 +215,7 @@ def test_the_library_gives_what_attention_is(tmp_path: Path, isas: list[str]) ->
 @pytest.mark.parametrize(
     "name", [n for n, c in CASES.items() if not c.room and n not in LIBRARY_ONLY]
 )
-def test_the_function_gives_the_same(name: str, tmp_path: Path) -> None:
+def test_the_function_computes_attention(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     given = case.made()
     write(tmp_path, "one", case, given, functions=True)
@@ -211,7 +223,7 @@ def test_the_function_gives_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_sanitizers_find_nothing(tmp_path: Path, isas: list[str]) -> None:  # noqa: F811
-    """In attention and in masks, whose inputs each have memory that ends where they do."""
+    """Attention and masks; each input has memory that ends where the input does."""
     library, environment = sanitized()
     batch, made = Batch(tmp_path), {name: case.made() for name, case in CASES.items()}
     for name, case in CASES.items():
@@ -233,20 +245,47 @@ def test_sanitizers_find_nothing(tmp_path: Path, isas: list[str]) -> None:  # no
 
 WRONG = {
     "rows": ({"rows": lambda t: t[0]}, "rows has shape [3, 184], expected [B, S, row width]"),
-    "row_width": ({"rows": lambda t: t[..., :-2]}, "which leaves no whole heads of queries beside past_key [2, 2, 5, 24]"),
-    "odd_heads": ({"rows": lambda t: t[..., :-24]}, "which leaves no whole heads of queries beside"),
-    "past_key": ({"past_key": lambda t: t[:1]}, "past_key has shape [1, 2, 5, 24], expected [2, 2, 5, 24]"),
-    "past_value": ({"past_value": lambda t: t[:, :, :4]}, "past_value has shape [2, 2, 4, 20], expected [2, 2, 5, 20]"),
+    "row_width": (
+        {"rows": lambda t: t[..., :-2]},
+        "which leaves no whole heads of queries beside past_key [2, 2, 5, 24]",
+    ),
+    "odd_heads": (
+        {"rows": lambda t: t[..., :-24]},
+        "which leaves no whole heads of queries beside",
+    ),
+    "past_key": (
+        {"past_key": lambda t: t[:1]},
+        "past_key has shape [1, 2, 5, 24], expected [2, 2, 5, 24]",
+    ),
+    "past_value": (
+        {"past_value": lambda t: t[:, :, :4]},
+        "past_value has shape [2, 2, 4, 20], expected [2, 2, 5, 20]",
+    ),
     "no_heads": ({"past_key": lambda t: t[:, :0]}, "has no heads or channels"),
-    "mask": ({"mask": lambda t: t[..., 0]}, "mask has shape [2, 1, 3], expected [B or 1, H or 1, S, P + S]"),
-    "mask_heads": ({"mask": lambda t: t.repeat(1, 3, 1, 1)}, "mask has shape [2, 3, 3, 8], expected [2, 4, 3, 8]"),
-    "no_room": ({"mask": lambda t: t.repeat(1, 1, 1, 2)}, "past_key has room for 5 tokens, mask [2, 1, 3, 16] is of 13 past"),
-    "little_room": ({"mask": lambda t: t[..., 1:]}, "past_key has room for 5 tokens, mask [2, 1, 3, 7] is of 4 past and 3 new"),
+    "mask": (
+        {"mask": lambda t: t[..., 0]},
+        "mask has shape [2, 1, 3], expected [B or 1, H or 1, S, P + S]",
+    ),
+    "mask_heads": (
+        {"mask": lambda t: t.repeat(1, 3, 1, 1)},
+        "mask has shape [2, 3, 3, 8], expected [2, 4, 3, 8]",
+    ),
+    "no_room": (
+        {"mask": lambda t: t.repeat(1, 1, 1, 2)},
+        "past_key has room for 5 tokens, mask [2, 1, 3, 16] is of 13 past",
+    ),
+    "little_room": (
+        {"mask": lambda t: t[..., 1:]},
+        "past_key has room for 5 tokens, mask [2, 1, 3, 7] is of 4 past and 3 new",
+    ),
     "short_mask": ({"mask": lambda t: t[..., :2]}, "mask [2, 1, 3, 2] is of -1 past"),
     "norm": ({"q_norm": lambda t: t[:5]}, "q_norm has shape [5], expected [24]"),
-    "angles": ({"cos": lambda t: t.repeat(1, 1, 2)}, "cos has shape [2, 3, 24], more angles than pairs of channels"),
+    "angles": (
+        {"cos": lambda t: t.repeat(1, 1, 2)},
+        "cos has shape [2, 3, 24], more angles than pairs of channels",
+    ),
     "sines": ({"sin": lambda t: t[:1]}, "sin has shape [1, 3, 12], expected [2, 3, 12]"),
-}  # fmt: skip
+}
 
 
 def write_wrong(folder: Path) -> None:
@@ -256,7 +295,7 @@ def write_wrong(folder: Path) -> None:
         write(folder, name, case, given | {n: f(given[n]).contiguous() for n, f in changes.items()})
 
 
-def test_what_does_not_fit_is_an_error_that_says_so(tmp_path: Path) -> None:
+def test_an_operand_of_a_wrong_shape_is_named(tmp_path: Path) -> None:
     write_wrong(tmp_path)
     outcome = Batch(tmp_path).run(build.library(), threads=2)
     for name, (_, text) in WRONG.items():

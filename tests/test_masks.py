@@ -1,4 +1,7 @@
-"""moecc::CausalMask: function and op library give what a causal mask is. Which masks become one: test_onnx.py."""
+"""moecc::CausalMask: function and op library compute a causal mask.
+
+test_onnx.py tests which masks of a model become one.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,13 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from moecc.backends.onnx.rewrites import masks  # noqa: E402
 
-SIZES = (
-    (1, [0], 1),
-    (3, [0, 2, 9], 8),
-    (1, [4, 0], 9),
-    (6, [1], 6),
-)  # new tokens, padding of each row, all tokens
+# new tokens, padding of each row, all tokens
+SIZES = ((1, [0], 1), (3, [0, 2, 9], 8), (1, [4, 0], 9), (6, [1], 6))
 CASES = [(*size, window) for size in SIZES for window in (1, 3, masks.NO_WINDOW)]
 
 
 @pytest.mark.parametrize("library", (False, True))
-def test_function_and_library_give_what_it_is(library: bool) -> None:
+def test_function_and_library_compute_the_mask(library: bool) -> None:
     for tokens, padding, total, window in CASES:
         session = one(window, library)
         y = session.run(None, feed(tokens, padding, total))[0]
@@ -43,7 +42,7 @@ def feed(tokens: int, padding: list[int], total: int) -> dict[str, np.ndarray]:
     }
 
 
-def test_what_does_not_fit_is_an_error_that_says_so() -> None:
+def test_an_operand_of_a_wrong_shape_is_named() -> None:
     session = one(3, True)
     ids = np.zeros((2, 4), np.int64)
     for counts, text in (
@@ -78,9 +77,14 @@ def of_one_node(window: int) -> Any:
     )
     info, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
     graph = onnx.helper.make_graph(
-        [node], "one", [info("input_ids", kinds.INT64, ["B", "S"]), info("attention_mask", kinds.INT64, ["B", "T"])],
+        [node],
+        "one",
+        [
+            info("input_ids", kinds.INT64, ["B", "S"]),
+            info("attention_mask", kinds.INT64, ["B", "T"]),
+        ],
         [info("y", kinds.BOOL, ["B", 1, "S", "T"])],
-    )  # fmt: skip
+    )
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("moecc", 1)]
     functions = [ir.serde.serialize_function(masks.function(21))]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)

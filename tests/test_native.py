@@ -1,8 +1,9 @@
-"""The native op library against the eager reference, in ONNX Runtime, for every instruction set that this CPU has.
+"""The op library's experts against the eager reference, for every instruction set of this CPU.
 
-Sessions run in processes of their own, which import nothing but numpy and ONNX Runtime: MOECC_ISA is read there, a library with
-sanitizers needs its runtime loaded first, and another ONNX Runtime has another Python. What a process is to run lies in a
-folder: `name.onnx`, and `name.npz` with the inputs of several runs.
+Sessions run in ONNX Runtime in processes of their own, which import only it and numpy: MOECC_ISA is
+read there, a library with sanitizers needs its runtime loaded first, and another ONNX Runtime has
+another Python. A folder says what a process runs: `name.onnx`, and `name.npz` with the inputs of
+several runs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from moecc.backends.onnx import build, layout
-from moecc.errors import MoeccError
 from moecc.ir import gates, vq4
 from moecc.ir.ops import VQ_EXPERTS
 
@@ -36,12 +35,13 @@ if not any(map(shutil.which, build.COMPILERS)) and not os.environ.get("CXX"):
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 TOLERANCE = 3e-5  # norm-wise, of y
-HALF_TOLERANCE = 3e-4  # few of the values are rounded the other way, by one unit of 2^-11
+HALF_TOLERANCE = 3e-4  # a few values are rounded the other way, by one unit of 2^-11
 TOKENS = (0, 1, 2, 3, 5, 33, 130)
 Tensors = dict[str, Any]  # Tensor or None, by NAMES
 Projection = dict[str, Tensor | None]  # by vq4.TENSORS, as stored
 
-# argv: library, folder, intra-op threads. Prints {"name": [errors]} and writes name.out.npz with the output of every run.
+# argv: library, folder, intra-op threads. Prints {"name": [errors]} and writes name.out.npz with
+# the output of every run.
 RUN = """
 import json, sys
 from pathlib import Path
@@ -59,8 +59,11 @@ for path in sorted(Path(folder).glob("*.onnx")):
         if library:
             options.register_custom_ops_library(library)
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for run in sorted({name.split("/")[0] for name in runs.files}):
-            feed = {name.split("/")[1]: runs[name] for name in runs.files if name.split("/")[0] == run}
+        feeds = {}
+        for name in sorted(runs.files):
+            run, _, operand = name.partition("/")
+            feeds.setdefault(run, {})[operand] = runs[name]
+        for run, feed in feeds.items():
             out[run] = session.run(None, feed)[0]
     except Exception as error:
         errors[path.stem].append(str(error))
@@ -74,7 +77,7 @@ print(json.dumps(errors))
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One node: the sizes of a layer, and what it has. bits and means: of gate_up and of down."""
+    """One node: the sizes and operands of a layer. bits and means: of gate_up and of down."""
 
     hidden: int = 72
     intermediate: int = 40
@@ -93,7 +96,7 @@ class Case:
     half: bool = False
     loud: float = 1.0  # factor of x
     fed: bool = False  # weights are graph inputs, not initializers
-    empty: bool = False  # what is absent is given with no elements
+    empty: bool = False  # absent operands are given, with no elements
     tokens: Sequence[int] = TOKENS
     route: Callable[[int, int, int], Tensor] | None = None  # tokens, k, experts -> index
 
@@ -191,7 +194,10 @@ def node_model(
     fed: bool = False,
     half: bool = False,
 ) -> Any:
-    """A model of one node; `inputs` by NAMES from 3 on are initializers, or inputs of the graph. Shapes are left open."""
+    """A model of one node, with open shapes.
+
+    inputs: the operands in NAMES from 3 on; initializers, or inputs of the graph if `fed`.
+    """
     h = onnx.helper
     x = TYPES[torch.float16 if half else torch.float32]
     graph_inputs = [h.make_tensor_value_info("x", x, [None, None])]
@@ -221,7 +227,10 @@ def node_model(
 def write(
     folder: Path, name: str, case: Case, change: Callable[[Tensors], None] | None = None
 ) -> dict[str, Tensor]:
-    """Puts a case into a folder; what the reference gives, by run. change: of all that the node is given, to what is wrong."""
+    """Write a case into a folder and return the reference's output by run.
+
+    change: alters the node's inputs to wrong ones; then there is no reference.
+    """
     torch.manual_seed(sum(name.removesuffix("_empty").encode()))
     up, down, norm = case.layer()
     tensors = dict(zip(NAMES[3:], operands(up, down, norm), strict=True))
@@ -274,7 +283,14 @@ CASES: dict[str, Case] = {
     "wide": Case(hidden=600, intermediate=330, experts=3, bits=(2, 4), tokens=(1, 4, 9)),
     "tall": Case(hidden=600, intermediate=330, experts=3, bits=(2, 2), tokens=(1, 2, 3, 9)),
     "tall_everything": Case(
-        hidden=530, intermediate=270, experts=3, means=(2, 2), rank=5, bias=True, tokens=(1, 2), post_norm=True
+        hidden=530,
+        intermediate=270,
+        experts=3,
+        means=(2, 2),
+        rank=5,
+        bias=True,
+        tokens=(1, 2),
+        post_norm=True,
     ),
     "wide_signs": Case(hidden=600, intermediate=330, experts=3, bits=(3, 3), tokens=(1, 4, 9)),
     "small": Case(hidden=3, intermediate=1, experts=1, top_k=1),
@@ -298,9 +314,12 @@ CASES: dict[str, Case] = {
     **{f"act_{act}": Case(act=act, tokens=(1, 5)) for act in gates.ACTIVATIONS},
     **{f"plain_{act}": Case(act=act, gate="none", tokens=(1, 5)) for act in gates.ACTIVATIONS},
     **{f"gate_{gate}": Case(gate=gate, tokens=(1, 5)) for gate in gates.GATES},
-    **{f"loud_{act}": Case(act=act, gate="none", loud=1e3, tokens=(1, 5)) for act in gates.ACTIVATIONS},
+    **{
+        f"loud_{act}": Case(act=act, gate="none", loud=1e3, tokens=(1, 5))
+        for act in gates.ACTIVATIONS
+    },
     **{f"loud_{gate}": Case(gate=gate, loud=5, tokens=(1, 5)) for gate in gates.GATES},
-}  # fmt: skip
+}
 
 
 # ---- runs
@@ -308,7 +327,7 @@ CASES: dict[str, Case] = {
 
 @dataclass
 class Batch:
-    """The cases in a folder, and what the reference says of them."""
+    """The cases in a folder, and the reference's outputs."""
 
     folder: Path
     expected: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -322,7 +341,7 @@ class Batch:
         before: str = "",
         **environment: str,
     ) -> Outcome:
-        """Runs all cases in a process of its own. before: Python that it runs once ONNX Runtime is imported."""
+        """Run all cases in a new process. before: Python to run after importing ONNX Runtime."""
         command = [
             python,
             "-c",
@@ -370,7 +389,7 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
 
 @pytest.fixture(scope="module")
 def isas(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The names that MOECC_ISA may have here, as the error about a wrong one lists them."""
+    """The values of MOECC_ISA for this CPU, which the error about a wrong value lists."""
     one = Batch(tmp_path_factory.mktemp("one"))
     write(one.folder, "one", Case(tokens=(1,)))
     said = one.run(build.library(), MOECC_ISA="abacus").errors["one"][0]
@@ -387,19 +406,16 @@ def outcomes(batch: Batch, isas: list[str]) -> dict[str, Outcome]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_library_gives_what_the_reference_gives(
+def test_the_library_computes_what_the_reference_does(
     name: str, batch: Batch, outcomes: dict[str, Outcome]
 ) -> None:
     for what, outcome in outcomes.items():
         outcome.check(name, batch.expected[name], what)
 
 
-def test_values_that_are_no_numbers_stay_in_their_token(tmp_path: Path, isas: list[str]) -> None:
-    tall = {
-        "hidden": 600,
-        "intermediate": 330,
-        "experts": 12,
-    }  # enough rows, and few tokens an expert, for lookups
+def test_nan_and_infinity_stay_in_their_token(tmp_path: Path, isas: list[str]) -> None:
+    # Enough rows, and few enough tokens an expert, for lookups.
+    tall = {"hidden": 600, "intermediate": 330, "experts": 12}
     cases = {
         "few": Case(tokens=(3,), **tall),
         "many": Case(tokens=(33,)),
@@ -426,7 +442,7 @@ def test_values_that_are_no_numbers_stay_in_their_token(tmp_path: Path, isas: li
             )
 
 
-def test_numbers_may_be_tiny_or_huge(tmp_path: Path, isas: list[str]) -> None:
+def test_tiny_and_huge_inputs_keep_their_precision(tmp_path: Path, isas: list[str]) -> None:
     cases = {
         f"{kind}{exponent}": (
             Case(tokens=(2, 9), act="identity", gate="none", bits=bits, **sizes),
@@ -454,7 +470,7 @@ def test_numbers_may_be_tiny_or_huge(tmp_path: Path, isas: list[str]) -> None:
             outcome.check(name, expected, isa)
 
 
-# ---- what is wrong is said
+# ---- errors
 
 
 def put(name: str, value: Any) -> Callable[[Tensors], None]:
@@ -470,35 +486,87 @@ FULL = Case(tokens=(2,), bits=(3, 2), means=(3, 2), rank=3, bias=True, post_norm
 WRONG: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "index_high": (put("topk_index", lambda t: t * 0 + 5), "topk_index 5 is outside 0..4"),
     "index_low": (put("topk_index", lambda t: t * 0 - 1), "topk_index -1 is outside 0..4"),
-    "index_tokens": (put("topk_index", lambda t: t[:1]), "topk_index has shape [1, 2], expected [2, k]"),
-    "index_none": (put("topk_index", lambda t: t[:, :0]), "topk_index has shape [2, 0], expected [2, k]"),
-    "weight": (put("topk_weight", lambda t: t[:, :1]), "topk_weight has shape [2, 1], expected [2, 2]"),
-    "x": (put("x", lambda t: t[:, :64]), "gate_up_codes has shape [5, 2, 2, 16, 64], expected [5, 1, 2, 16, 64]"),
-    "codes_rank": (put("gate_up_codes", lambda t: t[0]), "gate_up_codes has shape [2, 2, 16, 64], expected five dimensions"),
-    "codes_rows": (
-        put("gate_up_codes", lambda t: t[:, :, :1]), "gate_up_codes has shape [5, 2, 1, 16, 64], expected [5, 2, 2, 16, 64]",
+    "index_tokens": (
+        put("topk_index", lambda t: t[:1]),
+        "topk_index has shape [1, 2], expected [2, k]",
     ),
-    "down_codes": (put("down_codes", lambda t: t[:4]), "down_codes has shape [4, 1, 2, 16, 64], expected [5, 1, 2, 16, 64]"),
+    "index_none": (
+        put("topk_index", lambda t: t[:, :0]),
+        "topk_index has shape [2, 0], expected [2, k]",
+    ),
+    "weight": (
+        put("topk_weight", lambda t: t[:, :1]),
+        "topk_weight has shape [2, 1], expected [2, 2]",
+    ),
+    "x": (
+        put("x", lambda t: t[:, :64]),
+        "gate_up_codes has shape [5, 2, 2, 16, 64], expected [5, 1, 2, 16, 64]",
+    ),
+    "codes_rank": (
+        put("gate_up_codes", lambda t: t[0]),
+        "gate_up_codes has shape [2, 2, 16, 64], expected five dimensions",
+    ),
+    "codes_rows": (
+        put("gate_up_codes", lambda t: t[:, :, :1]),
+        "gate_up_codes has shape [5, 2, 1, 16, 64], expected [5, 2, 2, 16, 64]",
+    ),
+    "down_codes": (
+        put("down_codes", lambda t: t[:4]),
+        "down_codes has shape [4, 1, 2, 16, 64], expected [5, 1, 2, 16, 64]",
+    ),
     "no_codes": (put("down_codes", lambda t: t[:0]), "down_codes is missing"),
-    "codebook": (put("down_codebook", lambda t: t[:2]), "down_codebook has shape [2, 256, 4], expected [1 or 5, 256, 2 or 4]"),
-    "codebook_v": (put("down_codebook", lambda t: t[..., :3]), "down_codebook has shape [5, 256, 3], expected [1 or 5, 256,"),
-    "codebook_pairs": (put("gate_up_codebook", lambda t: t[..., :2]), "[5, 2, 2, 16, 64], expected [5, 2, 2, 32"),
-    "signs": (put("gate_up_signs", lambda t: t[..., :4]), "gate_up_signs has shape [5, 2, 2, 16, 4], expected [5, 2, 2, 16, 32]"),
-    "scale_rank": (put("gate_up_scale", lambda t: t[0]), "gate_up_scale has shape [80], expected [E, N]"),
-    "scale_rows": (put("down_scale", lambda t: t[:, :5]), "down_scale has shape [5, 5], expected [5, 72]"),
+    "codebook": (
+        put("down_codebook", lambda t: t[:2]),
+        "down_codebook has shape [2, 256, 4], expected [1 or 5, 256, 2 or 4]",
+    ),
+    "codebook_v": (
+        put("down_codebook", lambda t: t[..., :3]),
+        "down_codebook has shape [5, 256, 3], expected [1 or 5, 256,",
+    ),
+    "codebook_pairs": (
+        put("gate_up_codebook", lambda t: t[..., :2]),
+        "[5, 2, 2, 16, 64], expected [5, 2, 2, 32",
+    ),
+    "signs": (
+        put("gate_up_signs", lambda t: t[..., :4]),
+        "gate_up_signs has shape [5, 2, 2, 16, 4], expected [5, 2, 2, 16, 32]",
+    ),
+    "scale_rank": (
+        put("gate_up_scale", lambda t: t[0]),
+        "gate_up_scale has shape [80], expected [E, N]",
+    ),
+    "scale_rows": (
+        put("down_scale", lambda t: t[:, :5]),
+        "down_scale has shape [5, 5], expected [5, 72]",
+    ),
     "bias": (put("gate_up_bias", lambda t: t[0]), "gate_up_bias has shape [80], expected [5, 80]"),
-    "no_coef": (put("down_coef", None), "down_basis, down_coef and down_coef_scale must be given together"),
-    "basis": (put("down_basis", lambda t: t[:, :8]), "down_basis has shape [3, 8], expected [3, 72]"),
-    "coef": (put("gate_up_coef", lambda t: t.mT.contiguous()), "gate_up_coef has shape [5, 3, 80], expected [5, 80, 3]"),
-    "coef_scale": (put("down_coef_scale", lambda t: t[:, :2]), "down_coef_scale has shape [5, 2], expected [5, 3]"),
+    "no_coef": (
+        put("down_coef", None),
+        "down_basis, down_coef and down_coef_scale must be given together",
+    ),
+    "basis": (
+        put("down_basis", lambda t: t[:, :8]),
+        "down_basis has shape [3, 8], expected [3, 72]",
+    ),
+    "coef": (
+        put("gate_up_coef", lambda t: t.mT.contiguous()),
+        "gate_up_coef has shape [5, 3, 80], expected [5, 80, 3]",
+    ),
+    "coef_scale": (
+        put("down_coef_scale", lambda t: t[:, :2]),
+        "down_coef_scale has shape [5, 2], expected [5, 3]",
+    ),
     "mean_scale": (put("down_mean_scale", None), "down_mean_scale is missing"),
-    "mean_rows": (put("gate_up_mean_scale", lambda t: t[:, :2]), "gate_up_mean_scale has shape [1, 2], expected [1, 80]"),
+    "mean_rows": (
+        put("gate_up_mean_scale", lambda t: t[:, :2]),
+        "gate_up_mean_scale has shape [1, 2], expected [1, 80]",
+    ),
     "post_norm": (put("post_norm", lambda t: t[:3]), "post_norm has shape [3], expected [72]"),
-}  # fmt: skip
+}
 
 
-def test_without_codes_or_basis_what_belongs_to_them_is_nothing(tmp_path: Path) -> None:
-    """An exporter may leave the rest in the file."""
+def test_operands_of_absent_codes_or_of_an_absent_basis_are_ignored(tmp_path: Path) -> None:
+    """An exporter may leave the other operands in the file."""
     batch = Batch(tmp_path)
     without = {"codes": "down_mean_codes", "basis": "gate_up_basis"}
     for name, tensor in without.items():
@@ -540,12 +608,15 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {
-    "act": {"act": "swish"}, "gate": {"gate": "geglu"}, "no_act": {"act": None}, "no_eps": {"eps": None},
-}  # fmt: skip
+    "act": {"act": "swish"},
+    "gate": {"gate": "geglu"},
+    "no_act": {"act": None},
+    "no_eps": {"eps": None},
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_does_not_fit_is_an_error_that_says_so(name: str, wrong: Outcome) -> None:
+def test_an_operand_of_a_wrong_shape_is_named(name: str, wrong: Outcome) -> None:
     (said,) = wrong.errors[name]
     assert "moecc::VQExperts: " in said and WRONG[name][1] in said
 
@@ -561,7 +632,7 @@ def test_what_does_not_fit_is_an_error_that_says_so(name: str, wrong: Outcome) -
         ("no_eps", "attribute eps is missing or no float"),
     ],
 )
-def test_what_is_unknown_or_missing_is_an_error_that_says_so(
+def test_an_odd_operand_or_an_unknown_attribute_is_named(
     name: str, text: str, wrong: Outcome
 ) -> None:
     (said,) = wrong.errors[name]
@@ -569,7 +640,7 @@ def test_what_is_unknown_or_missing_is_an_error_that_says_so(
 
 
 def test_too_little_memory_is_an_error(tmp_path: Path) -> None:
-    """A token with so many experts that their results need 16 GB, in a process that may have 6."""
+    """The results of a token's many experts need 16 GB; the process may have 6."""
     batch = Batch(tmp_path)
     write(batch.folder, "memory", Case(tokens=(1,), top_k=1))
     runs = dict(np.load(batch.folder / "memory.npz"))
@@ -588,7 +659,7 @@ def test_too_little_memory_is_an_error(tmp_path: Path) -> None:
 
 
 def sanitized() -> tuple[Path, dict[str, str]]:
-    """The library with address and undefined-behaviour sanitizers, and the environment that it needs."""
+    """The library with address and undefined-behaviour sanitizers, and its environment."""
     runtime = [
         subprocess.run(
             [*build.compiler(), f"-print-file-name={name}"],
@@ -610,7 +681,7 @@ def sanitized() -> tuple[Path, dict[str, str]]:
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(
     tmp_path: Path, isas: list[str]
 ) -> None:
-    """Weights are inputs here, so that each tensor has memory of its own that ends where the tensor does."""
+    """Weights are inputs here, so that each tensor has memory that ends where the tensor does."""
     library, environment = sanitized()
     batch = Batch(tmp_path)
     for name, case in CASES.items():
@@ -657,255 +728,3 @@ def test_sessions_and_threads_share_nothing(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert max(pool.map(run, range(64))) < TOLERANCE
-
-
-@pytest.fixture
-def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands of a compiler that writes empty files, with a cache of the test's own."""
-    monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
-    made: list[list[str]] = []
-
-    def fake(command: list[str]) -> str:
-        if command[-2] == "-o":
-            made.append(command)
-            Path(command[-1]).write_bytes(b"")
-        return "a version"
-
-    monkeypatch.setattr(build, "run", fake)
-    return made
-
-
-def test_the_library_is_built_once_and_found_again(tmp_path: Path, calls: list[list[str]]) -> None:
-    first = build.library()
-    assert first.parent == tmp_path / "ops" and len(calls) > 3
-    count = len(calls)
-    assert build.library() == first and len(calls) == count
-    assert build.library(sanitize=True) != first
-    assert sorted(p.name for p in first.parent.iterdir()) == sorted(
-        {first.name, build.library(sanitize=True).name}
-    )
-
-
-def test_a_kernel_file_gets_the_flags_of_its_instruction_set(calls: list[list[str]]) -> None:
-    for machine, own, other in (
-        ("AMD64", "avx2", "neon"),
-        ("arm64", "neon", "avx2"),
-        ("riscv64", "scalar", "neon"),
-    ):
-        calls.clear()
-        build.compiled(("c++",), machine)
-        lines = [" ".join(c) for c in calls]
-        assert any(f"kernel_{own}.cc" in line for line in lines) and any(
-            "kernel_scalar.cc" in line for line in lines
-        )
-        assert not any(f"kernel_{other}.cc" in line for line in lines)
-        assert all(
-            ("-mavx" in line) == ("kernel_avx" in line) for line in lines[:-1]
-        )  # the last one links
-
-
-def test_without_a_compiler_the_error_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        MoeccError, match=r"needs a C\+\+17 compiler: install g\+\+ or clang\+\+, or set CXX"
-    ):
-        build.library()
-    monkeypatch.setenv("CXX", "nosuchcompiler -O2")
-    with pytest.raises(MoeccError, match="CXX is 'nosuchcompiler', which is not installed"):
-        build.library()
-
-
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "cache"))
-    script = tmp_path / "cxx"
-    script.write_text(
-        "#!/bin/sh\n[ \"$1\" = --version ] || { echo 'x.cc:1: error: no such thing' >&2; exit 1; }\n"
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    with pytest.raises(
-        MoeccError, match=r"can't compile the op library: x.cc:1: error: no such thing; set CXX"
-    ):
-        build.library()
-    assert list((tmp_path / "cache" / "ops").iterdir()) == []
-
-
-def test_a_cache_that_can_t_be_written_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "file"))
-    with pytest.raises(MoeccError, match=r"can't write the op library to .*; set MOECC_CACHE"):
-        build.library()
-
-
-# Kernels against plain loops, without ONNX Runtime: what can run in an emulator. Prints the largest relative error.
-CHECK = r"""
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
-#include "kernels.h"
-using namespace moecc;
-
-static double worst = 0;
-
-static void check(const Kernels& k, int64_t v, bool signs, int64_t inputs) {
-  const int64_t rows = 3, columns = 2, width = columns * BLOCK, height = rows * BLOCK;
-  std::vector<uint8_t> codes(width * height / v), bits(width * height / 8);
-  std::vector<int8_t> book(256 * v);
-  for (auto& c : codes) c = rand();
-  for (auto& b : bits) b = rand();
-  for (auto& b : book) b = signs ? rand() % 128 : rand() % 255 - 127;
-  const Coded m{codes.data(), signs ? bits.data() : nullptr, book.data(), v, rows, columns};
-  std::vector<float> x(inputs * width), y(inputs * height);
-  for (auto& f : x) f = rand() / float(RAND_MAX) - 0.5f;
-  std::vector<const float*> in;
-  std::vector<const void*> ready;
-  std::vector<float*> out;
-  std::vector<std::vector<uint8_t>> prepared(inputs);
-  for (int64_t i = 0; i < inputs; i++) {
-    in.push_back(&x[i * width]);
-    out.push_back(&y[i * height]);
-    ready.push_back(in[i]);
-    if (!k.prepare) continue;
-    prepared[i].resize(k.prepared_bytes(columns));
-    k.prepare(in[i], columns, prepared[i].data());
-    ready[i] = prepared[i].data();
-  }
-  for (int lookup = 0; lookup < (signs ? 1 : 2); lookup++) {
-    if (lookup) k.lookup(m, in.data(), out.data(), inputs, 0, columns);
-    else k.multiply(m, ready.data(), out.data(), inputs, 0, rows);
-    double error = 0, norm = 0;
-    for (int64_t i = 0; i < inputs; i++)
-      for (int64_t n = 0; n < height; n++) {
-        double sum = 0;
-        for (int64_t c = 0; c < width; c++) {
-          const int64_t row = n % BLOCK, column = c % BLOCK;
-          double w = book[m.block(c / BLOCK, n / BLOCK)[column / v * BLOCK + row] * v + c % v];
-          const uint8_t* four = signs ? m.sign_block(c / BLOCK, n / BLOCK) + column / 4 * 32 : nullptr;
-          if (signs && four[row % 32] >> (row / 32 * 4 + column % 4) & 1) w = -1 - w;
-          sum += w * in[i][c];
-        }
-        error += (out[i][n] - sum) * (out[i][n] - sum);
-        norm += sum * sum;
-      }
-    worst = std::fmax(worst, std::sqrt(error / norm));
-  }
-}
-
-static bool halves(const Kernels& k) {
-  std::vector<uint16_t> h(65536), back(65536), plain(65536);
-  std::vector<float> f(65536), g(65536);
-  for (int i = 0; i < 65536; i++) h[i] = i;
-  k.from_half(h.data(), f.data(), 65536);
-  SCALAR_KERNELS.from_half(h.data(), g.data(), 65536);
-  for (int i = 0; i < 65536; i++)
-    if (std::isnan(f[i]) ? !std::isnan(g[i]) : f[i] != g[i]) return false;
-  for (int shift : {0, 1, 0x7ff, 0x800, 0x801, 0xfff, 0x1000, 0x1001, 0x1fff}) {
-    for (int i = 0; i < 65536; i++) {
-      uint32_t bits;
-      memcpy(&bits, &g[i], 4);
-      bits += shift;
-      memcpy(&f[i], &bits, 4);
-    }
-    k.to_half(f.data(), back.data(), 65536);
-    SCALAR_KERNELS.to_half(f.data(), plain.data(), 65536);
-    for (int i = 0; i < 65536; i++) {
-      if (shift == 0 && !std::isnan(f[i]) && plain[i] != h[i]) return false;
-      if (!std::isnan(f[i]) && back[i] != plain[i]) return false;
-    }
-  }
-  return true;
-}
-
-static void attention(const Kernels& k, int64_t queries, int64_t keys, int64_t width) {
-  std::vector<float> q(queries * width), key(keys * width), s(queries * keys), y(queries * width, 1.0f);
-  std::vector<uint8_t> mask(keys);
-  for (auto& f : q) f = rand() / float(RAND_MAX) - 0.5f;
-  for (auto& f : key) f = rand() / float(RAND_MAX) - 0.5f;
-  for (auto& m : mask) m = rand() % 3 > 0;
-  k.scores(q.data(), queries, key.data(), keys, width, s.data(), keys);
-  for (int64_t i = 0; i < queries; i++) k.softmax(&s[i * keys], mask.data(), keys);
-  k.mix(s.data(), keys, queries, key.data(), keys, width, y.data());
-  double error = 0, norm = 0;
-  for (int64_t i = 0; i < queries; i++) {
-    std::vector<double> e(keys);
-    double total = 1e-300;
-    for (int64_t t = 0; t < keys; t++) {
-      for (int64_t j = 0; j < width; j++) e[t] += double(q[i * width + j]) * key[t * width + j];
-      total += e[t] = mask[t] ? std::exp(e[t]) : 0;
-    }
-    for (int64_t j = 0; j < width; j++) {
-      double sum = 1;
-      for (int64_t t = 0; t < keys; t++) sum += e[t] / total * key[t * width + j];
-      error += (y[i * width + j] - sum) * (y[i * width + j] - sum);
-      norm += sum * sum;
-    }
-  }
-  worst = std::fmax(worst, std::sqrt(error / norm));
-}
-
-int main() {
-  for (const Kernels* k : {&SCALAR_KERNELS, &OTHER}) {
-    for (int64_t inputs : {1, 2, 3, 5, 8}) check(*k, 4, false, inputs), check(*k, 2, false, inputs), check(*k, 4, true, inputs);
-    for (int64_t width : {1, 5, 16, 64, 100}) attention(*k, 1, 3, width), attention(*k, 7, 66, width);
-    if (!halves(*k)) return puts("halves differ"), 1;
-  }
-  printf("%g\n", worst);
-}
-"""
-
-
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_kernels_are_what_plain_loops_are(machine: str, tmp_path: Path, isas: list[str]) -> None:
-    """On the other architecture in an emulator, where it and a compiler for it are installed."""
-    here = platform.machine() == machine
-    compiler = " ".join(build.compiler()) if here else shutil.which(f"{machine}-linux-gnu-g++")
-    emulator = [] if here else [shutil.which(f"qemu-{machine}") or ""]
-    names = {"x86_64": "AVX2", "aarch64": "NEON"}
-    if not compiler or emulator == [""] or (here and names[machine].lower() not in isas):
-        pytest.skip(f"no compiler for {machine}, or nothing that it could run on")
-    (tmp_path / "check.cc").write_text(CHECK)
-    flags = build.KERNELS[machine]
-    objects = []
-    for source in (
-        *(build.NATIVE / name for name in ("kernel_scalar.cc", *flags)),
-        tmp_path / "check.cc",
-    ):
-        objects.append(str(tmp_path / f"{source.stem}.o"))
-        extra = flags.get(source.name, ())
-        define = (f"-DOTHER={names[machine]}_KERNELS", f"-I{build.NATIVE}")
-        command = [
-            *compiler.split(),
-            *build.FLAGS,
-            "-Werror",
-            *extra,
-            *define,
-            "-c",
-            str(source),
-            "-o",
-            objects[-1],
-        ]
-        subprocess.run(command, check=True)
-    subprocess.run(
-        [*compiler.split(), "-static", *objects, "-o", str(tmp_path / "check")], check=True
-    )
-    done = subprocess.run(
-        [*emulator, str(tmp_path / "check")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and float(done.stdout) < 1e-6, done.stdout + done.stderr
-
-
-def test_the_sources_compile_without_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
-    build.compiled(
-        build.compiler(), platform.machine(), ("-Werror", "-O1")
-    )  # optimised kernels are the test above's

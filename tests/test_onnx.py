@@ -1,6 +1,7 @@
-"""`moecc export --to onnx`: function bodies against the ops' reference, whole models against transformers, errors.
+"""`moecc export --to onnx`: whole models against transformers, the commands, errors.
 
-The op library has tests of its own (test_native.py). A sample of the families by default, all with MOECC_ALL_FAMILIES=1.
+Function bodies are tested in test_bodies.py, the op library in test_native.py. A sample of the
+families runs by default, all with MOECC_ALL_FAMILIES=1.
 """
 
 from __future__ import annotations
@@ -21,227 +22,35 @@ import pytest
 import torch
 from families import ALL, FAMILIES
 from made import PROMPT, Run, checkpoint, generated, load
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from moecc.backends.onnx import OnnxTarget, bodies, build, exporter, layout, run, translate, weights
+from moecc.backends.onnx import (
+    OnnxTarget,
+    bodies,
+    build,
+    exporter,
+    layout,
+    run,
+    weights,
+)
 from moecc.backends.onnx.cached import Cached
 from moecc.backends.onnx.rewrites import masks
 from moecc.commands.compile import compile_model
 from moecc.errors import MoeccError
 from moecc.frontend.skeleton import Skeleton
 from moecc.frontend.trace import trace
-from moecc.ir import gates, ops, vq4
+from moecc.ir import vq4
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once", "translated_once")
-ATTRIBUTES = {"act": "silu", "gate": "glu", "alpha": 1.7, "limit": 2.0, "eps": 1e-5}
-E, D, F, K = 6, 80, 40, 2  # no multiples of 64
 
 
 def export(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
-    """The record of `moecc export FOLDER --to onnx{options} -o OUT`."""
+    """Export as `moecc export FOLDER --to onnx{options} -o OUT` does, and return the record."""
     return exporter.export(folder, out, OnnxTarget(**options))
-
-
-# ---------------------------------------------------------------- stored tensors of a layer
-
-
-def coded(experts: int, rows: int, columns: int, bits: int, *, shared: bool) -> dict[str, Tensor]:
-    v, padded = vq4.group_size(bits), vq4.padded(columns)
-    made = {
-        "codes": torch.randint(0, 256, (experts, rows, padded // v), dtype=torch.uint8),
-        "codebook": torch.randint(
-            0 if bits == 3 else -127, 128, (1 if shared else experts, 256, v), dtype=torch.int8
-        ),
-        "scale": (torch.rand(experts, rows) + 0.5) / columns**0.5 / 60,
-    }
-    if bits == 3:
-        made["signs"] = torch.randint(0, 256, (experts, rows, padded // 8), dtype=torch.uint8)
-    return made
-
-
-def projection(
-    part: str,
-    bits: int,
-    *,
-    gate: str = "glu",
-    shared: bool = False,
-    bias: bool = False,
-    rank: int = 0,
-    mean: int = 0,
-) -> dict[str, Tensor]:
-    """The stored tensors of gate_up or down with random numbers."""
-    up = part == "gate_up"
-    rows, columns = (F * gates.rows_per_unit(gate), D) if up else (D, F)
-    made = coded(E, rows, columns, bits, shared=shared)
-    if bias:
-        made["bias"] = torch.randn(E, rows)
-    if rank:
-        made["basis"] = torch.randn(rank, D) / D**0.5
-        made["coef"] = torch.randint(
-            -127, 128, (E, rows, rank) if up else (E, rank, columns), dtype=torch.int8
-        )
-        made["coef_scale"] = torch.rand(E, rows if up else rank) / 100
-    if mean:
-        made |= {vq4.MEAN + k: t for k, t in coded(1, rows, columns, mean, shared=True).items()}
-    return made
-
-
-def blocked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the order of an ONNX file."""
-    made = dict(tensors)
-    for prefix in ("", vq4.MEAN):
-        if f"{prefix}codes" in made:
-            made[f"{prefix}codes"] = layout.blocked_codes(
-                made[f"{prefix}codes"], made[f"{prefix}codebook"].shape[2]
-            )
-        if f"{prefix}signs" in made:
-            made[f"{prefix}signs"] = layout.blocked_signs(made[f"{prefix}signs"])
-    return made
-
-
-Operands = dict[str, Tensor]  # by `bodies.coded_inputs()`
-
-
-def operands(
-    gate_up: dict[str, Tensor], down: dict[str, Tensor], post_norm: Tensor | None = None
-) -> Operands:
-    made = {
-        f"{p}_{k}": t for p, part in (("gate_up", gate_up), ("down", down)) for k, t in part.items()
-    }
-    return made if post_norm is None else made | {"post_norm": post_norm}
-
-
-def structure(layers: list[Operands], attributes: dict[str, Any]) -> bodies.Structure:
-    names = {n for layer in layers for n in layer}
-    return bodies.Structure(
-        attributes, {n: bodies.Presence(True, all(n in x for x in layers)) for n in names}
-    )
-
-
-def session(stored: Operands, function: ir.Function, attributes: dict[str, Any], opset: int) -> Any:
-    """ONNX Runtime on one VQExperts node, whose function is in the file."""
-    inputs = [n if n in bodies.ROUTED or n in stored else "" for n in bodies.coded_inputs()]
-    given = [
-        ("x", TensorProto.FLOAT, ["T", D]),
-        ("topk_index", TensorProto.INT64, ["T", K]),
-        ("topk_weight", TensorProto.FLOAT, ["T", K]),
-    ]
-    graph = helper.make_graph(
-        [helper.make_node("VQExperts", inputs, ["y"], domain="moecc", **attributes)], "one",
-        [helper.make_tensor_value_info(*g) for g in given], [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["T", D])],
-        [numpy_helper.from_array(t.numpy(), n) for n, t in stored.items()],
-    )  # fmt: skip
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid("moecc", 1)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=translate.OPSETS[opset])
-    model.functions.append(ir.serde.serialize_function(function))
-    onnx.checker.check_model(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options)
-
-
-def reference(
-    x: Tensor, index: Tensor, weight: Tensor, stored: Operands, attributes: dict[str, Any]
-) -> Tensor:
-    parts = [
-        [*(stored.get(f"{p}_{t}") for t in vq4.TENSORS), None, None] for p in ("gate_up", "down")
-    ]  # slope and offset are folded
-    return ops.vq_experts_reference(
-        x, index, weight, *parts[0], *parts[1], stored.get("post_norm"), **attributes
-    )
-
-
-def assert_same(ort: Any, stored: Operands, attributes: dict[str, Any], tokens: int) -> None:
-    x, weight = torch.randn(tokens, D), torch.randn(tokens, K)
-    index = torch.randint(0, E - 1, (tokens, K))  # the last expert is chosen by nobody
-    want = reference(x, index, weight, stored, attributes)
-    got = ort.run(
-        None, {"x": x.numpy(), "topk_index": index.numpy(), "topk_weight": weight.numpy()}
-    )[0]
-    assert got.shape == tuple(want.shape)
-    assert float(np.linalg.norm(got - want.numpy())) <= 1e-5 * float(want.norm()) + 1e-12
-
-
-# ---------------------------------------------------------------- bodies
-
-CASES = {
-    "2 bit": (dict(bits=2), dict(bits=2), False, {}),
-    "2 and 4 bit, biases, basis and mean": (
-        dict(bits=2, bias=True, rank=3, mean=2), dict(bits=4, shared=True, bias=True, rank=5, mean=4), False, {"gate": "oai"},
-    ),
-    "norm behind each expert": (
-        dict(bits=2, mean=3), dict(bits=2, rank=4, mean=2, bias=True), True, {"gate": "clamp", "act": "gelu"},
-    ),
-    "3 bit": (dict(bits=3, shared=True), dict(bits=3), False, {}),
-    "3 bit, basis and mean": (dict(bits=3, rank=2, mean=4), dict(bits=3, rank=2, mean=3, bias=True), True, {"gate": "softcap"}),
-    "3 bit below": (dict(bits=4), dict(bits=3, mean=4), False, {"gate": "clamp_after", "act": "gelu_tanh"}),
-    "no gate": (dict(bits=2, gate="none", rank=2), dict(bits=2, mean=2), False, {"gate": "none", "act": "relu2"}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("opset", sorted(translate.OPSETS))
-@pytest.mark.parametrize("case", list(CASES))
-def test_the_body_equals_the_reference(case: str, opset: int) -> None:
-    gate_up, down, normed, more = CASES[case]
-    stored = operands(
-        projection("gate_up", **gate_up),
-        projection("down", **down),
-        torch.rand(D) + 0.5 if normed else None,
-    )  # type: ignore[arg-type]
-    attributes = ATTRIBUTES | more
-    function = bodies.vq_experts_function(structure([stored], attributes), opset)
-    ort = session(blocked_operands(stored), function, attributes, opset)
-    for tokens in (1, 2, 5, 40, 0):  # of one expert more and fewer than FEW_TOKENS
-        assert_same(ort, stored, attributes, tokens)
-
-
-def blocked_operands(stored: Operands) -> Operands:
-    made = {}
-    for part in ("gate_up", "down"):
-        own = {n.removeprefix(f"{part}_"): t for n, t in stored.items() if n.startswith(f"{part}_")}
-        made |= {f"{part}_{n}": t for n, t in blocked(own).items()}
-    return made | {n: t for n, t in stored.items() if n == "post_norm"}
-
-
-@pytest.mark.parametrize("act", sorted(gates.ACTIVATIONS))
-@pytest.mark.parametrize("gate", ["none", *sorted(gates.GATES)])
-def test_every_gate_is_what_it_is_in_torch(gate: str, act: str) -> None:
-    """By the operators of the body alone: x -> gate."""
-    attributes = ATTRIBUTES | {"act": act, "gate": gate}
-    op, rows = (
-        bodies.Ops(),
-        ir.Value(name="rows", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([5, 8])),
-    )
-    y = bodies.gate(op, rows, attributes)
-    y.type, y.shape = (
-        ir.TensorType(ir.DataType.FLOAT),
-        ir.Shape([5, 8 // gates.rows_per_unit(gate)]),
-    )
-    graph = ir.Graph([rows], [y], nodes=op.tape.nodes, opset_imports={"": 21}, name="gate")
-    model = ir.serde.serialize_model(ir.Model(graph, ir_version=10))
-    x = torch.randn(5, 8) * 2
-    got = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"rows": x.numpy()})[0]
-    want = gates.apply_gate(x, act, gate, attributes["alpha"], attributes["limit"])
-    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-5, atol=1e-6)
-
-
-def test_codes_lie_in_blocks_of_rows() -> None:
-    codes = torch.randint(0, 256, (2, 70, 20), dtype=torch.uint8)  # 80 columns: two blocks
-    made = layout.blocked_codes(codes, 4)
-    assert made.shape == (2, 2, 2, 16, 64)
-    for e, n, g in ((0, 0, 0), (1, 69, 19), (0, 64, 16), (1, 63, 15)):
-        assert made[e, g // 16, n // 64, g % 16, n % 64] == codes[e, n, g]
-    assert int(made.int().sum()) == int(codes.int().sum())
-    signs = torch.randint(0, 256, (2, 70, 10), dtype=torch.uint8)
-    bits, packed = vq4.unpack_signs(signs), layout.blocked_signs(signs)
-    assert packed.shape == (2, 2, 2, 16, 32)
-    for e, n, k in ((0, 0, 0), (1, 69, 79), (0, 64, 64), (1, 63, 63), (1, 31, 5), (0, 37, 6)):
-        byte = packed[e, k // 64, n // 64, k % 64 // 4, n % 32]
-        assert bool(byte >> (n % 64 // 32 * 4 + k % 4) & 1) == bool(bits[e, n, k])
 
 
 # ---------------------------------------------------------------- whole models
@@ -249,7 +58,10 @@ def test_codes_lie_in_blocks_of_rows() -> None:
 
 @pytest.fixture(scope="module")
 def translated_once() -> Iterator[None]:
-    """One graph for all exports of an artifact at a dtype and opset: it has no weights yet, and making it takes longest."""
+    """Translate once for all exports of an artifact at a dtype and opset.
+
+    The graph has no weights yet, and making it takes longest.
+    """
     capture, translated = exporter.capture_cached, exporter.translate
     captured: dict[Any, Cached] = {}
     graphs: dict[tuple[int, int], ir.Model] = {}
@@ -272,17 +84,42 @@ def translated_once() -> Iterator[None]:
         yield
 
 
-# sigmoid, bias and groups; biases, transposed, interleaved; sigmoid on scaled inputs and complex rotations; a norm behind each
-# expert, and no head: a norm's output is the model's; experts in attention
-# qwen2_moe, with a softmax and a shared expert, goes through most other tests here
-SAMPLE = ("deepseek_v3", "gpt_oss", "llama4_text", "muse_spark_text", "jetmoe")
-# What their layers keep between tokens isn't keys and values alone
+# qwen2_moe, with a softmax and a shared expert, goes through most other tests here.
+SAMPLE = (
+    "deepseek_v3",  # router: sigmoid, bias and groups
+    "gpt_oss",  # biases; gate and up transposed and interleaved
+    "llama4_text",  # sigmoid on scaled inputs; complex rotations
+    "muse_spark_text",  # a norm behind each expert; no head: a norm's output is the model's
+    "jetmoe",  # experts in attention
+)
+# Their layers keep more than keys and values between tokens.
 REFUSED = (
-    "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm5_next_text", "glm_moe_dsa", "granitemoehybrid",
-    "hy_v4", "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2_moe", "minimax", "mistral_large4_text", "nemotron_h",
-    "openai_privacy_filter", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "unlimited_ocr_text", "zaya",
-)  # fmt: skip
-# One layer, where another would be like it and what it adds to a graph (its cache, shared masks) is asked of others.
+    "axk2",
+    "bailing_hybrid",
+    "deepseek_v32",
+    "deepseek_v4",
+    "dots3_note_text",
+    "glm5_next_text",
+    "glm_moe_dsa",
+    "granitemoehybrid",
+    "hy_v4",
+    "inkling2_text",
+    "inkling_text",
+    "jamba",
+    "kimi_linear",
+    "lfm2_moe",
+    "minimax",
+    "mistral_large4_text",
+    "nemotron_h",
+    "openai_privacy_filter",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "qwen4_exp_text",
+    "unlimited_ocr_text",
+    "zaya",
+)
+# One layer is enough for these: a second one would be like it, and other families test what a
+# second layer adds to a graph (its cache, shared masks).
 ALIKE = () if ALL else ("deepseek_v3", "llama4_text", "muse_spark_text", "jetmoe")
 
 
@@ -324,7 +161,7 @@ def test_a_family_is_exported(family: str, tmp_path: Path) -> None:
 
 
 def library() -> Path | None:
-    """The op library, None (the function runs again) where there is no compiler."""
+    """The op library, None without a compiler: then the function runs again."""
     return (
         build.library()
         if os.environ.get("CXX") or any(map(shutil.which, build.COMPILERS))
@@ -333,7 +170,7 @@ def library() -> Path | None:
 
 
 def greedy(session: run.Session, steps: int) -> list[list[int]]:
-    """PROMPT and what follows, decoded token by token with the cache."""
+    """PROMPT and the tokens that follow, decoded one by one with the cache."""
     ids, tokens, cache = PROMPT.numpy(), PROMPT.numpy(), session.start(1)
     for _ in range(steps):
         logits = session.step(tokens, cache)
@@ -350,14 +187,14 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`qwen` as ONNX, for tests that only read it: exporting takes longest here."""
+    """`qwen` as ONNX, for tests that only read it: exporting is the slowest step here."""
     folder = tmp_path_factory.mktemp("exported") / "onnx"
     assert export(qwen, folder, profile="native")["difference"] <= 1e-4
     return folder
 
 
 def artifact(family: str, folder: Path, request: pytest.FixtureRequest) -> Path:
-    """The one that there is of qwen2_moe, one of a single layer of others."""
+    """The shared artifact of qwen2_moe; one of a single layer for other families."""
     if family == "qwen2_moe":
         return Path(request.getfixturevalue("qwen"))
     return compiled(folder, family, **one_layer(family))
@@ -368,12 +205,12 @@ def graph(folder: Path) -> onnx.ModelProto:
     return onnx.load(folder / "model.onnx", load_external_data=False)
 
 
-# family -> windows of its causal masks; one in chunks is no causal mask of a window
+# family -> windows of its causal masks. A mask in chunks is not a causal mask of a window.
 WINDOWS = {"qwen2_moe": [masks.NO_WINDOW], "gpt_oss": [8, masks.NO_WINDOW], "llama4_text": []}
 
 
 def assert_masks_are_known(model: onnx.ModelProto, windows: list[int]) -> None:
-    """Each mask of a window is one CausalMask, known by its values, and nothing is left of how it was made."""
+    """Each mask of a window is one CausalMask, and nothing is left of what computed it before."""
     found = [n.attribute[0].i for n in model.graph.node if n.op_type == masks.NAME]
     assert sorted(found) == windows
     left = [n for n in model.graph.node if n.op_type in ("LessOrEqual", "Less", "Range")]
@@ -381,7 +218,10 @@ def assert_masks_are_known(model: onnx.ModelProto, windows: list[int]) -> None:
 
 
 def changed(art: Path, out: Path, change: Any) -> Path:
-    """A copy of an artifact whose tensors `change(path of experts, tensors by name)` has altered, and its config with them."""
+    """A copy of an artifact with other tensors, and a config that fits them.
+
+    change: called with the path of every experts module and the tensors by name, which it alters.
+    """
     from safetensors.torch import load_file, save_file
 
     out.mkdir()
@@ -396,16 +236,20 @@ def changed(art: Path, out: Path, change: Any) -> Path:
         change(path, tensors)
         for part in ("gate_up", "down"):
             entry[part] = {
-                n: [list(tensors[f"{path}.{part}.{n}"].shape), str(tensors[f"{path}.{part}.{n}"].dtype).removeprefix("torch.")]
-                for n in vq4.TENSORS if f"{path}.{part}.{n}" in tensors
-            }  # fmt: skip
+                n: [
+                    list(tensors[f"{path}.{part}.{n}"].shape),
+                    str(tensors[f"{path}.{part}.{n}"].dtype).removeprefix("torch."),
+                ]
+                for n in vq4.TENSORS
+                if f"{path}.{part}.{n}" in tensors
+            }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config))
     return out
 
 
-def test_what_some_layers_lack_is_stored_empty(qwen: Path, tmp_path: Path) -> None:
-    """Layer 0 keeps basis, mean and biases; layer 1 has none of them, and 4 bits where the other has 2."""
+def test_an_operand_that_some_layers_lack_is_stored_empty(qwen: Path, tmp_path: Path) -> None:
+    """Layer 0 has 2 bits, basis, mean and biases; layer 1 has 4 bits and none of the rest."""
 
     def strip(path: str, tensors: dict[str, Tensor]) -> None:
         for name in [n for n in tensors if n.startswith(path) and ".1." in path]:
@@ -427,8 +271,8 @@ def test_what_some_layers_lack_is_stored_empty(qwen: Path, tmp_path: Path) -> No
     assert len([f for f in model.functions if f.name == "VQExperts"]) == 1
 
 
-def test_three_bits_below_some_layers(tmp_path: Path) -> None:
-    """A budget may give layers different bits: then the function asks whether there are signs."""
+def test_layers_of_two_and_of_three_bits_share_a_function(tmp_path: Path) -> None:
+    """A budget may give layers different bits; then a layer of 2 bits stores empty signs."""
     source = checkpoint(tmp_path / "model", "mixtral")
     compile_model(str(source), "vq", tmp_path / "two", bits=2, calib=None, rows=8, length=32)
     compile_model(str(source), "vq", tmp_path / "three", bits=3, calib=None, rows=8, length=32)
@@ -449,7 +293,7 @@ ATTENTION = {
     "qwen3_moe": "CachedAttentionNormRope",
     "mixtral": "CachedAttentionRope",
 }
-# windows in every layer
+# Settings that give every layer a window.
 SLIDING = {
     "qwen3_moe": dict(use_sliding_window=True, sliding_window=8),
     "mixtral": dict(sliding_window=8),
@@ -460,7 +304,7 @@ SLIDING = {
 def test_attention_is_one_node_whose_cache_may_have_room(
     family: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """By the library and by the function alike: rows that begin later, pieces, and more tokens than there was room for."""
+    """Rows begin later, come in pieces, and outgrow the first cache; library and function alike."""
     if family == "qwen2_moe":
         folder = request.getfixturevalue("exported")
     else:
@@ -485,8 +329,10 @@ def test_attention_is_one_node_whose_cache_may_have_room(
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", *["muse_spark_text"] * ALL])
-def test_float16(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The first's attention is one node as at float32; the others have norms in float32."""
+def test_a_float16_export_stays_within_its_tolerance(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """qwen2_moe's attention is one node, as at float32; the others have norms in float32."""
     art = artifact(family, tmp_path, request)
     made = export(art, tmp_path / "onnx", dtype="float16")
     assert 1e-6 < made["difference_of_most"] <= exporter.TOLERANCE["float16"]
@@ -531,7 +377,7 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault() -> None:
         assert min(exporter.differences(got, want)) == torch.inf
 
 
-def test_experts_that_are_left_dense(tmp_path: Path) -> None:
+def test_dense_experts_are_exported(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "model", "gpt_oss", **one_layer("gpt_oss"))
     assert export(source, tmp_path / "onnx", opset=21)["difference"] <= 1e-4
     assert_masks_are_known(graph(tmp_path / "onnx"), [8])
@@ -561,14 +407,14 @@ def test_quantized_linears_become_matmulnbits(
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe", *["deepseek_v3"] * ALL])
-def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(
+def test_qmoe_is_close_at_8_bits_and_less_close_at_4(
     family: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     art = artifact(family, tmp_path, request)
     eight = export(art, tmp_path / "onnx8", profile="qmoe", bits=8)
     assert eight["difference"] <= 0.05
     four = export(art, tmp_path / "onnx4", profile="qmoe", bits=4)
-    # a token may go to another expert, on one machine and not on another
+    # Whether rounding sends a token to another expert depends on the machine.
     assert eight["difference_of_most"] < four["difference_of_most"] <= 0.4
     ops_used = {n.op_type for n in graph(tmp_path / "onnx4").graph.node}
     assert "QMoE" in ops_used and not {"VQExperts", "Experts"} & ops_used
@@ -577,8 +423,10 @@ def test_qmoe_is_the_model_at_8_bits_and_near_it_at_4(
 @pytest.mark.parametrize(
     ("tied", "dtype"), [(False, "float32"), *[(False, "float16")] * ALL, (True, "float16")]
 )
-def test_embeddings_in_int8(tied: bool, dtype: str, tmp_path: Path) -> None:
-    """Head and embedding are small integers, one tensor where they are tied, and the logits near."""
+def test_int8_embedding_and_head_share_a_tensor_if_tied(
+    tied: bool, dtype: str, tmp_path: Path
+) -> None:
+    """The logits stay near those of the artifact."""
     art = compiled(tmp_path, "qwen2_moe", "vq", tie_word_embeddings=tied, **one_layer("qwen2_moe"))
     made = export(art, tmp_path / "onnx", dtype=dtype, embeddings="int8")
     assert made["difference_of_most"] <= exporter.TOLERANCE["int8 activations"]
@@ -602,7 +450,7 @@ def test_embeddings_in_int8(tied: bool, dtype: str, tmp_path: Path) -> None:
         ("qwen2_moe", {"moe_intermediate_size": 24}, "blocks of 16 divide, not 32 and 24"),
     ],
 )
-def test_qmoe_refuses_what_it_does_not_know_before_it_translates(
+def test_qmoe_refuses_an_unsupported_model_before_translating_it(
     family: str, config: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter, "translate", lambda *told: pytest.fail("translated"))
@@ -636,12 +484,19 @@ import fs from 'fs';
 const [folder, ids] = [process.argv[1], JSON.parse(process.argv[2])];
 const read = name => fs.readFileSync(`${folder}/${name}`);
 const session = await ort.InferenceSession.create(read('model.onnx'), {
-  executionProviders: ['wasm'], externalData: [{path: 'model.onnx.data', data: read('model.onnx.data')}],
+  executionProviders: ['wasm'],
+  externalData: [{path: 'model.onnx.data', data: read('model.onnx.data')}],
 });
-const whole = values => new ort.Tensor('int64', BigInt64Array.from(values.map(BigInt)), [1, values.length]);
-const feeds = {input_ids: whole(ids), attention_mask: whole(ids.map(() => 1)), position_ids: whole(ids.map((_, i) => i))};
+const whole = values =>
+  new ort.Tensor('int64', BigInt64Array.from(values.map(BigInt)), [1, values.length]);
+const feeds = {
+  input_ids: whole(ids),
+  attention_mask: whole(ids.map(() => 1)),
+  position_ids: whole(ids.map((_, i) => i)),
+};
+const sizes = shape => shape.map((n, i) => i == 0 ? 1 : i == 2 ? 0 : n);
 for (const input of session.inputMetadata.filter(i => i.name.startsWith('past_key_values.')))
-  feeds[input.name] = new ort.Tensor('float32', new Float32Array(0), input.shape.map((n, i) => i == 0 ? 1 : i == 2 ? 0 : n));
+  feeds[input.name] = new ort.Tensor('float32', new Float32Array(0), sizes(input.shape));
 const {logits} = await session.run(feeds, ['logits']);
 console.log(JSON.stringify(Array.from(logits.data)));
 """
@@ -653,7 +508,7 @@ console.log(JSON.stringify(Array.from(logits.data)));
 )
 @pytest.mark.parametrize(("bits", "opset"), [(2, 21), (3, 23)])
 def test_a_browser_computes_the_same(bits: int, opset: int, tmp_path: Path) -> None:
-    """onnxruntime-web under node: MOECC_ONNX_WEB is the folder in which `npm install onnxruntime-web` was run."""
+    """onnxruntime-web under node; `npm install onnxruntime-web` was run in MOECC_ONNX_WEB."""
     art = compiled(tmp_path, "qwen3_moe", "vq", bits)
     export(art, tmp_path / "onnx", opset=opset)
     ids = list(range(5, 16))
@@ -666,7 +521,7 @@ def test_a_browser_computes_the_same(bits: int, opset: int, tmp_path: Path) -> N
     assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
 
 
-def test_the_file_says_nothing_of_where_it_was_made(exported: Path) -> None:
+def test_the_file_names_nothing_of_this_machine(exported: Path) -> None:
     content = (exported / "model.onnx").read_bytes()
     assert b"site-packages" not in content and str(exported.parents[1]).encode() not in content
     model = graph(exported)
@@ -703,7 +558,7 @@ def test_codes_are_stored_once(qwen: Path, exported: Path) -> None:
 # ---------------------------------------------------------------- the commands
 
 
-def test_the_command_writes_a_folder_and_says_how_it_compares(
+def test_export_writes_a_folder_and_reports_the_difference(
     qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     got = Run(capsys, "export", qwen, "--to", "onnx{opset=21}", "-o", tmp_path / "made", "--json")
@@ -724,7 +579,7 @@ def test_the_command_writes_a_folder_and_says_how_it_compares(
     assert again.code == 2 and "exists" in again.err and again.err.count("\n") == 1
 
 
-def test_the_native_profile_has_the_library_beside_the_model(
+def test_the_native_profile_puts_the_library_beside_the_model(
     exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if library() is None:
@@ -751,9 +606,21 @@ def test_without_a_compiler_the_export_is_portable_and_says_so(
 def test_compile_can_export_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = checkpoint(tmp_path / "model", "mixtral", **one_layer("mixtral"))
     got = Run(
-        capsys, "compile", model, "--passes", "vq", "--backend", "onnx", "-o", tmp_path / "out", "--rows", "8",
-        "--length", "32", "--json",
-    )  # fmt: skip
+        capsys,
+        "compile",
+        model,
+        "--passes",
+        "vq",
+        "--backend",
+        "onnx",
+        "-o",
+        tmp_path / "out",
+        "--rows",
+        "8",
+        "--length",
+        "32",
+        "--json",
+    )
     assert got.code == 0, got.err
     assert (
         got.json["backend"]["difference"] <= 1e-4
@@ -761,7 +628,7 @@ def test_compile_can_export_at_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
 
 
-def test_a_file_that_is_wrong_is_not_kept(
+def test_a_wrong_file_is_not_kept(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -803,7 +670,7 @@ def test_genai_generates_what_transformers_does(qwen: Path, exported: Path) -> N
     )
 
 
-def test_bench_says_how_fast_an_export_is(
+def test_bench_measures_an_export(
     qwen: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(exported, tmp_path / "onnx")

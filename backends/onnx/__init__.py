@@ -1,10 +1,17 @@
 """The ONNX target: one file that any ONNX Runtime runs, fast where moecc's op library is loaded.
 
-cached      the artifact traced with its cache                      weights   reads them when they are written, in file order
-translate   the trace as an ONNX graph                              exporter  all of it, and the comparison with the artifact
-rewrites/   parts of the graph that ONNX has an operator for        bodies    what moecc's operators mean in standard ones
-run         a model in ONNX Runtime                                 speed     its benchmark
-layout      the order of codes in the file                          native/   the op library's sources; `build` compiles them
+cached      the artifact traced with its cache
+translate   the trace as an ONNX graph
+operators   the nodes of moecc's own ops
+rewrites/   parts of the graph that ONNX has an operator for
+bodies/     moecc's operators in standard ones
+weights     read when they are written, in file order
+exporter    all of it, and the comparison with the artifact
+run         a model in ONNX Runtime
+speed       its benchmark
+graph       how graphs are built and changed
+layout      the order of codes in the file
+native/     the op library's sources; `build` compiles them
 """
 
 from __future__ import annotations
@@ -13,12 +20,12 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from moecc.errors import MoeccError
 from moecc.options import option
 from moecc.target import Emitted, Target
-from moecc.types import Say
+from moecc.types import Json, Say
 
 _NEEDS = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
@@ -46,17 +53,19 @@ class OnnxTarget(Target):
     )
 
     def require(self) -> None:
+        """Raise MoeccError if an option does nothing or a package cannot be imported."""
         if self.bits != "auto" and self.profile != "qmoe":
             raise MoeccError(
-                "onnx: bits is of the profile qmoe; the others keep the bits that the experts have; leave it out"
+                "onnx: bits is of the profile qmoe; the others keep the bits that the experts "
+                "have; leave it out"
             )
         for name in _NEEDS:
             try:
                 importlib.import_module(name)
             except ImportError as error:
-                advice = f"pip install 'moecc[{self.name}]'"
                 raise MoeccError(
-                    f"the target onnx needs {name}, which can't be imported ({error}); {advice}"
+                    f"the target onnx needs {name}, which can't be imported ({error}); "
+                    f"pip install 'moecc[{self.name}]'"
                 ) from None
 
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
@@ -75,12 +84,12 @@ class OnnxTarget(Target):
 
     def bench(
         self, folder: Path, *, threads: Sequence[int], prompt: int, new_tokens: int, say: Say
-    ) -> Any:
+    ) -> list[Json]:
         from moecc.backends.onnx.speed import bench
 
         return bench(folder, threads=threads, prompt=prompt, new_tokens=new_tokens, say=say)
 
-    def table(self, rows: Any) -> str:
+    def table(self, rows: list[Json]) -> str:
         from moecc.backends.onnx.speed import table
 
         return table(rows)

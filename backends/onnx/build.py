@@ -1,7 +1,7 @@
-"""The native op library: compiled from `native/` by the system's compiler when it is first asked for, then found in a cache.
+"""The native op library: compiled from `native/` by the system's compiler, then kept in a cache.
 
-Every kernel file is compiled with the flags of its own instruction set; which one runs is chosen by what the CPU has (see
-native/isa.cc), so a library may be copied to another machine of the same architecture.
+Every kernel file is compiled with the flags of its own instruction set. The CPU decides which one
+runs (native/isa.cc), so a library may be copied to another machine of the same architecture.
 """
 
 from __future__ import annotations
@@ -21,10 +21,18 @@ from moecc.errors import MoeccError
 
 NATIVE = Path(__file__).with_name("native")
 FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
-    # no fast-math: NaN and infinity stay what they are; only what hinders vectorising and changes no number is dropped
-    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
-)  # fmt: skip
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    # No fast-math, so NaN and infinity stay what they are. These drop only guarantees that hinder
+    # vectorising and change no number.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
 SANITIZE = (
     "-g1",
     "-fsanitize=address,undefined",
@@ -32,7 +40,7 @@ SANITIZE = (
     "-fno-omit-frame-pointer",
 )
 _AVX512 = ("f", "bw", "vl", "vbmi", "vnni")
-# Kernel files that an architecture has besides kernel_scalar.cc, and their flags.
+# The kernel files of an architecture besides kernel_scalar.cc, and their flags.
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "kernel_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
@@ -45,21 +53,21 @@ _NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 def library(*, sanitize: bool = False) -> Path:
-    """The shared library to give to `SessionOptions.register_custom_ops_library`, compiled unless it is in the cache.
+    """Return the shared library for `SessionOptions.register_custom_ops_library`.
 
-    The cache is $MOECC_CACHE/ops, else ~/.cache/moecc/ops; a name is a digest of sources, flags and compiler. sanitize: with
-    address and undefined-behaviour checks, for tests. MoeccError where there is no compiler or it fails."""
+    It is compiled unless the cache has it: $MOECC_CACHE/ops, else ~/.cache/moecc/ops. Its name has
+    a digest of sources, flags and compiler. sanitize: with address and undefined-behaviour checks,
+    for tests. Raise MoeccError if there is no compiler or if it fails.
+    """
     return compiled(compiler(), platform.machine(), SANITIZE if sanitize else ())
 
 
 def compiled(cxx: tuple[str, ...], machine: str, flags: tuple[str, ...] = ()) -> Path:
-    """`library` by a compiler and for an architecture of the caller's choice."""
+    """Return the `library` of a given compiler and architecture."""
     machine = _NAMES.get(machine.lower(), machine.lower())
     own = KERNELS.get(machine, {})
-    every = {name for files in KERNELS.values() for name in files}
-    sources = [
-        path for path in sorted(NATIVE.glob("*.cc")) if path.name in own or path.name not in every
-    ]
+    foreign = {name for files in KERNELS.values() for name in files} - own.keys()
+    sources = [path for path in sorted(NATIVE.glob("*.cc")) if path.name not in foreign]
     digest = hashlib.sha256(repr((_version(cxx), machine, FLAGS, flags, own)).encode())
     for path in sorted((*NATIVE.glob("*.h"), *NATIVE.glob("*.cc"))):
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
@@ -71,7 +79,7 @@ def compiled(cxx: tuple[str, ...], machine: str, flags: tuple[str, ...] = ()) ->
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = _compile(cxx, sources, own, flags, Path(place))
-            made.replace(result)  # at once: a process that looks for it finds all of it or none
+            made.replace(result)  # at once: another process finds all of the file or none
     except OSError as error:
         raise MoeccError(
             f"can't write the op library to {folder}: {error.strerror}; set MOECC_CACHE"
@@ -86,6 +94,7 @@ def _compile(
     flags: tuple[str, ...],
     place: Path,
 ) -> Path:
+    """Compile the sources, each with its own flags, and link them in the folder `place`."""
     objects = [str(place / f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         commands = (
@@ -99,7 +108,7 @@ def _compile(
 
 
 def run(command: list[str]) -> str:
-    """What a compiler prints; MoeccError with its first complaint where it fails."""
+    """Return what a compiler prints. Raise MoeccError with its first complaint if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -107,19 +116,20 @@ def run(command: list[str]) -> str:
             f"can't run the compiler {command[0]}: {error.strerror}; set CXX to another one"
         ) from error
     if done.returncode:
-        said = (
-            [line for line in done.stderr.splitlines() if "error" in line]
-            or done.stderr.splitlines()
-            or ["nothing"]
-        )
+        lines = done.stderr.splitlines()
+        said = [line for line in lines if "error" in line] or lines or ["nothing"]
         raise MoeccError(
-            f"{command[0]} can't compile the op library: {said[0].strip()}; set CXX to another C++17 compiler"
+            f"{command[0]} can't compile the op library: {said[0].strip()}; "
+            "set CXX to another C++17 compiler"
         )
     return done.stdout
 
 
 def compiler() -> tuple[str, ...]:
-    """$CXX, else the first of the usual names that is installed."""
+    """Return the command $CXX, else the first of the usual names that is installed.
+
+    Raise MoeccError if there is none.
+    """
     if chosen := shlex.split(os.environ.get("CXX", "")):
         if not shutil.which(chosen[0]):
             raise MoeccError(f"CXX is '{chosen[0]}', which is not installed")

@@ -1,10 +1,13 @@
 """`moecc export OUT --to onnx`: a folder that any ONNX Runtime, and onnxruntime-genai, runs.
 
-  model.onnx, model.onnx.data    the graph with its functions, and the weights, which a runtime maps into memory
+  model.onnx, model.onnx.data    the graph with its functions, and the weights, which a runtime
+                                 maps into memory
   genai_config.json              for onnxruntime-genai; tokenizer files beside it
-  moecc_onnx.json                what was exported, from what, how far its logits are from the artifact's
+  moecc_onnx.json                what was exported, from what, and how far its logits are from the
+                                 artifact's
 
-Written under a temporary name, loaded by ONNX Runtime, compared with the artifact (prefill, then token by token), renamed.
+The folder is written under a temporary name, loaded by ONNX Runtime, compared with the artifact
+(prefill, then token by token) and renamed.
 """
 
 from __future__ import annotations
@@ -12,9 +15,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -24,7 +25,7 @@ from torch import Tensor
 from moecc import __version__
 from moecc.artifact.write import copy_small_files
 from moecc.backends.onnx import OnnxTarget, build, genai, run
-from moecc.backends.onnx.cached import capture_cached
+from moecc.backends.onnx.cached import Cached, capture_cached
 from moecc.backends.onnx.rewrites import embeddings, joined, qmoe
 from moecc.backends.onnx.translate import translate
 from moecc.backends.onnx.weights import Weights
@@ -32,50 +33,45 @@ from moecc.checkpoint.files import free_space, size
 from moecc.checkpoint.store import CheckpointStore
 from moecc.errors import MoeccError
 from moecc.frontend.config import text_config
-from moecc.frontend.skeleton import skeleton
+from moecc.frontend.skeleton import Skeleton, skeleton
 from moecc.frontend.trace import trace
 from moecc.pipeline.stream import run_program
+from moecc.types import Json, Say
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 MODEL, DATA, RECORD, LIBRARY = "model.onnx", "model.onnx.data", "moecc_onnx.json", "libmoecc_ops.so"
-_TOKENS = (2, 12)  # of the comparison: rows, and tokens of each; the last third one by one
-# of the largest logit: sums in another order; float16; dense matrices whose inputs are rounded to int8; experts rounded anew
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "int8 activations": 5e-2, "other weights": 0.5}
-_MOST = 0.75  # of tokens, which are to be within it, all at float32
+_TOKENS = (2, 12)  # of the comparison: rows, and tokens of each; the last third comes one by one
+# The allowed difference, as a share of the largest logit, for what an export changes.
+TOLERANCE = {
+    "float32": 1e-4,  # sums in another order
+    "float16": 1e-2,
+    "int8 activations": 5e-2,  # inputs of dense matrices are rounded
+    "other weights": 0.5,  # experts are rounded again
+}
+_MOST = 0.75  # the share of tokens that has to be within it; with float32 all have to
+_ROUNDING_OPS = ("MatMulNBits", "QMoE", "GatherBlockQuantized")
 
 
 def export(
-    folder: Path,
-    out: Path,
-    options: OnnxTarget | None = None,
-    *,
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Export the artifact (or checkpoint) `folder` to the new folder `out`; what was written and how it compares.
+    folder: Path, out: Path, options: OnnxTarget | None = None, *, say: Say = lambda line: None
+) -> Json:
+    """Export the artifact or checkpoint `folder` to the new folder `out`.
 
-    MoeccError in one line, with nothing left behind, where that can't be done.
+    Return the record of what was written and how it compares. Raise MoeccError, and leave nothing
+    behind, if the model cannot be exported or its logits differ too much.
     """
     options = options or OnnxTarget()
-    profile, opset, dtype = options.profile, options.opset, options.dtype
     if out.exists():
         raise MoeccError(f"{out} exists; give another folder or remove it")
-    if profile == "qmoe":
+    if options.profile == "qmoe":
         qmoe.require()
-    found = skeleton(folder, DTYPES[dtype])
+    found = skeleton(folder, DTYPES[options.dtype])
     store = CheckpointStore(folder, found.model)
     store.check()
-    free_space(out, 2 * store.nbytes)  # what is bfloat16 in the artifact is float32 here
+    free_space(out, 2 * store.nbytes)  # bfloat16 of the artifact becomes float32
     say(f"tracing {folder}")
     cached = capture_cached(found)
-    if profile == "qmoe":
-        qmoe.require_known(cached.program.graph)
-    model = translate(cached, opset, store)
-    if profile == "qmoe":
-        qmoe.lower(model, store, 4 if options.bits == "auto" else int(options.bits))
-    if options.embeddings == "int8":
-        embeddings.lower(model, store)
-    Weights(model, store).fill()
-    joined.join(model)
+    model = _lowered(cached, store, options)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -83,24 +79,11 @@ def export(
         say("writing")
         ir.save(model, partial / MODEL, external_data=DATA, alignment=4096)
         onnx.checker.check_model(str(partial / MODEL))
-        copy_small_files(folder, partial)
-        library = _library(partial, say) if profile == "native" else None
-        (partial / genai.FILE).write_text(
-            json.dumps(genai.config(found, cached, folder, library), indent=1) + "\n"
-        )
-        rounded = any(
-            node.op_type in ("MatMulNBits", "QMoE", "GatherBlockQuantized") for node in model.graph
-        )
-        rounding = (
-            "other weights" if profile == "qmoe" else "int8 activations" if rounded else dtype
-        )
-        record = _compare(folder, partial, text_config(found.config).vocab_size, rounding, library)
-        record |= {
-            "moecc": __version__, "source": store.digest(), "opset": opset,
-            "profile": "portable" if profile == "native" and library is None else profile, "dtype": dtype,
-            "runs_from": oldest_runtime(model),
-            "bytes": sum((partial / f).stat().st_size for f in (MODEL, DATA)),
-        }  # fmt: skip
+        library = _write_beside(folder, partial, found, cached, options, say)
+        vocabulary = text_config(found.config).vocab_size
+        record = _compare(folder, partial, vocabulary, _rounding(model, options), library)
+        record |= _facts(model, store, options, library)
+        record["bytes"] = sum((partial / f).stat().st_size for f in (MODEL, DATA))
         (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         partial.rename(out)
     except BaseException:
@@ -109,30 +92,39 @@ def export(
     return record
 
 
-def summary(out: Path, record: Mapping[str, Any]) -> str:
-    """The record of an export in one line."""
-    return (
-        f"{out}: {size(record['bytes'])}, logits differ by {record['difference']:.1e} of the largest, three tokens "
-        f"in four by at most {record['difference_of_most']:.1e}; runs in {record['runs_from']} and later"
-    )
+def _lowered(cached: Cached, store: CheckpointStore, options: OnnxTarget) -> ir.Model:
+    """Return the ONNX model of a traced program, its weights read when it is written."""
+    if options.profile == "qmoe":
+        qmoe.require_known(cached.program.graph)
+    model = translate(cached, options.opset, store)
+    if options.profile == "qmoe":
+        qmoe.lower(model, store, 4 if options.bits == "auto" else int(options.bits))
+    if options.embeddings == "int8":
+        embeddings.lower(model, store)
+    Weights(model, store).fill()
+    joined.join(model)
+    return model
 
 
-def oldest_runtime(model: ir.Model) -> str:
-    """The first ONNX Runtime that has all operators of a graph (1.20.1, 1.21.1, 1.22.1 and 1.23.2 were tried)."""
-    needs = [{21: 20, 23: 23}[model.opset_imports[""]]]
-    for node in model.graph:
-        if (
-            node.op_type in ("MatMulNBits", "GatherBlockQuantized")
-            and node.attributes["bits"].as_int() == 8
-        ):
-            needs.append(22 if node.op_type == "MatMulNBits" else 23)
-        elif node.op_type == "QMoE":
-            needs.append(31)
-    return f"onnxruntime 1.{max(needs)}"
+def _write_beside(
+    folder: Path, partial: Path, found: Skeleton, cached: Cached, options: OnnxTarget, say: Say
+) -> Path | None:
+    """Write what goes with the model: tokenizer, op library, genai's configuration.
+
+    Return the op library, None if the profile has none or it cannot be built.
+    """
+    copy_small_files(folder, partial)
+    library = _library(partial, say) if options.profile == "native" else None
+    settings = genai.config(found, cached, folder, library)
+    (partial / genai.FILE).write_text(json.dumps(settings, indent=1) + "\n")
+    return library
 
 
-def _library(partial: Path, say: Callable[[str], None]) -> Path | None:
-    """The op library, copied beside the model; None where it can't be built: then the file's functions run everywhere."""
+def _library(partial: Path, say: Say) -> Path | None:
+    """Copy the op library beside the model.
+
+    Return None if it cannot be built: the functions in the file run everywhere.
+    """
     try:
         return shutil.copyfile(build.library(), partial / LIBRARY)
     except MoeccError as error:
@@ -140,10 +132,61 @@ def _library(partial: Path, say: Callable[[str], None]) -> Path | None:
         return None
 
 
+def _rounding(model: ir.Model, options: OnnxTarget) -> str:
+    """Return the key of `TOLERANCE` for a model."""
+    if options.profile == "qmoe":
+        return "other weights"
+    rounded = any(node.op_type in _ROUNDING_OPS for node in model.graph)
+    return "int8 activations" if rounded else options.dtype
+
+
+def _facts(
+    model: ir.Model, store: CheckpointStore, options: OnnxTarget, library: Path | None
+) -> Json:
+    """Return what was exported and from what, for the record."""
+    without_library = options.profile == "native" and library is None
+    return {
+        "moecc": __version__,
+        "source": store.digest(),
+        "opset": options.opset,
+        "profile": "portable" if without_library else options.profile,
+        "dtype": options.dtype,
+        "runs_from": oldest_runtime(model),
+    }
+
+
+def summary(out: Path, record: Json) -> str:
+    """Return the record of an export in one line."""
+    return (
+        f"{out}: {size(record['bytes'])}, "
+        f"logits differ by {record['difference']:.1e} of the largest, three tokens "
+        f"in four by at most {record['difference_of_most']:.1e}; "
+        f"runs in {record['runs_from']} and later"
+    )
+
+
+def oldest_runtime(model: ir.Model) -> str:
+    """Return the first ONNX Runtime that has all operators of a graph.
+
+    1.20.1, 1.21.1, 1.22.1 and 1.23.2 were tried.
+    """
+    needs = [{21: 20, 23: 23}[model.opset_imports[""]]]
+    eight_bits = {"MatMulNBits": 22, "GatherBlockQuantized": 23}
+    for node in model.graph:
+        if node.op_type in eight_bits and node.attributes["bits"].as_int() == 8:
+            needs.append(eight_bits[node.op_type])
+        elif node.op_type == "QMoE":
+            needs.append(31)
+    return f"onnxruntime 1.{max(needs)}"
+
+
 def _compare(
     folder: Path, partial: Path, vocabulary: int, rounding: str, library: Path | None
-) -> dict[str, Any]:
-    """How far the file's logits are from the artifact's. MoeccError where that is more than `rounding` explains."""
+) -> Json:
+    """Return how far the file's logits are from the artifact's.
+
+    Raise MoeccError if that is more than `rounding` explains.
+    """
     rows, tokens = _TOKENS
     ids = torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
     want = run_program(trace(folder, dtype=torch.float32), [ids])[0].float()
@@ -153,14 +196,19 @@ def _compare(
     found, where = (largest, "") if rounding == "float32" else (most, ", in too many tokens")
     if not found <= TOLERANCE[rounding]:
         raise MoeccError(
-            f"{folder.name}: logits of the ONNX file differ by {found:.2g} of the largest{where}; nothing was kept"
+            f"{folder.name}: logits of the ONNX file differ by {found:.2g} of the largest{where}; "
+            "nothing was kept"
         )
     return {"difference": largest, "difference_of_most": most, "runtime": run.version()}
 
 
 def differences(got: Tensor, want: Tensor) -> tuple[float, float]:
-    """Of logits [B, S, vocabulary]: the largest error, of the largest of all; and what `_MOST` of the tokens are within, each of
-    its own largest. Rounding can send a token to another expert, and then its logits are others, though nothing is wrong."""
+    """Return the error of logits [B, S, vocabulary] in two ways.
+
+    First the largest error, as a share of the largest logit of all. Second the error that `_MOST`
+    of the tokens stay within, each as a share of its own largest logit: rounding can send a token
+    to another expert, and then its logits are others, though nothing is wrong.
+    """
     error = (got - want).abs()
     if not bool(error.isfinite().all()):
         return math.inf, math.inf

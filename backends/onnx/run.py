@@ -1,7 +1,7 @@
 """An exported model in ONNX Runtime: prefill and decode with its cache.
 
-A cache is never copied to Python. Where the op library runs all of a model's attention, its memory has room for more tokens,
-which are written into it; otherwise every step makes a new one.
+A cache is never copied to Python. If the op library runs all attention of a model, the cache's
+memory has room for more tokens, and new ones are written into it; else every step makes a new one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -28,26 +27,33 @@ def version() -> str:
 
 
 class Cache:
-    """Keys and values of the first `length` tokens, [B, heads, room or length, width] by name of the graph's input."""
+    """Keys and values of the first `length` tokens.
 
-    def __init__(self, values: dict[str, Any], padding: np.ndarray, binding: Any, room: int):
-        self.values = values
-        self.padding = padding  # [B, 1]: so many of the first tokens of a row are none
-        self.binding = binding  # of these to the graph's inputs and outputs
+    values: [B, heads, room or length, width] by name of the graph's input. padding [B, 1]: the
+    number of tokens at the start of each row that are none. binding: of the values to the graph's
+    inputs and outputs.
+    """
+
+    def __init__(
+        self,
+        values: dict[str, onnxruntime.OrtValue],
+        padding: np.ndarray,
+        binding: onnxruntime.IOBinding,
+        room: int,
+    ):
+        self.values, self.padding, self.binding = values, padding, binding
         self.length = 0
         self.count(room)
 
     def count(self, room: int) -> None:
-        """Know attention_mask and position_ids, i64 [B, room], of so many tokens."""
+        """Prepare attention_mask and position_ids, i64 [B, room], for so many tokens."""
         places = np.arange(room) - self.padding
-        self.room, self.counted, self.places = (
-            room,
-            (places >= 0).astype(np.int64),
-            np.maximum(places, 0),
-        )
+        self.room = room
+        self.counted = (places >= 0).astype(np.int64)
+        self.places = np.maximum(places, 0)
 
     def given(self, tokens: int) -> dict[str, np.ndarray]:
-        """attention_mask [B, length + tokens] and position_ids [B, tokens] of new tokens."""
+        """Return attention_mask [B, length + tokens] and position_ids [B, tokens] of new tokens."""
         total = self.length + tokens
         return {
             "attention_mask": np.ascontiguousarray(self.counted[:, :total]),
@@ -56,7 +62,11 @@ class Cache:
 
 
 class Session:
-    """One exported file. library: moecc's op library, without which the functions in the file run. pinned: see `pin`."""
+    """One exported file.
+
+    library: moecc's op library; without it the functions in the file run. pinned: see `pin`. Raise
+    MoeccError if ONNX Runtime cannot load the file.
+    """
 
     def __init__(
         self, path: Path, *, library: Path | None = None, threads: int = 0, pinned: bool = False
@@ -65,14 +75,12 @@ class Session:
         options.intra_op_num_threads = threads
         if pinned:
             pin(options, threads)
-        options.log_severity_level = (
-            3  # errors; it warns about what an inlined function leaves over
-        )
+        # Errors alone: a warning comes for everything that inlining a function leaves over.
+        options.log_severity_level = 3
         if library is not None:
             options.register_custom_ops_library(str(library))
-            options.enable_mem_pattern = (
-                False  # made anew for every number of tokens, which comes once
-            )
+            # A pattern is made for every number of tokens, and each number comes once.
+            options.enable_mem_pattern = False
         try:
             self.session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -86,18 +94,16 @@ class Session:
         self.room = library is not None and ROOM in self.session.get_modelmeta().custom_metadata_map
 
     def start(self, batch: int, padding: Sequence[int] = ()) -> Cache:
-        """A cache that holds nothing. padding: how many tokens in front of each row stand for none."""
-        memory = {
-            name: _shared(self._memory(name, batch, _LEAST_ROOM if self.room else 0))
-            for name in self.past
-        }
+        """Return an empty cache. padding: the tokens at the start of each row that do not count."""
+        room = _LEAST_ROOM if self.room else 0
+        memory = {name: _shared(self._memory(name, batch, room)) for name in self.past}
         first = np.array(padding or [0] * batch).reshape(batch, 1)
         cache = Cache(memory, first, self.session.io_binding(), _LEAST_ROOM)
         self._bind(cache)
         return cache
 
     def step(self, ids: np.ndarray, cache: Cache) -> np.ndarray:
-        """Logits [B, S, vocabulary] of new tokens i64 [B, S], which join the cache."""
+        """Return the logits [B, S, vocabulary] of new tokens i64 [B, S], which join the cache."""
         batch, tokens = ids.shape
         if cache.length + tokens > cache.room:
             self._enlarge(cache, batch, max(cache.length + tokens, 2 * cache.room))
@@ -114,15 +120,13 @@ class Session:
         return logits
 
     def logits(self, ids: Tensor, pieces: list[int]) -> Tensor:
-        """float32 [B, S, vocabulary] of token ids [B, S], fed in pieces of so many tokens."""
+        """Return float32 logits [B, S, vocabulary] of token ids [B, S].
+
+        pieces: the numbers of tokens to feed at once.
+        """
         cache = self.start(len(ids))
-        return torch.cat(
-            [
-                torch.from_numpy(self.step(p.numpy(), cache)).float()
-                for p in ids.split(pieces, dim=1)
-            ],
-            1,
-        )
+        steps = [self.step(piece.numpy(), cache) for piece in ids.split(pieces, dim=1)]
+        return torch.cat([torch.from_numpy(step).float() for step in steps], 1)
 
     def _memory(self, name: str, batch: int, tokens: int) -> np.ndarray:
         _, heads, _, width = self.inputs[name].shape
@@ -147,10 +151,11 @@ class Session:
                 cache.binding.bind_output(_present(name))
 
 
-def pin(options: Any, threads: int) -> None:
-    """Give each thread of a session and of this process a core of its own, for measuring.
+def pin(options: onnxruntime.SessionOptions, threads: int) -> None:
+    """Give each thread of a session and of this process its own core, for measuring.
 
-    A scheduler may keep two threads that never sleep on one core for as long as they run."""
+    Otherwise a scheduler may keep two threads that never sleep on one core as long as they run.
+    """
     if not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -160,8 +165,8 @@ def pin(options: Any, threads: int) -> None:
         options.add_session_config_entry("session.intra_op_thread_affinities", others)
 
 
-def _shared(memory: np.ndarray) -> Any:
-    """An array as ONNX Runtime takes it, without a copy."""
+def _shared(memory: np.ndarray) -> onnxruntime.OrtValue:
+    """Return an array as ONNX Runtime takes it, without a copy."""
     return onnxruntime.OrtValue.ortvalue_from_numpy(memory)
 
 

@@ -1,8 +1,11 @@
-"""`moecc bench OUT`: how fast an exported model is on this machine, and what memory it takes.
+"""`moecc bench OUT`: how fast an exported model is on this machine, and the memory it takes.
 
-One process a row, so that each loads and runs alone, each thread on a core of its own: load seconds; prefill and decode tokens per
-second (batch 1, medians, random token ids); private memory, which no other process shares and the system cannot drop, when all
-is done.
+A row is measured in a process of its own that loads and runs alone, each thread on its own core:
+
+  load seconds
+  prefill and decode tokens per second   batch 1, medians, random token ids
+  private memory                         at the end; no other process shares it, and the system
+                                         cannot drop it
 """
 
 from __future__ import annotations
@@ -12,20 +15,28 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from moecc.errors import MoeccError
+from moecc.types import Json, Say
 
 _REPEATS = 5  # prefills
 
 
 def bench(
-    folder: Path, *, threads: Iterable[int] = (1, 2), prompt: int = 128, new_tokens: int = 64,
-    say: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each number of threads, without and (where it can be built) with the op library. folder: as `export` wrote it."""
+    folder: Path,
+    *,
+    threads: Iterable[int] = (1, 2),
+    prompt: int = 128,
+    new_tokens: int = 64,
+    say: Say = lambda line: None,
+) -> list[Json]:
+    """Return a row for each number of threads, without the op library and with it.
+
+    folder: as `export` wrote it. A library that cannot be built is left out. Raise MoeccError if
+    the model has too few positions or does not run.
+    """
     from moecc.backends.onnx import build
 
     model = folder / "model.onnx"
@@ -44,36 +55,33 @@ def bench(
 
 
 def _require_positions(folder: Path, length: int) -> None:
-    """MoeccError where the model has not so many positions, by the genai_config.json beside it."""
+    """Raise MoeccError if genai_config.json says that the model has fewer positions."""
     config = folder / "genai_config.json"
-    if config.is_file() and length > (
-        limit := int(json.loads(config.read_text())["model"]["context_length"])
-    ):
+    if not config.is_file():
+        return
+    limit = int(json.loads(config.read_text())["model"]["context_length"])
+    if length > limit:
         raise MoeccError(
-            f"{length} tokens, but {config} says that the model has {limit} positions; give fewer --prompt-tokens or --new-tokens"
+            f"{length} tokens, but {config} says that the model has {limit} positions; "
+            "give fewer --prompt-tokens or --new-tokens"
         )
 
 
-def _apart(
-    model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int
-) -> dict[str, Any]:
+def _apart(model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int) -> Json:
+    """Return the row that `measure` finds in a new process."""
     arguments = [str(model), str(library or ""), str(threads), str(prompt), str(new_tokens)]
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", __name__, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise MoeccError(
-            lines[-1].partition("MoeccError: ")[2] or f"{model}: can't be run: {lines[-1]}"
-        )
-    found: dict[str, Any] = json.loads(done.stdout)
+        known = lines[-1].partition("MoeccError: ")[2]
+        raise MoeccError(known or f"{model}: can't be run: {lines[-1]}")
+    found: Json = json.loads(done.stdout)
     return found
 
 
-def measure(
-    model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int
-) -> dict[str, Any]:
-    """One row, in this process."""
+def measure(model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int) -> Json:
+    """Measure one row in this process."""
     import numpy as np
 
     from moecc.backends.onnx.run import Session
@@ -95,15 +103,22 @@ def measure(
         session.step(token, cache)
         decode.append(time.perf_counter() - start)
     return {
-        "ops": "portable" if library is None else "native", "threads": threads, "load_seconds": load,
+        "ops": "portable" if library is None else "native",
+        "threads": threads,
+        "load_seconds": load,
         "prefill_tokens_per_second": prompt / statistics.median(prefill),
-        "decode_tokens_per_second": 1 / statistics.median(decode), "private_bytes": private_bytes() - before,
-        "prompt": prompt, "new_tokens": new_tokens,
-    }  # fmt: skip
+        "decode_tokens_per_second": 1 / statistics.median(decode),
+        "private_bytes": private_bytes() - before,
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+    }
 
 
 def private_bytes() -> int:
-    """Memory of this process that is its own: anonymous pages, not files that are mapped. 0 where the system doesn't say."""
+    """Return the size of this process's anonymous pages, which map no file.
+
+    0 if the system does not say.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -111,12 +126,14 @@ def private_bytes() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Json]) -> str:
+    """Return the rows as text, a line each."""
     lines = ["ops       threads  load s  prefill tok/s  decode tok/s  private MB"]
     for r in rows:
         lines.append(
-            f"{r['ops']:<8}  {r['threads']:>7}  {r['load_seconds']:>6.2f}  {r['prefill_tokens_per_second']:>13.1f}  "
-            f"{r['decode_tokens_per_second']:>12.1f}  {r['private_bytes'] / 1e6:>10.0f}"
+            f"{r['ops']:<8}  {r['threads']:>7}  {r['load_seconds']:>6.2f}  "
+            f"{r['prefill_tokens_per_second']:>13.1f}  {r['decode_tokens_per_second']:>12.1f}  "
+            f"{r['private_bytes'] / 1e6:>10.0f}"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,8 @@
-// ONNX Runtime's C interface, as much as this op needs, written down by slot number.
+// The part of ONNX Runtime's C interface that the ops need, by slot number.
 //
-// OrtApi is a table of function pointers that is only ever appended to, and so is OrtCustomOp, which says its own version. A
-// library that knows the slots therefore needs no header of ONNX Runtime and loads in every version from OLDEST on.
+// OrtApi is a table of function pointers that only ever grows at its end, and so is OrtCustomOp,
+// which says its own version. So a library that knows the slots needs no header of ONNX Runtime and
+// loads in every version from OLDEST on.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -83,7 +84,7 @@ enum Slot {
   KernelContext_ParallelFor = 274,
 };
 
-// A failed call's status on its way out to ONNX Runtime, which then owns it.
+// The status of a failed call on its way to ONNX Runtime, which then owns it.
 struct Failed {
   OrtStatus* status;
 };

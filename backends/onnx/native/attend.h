@@ -1,4 +1,5 @@
-// The arithmetic of attention in float32: a few queries with many keys, in vectors of LANES floats. For kernel files (kernels.h).
+// The arithmetic of attention in float32: a few queries with many keys, in vectors of LANES floats.
+// For kernel files (see kernels.h).
 #pragma once
 #include "dense.h"
 #include "gates.h"

@@ -1,8 +1,9 @@
-// In this order:
+// The steps of attention:
 //
-//   1. the past is copied, and the new keys and values behind it; queries, and keys, are normed and rotated
-//   2. queries of one group of heads share its keys: ROWS of them at a time are scored, masked and mixed. Keys that none of them
-//      may see are left out
+//   1. the past is copied, and the new keys and values behind it; queries and keys are normed and
+//      rotated
+//   2. the queries of one group of heads share its keys: ROWS of them at a time are scored, masked
+//      and mixed. Keys that none of them may see are left out
 #include "attention.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@ namespace moecc {
 namespace {
 
 constexpr int64_t ROWS = 16;   // queries at a time
-constexpr int64_t KEYS = 64;   // at a time: they stay in the first cache
+constexpr int64_t KEYS = 64;   // at a time, so that they stay in the L1 cache
 constexpr int64_t WORKERS = 64;  // more than there are threads
 
 class Run {
@@ -35,7 +36,8 @@ class Run {
     const int64_t queries = per_group_ * a_.tokens, pieces = (queries + ROWS - 1) / ROWS;
     const int64_t count = groups() * pieces, workers = std::min(count, WORKERS);
     const int64_t room = ROWS * (a_.total() + a_.value_width);
-    Buffer<float> scratch(workers * room);  // of all pieces it would grow with the square of the tokens
+    // By worker: memory for all pieces would grow with the square of the tokens.
+    Buffer<float> scratch(workers * room);
     parallel_.each(workers, [&](int64_t worker) noexcept {
       for (int64_t i = worker; i < count; i += workers) {
         const int64_t first = i % pieces * ROWS;
@@ -66,10 +68,12 @@ class Run {
   static const void* at(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
   static void* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
 
-  void* key_of(int64_t i) const { return at(key_, i * a_.present_room * a_.width * bytes()); }  // of a group
+  // Keys of group i.
+  void* key_of(int64_t i) const { return at(key_, i * a_.present_room * a_.width * bytes()); }
   void* value_of(int64_t i) const { return at(value_, i * a_.present_room * a_.value_width * bytes()); }
 
-  // One head of a token, from `channel` of its rows on, to x [width] in float32, normed and rotated.
+  // Reads one head of a token, from `channel` of its rows on, to x [width] in float32, normed and
+  // rotated.
   void prepare(int64_t token, int64_t channel, const float* norm, float* x) const {
     widen(at(a_.rows, (token * a_.row_width() + channel) * bytes()), x, a_.width);
     if (norm) {
@@ -85,7 +89,7 @@ class Run {
     }
   }
 
-  // Everything of one group: its cache grows, its queries get ready.
+  // Prepares one group: appends to its cache, makes its queries.
   void append(int64_t row, int64_t group) const {
     const int64_t i = row * a_.groups + group, d = a_.width, e = a_.value_width, past = a_.past, total = a_.total();
     void *key = key_of(i), *value = value_of(i);
@@ -108,14 +112,15 @@ class Run {
     widen(value, wide_value_.at(i * total * e), total * e);
   }
 
-  // Of query `q` (token, then head) of a group: which keys it sees.
+  // Says which keys query `q` (token, then head) of a group sees.
   const uint8_t* mask(int64_t i, int64_t q) const {
     const int64_t row = i / a_.groups, head = i % a_.groups * per_group_ + q % per_group_;
     const int64_t plane = (a_.mask_per_row ? row : 0) * (a_.mask_per_head ? a_.heads : 1) + (a_.mask_per_head ? head : 0);
     return a_.mask + (plane * a_.tokens + q / per_group_) * a_.total();
   }
 
-  // Queries first..first+n-1 of group i. scratch: [ROWS, total] scores, [ROWS, value_width] results
+  // Computes queries first..first+n-1 of group i. scratch: [ROWS, total] scores,
+  // [ROWS, value_width] results.
   void attend(int64_t i, int64_t first, int64_t n, float* scratch) const {
     const int64_t d = a_.width, e = a_.value_width, total = a_.total();
     const float* key = a_.half ? wide_key_.at(i * total * d) : static_cast<const float*>(key_of(i));
@@ -147,9 +152,9 @@ class Run {
   void *const y_, *const key_, *const value_;
   const int64_t per_group_;                // heads of queries per head of keys
   Buffer<float> q_;                        // [batch, groups, tokens, per_group, width]
-  Buffer<float> one_;                      // [batch, groups, width]: a key that is being made
+  Buffer<float> one_;                      // [batch, groups, width]: the key in the making
   Buffer<float> q_norm_, k_norm_, angles_; // in float32; all cosines, all sines
-  Buffer<float> wide_key_, wide_value_;    // the whole cache in float32, where it is float16
+  Buffer<float> wide_key_, wide_value_;    // the whole cache in float32, if it is float16
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// One call of CachedAttention, checked (backends/onnx/attention.py says what it computes).
+// One call of CachedAttention, checked. backends/onnx/rewrites/attention.py says what it computes.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,11 +9,13 @@ namespace moecc {
 
 struct Attention {
   int64_t batch = 0, tokens = 0, past = 0;
-  int64_t past_room = 0, present_room = 0; // tokens that a head of the cache has memory for, before and behind the call
+  // Tokens for which a head of the cache has memory, before the call and after it.
+  int64_t past_room = 0, present_room = 0;
   int64_t heads = 0, groups = 0;           // of queries, of keys and values
   int64_t width = 0, value_width = 0;      // channels of a key, of a value
   bool half = false;                       // rows, cache, norms and angles are float16, not float32
-  const void* rows = nullptr;              // [batch, tokens, heads width + groups width + groups value_width]
+  // [batch, tokens, heads width + groups width + groups value_width]
+  const void* rows = nullptr;
   const void* past_key = nullptr;          // [batch, groups, past_room, width]
   const void* past_value = nullptr;        // [batch, groups, past_room, value_width]
   const uint8_t* mask = nullptr;           // [batch or 1, heads or 1, tokens, past + tokens]
@@ -22,17 +24,19 @@ struct Attention {
   const void* k_norm = nullptr;
   const void* cos = nullptr;               // [batch, tokens, angles], or null
   const void* sin = nullptr;
-  int64_t angles = 0;                      // twice as many channels are rotated
+  int64_t angles = 0;                      // one for every two rotated channels
   bool interleaved = false;
   float scale = 0, eps = 0;
 
   int64_t total() const { return past + tokens; }
-  bool small() const { return batch * heads * tokens * total() * (width + value_width) < 200000; }  // multiplications
+  // By the number of multiplications.
+  bool small() const { return batch * heads * tokens * total() * (width + value_width) < 200000; }
   int64_t row_width() const { return (heads + groups) * width + groups * value_width; }
 };
 
-// y [batch, tokens, heads value_width]; present_key and present_value [batch, groups, present_room, ...]: the past with the new
-// ones behind it. They may be the memory of the past: then nothing is copied.
+// Computes y [batch, tokens, heads value_width], and present_key and present_value [batch, groups,
+// present_room, ...]: the past with the new keys and values behind it. They may be the memory of
+// the past; then nothing is copied.
 void attend(const Attention& a, const Kernels& kernels, const Parallel& parallel, void* y, void* present_key, void* present_value);
 
 }  // namespace moecc

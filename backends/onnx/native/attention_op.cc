@@ -1,4 +1,4 @@
-// moecc::CachedAttention, with Norm and Rope in its name where queries and keys are normed and rotated.
+// moecc::CachedAttention: with Norm in its name, queries and keys are normed; with Rope, rotated.
 #include "attention.h"
 #include "custom_op.h"
 
@@ -52,7 +52,7 @@ class CachedAttention {
                     text(past_key.shape) + " and past_value " + text(past_value.shape));
     mask.expect_rank(4, "[B or 1, H or 1, S, P + S]");
     a.past = mask.shape[3] - a.tokens;
-    // a cache with room for the new tokens keeps its size, one that is full grows
+    // A cache with room for the new tokens keeps its size, a full one grows.
     a.present_room = a.past_room == a.past ? a.total() : a.past_room;
     if (a.past < 0 || a.present_room < a.total())
       throw Invalid("past_key has room for " + std::to_string(a.past_room) + " tokens, mask " + text(mask.shape) + " is of " +

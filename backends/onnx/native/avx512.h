@@ -1,4 +1,4 @@
-// What both products of the AVX-512 kernels stand on.
+// The common basis of both products of the AVX-512 kernels.
 #pragma once
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 about its own intrinsics
@@ -17,20 +17,21 @@ namespace {
 
 inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
-// Sums that stay in registers over a loop. Written as assignments of intrinsics, GCC 12 copies each of them once per turn, and
-// with 24 of them stores half to the stack: 2.2 times slower.
+// Sums that stay in registers over a loop. If they are assignments of intrinsics, GCC 12 copies
+// each once per turn and stores half of 24 to the stack, which is 2.2 times slower.
 inline void add_to8(__m512i& sum, __m512i x) { asm("vpaddb %1, %0, %0" : "+v"(sum) : "v"(x)); }
 inline void dot_to(__m512i& sum, __m512i w, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
 }
 
-// To L2, because L1 is full of tables or of decoded weights. An address beyond the codes does no harm.
-// Always inline: GCC takes a function that only prefetches for one without effect and drops its calls.
+// Prefetches to L2, because L1 is full of tables or of decoded weights. An address beyond the codes
+// does no harm. Always inline: GCC takes a function that only prefetches for one without effect and
+// drops its calls.
 inline __attribute__((always_inline)) void fetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
 }
 
-// Component i of 16 codes' centroids from c on, as whole numbers.
+// Returns component i of the centroids of 16 codes from c on, as whole numbers.
 template <int V>
 inline __m512i component(const int8_t* codebook, int c, int i) {
   if (V == 4) return _mm512_srai_epi32(_mm512_slli_epi32(load512(codebook + 4 * c), 24 - 8 * i), 24);
@@ -38,12 +39,13 @@ inline __m512i component(const int8_t* codebook, int c, int i) {
   return _mm512_srai_epi32(_mm512_slli_epi32(_mm512_cvtepi16_epi32(pairs), 24 - 8 * i), 24);
 }
 
-// table[code] of 64 codes; high: whose top bit is set
+// Returns table[code] of 64 codes; high: the codes whose top bit is set.
 inline __m512i look_up(__m512i t0, __m512i t1, __m512i t2, __m512i t3, __m512i codes, __mmask64 high) {
   return _mm512_mask_blend_epi8(high, _mm512_permutex2var_epi8(t0, codes, t1), _mm512_permutex2var_epi8(t2, codes, t3));
 }
 
-// 64 rows as vectors q = 0..3 whose 128-bit lane L holds rows 16 L + 4 q + 0..3: their sums as they are, in place.
+// Puts the sums of 64 rows in their natural order, in place. Vector q = 0..3 holds rows
+// 16 L + 4 q + 0..3 in its 128-bit lane L.
 inline void natural(float* y) {
   const __m512 q0 = _mm512_loadu_ps(y), q1 = _mm512_loadu_ps(y + 16), q2 = _mm512_loadu_ps(y + 32),
                q3 = _mm512_loadu_ps(y + 48);

@@ -1,21 +1,25 @@
 // The product for few inputs, of codes of four weights without signs. Per column block and input:
 //
-//   1. for a group of four columns, t[c] = sum_i codebook[c, i] x[i] of all 256 codes, in whole numbers
-//   2. t is rounded to 18 bits of one scale per block and cut into three tables of 6
-//   3. the codes of 64 rows are one register: two vpermi2b and a blend by the code's top bit look a byte up for all rows
-//   4. bytes are summed over four groups as they are, then in 16 bits over the block, and that sum goes to float with its scale
+//   1. a group of four columns has t[c] = sum_i codebook[c, i] x[i] of all 256 codes, in whole
+//      numbers
+//   2. t is rounded to 18 bits, with one scale per block, and cut into three tables of 6 bits
+//   3. the codes of 64 rows are one register: two vpermi2b and a blend by the code's top bit look a
+//      byte up for all rows
+//   4. bytes are summed over four groups as they are, then in 16 bits over the block; that sum
+//      becomes float with its scale
 //
-// Relative error of a product: 1.3e-5 where channels are alike; of a layer with one 100 times as loud: 4e-5.
+// Relative error of a product: 1.3e-5 if channels are alike; of a layer with one channel 100 times
+// as loud: 4e-5.
 #pragma once
 #include "avx512.h"
 
 namespace moecc {
 namespace {
 
-struct Book {  // of a code: 256 w of components 0 and 1, and 2 and 3; w + 128 of all
+struct Book {  // by code: 256 w of components 0 and 1, and of 2 and 3; w + 128 of all
   alignas(64) int16_t high[2][256][2];
   alignas(64) uint8_t low[256][4];
-  float largest;  // norm of a centroid, or what digits of x allow for if more
+  float largest;  // the largest norm of a centroid, or the bound by the digits of x if that is more
 
   explicit Book(const int8_t* codebook) {
     __m512 most = _mm512_set1_ps(65.0f * 65.0f);
@@ -40,19 +44,22 @@ struct Book {  // of a code: 256 w of components 0 and 1, and 2 and 3; w + 128 o
 
 constexpr int GROUPS = BLOCK / 4;     // of a block
 constexpr int SIZE = GROUPS * BLOCK;  // bytes of a block of codes
-constexpr int FAR = 16;               // blocks ahead that are fetched: about as long as memory takes
-constexpr int PARTS = 3;              // of t: bits 24..29, 18..23 and 12..17. What is lower is rounded away
-constexpr int QUAD = 4;               // groups whose bytes are added: 4 * 63 is a byte
+constexpr int FAR = 16;               // blocks to prefetch ahead: they take about as long as memory
+constexpr int PARTS = 3;              // of t: bits 24..29, 18..23, 12..17; lower ones are rounded
+constexpr int QUAD = 4;               // groups whose bytes are added: 4 * 63 fits a byte
 
 struct Sums {
   alignas(64) uint8_t of[GROUPS][PARTS][256];
 };
 
-constexpr int HALF = 1 << 11, OFFSET = 1 << 29;           // of what is rounded away; of t, which then is not negative
-constexpr float RANGE = static_cast<float>(OFFSET - 4096);  // of t, less what rounding may add
-constexpr int ZERO = 32;                                  // what 0 is in the first part
+// HALF the unit of rounding; OFFSET makes t not negative; RANGE of t leaves room for rounding; ZERO
+// is 0 in the first part.
+constexpr int HALF = 1 << 11, OFFSET = 1 << 29;
+constexpr float RANGE = static_cast<float>(OFFSET - 4096);
+constexpr int ZERO = 32;
 
-// x in two digits, 256 h + l: pairs of h and quadruples of l of a group side by side, and what its t starts from
+// x in two digits, 256 h + l: pairs of h and quadruples of l of a group side by side, and the start
+// of its t
 struct Digits {
   alignas(64) int16_t high[GROUPS][4];
   alignas(64) int8_t low[GROUPS][4];
@@ -79,7 +86,8 @@ inline __m512i four_bytes(const void* p) {
 }
 
 void fill(const Book& book, const float* x, float factor, Sums& sums) {
-  alignas(64) uint8_t order[192];  // of two registers: their bytes 3 and 2, their bytes 2 and 3, their bytes 1
+  // Of two registers: their bytes 3 and 2, their bytes 2 and 3, their bytes 1.
+  alignas(64) uint8_t order[192];
   for (int i = 0; i < 32; i++) {
     const int at = 4 * (i % 16) + (i < 16 ? 0 : 64);
     order[i] = order[96 + i] = static_cast<uint8_t>(at + 3);
@@ -122,9 +130,9 @@ void fill(const Book& book, const float* x, float factor, Sums& sums) {
 }
 
 template <int R>
-using Bytes = __m512i[QUAD][R][PARTS];  // of four quads of groups: sums of 64 rows
+using Bytes = __m512i[QUAD][R][PARTS];  // sums of 64 rows, for four quads of groups
 
-// What the tables give for R row blocks.
+// Sums the entries of the tables for R row blocks.
 template <int R>
 inline __attribute__((always_inline)) void sum_bytes(const uint8_t* codes, const Sums& sums, Bytes<R>& bytes) {
   const uint8_t* ahead = codes + FAR * SIZE;
@@ -160,11 +168,12 @@ inline __attribute__((always_inline)) void sum_bytes(const uint8_t* codes, const
   }
 }
 
-// A block's sums of 64 rows in 16 bits.
+// The sums of a block's 64 rows in 16 bits.
 struct Words {
   __m512i even, odd;  // rows
 
-  // Of part p of row block r: bytes are added as they lie, two rows to a word, and the odd rows once more.
+  // Adds up part p of row block r: bytes as they lie, two rows to a word, and the odd rows once
+  // more.
   template <int R>
   Words(const Bytes<R>& bytes, int r, int p) {
     __m512i whole = bytes[0][r][p];
@@ -214,7 +223,7 @@ inline void interleave(float* y) {  // from `gather`'s order to `natural`'s
 }
 
 float largest_group(const float* x) {  // norm
-  double largest = 0;  // the square of a float is within its range
+  double largest = 0;  // double, because its range has the square of every float
   for (int g = 0; g < GROUPS; g++) {
     double square = 0;
     for (int i = 0; i < 4; i++) square += static_cast<double>(x[g * 4 + i]) * x[g * 4 + i];
@@ -225,7 +234,8 @@ float largest_group(const float* x) {  // norm
 
 void lookup(const Coded& m, const float* const* x, float* const* y, int64_t inputs, int64_t first, int64_t last) {
   const int64_t soon = (last - first) * m.row_blocks < FAR ? (last - first) * m.row_blocks : FAR;
-  for (int64_t i = 0; i < soon * SIZE; i += 64) fetch(m.block(first, 0) + i);  // while the first tables are made
+  // Fetch the first codes while the first tables are made.
+  for (int64_t i = 0; i < soon * SIZE; i += 64) fetch(m.block(first, 0) + i);
   const Book book(m.codebook);
   Sums sums;
   for (int64_t i = 0; i < inputs; i++) memset(y[i], 0, sizeof(float) * m.row_blocks * BLOCK);
@@ -233,7 +243,7 @@ void lookup(const Coded& m, const float* const* x, float* const* y, int64_t inpu
     for (int64_t i = 0; i < inputs; i++) {
       const float* in = x[i] + column * BLOCK;
       const float bound = largest_group(in) * book.largest;
-      if (bound < 1e-30f) continue;  // all of it is zero, or as good as
+      if (bound < 1e-30f) continue;  // all of x is zero, or as good as zero
       fill(book, in, RANGE / bound, sums);
       const float scale = bound / RANGE;
       int64_t row = 0;

@@ -1,7 +1,7 @@
-// The product for many inputs, and for few of what has signs or codes of two weights:
+// The product for many inputs, and for few if there are signs or codes of two weights:
 //
 //   1. an input is 24-bit fixed point with one scale, in three signed bytes (`prepare`)
-//   2. blocks are decoded to unsigned bytes, weight + 128, with four neighbouring columns in 32 bits
+//   2. blocks are decoded to unsigned bytes, weight + 128, four neighbouring columns in 32 bits
 //   3. vpdpbusd multiplies and adds those four; the sums start from -128 sum(x)
 #pragma once
 #include "avx512.h"
@@ -49,7 +49,8 @@ void prepare(const float* x, int64_t column_blocks, void* prepared) {
   for (int64_t k = 0; k < columns; k += 16) {
     const __m512 v = _mm512_loadu_ps(x + k);
     most = _mm512_max_ps(most, _mm512_abs_ps(v));
-    wrong = _mm512_fmadd_ps(v, _mm512_setzero_ps(), wrong);  // 0, or NaN where any value is infinite or NaN
+    // 0, or NaN if any value is infinite or NaN.
+    wrong = _mm512_fmadd_ps(v, _mm512_setzero_ps(), wrong);
   }
   const float largest = _mm512_reduce_max_ps(most);
   const float limit = 8290000.0f;  // 126.5 * 65536: the top digit stays within +-127
@@ -82,7 +83,7 @@ void prepare(const float* x, int64_t column_blocks, void* prepared) {
   }
 }
 
-// Four planes of 64 rows -> four registers with the four bytes of a row side by side.
+// Turns four planes of 64 rows into four registers with the four bytes of a row side by side.
 inline void store_quad(const __m512i* p, uint8_t* w) {
   const __m512i a = _mm512_unpacklo_epi8(p[0], p[1]), b = _mm512_unpackhi_epi8(p[0], p[1]);
   const __m512i c = _mm512_unpacklo_epi8(p[2], p[3]), d = _mm512_unpackhi_epi8(p[2], p[3]);
@@ -100,7 +101,7 @@ struct Blocks {  // one block's codes and signs
       : codes(m.block(column, row)), signs(m.signs ? m.sign_block(column, row) : nullptr) {}
 };
 
-// One block to w [16 quads of columns, 256]. `ahead` is the block to fetch meanwhile.
+// Decodes one block to w [16 quads of columns, 256], and prefetches the block `ahead`.
 template <int V>
 void decode(const Coded& m, const Blocks& block, const Blocks& ahead, const ByteBook<V>& book, uint8_t* w) {
   __m512i t[V][4];
@@ -116,9 +117,10 @@ void decode(const Coded& m, const Blocks& block, const Blocks& ahead, const Byte
       const __mmask64 high = _mm512_movepi8_mask(c);
       for (int j = 0; j < V; j++) p[i + j] = look_up(t[j][0], t[j][1], t[j][2], t[j][3], c, high);
     }
-    if (m.signs) {  // -1 - w; in w + 128 that is 255 - (w + 128)
+    if (m.signs) {  // -1 - w, which is 255 - (w + 128) in bytes
       fetch(ahead.signs + quad * 32);
-      const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.signs + quad * 32));  // rows i and i + 32
+      // Byte i has the signs of rows i and i + 32.
+      const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.signs + quad * 32));
       const __m512i rows = _mm512_inserti64x4(_mm512_castsi256_si512(two), _mm256_srli_epi16(two, 4), 1);
       for (int i = 0; i < 4; i++)
         p[i] = _mm512_mask_sub_epi8(p[i], _mm512_test_epi8_mask(rows, _mm512_set1_epi8(static_cast<char>(1 << i))), ones, p[i]);
@@ -166,7 +168,7 @@ struct Levels {  // of one input
   }
 };
 
-// y [64 rows] += scale * (w - 128) x, of one input or two
+// y [64 rows] += scale * (w - 128) x, for one input or two
 void accumulate(const uint8_t* w, int64_t quads, const Input* x, float scale, float* y) {
   Levels sums(x);
   for (int64_t quad = 0; quad < quads; quad++, w += 256)

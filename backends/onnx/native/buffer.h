@@ -1,4 +1,4 @@
-// Memory for what lives during one call.
+// Memory that lives during one call.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace moecc {
 
-// Uninitialised memory on a cache line's border; std::bad_alloc where there is none.
+// Uninitialised memory that starts with a cache line. Throws std::bad_alloc if there is none.
 template <class T>
 class Buffer {
  public:

@@ -1,4 +1,4 @@
-// What every op of the library has in common: how ONNX Runtime asks about it, and what may cross the border to it.
+// The common part of the library's ops: how ONNX Runtime asks about them, how errors reach it.
 #pragma once
 #include <exception>
 #include <new>
@@ -17,7 +17,7 @@ struct Op : OrtCustomOp {
   bool half;  // float16, not float32
 };
 
-// Nothing that C++ throws may reach ONNX Runtime, which is C at this border.
+// Runs f and turns any exception into a status: ONNX Runtime is C at this border.
 template <class F>
 OrtStatus* guarded(const ort::Api& api, const std::string& name, F&& f) noexcept {
   const auto error = [&](ort::Code code, const char* what) -> OrtStatus* {
@@ -47,7 +47,8 @@ class Pool final : public Parallel {  // the session's own threads
  public:
   Pool(const ort::Api& api, const OrtKernelContext* context) : api_(api), context_(context) {}
   void run(size_t count, Task task, void* data) const override {
-    // as many batches as tasks: a thread takes the next one when it is done, and a slow core delays nothing
+    // As many batches as tasks: each thread takes the next one when it is done, so that a slow core
+    // delays nothing.
     api_.check(ort::KernelContext_ParallelFor, context_, task, count, count, data);
   }
 
@@ -56,7 +57,7 @@ class Pool final : public Parallel {  // the session's own threads
   const OrtKernelContext* context_;
 };
 
-// f(parallel), by the session's threads unless the work is small.
+// Calls f(parallel), with the session's threads unless the work is small.
 template <class F>
 void with_threads(const ort::Api& api, const OrtKernelContext* context, bool small, F&& f) {
   if (small)
@@ -105,7 +106,7 @@ inline void* output(const ort::Api& api, OrtKernelContext* context, size_t i, co
   return data;
 }
 
-// An op whose kernel is State: made of (op, attributes), then compute(api, context) for every call.
+// Makes an op whose kernel is State: made of (op, attributes), then compute(api, context) per call.
 template <class State>
 Op make_op(std::string name, std::vector<Input> inputs, std::vector<Input> outputs, bool half) {
   struct Kernel {

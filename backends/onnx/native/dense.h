@@ -1,4 +1,5 @@
-// The dense arithmetic around the coded matrices, in vectors of LANES floats, 4, 8 or 16, that the including kernel file chooses.
+// The dense arithmetic around the coded matrices, in vectors of LANES floats. The including kernel
+// file sets LANES to 4, 8 or 16.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -60,7 +61,7 @@ float dot(const float* a, const float* b, int64_t n) {
   return s;
 }
 
-// LANES bytes as floats. GCC 12 takes __builtin_convertvector apart into single bytes.
+// Returns LANES bytes as floats. GCC 12 takes __builtin_convertvector apart into single bytes.
 inline Vec widened(const int8_t* p) {
 #if LANES == 16
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -71,7 +72,7 @@ inline Vec widened(const int8_t* p) {
 #endif
 }
 
-// The products of a and x, added up to four.
+// Returns the products of a and x, added up to four.
 inline Four dot_bytes(const int8_t* a, const float* x, int64_t n) {
   Vec s{};
   int64_t i = 0;
@@ -83,7 +84,7 @@ inline Four dot_bytes(const int8_t* a, const float* x, int64_t n) {
   return t;
 }
 
-// Four rows at a time, so that what each adds up to is one of the four lanes of a sum.
+// Four rows at a time, so that each row's sum is one of the four lanes of a vector.
 void add_coefficients(float* y, const int8_t* a, const float* scale, const float* x, int64_t rows, int64_t columns) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4, a += 4 * columns) {

@@ -1,8 +1,9 @@
-// The coded product in float32, for instruction sets without byte lookups: in vectors of LANES floats, ROWS of them at a time.
+// The coded product in float32, for instruction sets without byte lookups, in vectors of LANES
+// floats, ROWS of them at a time.
 //
-// lookup: for a group of v columns the table t[c] = sum_i codebook[c, i] x[i] of all 256 codes; a weight row then adds one
-// entry of it per code.
-// multiply: a block is decoded to 64 x 64 floats and multiplied with all inputs.
+//   lookup     a group of v columns has a table t[c] = sum_i codebook[c, i] x[i] of all 256 codes;
+//              a weight row then adds one entry per code
+//   multiply   a block is decoded to 64 x 64 floats and multiplied with all inputs
 #pragma once
 #include "dense.h"
 
@@ -63,7 +64,7 @@ struct Centroids {  // the codebook, one centroid after the other
     for (int c = 0; c < 256; c++)
       for (int i = 0; i < V; i++) of[c][i] = static_cast<float>(codebook[c * V + i]);
   }
-  Four two(uint32_t a, uint32_t b) const {  // those of two codes, of pairs
+  Four two(uint32_t a, uint32_t b) const {  // the pairs of two codes
     double first, second;
     memcpy(&first, of[a], 8);
     memcpy(&second, of[b], 8);
@@ -76,7 +77,7 @@ struct Centroids {  // the codebook, one centroid after the other
   }
 };
 
-// The weights of four rows' codes: V columns of w [columns, 64], from their row on.
+// Writes the weights of four rows' codes into V columns of w [columns, 64], from their row on.
 inline void decode_four(const Centroids<4>& book, uint32_t codes, float* w) {
   const Four a = book.one(codes & 255), b = book.one(codes >> 8 & 255);
   const Four c = book.one(codes >> 16 & 255), d = book.one(codes >> 24);
@@ -106,7 +107,7 @@ void apply_signs(const uint8_t* signs, float* w) {
     }
 }
 
-// One block to w [64 columns, 64 rows]. What lies a few blocks behind it is fetched meanwhile.
+// Decodes one block to w [64 columns, 64 rows], and prefetches a block not far behind it.
 template <int V>
 void decode_block(const Coded& m, const Centroids<V>& book, int64_t column, int64_t row, float* w) {
   const uint8_t* codes = m.block(column, row);

@@ -1,4 +1,5 @@
-// Activations and gates of moecc/gates.py in float32, as loops that a compiler vectorises. For kernel files (see kernels.h).
+// Activations and gates of moecc/ir/gates.py in float32, as loops that a compiler vectorises. For
+// kernel files (see kernels.h).
 #pragma once
 #include <math.h>
 
@@ -10,8 +11,8 @@
 namespace moecc {
 namespace {
 
-// e^x to 2 units in the last place: 2^n p(r), r = x - n ln 2 in +-ln(2)/2. Beyond float's range the nearest power in it, so
-// that sums and quotients of it stay finite; NaN stays NaN.
+// e^x to 2 units in the last place: 2^n p(r), r = x - n ln 2 in +-ln(2)/2. Beyond float's range it
+// is the nearest power within, so that sums and quotients stay finite. NaN stays NaN.
 inline float exponential(float x) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: a float of this size has its unit in the last bit
   x = x < -87.0f ? -87.0f : x;

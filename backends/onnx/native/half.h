@@ -1,4 +1,5 @@
-// float16 in integer arithmetic, where the instruction set has no conversion. For kernel files (see kernels.h).
+// float16 in integer arithmetic, for instruction sets without a conversion. For kernel files (see
+// kernels.h).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -26,8 +27,10 @@ inline uint16_t half_bits(float value) {
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);   // NaN
-  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
-  if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the number of 2^-24 in the low bits, rounded to even
+  // 65520 and more round to infinity.
+  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  // Below 2^-14, adding 0.5 leaves the multiple of 2^-24 in the low bits, rounded to even.
+  if (bits < 0x38800000u) {
     float magnitude;
     memcpy(&magnitude, &bits, sizeof magnitude);
     magnitude += 0.5f;

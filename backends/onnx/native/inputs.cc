@@ -28,12 +28,15 @@ class Inputs : Reader {
   bool half_;
 };
 
-// Four inputs from `first` on: codes, signs, codebook, scale of [experts, rows, columns]; rows -1: as scale has it.
+// Reads four inputs from `first` on: codes, signs, codebook and scale of [experts, rows, columns].
+// If rows is -1, scale says how many there are.
 Matrix read_matrix(const Inputs& inputs, size_t first, int64_t experts, int64_t rows, int64_t columns) {
   const Tensor codes = inputs.get(first), signs = inputs.get(first + 1);
   const Tensor codebook = inputs.get(first + 2), scale = inputs.get(first + 3);
   Matrix m;
-  if (!codes) return m;  // absent, whatever else is there: a model that has it in other layers only gives an empty one
+  // Without codes the matrix is absent, whatever else is there: a model that has it in other layers
+  // alone gives this one empty codes.
+  if (!codes) return m;
   for (const Tensor* t : {&codebook, &scale})
     if (!*t) throw Invalid(std::string(t->name) + " is missing");
   if (rows < 0) {
@@ -104,7 +107,8 @@ Gating gating(const std::string& act, const std::string& gate, float alpha, floa
       {"silu", Act::SILU},   {"gelu", Act::GELU},       {"gelu_tanh", Act::GELU_TANH}, {"relu", Act::RELU},
       {"relu2", Act::RELU2}, {"sigmoid", Act::SIGMOID}, {"tanh", Act::TANH},           {"identity", Act::IDENTITY},
   };
-  static constexpr Named<Gate> GATES[] = {  // in float32 what works there and what works in x's type are the same
+  // Everything is float32 here, so gates that differ in the type they compute in are the same.
+  static constexpr Named<Gate> GATES[] = {
       {"none", Gate::NONE},       {"glu", Gate::GLU},         {"f32", Gate::GLU},
       {"clamp", Gate::CLAMP},     {"clamp_f32", Gate::CLAMP}, {"clamp_after", Gate::CLAMP_AFTER},
       {"oai", Gate::OAI},         {"softcap", Gate::SOFTCAP},

@@ -1,4 +1,5 @@
-// From the inputs of VQExperts to a Layer: every shape is checked here, so that nothing behind it can read out of bounds.
+// From the inputs of VQExperts to a Layer. Every shape is checked here, so that no later code can
+// read out of bounds.
 #pragma once
 #include <string>
 
@@ -7,15 +8,16 @@
 
 namespace moecc {
 
-// 0 x, 1 topk_index, 2 topk_weight, 3.. gate_up, 15.. down (each in the order of vq4.TENSORS), 27 post_norm
+// 0 x, 1 topk_index, 2 topk_weight, 3.. gate_up, 15.. down (both in the order of vq4.TENSORS),
+// 27 post_norm
 constexpr size_t INPUTS = 28, PROJECTION = 12;
 
 const Input& input(size_t i, bool half);
 
-// Invalid where a name is none that moecc/gates.py has.
+// Throws Invalid if moecc/ir/gates.py does not have a name.
 Gating gating(const std::string& act, const std::string& gate, float alpha, float limit);
 
-// Invalid where shapes do not fit each other or an expert's index is out of range.
+// Throws Invalid if shapes do not fit each other or an expert's index is out of range.
 Layer read(const ort::Api& api, const OrtKernelContext* context, bool half, const Gating& gating, float eps);
 
 }  // namespace moecc

@@ -1,4 +1,4 @@
-// 64-bit ARM: the float kernels in vectors of four, of which there are 32 registers.
+// 64-bit ARM: the float kernels in vectors of four, with 32 registers.
 #define LANES 4
 #define ROWS 4
 #include <arm_neon.h>

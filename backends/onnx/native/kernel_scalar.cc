@@ -1,4 +1,4 @@
-// Any CPU: what the compiler makes of the float kernels without flags.
+// Any CPU: the float kernels, compiled without flags.
 #define LANES 4
 #define ROWS 2
 #include "attend.h"

@@ -1,7 +1,9 @@
-// What differs between instruction sets: one table of functions for each, chosen when a node is created.
+// The functions that differ between instruction sets, one table of them for each. The table is
+// chosen when a node is created.
 //
-// A kernel file is compiled with flags of its own and must not hold any function that another file could be linked against: it
-// includes no C++ library header with inline code, and everything in it but its table is in an unnamed namespace.
+// A kernel file is compiled with flags of its own, so no other file may be linked against its
+// functions: it includes no C++ library header with inline code, and everything in it but its table
+// is in an unnamed namespace.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -31,7 +33,7 @@ struct Coded {
 enum class Act { SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, TANH, IDENTITY };
 enum class Gate { NONE, GLU, CLAMP, CLAMP_AFTER, OAI, SOFTCAP };
 
-struct Gating {  // moecc/gates.py
+struct Gating {  // moecc/ir/gates.py
   Act act;
   Gate gate;
   float alpha, limit;
@@ -40,16 +42,19 @@ struct Gating {  // moecc/gates.py
 struct Kernels {
   const char* name;
 
-  // Up to so many inputs `lookup` is faster than `multiply`, for codes of four weights and of two, from so many row blocks on: its
-  // tables cost the same for few rows. It is not asked for more, nor for what has signs.
+  // `lookup` is faster than `multiply` up to so many inputs, for codes of four weights and of two,
+  // and from so many row blocks on, for its tables cost the same for few rows. It is called only
+  // then, and only without signs.
   int64_t few_of_four, few_of_two, least_row_blocks;
-  // y[i] [64 row_blocks] = the product with the columns of blocks first..last-1 alone, of inputs x[i] [64 column_blocks].
+  // y[i] [64 row_blocks] = the product of inputs x[i] [64 column_blocks] with the columns of blocks
+  // first..last-1 alone
   void (*lookup)(const Coded&, const float* const* x, float* const* y, int64_t inputs, int64_t first, int64_t last);
 
-  // What `multiply` reads of an input: bytes, and how it is made; null where it reads the input itself.
+  // The form in which `multiply` reads an input: its size, and how to make it. Null if it reads the
+  // input itself.
   int64_t (*prepared_bytes)(int64_t column_blocks);
   void (*prepare)(const float* x, int64_t column_blocks, void* prepared);
-  // Rows of blocks first..last-1 of the product, of all columns.
+  // y[i] = the rows of blocks first..last-1 of the product, with all columns
   void (*multiply)(const Coded&, const void* const* x, float* const* y, int64_t inputs, int64_t first, int64_t last);
 
   // h [f] from rows [2 f] (gate rows first), or [f] without a gate.
@@ -61,11 +66,12 @@ struct Kernels {
   // y += s x;  y += s x z
   void (*add)(float* y, float s, const float* x, int64_t n);
   void (*add_product)(float* y, float s, const float* x, const float* z, int64_t n);
-  // s[i, t] = sum_j q[i, j] k[t, j]; q [queries, width], k [keys, width], rows of s are `stride` apart
+  // s[i, t] = sum_j q[i, j] k[t, j]; q [queries, width], k [keys, width]; rows of s are `stride`
+  // apart
   void (*scores)(const float* q, int64_t queries, const float* k, int64_t keys, int64_t width, float* s, int64_t stride);
   // y[i] += sum_t s[i, t] v[t]; v [keys, width], y [queries, width]
   void (*mix)(const float* s, int64_t stride, int64_t queries, const float* v, int64_t keys, int64_t width, float* y);
-  // s becomes its softmax over those t whose mask is not 0, and 0 elsewhere
+  // s = its softmax over those t whose mask is not 0, and 0 elsewhere
   void (*softmax)(float* s, const uint8_t* mask, int64_t n);
   void (*from_half)(const uint16_t* x, float* y, int64_t n);
   void (*to_half)(const float* x, uint16_t* y, int64_t n);

@@ -1,4 +1,4 @@
-// One call of the op: what it was given, checked.
+// One call of the op: its operands, checked.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace moecc {
 
-struct Matrix {  // a coded matrix per expert, or one for all; codes are null where there is none
+struct Matrix {  // a coded matrix per expert, or one for all; codes are null if there is none
   const uint8_t* codes = nullptr;
   const uint8_t* signs = nullptr;
   const int8_t* codebook = nullptr;
@@ -22,7 +22,7 @@ struct Matrix {  // a coded matrix per expert, or one for all; codes are null wh
   }
 };
 
-struct Projection {  // moecc/vq4.py; gate_up [N, D], down [D, F]
+struct Projection {  // moecc/ir/vq4.py; gate_up [N, D], down [D, F]
   Matrix coded, mean;
   const float* bias = nullptr;        // [E, rows]
   const float* basis = nullptr;       // [rank, D]
@@ -42,7 +42,8 @@ struct Layer {
   Gating gating{};
   float eps = 0;
 
-  bool small() const { return tokens * top_k * hidden * (gate_up.coded.rows + intermediate) < 1 << 20; }  // multiplications
+  // By the number of multiplications.
+  bool small() const { return tokens * top_k * hidden * (gate_up.coded.rows + intermediate) < 1 << 20; }
 };
 
 // Calls task(data, 0..count-1) on several threads and returns when all are done.
@@ -62,14 +63,15 @@ class Parallel {
   ~Parallel() = default;
 };
 
-class Serial final : public Parallel {  // for work that takes less time than to wake another thread
+class Serial final : public Parallel {  // for work that is done before another thread wakes up
  public:
   void run(size_t count, Task task, void* data) const override {
     for (size_t i = 0; i < count; i++) task(data, i);
   }
 };
 
-// y [tokens, hidden], float32 or float16 as layer.half says. std::bad_alloc where there is no memory.
+// Computes y [tokens, hidden], float32 or float16 as layer.half says. Throws std::bad_alloc if
+// there is no memory.
 void run(const Layer& layer, const Kernels& kernels, const Parallel& parallel, void* y);
 
 }  // namespace moecc

@@ -1,4 +1,4 @@
-// moecc::CausalMask (backends/onnx/masks.py says what it is).
+// moecc::CausalMask, which backends/onnx/rewrites/masks.py defines.
 #include <algorithm>
 #include <cstring>
 

@@ -6,7 +6,8 @@
 namespace moecc {
 namespace {
 
-// So many items keep several threads busy to the end. Results don't depend on the number of threads.
+// So many items keep several threads busy to the end. Results do not depend on the number of
+// threads.
 constexpr int64_t ITEMS = 16;
 constexpr int64_t LEAST_COLUMNS = 2, MOST_ROWS = 8;  // blocks per item
 
@@ -60,7 +61,7 @@ void Product::prepare(const Parallel& parallel) {
     prepared_.assign(x_.begin(), x_.end());
     return;
   }
-  std::vector<int64_t> rows;  // those that any job multiplies
+  std::vector<int64_t> rows;  // the inputs of any job that multiplies
   std::vector<char> seen(static_cast<size_t>(row_count_), 0);
   for (const Job& job : jobs_)
     for (int64_t i = job.first; i < job.first + job.count && !by_lookup(job); i++)

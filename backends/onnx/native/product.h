@@ -1,4 +1,5 @@
-// Many coded products at once: each of several matrices with inputs of its own, cut into parts for the threads.
+// Many coded products at once: several matrices, each with its own inputs, cut into parts for the
+// threads.
 #pragma once
 #include <memory>
 #include <vector>
@@ -10,26 +11,29 @@ namespace moecc {
 
 class Product {
  public:
-  // Inputs are rows of `rows` [row_count, stride], padded with zeros to whole blocks.
+  // The inputs are rows of `rows` [row_count, stride], padded with zeros to whole blocks.
   Product(const Kernels& kernels, const float* rows, int64_t row_count, int64_t stride)
       : kernels_(kernels), rows_(rows), row_count_(row_count), stride_(stride) {
     which_.reserve(row_count);
     job_of_.reserve(row_count);
   }
 
-  // The product of `matrix` with rows which[0..count-1]: the next entries, in this order.
+  // Adds the products of `matrix` with rows which[0..count-1] as the next entries, in this order.
   void add(const Coded& matrix, const int64_t* which, int64_t count);
   void run(const Parallel& parallel);
-  // Result of an entry [64 row_blocks]. To be called once per entry; the caller may write over it.
+  // Returns an entry's result [64 row_blocks], which the caller may write over. Call it once per
+  // entry.
   float* result(int64_t entry) const;
 
  private:
   struct Job {
     Coded matrix;
     int64_t first, count;         // entries
-    int64_t parts, first_result;  // an entry's result is the sum of its parts'; results are [parts, count]
+    // An entry's result is the sum of its parts' results, which are [parts, count].
+    int64_t parts, first_result;
   };
-  struct Item {  // what one thread does: blocks first..last-1 of a job, of columns for lookup, else of rows
+  // The work of one thread: blocks first..last-1 of a job, of columns for lookup, else of rows.
+  struct Item {
     int64_t job, part, first, last;
   };
   bool by_lookup(const Job& job) const {

@@ -1,4 +1,4 @@
-// An op's inputs as tensors whose type is checked and whose shape its reader checks.
+// An op's inputs as tensors. Their type is checked here, their shape by the op.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Invalid : std::invalid_argument {  // what() is for the user
   using std::invalid_argument::invalid_argument;
 };
 
-class Shape {  // of at most MOST dimensions: no memory of its own
+class Shape {  // of at most MOST dimensions, so that it needs no allocation
  public:
   static constexpr size_t MOST = 8;
   Shape() = default;
@@ -63,7 +63,8 @@ class Reader {
     api.check(ort::KernelContext_GetInputCount, context, &count_);
   }
 
-  // A tensor without elements counts as absent, unless it may have none. Invalid where a required one is.
+  // Returns an input. A tensor without elements counts as absent, unless it may be empty. Throws
+  // Invalid if a required one is absent.
   Tensor get(size_t i, const Input& input, bool may_be_empty = false) const;
 
  private:

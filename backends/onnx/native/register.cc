@@ -1,4 +1,4 @@
-// The library's entry: every op in the domain "moecc".
+// The library's entry, which registers every op in the domain "moecc".
 #include "custom_op.h"
 
 namespace moecc {

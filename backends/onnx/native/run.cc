@@ -2,11 +2,11 @@
 //
 //   1. routes are sorted by expert; x becomes float32 in rows padded to whole blocks
 //   2. one product of all chosen experts' gate_up (and the mean's) with their tokens
-//   3. per route: scale, what is shared, bias, gate -> h
+//   3. per route: scale, the shared part, bias, gate -> h
 //   4. one product of all chosen experts' down with their h, and of the mean with sum_e w_e h_e
-//   5. per token: scale, bias, weighted sum, what is shared
+//   5. per token: scale, bias, weighted sum, the shared part
 //
-// With a norm of each expert's output, what down shares is applied per route before it.
+// If each expert's output has a norm, down's shared part is applied per route before it.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,7 +18,7 @@
 namespace moecc {
 namespace {
 
-// Routes at a time: enough tokens for each expert, and intermediate results that stay small.
+// Routes at a time: each expert gets enough tokens, and intermediate results stay small.
 constexpr int64_t ROUTES = 4096;
 
 class Chunk {  // some of the tokens
@@ -51,7 +51,7 @@ class Chunk {  // some of the tokens
  private:
   float weight(int64_t route) const { return l_.weight[first_ * l_.top_k + route]; }
 
-  // Routes (t * k + j) in the order of their experts; below, a route's place in it counts ("entry").
+  // Sorts routes (t * k + j) by expert. Below, an entry is a route's place in this order.
   void sort() {
     const int64_t* index = l_.index + first_ * l_.top_k;
     start_.assign(static_cast<size_t>(l_.experts) + 1, 0);
@@ -75,7 +75,7 @@ class Chunk {  // some of the tokens
     for (int64_t e = 0; e < l_.experts; e++) product.add(matrix.of(e), rows.data() + start_[e], start_[e + 1] - start_[e]);
   }
 
-  // x in float32, and its coordinates in gate_up's basis
+  // Makes x float32, and its coordinates in gate_up's basis.
   void widen() {
     parallel_.each(tokens_, [&](int64_t t) noexcept {
       float* x = x_.at(t * width_);
@@ -98,7 +98,7 @@ class Chunk {  // some of the tokens
   void hidden(const Product& up) {
     const Projection& p = l_.gate_up;
     const int64_t rows = p.coded.rows;
-    // the mean's results have parts to add up, which is done once for each
+    // result() adds up an entry's parts, so it is called once for each of the mean's.
     std::vector<const float*> mean(p.mean ? tokens_ : 0);
     for (size_t t = 0; t < mean.size(); t++) mean[t] = up.result(routes_ + static_cast<int64_t>(t));
     parallel_.each(routes_, [&](int64_t i) noexcept {
@@ -176,9 +176,11 @@ class Chunk {  // some of the tokens
   const int64_t first_, tokens_, routes_;
   void* const y_;
   const int64_t width_, inner_;                                 // D and F in whole blocks
-  std::vector<int64_t> start_, expert_, token_, entry_, counting_;  // of an expert; of an entry, twice; of a route; 0, 1, 2...
-  Buffer<float> x_, h_;                                         // [tokens, width]; [routes + tokens, inner], in entries' order
-  Buffer<float> x_low_, h_low_;  // coordinates in a basis: [tokens, rank] in gate_up's, [routes, rank] in down's
+  // start_ by expert; expert_ and token_ by entry; entry_ by route; counting_ is 0, 1, 2...
+  std::vector<int64_t> start_, expert_, token_, entry_, counting_;
+  Buffer<float> x_, h_;  // [tokens, width]; [routes + tokens, inner], in the order of entries
+  // Coordinates: [tokens, rank] in gate_up's basis, [routes, rank] in down's.
+  Buffer<float> x_low_, h_low_;
 };
 
 }  // namespace

@@ -1,1 +1,1 @@
-"""Rewrites of the exported graph: parts of it that ONNX has an operator for."""
+"""Rewrites of the exported graph: parts of it become the operators that ONNX has for them."""

@@ -1,9 +1,11 @@
-"""`--embeddings int8`: the embedding and the output head in blocks of 8-bit integers, one tensor for both where they are tied.
+"""`embeddings=int8`: embedding and output head in blocks of 8-bit integers.
 
-Once experts are small, the head is most of what a token reads on a small model. com.microsoft::GatherBlockQuantized looks
-tokens up, com.microsoft::MatMulNBits multiplies, its activations rounded to int8.
+Tied matrices share one tensor. Once the experts are small, a small model reads mostly its head for
+each token. com.microsoft::GatherBlockQuantized looks tokens up; com.microsoft::MatMulNBits
+multiplies, and rounds its activations to int8.
 
-Shapes: V vocabulary, D hidden; packed u8 [V, D / block, block], 128 is zero; scales [V, D / block, 1], for the head [V, D / block].
+Shapes: V vocabulary, D hidden; packed u8 [V, D / block, block], 128 is zero; scales
+[V, D / block, 1], for the head [V, D / block].
 """
 
 from __future__ import annotations
@@ -14,75 +16,83 @@ import onnx_ir as ir
 from onnx_ir import tensor_adapters
 from torch import Tensor
 
-from moecc.backends.onnx import bodies
+from moecc.backends.onnx.graph import (
+    MICROSOFT,
+    Ops,
+    drop_initializer,
+    lazy,
+    producer,
+    put_instead,
+    sizes,
+    weight_name,
+)
 from moecc.backends.onnx.rewrites.qmoe import quantize
-from moecc.backends.onnx.translate import weight_name
 from moecc.checkpoint.store import CheckpointStore
 from moecc.errors import MoeccError
 
-DOMAIN = "com.microsoft"
 _BLOCKS = (64, 32, 16)
+# Operators that may follow the product with the head.
+_AFTER_HEAD = ("Cast", "Mul", "Div", "Tanh", "Identity", "Reshape")
 
 
 def lower(model: ir.Model, store: CheckpointStore) -> None:
-    """Replace the lookup in the embedding and the product with the head. MoeccError where the graph has no such nodes."""
+    """Replace the lookup in the embedding and the product with the head.
+
+    Raise MoeccError if the graph has no lookup, or if no block size divides D.
+    """
     ids = next(v for v in model.graph.inputs if v.name == "input_ids")
-    lookup = next(
-        (n for n, _ in ids.uses() if n.op_type == "Gather" and weight_name(n.inputs[0])), None
-    )  # type: ignore[arg-type]
-    if lookup is None:
+    lookups = [n for n, _ in ids.uses() if n.op_type == "Gather"]
+    found = next(((n, v) for n in lookups if (v := _stored(n.inputs[0])) is not None), None)
+    if found is None:
         raise MoeccError(
             "the graph doesn't look its input up in an embedding; export without --embeddings int8"
         )
     tables = _Tables(model, store)
-    op = bodies.Ops()
-    packed, scales = tables.of(lookup.inputs[0])  # type: ignore[arg-type]
-    rows = op.tape.op(
-        "GatherBlockQuantized", [packed, ids, scales],
-        {"bits": 8, "block_size": int(packed.shape[2]), "gather_axis": 0, "quantize_axis": 2},  # type: ignore[index, arg-type]
-        domain=DOMAIN, output=op.value(),
-    )  # fmt: skip
-    bodies.put_instead(model, lookup, op, op.Reshape(rows, op.ints(0, 0, -1)))
+    _lower_lookup(model, tables, ids, *found)
     if (product := _head(model)) is not None:
-        node, weight = product
-        packed, scales = tables.of(weight)
-        flat = tables.flat(weight)
-        vocabulary, blocks, block = (int(n) for n in packed.shape)  # type: ignore[arg-type, union-attr]
-        op = bodies.Ops()
-        sizes = {
-            "N": vocabulary,
-            "K": blocks * block,
-            "bits": 8,
-            "block_size": block,
-            "accuracy_level": 4,
-        }
-        y = op.tape.op(
-            "MatMulNBits", [node.inputs[0], packed, flat], sizes, domain=DOMAIN, output=op.value()
-        )
-        bodies.put_instead(model, node, op, y)
+        _lower_head(model, tables, *product)
     tables.drop_unused()
 
 
+def _lower_lookup(
+    model: ir.Model, tables: _Tables, ids: ir.Value, node: ir.Node, weight: ir.Value
+) -> None:
+    packed, scales = tables.of(weight)
+    op = Ops()
+    block = sizes(packed)[2]
+    layout = {"bits": 8, "block_size": block, "gather_axis": 0, "quantize_axis": 2}
+    [rows] = op.foreign(MICROSOFT, "GatherBlockQuantized", [packed, ids, scales], {**layout})
+    put_instead(model, node, op, op.Reshape(rows, op.ints(0, 0, -1)))
+
+
+def _lower_head(model: ir.Model, tables: _Tables, node: ir.Node, weight: ir.Value) -> None:
+    packed, _ = tables.of(weight)
+    flat = tables.flat(weight)
+    vocabulary, blocks, block = sizes(packed)
+    op = Ops()
+    layout = {"N": vocabulary, "K": blocks * block, "bits": 8, "block_size": block}
+    inputs = [node.inputs[0], packed, flat]
+    [y] = op.foreign(MICROSOFT, "MatMulNBits", inputs, {**layout, "accuracy_level": 4})
+    put_instead(model, node, op, y)
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """Return a value if it is a stored weight."""
+    return value if value is not None and weight_name(value) else None
+
+
 def _head(model: ir.Model) -> tuple[ir.Node, ir.Value] | None:
-    """The product with a whole stored matrix that makes the logits, and the matrix [V, D]."""
+    """Return the product that makes the logits and its stored matrix [V, D], if there is one."""
     node: ir.Node | None = model.graph.outputs[0].producer()
-    while node is not None and node.op_type in (
-        "Cast",
-        "Mul",
-        "Div",
-        "Tanh",
-        "Identity",
-        "Reshape",
-    ):
-        node = next(
-            (v.producer() for v in node.inputs if v is not None and v.producer() is not None), None
-        )
+    while node is not None and node.op_type in _AFTER_HEAD:
+        node = next((made for v in node.inputs if (made := producer(v)) is not None), None)
     if node is None or node.op_type != "MatMul":
         return None
-    turned = node.inputs[1].producer()  # type: ignore[union-attr]
-    if turned is None or turned.op_type != "Transpose" or not weight_name(turned.inputs[0]):  # type: ignore[arg-type]
+    turned = producer(node.inputs[1])
+    weight = None if turned is None else _stored(turned.inputs[0])
+    if turned is None or turned.op_type != "Transpose" or weight is None:
         return None
-    return node, turned.inputs[0]  # type: ignore[return-value]
+    return node, weight
 
 
 class _Tables:
@@ -94,25 +104,26 @@ class _Tables:
         self.replaced: list[ir.Value] = []
 
     def of(self, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return the packed tensor and the scales of a weight [V, D]."""
         name = self._name(weight)
         if weight not in self.replaced:
             self.replaced.append(weight)
         if name not in self.made:
-            rows, columns = (int(n) for n in weight.shape)  # type: ignore[arg-type, union-attr]
+            rows, columns = sizes(weight)
             block = next((b for b in _BLOCKS if columns % b == 0), None)
             if block is None:
                 raise MoeccError(
                     f"{name}: blocks of 16 don't divide {columns}; export without --embeddings int8"
                 )
             shape, make = (rows, columns // block, block), partial(self._packed, name, block)
-            packed = bodies.lazy(self.model, f"{name}.packed", shape, ir.DataType.UINT8, make)
+            packed = lazy(self.model, f"{name}.packed", shape, ir.DataType.UINT8, make)
             self.made[name] = packed, self._scales(weight, "scales", block, (*shape[:2], 1))
         return self.made[name]
 
     def flat(self, weight: ir.Value) -> ir.Value:
-        """The scales once more, [V, D / block]."""
+        """Return the scales once more, [V, D / block]."""
         packed, _ = self.of(weight)
-        rows, blocks, block = (int(n) for n in packed.shape)  # type: ignore[arg-type, union-attr]
+        rows, blocks, block = sizes(packed)
         return self._scales(weight, "head_scales", block, (rows, blocks))
 
     def _name(self, weight: ir.Value) -> str:
@@ -120,29 +131,28 @@ class _Tables:
         assert name is not None
         return self.store.tied.get(name, name)
 
+    def _quantized(self, name: str, block: int) -> tuple[Tensor, Tensor]:
+        return quantize(self.store.read(name).float(), 8, block)
+
     def _packed(self, name: str, block: int) -> Tensor:
-        packed: Tensor = quantize(self.store.read(name).float(), 8, block)[0].unflatten(
-            -1, (-1, block)
-        )
+        packed: Tensor = self._quantized(name, block)[0].unflatten(-1, (-1, block))
         return packed
 
     def _scales(self, weight: ir.Value, kind: str, block: int, shape: tuple[int, ...]) -> ir.Value:
-        """In the type of the weight, which the graph computes in."""
+        """Return the scales in the weight's type, in which the graph computes."""
         name, dtype = self._name(weight), weight.dtype
         assert dtype is not None
         number = tensor_adapters.to_torch_dtype(dtype)
 
         def make() -> Tensor:
-            return quantize(self.store.read(name).float(), 8, block)[1].view(shape).to(number)
+            return self._quantized(name, block)[1].view(shape).to(number)
 
-        return bodies.lazy(self.model, f"{name}.{kind}", shape, dtype, make)
+        return lazy(self.model, f"{name}.{kind}", shape, dtype, make)
 
     def drop_unused(self) -> None:
-        graph = self.model.graph
+        """Remove the weights that packed tensors have replaced, and what transposed them."""
         for weight in self.replaced:
-            for node in [
-                n for n, _ in weight.uses() if n.op_type == "Transpose" and not n.outputs[0].uses()
-            ]:
-                graph.remove(node, safe=True)
-            if not weight.uses():
-                del graph.initializers[weight.name]  # type: ignore[arg-type]
+            for node in [n for n, _ in weight.uses() if n.op_type == "Transpose"]:
+                if not node.outputs[0].uses():
+                    self.model.graph.remove(node, safe=True)
+            drop_initializer(self.model, weight)
