@@ -459,6 +459,14 @@ def test_qmoe_refuses_an_unsupported_model_before_translating_it(
     assert not (tmp_path / "onnx").exists()
 
 
+def test_qmoe_refuses_weights_that_the_graph_computes(tmp_path: Path) -> None:
+    """gpt_oss interleaves gate and up, and the graph of a dense model takes them apart."""
+    source = checkpoint(tmp_path / "model", "gpt_oss", **one_layer("gpt_oss"))
+    with pytest.raises(MoeccError, match="gate_up is stored in another order than QMoE wants"):
+        export(source, tmp_path / "onnx", profile="qmoe")
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_qmoe_wants_a_new_runtime(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

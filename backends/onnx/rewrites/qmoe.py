@@ -97,7 +97,8 @@ class _Experts:
         for name, value in self.given.items():
             if name in bodies.ROUTED:
                 continue
-            if (origin := weight_name(value)) is None:
+            origin = weight_name(value) if value.is_initializer() else None
+            if origin is None:  # the graph computes it
                 raise MoeccError(
                     f"{name} is stored in another order than QMoE wants; "
                     "compile the model, then export it"
