@@ -28,7 +28,8 @@ from moecc.checkpoint.files import (
 )
 from moecc.checkpoint.module import ModuleStore
 from moecc.checkpoint.source import checkpoint_folder
-from moecc.checkpoint.store import CheckpointStore, require_finite
+from moecc.checkpoint.store import CheckpointStore
+from moecc.checkpoint.values import require_finite
 from moecc.errors import MoeccError
 
 COMMON: dict[str, Any] = dict(

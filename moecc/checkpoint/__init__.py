@@ -1,1 +1,1 @@
-"""Tensors on disk, read when they are asked for."""
+"""Tensors on disk, read on demand."""

@@ -1,7 +1,7 @@
-"""Tensors in safetensors files: read when asked, written whole or not at all.
+"""Tensors in safetensors files: read on demand, written whole or not at all.
 
-Files are read with plain reads, not mapped: a mapped file counts towards the process's memory as it is touched, and one
-that shrinks or sits on a failing disk kills the process instead of raising.
+Files are read with plain reads and not mapped. A mapped file counts towards the process's memory as
+it is touched. One that shrinks or sits on a failing disk kills the process instead of raising.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,37 +20,36 @@ import torch
 from torch import Tensor
 
 from moecc.errors import MoeccError
+from moecc.types import Json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEADER_LIMIT = 100 << 20  # safetensors' own
 
 DTYPES = {
-    **{
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "BOOL": torch.bool,
-    },
-    **{
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-    },
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64},
-    **{
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E8M0": torch.float8_e8m0fnu,
-    },
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of one safetensors file; `start` counts bytes from the beginning of the file."""
+    """One tensor of a safetensors file. `start` counts bytes from the beginning of the file."""
 
     name: str
     file: Path
@@ -59,7 +59,10 @@ class TensorEntry:
     nbytes: int
 
     def read(self, rows: Sequence[int] | None = None) -> Tensor:
-        """The tensor, or the given rows of its first dimension; only their bytes are read."""
+        """Return the tensor, or the given rows of its first dimension, reading only their bytes.
+
+        Raise MoeccError if the file can't be read or ends inside the tensor.
+        """
         if rows is None:
             out = torch.empty(self.shape, dtype=self.dtype)
             parts = [(out, self.start)]
@@ -80,35 +83,39 @@ class TensorEntry:
             ) from error
         return out
 
-    def _fill(self, file: Any, part: Tensor, start: int) -> None:
-        view = memoryview(cast(Any, as_bytes(part).numpy()))
+    def _fill(self, file: FileIO, part: Tensor, start: int) -> None:
+        view = as_bytes(part)
         file.seek(start)
-        while len(view):  # one call gives at most 2 GiB
+        while len(view):  # one call reads at most 2 GiB
             got = file.readinto(view)
             if not got:
                 raise MoeccError(
-                    f"{self.file} ends inside '{self.name}'; it was cut while in use: fetch it again"
+                    f"{self.file} ends inside '{self.name}'; it was cut while in use: "
+                    "fetch it again"
                 )
             view = view[got:]
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor; writing to them writes to the tensor."""
+    array = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(cast(Any, array))  # numpy declares its buffer from Python 3.12 on
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, which must be exactly as long as its header says."""
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raise MoeccError if the header is invalid or the file isn't as long as the header says.
+    """
     try:
         size = file.stat().st_size
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            head = (
-                f.read(length) if length <= min(size - 8, 100 << 20) else b""
-            )  # 100 MiB: safetensors' own limit
+            head = f.read(length) if length <= min(size - 8, HEADER_LIMIT) else b""
     except OSError as error:
         raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
     try:
-        table: dict[str, Any] = json.loads(head)
+        table: Json = json.loads(head)
         metadata = table.pop("__metadata__", None) or {}
         entries = {name: _entry(name, file, 8 + length, item) for name, item in table.items()}
     except MoeccError:
@@ -120,29 +127,31 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     end = _end_of_data(file, entries.values(), 8 + length)
     if end != size:
         raise MoeccError(
-            f"{file} is {size} bytes and its header says {end} (truncated or corrupt): fetch it again"
+            f"{file} is {size} bytes and its header says {end} (truncated or corrupt): "
+            "fetch it again"
         )
     return entries, metadata
 
 
 def _end_of_data(file: Path, entries: Iterable[TensorEntry], start: int) -> int:
-    """Where the last tensor ends; each must begin where the one before it ends, as the format has it."""
+    """Return where the last tensor ends. The format wants tensors without gap or overlap."""
     for entry in sorted(entries, key=lambda e: (e.start, e.nbytes)):
         if entry.start != start:
-            what = (
+            fault = (
                 "overlaps the tensor before it" if entry.start < start else "leaves a gap before it"
             )
             raise MoeccError(
-                f"'{entry.name}' in {file} {what} (corrupt data_offsets): fetch it again"
+                f"'{entry.name}' in {file} {fault} (corrupt data_offsets): fetch it again"
             )
         start += entry.nbytes
     return start
 
 
-def _entry(name: str, file: Path, base: int, item: dict[str, Any]) -> TensorEntry:
+def _entry(name: str, file: Path, base: int, item: Json) -> TensorEntry:
     if item["dtype"] not in DTYPES:
         raise MoeccError(
-            f"'{name}' in {file} has dtype {item['dtype']}, which torch can't hold; use a bf16 checkpoint"
+            f"'{name}' in {file} has dtype {item['dtype']}, which torch can't hold; "
+            "use a bf16 checkpoint"
         )
     dtype, shape, (start, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
     whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
@@ -153,7 +162,7 @@ def _entry(name: str, file: Path, base: int, item: dict[str, Any]) -> TensorEntr
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is written; its shape and dtype are known before."""
+    """A tensor that is read only when it is written; its shape and dtype are known before."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -169,31 +178,20 @@ def write_safetensors(
     tensors: Mapping[str, Tensor | LazyTensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `path` whole or not at all: a temporary file beside it, synced, then renamed.
+    """Write `path` whole or not at all: a temporary file beside it is synced, then renamed.
 
-    The same tensors give the same bytes; safetensors' own writer orders metadata by chance, and copies every tensor.
+    Equal tensors give equal bytes. safetensors' own writer orders metadata at random and copies
+    every tensor. Raise MoeccError if the disk refuses.
     """
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)
-    )  # keeps every tensor aligned
-    table: dict[str, Any] = {
-        "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
-    }
-    end = 0
-    for name in order:
-        start, end = end, end + tensors[name].nbytes
-        dtype, shape = DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
-        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    head += b" " * (-len(head) % 8)
+    # The largest items first: this aligns every tensor.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    head, end = _header(tensors, order, metadata or {})
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
             for name in order:
-                file.write(
-                    cast(Any, as_bytes(_value(name, tensors[name]).cpu().contiguous()).numpy())
-                )
+                file.write(as_bytes(_value(name, tensors[name]).cpu().contiguous()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -204,6 +202,20 @@ def write_safetensors(
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _header(
+    tensors: Mapping[str, Tensor | LazyTensor], order: Iterable[str], metadata: Mapping[str, str]
+) -> tuple[bytes, int]:
+    """Return the JSON header, padded to a multiple of 8 bytes, and the number of data bytes."""
+    table: Json = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    head = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    return head + b" " * (-len(head) % 8), end
 
 
 def _value(name: str, tensor: Tensor | LazyTensor) -> Tensor:
@@ -217,17 +229,21 @@ def _value(name: str, tensor: Tensor | LazyTensor) -> Tensor:
 
 
 def free_space(path: Path, needed_bytes: int) -> None:
-    """Raise if the disk that holds (or will hold) `path` has fewer than `needed_bytes` free."""
+    """Raise MoeccError if fewer than `needed_bytes` are free on the disk of `path`.
+
+    `path` need not exist yet.
+    """
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise MoeccError(
-            f"{path} needs {size(needed_bytes)} and its disk has {size(free)} free; free some or write elsewhere"
+            f"{path} needs {size(needed_bytes)} and its disk has {size(free)} free; "
+            "free some or write elsewhere"
         )
 
 
 def size(count: float) -> str:
-    """Bytes as people read them, in powers of 1000."""
+    """Return a number of bytes as people read it, in powers of 1000."""
     for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= divisor:
             return f"{count / divisor:.2f} {unit}"
@@ -235,7 +251,7 @@ def size(count: float) -> str:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of one safetensors file by name, each read when asked."""
+    """The tensors of one safetensors file by name; each is read when it is looked up."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -255,7 +271,11 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a checkpoint, from the single file or from the shards that the index names."""
+    """Return every tensor of a checkpoint, from its single file or from its index's shards.
+
+    Raise MoeccError if a file is missing or corrupt, or if the index names a tensor that its shard
+    lacks.
+    """
     if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)[0]
     if not (folder / INDEX).exists():
@@ -267,7 +287,8 @@ def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
     for shard in shards:
         if not (folder / shard).is_file():
             raise MoeccError(
-                f"{folder} lacks {shard}, one of the {len(shards)} files its index names: fetch it again"
+                f"{folder} lacks {shard}, one of the {len(shards)} files its index names: "
+                "fetch it again"
             )
     entries: dict[str, TensorEntry] = {}
     for shard in shards:
@@ -281,7 +302,7 @@ def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
 
 
 def read_index(file: Path) -> dict[str, str]:
-    """The file of each tensor, from a shard index."""
+    """Return the file name of each tensor in a shard index; raise MoeccError if it is invalid."""
     try:
         where = json.loads(file.read_text())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:

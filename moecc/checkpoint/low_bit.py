@@ -1,13 +1,15 @@
-"""Weights that a checkpoint keeps in 8 or 4 bits, read as bfloat16.
+"""Weights that a checkpoint stores in 8 or 4 bits, read as bfloat16.
 
-tensors of the checkpoint                       what they are
-W F8_E4M3 [..., N, K] and W_scale_inv           FP8 with a scale per block of rows and columns (DeepSeek-V3, Qwen3 FP8)
-W I8 [..., N, K / 2] and W_scale_inv            the same of FP4 (E2M1), two a byte, the lower half first
-W_blocks U8 [E, N, K / 32, 16] and W_scales     MXFP4, FP4 with a power of two per 32 (OCP Microscaling Formats 1.0); W is [E, K, N]
-                                                (gpt-oss)
+tensors of the checkpoint                      format
+W F8_E4M3 [..., N, K] and W_scale_inv          FP8, one scale per block of rows and columns
+                                               (DeepSeek-V3, Qwen3 FP8)
+W I8 [..., N, K / 2] and W_scale_inv           the same for FP4 (E2M1); a byte holds two values, the
+                                               first in its lower half
+W_blocks U8 [E, N, K / 32, 16] and W_scales    MXFP4: FP4 with a power of two per 32 values (OCP
+                                               Microscaling Formats 1.0); W is [E, K, N] (gpt-oss)
 
-Scales are of any float type, or bytes b that stand for 2^(b - 127). All values of MXFP4 are bfloat16 numbers; FP8 times its scale
-is rounded to one.
+Scales are of any float type, or bytes b that stand for 2^(b - 127). bfloat16 holds every value of
+MXFP4 exactly. The product of an FP8 value and its scale is rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ from torch import Tensor
 
 from moecc.errors import MoeccError
 
-METHODS = ("fp8", "mxfp4")  # quant_method of the checkpoints that are read so
+METHODS = ("fp8", "mxfp4")  # the values of quant_method that this module reads
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and the same below zero
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0 to 7; codes 8 to 15 are their negatives
 
 
 class Entry(Protocol):
-    """A tensor of a file: `moecc.checkpoint.files.TensorEntry`, or one that is decoded."""
+    """A tensor that can be read: a `moecc.checkpoint.files.TensorEntry`, or a `Decoded` one."""
 
     @property
     def name(self) -> str: ...
@@ -45,13 +47,13 @@ class Entry(Protocol):
 
 @dataclass(frozen=True)
 class Decoded:
-    """A tensor that is made of two others when it is read."""
+    """A tensor that a read decodes from two others: its codes and their scales."""
 
     name: str
     codes: Entry
     scale: Entry
     shape: tuple[int, ...]
-    block: tuple[int, int] | None = None  # rows and columns that share a scale; None: MXFP4
+    block: tuple[int, int] | None = None  # rows and columns that share a scale; None for MXFP4
 
     dtype = torch.bfloat16
 
@@ -60,21 +62,14 @@ class Decoded:
         return self.codes.file
 
     def read(self, rows: Sequence[int] | None = None) -> Tensor:
-        """bfloat16, or the given rows of the first dimension."""
-        if rows is not None and len(self.shape) < 3:  # rows share scales
+        """Return the tensor, or the given rows of its first dimension, in bfloat16."""
+        if rows is not None and len(self.shape) < 3:  # the rows of a matrix share scales
             return self.read()[list(rows)]
-        codes, scale = (
-            self.codes.read(rows),
-            _plain(self.scale.read(rows if self.scale.shape else None)),
-        )
+        codes = self.codes.read(rows)
+        scale = _plain(self.scale.read(rows if self.scale.shape else None))
         if self.block is None:
-            return (
-                (fp4(codes) * scale[..., None])
-                .flatten(-2)
-                .transpose(-1, -2)
-                .contiguous()
-                .to(self.dtype)
-            )
+            by_row = (fp4(codes) * scale[..., None]).flatten(-2)
+            return by_row.transpose(-1, -2).contiguous().to(self.dtype)
         weight = codes.float() if codes.dtype in _FP8 else fp4(codes)
         if scale.dim() >= 2:
             for dim, size in zip((-2, -1), self.block, strict=True):
@@ -83,7 +78,11 @@ class Decoded:
 
 
 def decoded(entries: Mapping[str, Entry], block: tuple[int, int] | None) -> dict[str, Entry]:
-    """The tensors of a checkpoint, those in few bits as what they stand for. block: that the configuration names."""
+    """Return the tensors of a checkpoint, those stored in few bits as `Decoded` ones.
+
+    block: the block size that the configuration names. Raise MoeccError if scales don't fit their
+    codes.
+    """
     found: dict[str, Entry] = dict(entries)
     for name, entry in entries.items():
         scale = entries.get(f"{name}_scale_inv")
@@ -99,11 +98,11 @@ def decoded(entries: Mapping[str, Entry], block: tuple[int, int] | None) -> dict
 
 
 def block_size(folder: Path) -> tuple[int, int] | None:
-    """weight_block_size of a checkpoint's config.json; None where it says nothing of one."""
+    """Return weight_block_size from a checkpoint's config.json, or None if it has none."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
-        return None  # read_config says what is wrong with it
+        return None  # read_config reports the fault
     for part in (config, config.get("text_config") or {}):
         size = (part.get("quantization_config") or {}).get("weight_block_size")
         if (
@@ -116,7 +115,7 @@ def block_size(folder: Path) -> tuple[int, int] | None:
 
 
 def fp4(codes: Tensor) -> Tensor:
-    """Bytes [..., n] -> float32 [..., 2 n]."""
+    """Decode two FP4 values per byte: uint8 or int8 [..., n] -> float32 [..., 2 n]."""
     values = torch.tensor([*_FP4, *(-x for x in _FP4)])
     codes = codes.view(torch.uint8)
     return torch.stack([values[(codes & 15).int()], values[(codes >> 4).int()]], -1).flatten(-2)
@@ -138,7 +137,7 @@ def _in_blocks(codes: Entry, scale: Entry, block: tuple[int, int] | None) -> Dec
         and min(scale.shape) > 0
     )
     grid = scale.shape[-2:] if fits else (1, 1)
-    # what the configuration says is of FP8: experts in FP4 beside it have blocks of their own
+    # The configuration's block size is FP8's; experts in FP4 beside it have blocks of their own.
     size = block if block and pairs == 1 else (-(-rows // grid[0]), -(-columns // grid[1]))
     if not fits or grid != (-(-rows // size[0]), -(-columns // size[1])):
         raise _no_scales(codes, scale, f" in blocks of {list(block) if block else 'one size'}")
@@ -154,6 +153,6 @@ def _mxfp4(name: str, codes: Entry, scale: Entry) -> Decoded:
 
 def _no_scales(codes: Entry, scale: Entry, how: str = "") -> MoeccError:
     return MoeccError(
-        f"'{scale.name}' in {scale.file} is {list(scale.shape)}, which are no scales of '{codes.name}' {list(codes.shape)}{how}; "
-        "fetch both again"
+        f"'{scale.name}' in {scale.file} is {list(scale.shape)}, which are no scales of "
+        f"'{codes.name}' {list(codes.shape)}{how}; fetch both again"
     )

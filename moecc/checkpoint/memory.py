@@ -1,4 +1,4 @@
-"""How much memory this process may still take: the machine's, and less where a container or a limit allows less."""
+"""How much memory this process may still take, on this machine and under its limits."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-_UNKNOWN = 8 << 30
-# of a control group, version 2 and 1: what it may take, what it has taken, and how much of that is files it can drop again
+_UNKNOWN = 8 << 30  # bytes, if nothing tells
+# A control group's files for its limit and its use, and the key in memory.stat for cached files
+# that the kernel can drop.
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that can be had now: the least that the machine, a control group of this process and RLIMIT_AS leave.
+    """Return the bytes that are free for this process.
 
-    root: where proc and sys lie.
+    This is the least that the machine, the control groups of the process and RLIMIT_AS leave.
+    root: the folder of proc and sys.
     """
     found = [*_machine(root), *_groups(root), *_address_space(root)]
     return max(0, min(found)) if found else _UNKNOWN
@@ -28,7 +30,7 @@ def _machine(root: Path) -> Iterator[int]:
 
 
 def _groups(root: Path) -> Iterator[int]:
-    """What each control group that holds this process leaves: its own and those around it, as far as they are mounted."""
+    """Yield the bytes left in the process's control group and in each mounted one around it."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -54,7 +56,7 @@ def _address_space(root: Path) -> Iterator[int]:
 
 
 def _number(file: Path) -> int | None:
-    """What a file of one number says; None where there is none ("max", no such file)."""
+    """Return the number in a file, or None if there is none ("max", no such file)."""
     text = "".join(_lines(file))
     return int(text) if text.isdigit() else None
 

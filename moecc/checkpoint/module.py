@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from moecc.checkpoint.files import as_bytes
-from moecc.checkpoint.store import kept_dtype, require_finite
+from moecc.checkpoint.values import kept_dtype, require_finite
 from moecc.errors import MoeccError
 
 
@@ -61,7 +60,9 @@ class ModuleStore:
         experts: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """A copy, so that what a pass does to it leaves the module as it was."""
+        """Return a copy, so that a pass that writes to it leaves the module alone.
+
+        Raise MoeccError if the tensor holds NaN or infinity."""
         tensor = self._tensor(name)
         to = tensor.dtype if dtype is None else kept_dtype(self.model, name, tensor, dtype)
         rows = tensor.detach() if experts is None else tensor.detach()[list(experts)]
@@ -74,16 +75,18 @@ class ModuleStore:
         return self._tensors[name]
 
     def check(self) -> None:
+        """Raise MoeccError if a tensor has no values."""
         if self.missing:
             raise MoeccError(
-                f"'{self.missing[0]}' has no values (a meta tensor); load the model's weights before tracing"
+                f"'{self.missing[0]}' has no values (a meta tensor); "
+                "load the model's weights before tracing"
             )
 
     def digest(self) -> str:
-        """SHA-256 over every name, dtype, shape and byte."""
+        """Return SHA-256 over every name, dtype, shape and byte."""
         sha = hashlib.sha256()
         for name in sorted(self.names()):
             tensor = self._tensors[name]
             sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            sha.update(cast(Any, as_bytes(tensor.cpu().contiguous()).numpy()))
+            sha.update(as_bytes(tensor.cpu().contiguous()))
         return sha.hexdigest()

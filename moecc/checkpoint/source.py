@@ -1,4 +1,4 @@
-"""From what the user typed to a checkpoint folder: a local one, or a hub id that is downloaded."""
+"""From what the user typed to a checkpoint folder: a local one, or a downloaded hub model."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from pathlib import Path
 
 from moecc.errors import MoeccError
 
-# *.py for tokenizers that are code; it is run only where the user says so
+# *.py is for tokenizers that are code; it runs only if the user allows it.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-# Copies of the same weights in other layouts (`original/`, `consolidated.safetensors`) would double a download.
+# Copies of the same weights in other layouts (`original/`, `consolidated.safetensors`) would
+# double a download.
 HUB_SKIPPED = ["*/*", "consolidated*"]
-# What a model's folder holds besides weights and code.
+# The files of a model's folder besides weights and code.
 SMALL_FILES = ("*.json", "merges.txt", "vocab.txt", "*.model", "*.jinja", "*.tiktoken")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def checkpoint_folder(source: str, *, revision: str | None = None) -> Path:
-    """The checkpoint folder behind `source`: a local folder, or a hub id whose safetensors files are downloaded."""
+    """Return the checkpoint folder of `source`: a local folder, or the download of a hub id.
+
+    Raise MoeccError if there is no such model, or if all its weights are pickled."""
     return _require_safetensors(model_folder(source, HUB_FILES, revision=revision), source)
 
 
 def model_folder(source: str, files: list[str], *, revision: str | None = None) -> Path:
-    """The folder behind `source`, which holds a config.json: a local one, or `files` of a hub id downloaded."""
+    """Return the folder of `source`: a local folder, or a download of a hub id's `files`.
+
+    Raise MoeccError if there is no such model or no config.json in its folder."""
     folder = Path(source).expanduser()
     if folder.exists() and not folder.is_dir():
         raise MoeccError(
@@ -31,7 +36,8 @@ def model_folder(source: str, files: list[str], *, revision: str | None = None) 
     if not folder.is_dir():
         if source.startswith((".", "/", "~")) or source.count("/") > 1 or not source:
             raise MoeccError(
-                f"no folder '{source}'; give a checkpoint folder or a hub id such as 'Qwen/Qwen1.5-MoE-A2.7B'"
+                f"no folder '{source}'; "
+                "give a checkpoint folder or a hub id such as 'Qwen/Qwen1.5-MoE-A2.7B'"
             )
         folder = _download(source, files, revision)
     if not (folder / "config.json").is_file():
@@ -50,12 +56,12 @@ def _download(repo: str, files: list[str], revision: str | None) -> Path:
                 repo, revision=revision, allow_patterns=files, ignore_patterns=HUB_SKIPPED
             )
         )
-    except (
-        Exception
-    ) as error:  # the hub client raises OSError, ValueError and httpx's own errors for one bad name
+    # For one bad name the hub client raises OSError, ValueError or an error of httpx.
+    except Exception as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise MoeccError(
-            f"no folder '{repo}' here, and the hub gave no model of that name ({type(error).__name__}: {why[0]}); "
+            f"no folder '{repo}' here, and the hub gave no model of that name "
+            f"({type(error).__name__}: {why[0]}); "
             "check the name, log in for a gated model, or download it once while online"
         ) from error
 
@@ -64,14 +70,15 @@ def _require_safetensors(folder: Path, source: str) -> Path:
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES and f.is_file())
     if pickles and not any(folder.glob("*.safetensors")):
         raise MoeccError(
-            f"{source} has only pickled weights ({pickles[0]}), which moecc never loads; convert them to "
-            "safetensors, e.g. AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) where you trust the file"
+            f"{source} has only pickled weights ({pickles[0]}), which moecc never loads; "
+            "convert them to safetensors, e.g. AutoModelForCausalLM.from_pretrained(...)"
+            ".save_pretrained(...) where you trust the file"
         )
     return folder
 
 
 def has_code(folder: Path) -> bool:
-    """Whether the folder's tokenizer comes with Python code of its own."""
+    """Return whether the folder's tokenizer brings Python code."""
     try:
         return "auto_map" in json.loads((folder / "tokenizer_config.json").read_text())
     except (OSError, ValueError, TypeError):

@@ -8,7 +8,8 @@ import torch
 
 from moecc.checkpoint.schema import METHOD
 from moecc.checkpoint.source import checkpoint_folder
-from moecc.checkpoint.store import CheckpointStore, require_finite
+from moecc.checkpoint.store import CheckpointStore
+from moecc.checkpoint.values import require_finite
 from moecc.commands.rows import tokenizer_of
 from moecc.errors import MoeccError, reason
 from moecc.frontend.config import longest_row, quantization_method, read_config

@@ -1,0 +1,43 @@
+"""The dtype that a tensor gets when a model is loaded, and the check that it is finite."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from moecc.errors import MoeccError
+from moecc.ir.tensors import nonfinite
+from moecc.types import FamilyModule
+
+
+def kept_dtype(model: FamilyModule, name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the tensor `name` in a model that is loaded as `dtype`.
+
+    Some tensors keep the dtype of `declared`, the model's own tensor: codes and indices, buffers,
+    and parameters that the model declares in another dtype than its first float parameter.
+    transformers also lists exceptions that stay float32, mostly routing biases.
+    """
+    if not declared.is_floating_point():
+        return declared.dtype
+    plan: dict[str, torch.dtype] = (
+        model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    )
+    for pattern, kept in plan.items():
+        if re.search(pattern.replace("*", ".*"), name):
+            return kept
+    is_buffer = not isinstance(_attribute(model, name), nn.Parameter)
+    usual = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
+    return declared.dtype if is_buffer or declared.dtype != usual else dtype
+
+
+def _attribute(model: nn.Module, name: str) -> object:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf, None)
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Raise MoeccError if a float tensor holds NaN or infinity; `what` names it and its file."""
+    if found := nonfinite(tensor):
+        raise MoeccError(f"{what} holds {found}: fetch it again or retrain it")
