@@ -34,7 +34,7 @@ from moecc.artifact import verify
 from moecc.checkpoint.files import TensorFile
 from moecc.commands.compile import compile_model
 from moecc.errors import MoeccError
-from moecc.frontend import experts
+from moecc.frontend.compressed import CompressedProjection, QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -76,7 +76,7 @@ def test_a_family_compiles_reloads_and_generates(
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or family in NO_GENERATE:
         return
     loaded = load(out)
-    assert any(isinstance(m, experts.CompressedProjection) for m in loaded.modules())
+    assert any(isinstance(m, CompressedProjection) for m in loaded.modules())
     assert generated(loaded, PROMPT, 6).tolist() == greedy(loaded, PROMPT, 6).tolist()
 
 
@@ -193,7 +193,7 @@ def test_compressed_tensors_keep_their_types_in_any_dtype(compile: Compile, tmp_
     stored = TensorFile(tmp_path / "out" / "model.safetensors").entries
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         loaded = load(tmp_path / "out", dtype)
-        parts = (experts.CompressedProjection, experts.QuantizedLinear)
+        parts = (CompressedProjection, QuantizedLinear)
         compressed = {p: m for p, m in loaded.named_modules() if isinstance(m, parts)}
         kinds = set()
         for path, module in compressed.items():

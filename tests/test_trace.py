@@ -1,4 +1,4 @@
-"""Tracing without weights: real-size configurations in little memory, and errors of one line."""
+"""Tracing without weights: real-size models in little memory, and errors of one line."""
 
 from __future__ import annotations
 
@@ -18,28 +18,65 @@ from transformers import AutoConfig, LlamaConfig, MixtralConfig, T5Config
 from moecc.errors import MoeccError
 from moecc.frontend import experts, probe
 from moecc.frontend.capture import capture
+from moecc.frontend.compressed import CompressedProjection, compress_module
 from moecc.frontend.skeleton import skeleton
 from moecc.ir import ops
 
 torch.set_num_threads(1)
 
 TINY = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
+    max_position_embeddings=64,
+)
 QWEN15_MOE_A2_7B = dict(
-    model_type="qwen2_moe", vocab_size=151936, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
-    num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=8192, rope_theta=1000000.0,
-    moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_experts=60, num_experts_per_tok=4,
-    decoder_sparse_step=1, norm_topk_prob=False, dtype="bfloat16",
-)  # fmt: skip
+    model_type="qwen2_moe",
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    max_position_embeddings=8192,
+    rope_theta=1000000.0,
+    moe_intermediate_size=1408,
+    shared_expert_intermediate_size=5632,
+    num_experts=60,
+    num_experts_per_tok=4,
+    decoder_sparse_step=1,
+    norm_topk_prob=False,
+    dtype="bfloat16",
+)
 DEEPSEEK_V3 = dict(
-    model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61,
-    num_attention_heads=128, num_key_value_heads=128, max_position_embeddings=163840, moe_intermediate_size=2048,
-    n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4, norm_topk_prob=True,
-    routed_scaling_factor=2.5, first_k_dense_replace=3, q_lora_rank=1536, kv_lora_rank=512, qk_rope_head_dim=64,
-    qk_nope_head_dim=128, v_head_dim=128, dtype="bfloat16",
-)  # fmt: skip
+    model_type="deepseek_v3",
+    vocab_size=129280,
+    hidden_size=7168,
+    intermediate_size=18432,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    num_key_value_heads=128,
+    max_position_embeddings=163840,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    n_group=8,
+    topk_group=4,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    first_k_dense_replace=3,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_rope_head_dim=64,
+    qk_nope_head_dim=128,
+    v_head_dim=128,
+    dtype="bfloat16",
+)
 
 MEASURE = """
 import json, resource, sys, torch
@@ -61,7 +98,7 @@ print(json.dumps({
 
 
 def measure(config: dict[str, Any]) -> dict[str, int]:
-    """Trace in a process of its own; what came out, and its peak memory in bytes."""
+    """Trace in a process of its own; return what came out, and the peak memory in bytes."""
     command = [sys.executable, "-c", MEASURE, json.dumps(config)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -111,8 +148,15 @@ def test_dtype_is_the_configs_by_default() -> None:
 
 
 def test_correction_bias_keeps_float32_in_a_bfloat16_model() -> None:
-    config = AutoConfig.for_model("deepseek_v3", **{**TINY, "num_key_value_heads": 4}, n_routed_experts=8,
-                                  num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=0)  # fmt: skip
+    config = AutoConfig.for_model(
+        "deepseek_v3",
+        **{**TINY, "num_key_value_heads": 4},
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=0,
+    )
     buffers = dict(skeleton(config, torch.bfloat16).model.named_buffers())
     bias = next(b for name, b in buffers.items() if name.endswith("e_score_correction_bias"))
     assert bias.dtype == torch.float32
@@ -197,7 +241,7 @@ def test_an_unknown_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     one_line(error, "nobody/nothing", "hub")
 
 
-def test_experts_of_an_unknown_class_are_said_to_be_so() -> None:
+def test_experts_of_an_unknown_class_are_reported_as_such() -> None:
     config = AutoConfig.for_model(
         "doge", **{k: v for k, v in TINY.items() if k != "num_local_experts"}, is_moe=True
     )
@@ -211,7 +255,7 @@ def test_experts_of_an_unknown_class_are_said_to_be_so() -> None:
 
 
 class Gated(nn.Module):
-    """An experts module as far as the probe looks at it."""
+    """The attributes of an experts module that the probe looks at."""
 
     has_gate, is_transposed, act_fn = True, False, nn.SiLU()
 
@@ -242,7 +286,7 @@ UNKNOWN = {
 def test_an_unknown_gate_is_an_error(gate: Any) -> None:
     with pytest.raises(MoeccError) as error:
         probe.probe_gate(Gated(gate))
-    one_line(error, "Gated", "moecc/gates.py")
+    one_line(error, "Gated", "moecc/ir/gates.py")
 
 
 def test_a_gate_that_fails_alone_is_an_error() -> None:
@@ -280,15 +324,16 @@ def test_the_probe_leaves_the_random_state_alone() -> None:
 
 def specs(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
     return {
-        "codes": ((4, rows, -(-columns // 8) * 2), "uint8"), "codebook": ((4, 256, 4), "int8"),
+        "codes": ((4, rows, -(-columns // 8) * 2), "uint8"),
+        "codebook": ((4, 256, 4), "int8"),
         "scale": ((4, rows), "float16"),
-    }  # fmt: skip
+    }
 
 
 def compressed(model: nn.Module) -> None:
     for module in experts.experts_modules(model).values():
         attributes = {**experts.gate_of(module), "eps": 0.0}
-        experts.compress_module(
+        compress_module(
             module, specs(32, 32), specs(32, 16), attributes, ["gate_up_proj", "down_proj"]
         )
 
@@ -338,5 +383,5 @@ def test_a_compressed_checkpoint_is_traced_without_its_tensors(
 
 def test_a_tensor_that_the_format_lacks_is_refused() -> None:
     with pytest.raises(MoeccError) as error:
-        experts.CompressedProjection({"coeds": ((1,), "uint8")}, gated=False)
+        CompressedProjection({"coeds": ((1,), "uint8")}, gated=False)
     one_line(error, "coeds")

@@ -26,6 +26,7 @@ from moecc.backends import triton as backend
 from moecc.commands.compile import compile_model
 from moecc.errors import MoeccError
 from moecc.frontend import experts
+from moecc.frontend.compressed import CompressedProjection
 from moecc.ir import vq4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,8 +54,8 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return folder / "out"
 
 
-def projections(model: nn.Module) -> list[experts.CompressedProjection]:
-    return [m for m in model.modules() if isinstance(m, experts.CompressedProjection)]
+def projections(model: nn.Module) -> list[CompressedProjection]:
+    return [m for m in model.modules() if isinstance(m, CompressedProjection)]
 
 
 def packed(model: Any) -> Any:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from moecc.errors import MoeccError
-from moecc.frontend.capture import simplify, traceable
 from moecc.frontend.config import text_config
+from moecc.frontend.simplify import simplify
 from moecc.frontend.skeleton import Skeleton
+from moecc.frontend.traceable import traceable
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache

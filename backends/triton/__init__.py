@@ -34,7 +34,7 @@ from moecc.artifact import hf
 from moecc.backends.triton import op as op  # defines the op that a packed model calls
 from moecc.backends.triton.pack import pack_projection, unpack_projection
 from moecc.errors import MoeccError
-from moecc.frontend import experts
+from moecc.frontend.compressed import CompressedProjection
 from moecc.target import Emitted, Kernels, Target
 from moecc.types import FamilyModule, Say
 
@@ -115,6 +115,6 @@ def runtime(folder: Path, dtype: torch.dtype | None = None) -> FamilyModule:
     if os.environ.get("TRITON_INTERPRET") != "1":
         return model.to(DEVICE)
     for module in model.modules():
-        if isinstance(module, experts.CompressedProjection):
+        if isinstance(module, CompressedProjection):
             module.pack(KERNELS)
     return model

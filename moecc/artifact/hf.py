@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moecc.checkpoint.schema import METHOD, Compression, require_version
-from moecc.frontend import experts
+from moecc.frontend.compressed import settle
 from moecc.frontend.config import model_class, read_config
 from moecc.frontend.prepare import prepare
 from moecc.ir import vq4
@@ -60,7 +60,7 @@ class MoeccQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        experts.settle(model)
+        settle(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A transformers configuration: read from a folder or a hub id, and the class of model that it asks for."""
+"""A transformers configuration: where it is read from, what it says, and the class it asks for."""
 
 from __future__ import annotations
 
@@ -6,83 +6,58 @@ import copy
 import inspect
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moecc.checkpoint.source import model_folder
 from moecc.errors import MoeccError, reason
+from moecc.types import Config, FamilyModule
 
-# ---------------------------------------------------------------- configuration
+# ---------------------------------------------------------------- reading
 
 
-def source_name(source: Any) -> str:
+def source_name(source: object) -> str:
     return str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
 
-def read_config(source: Any) -> tuple[Any, Path | None]:
-    """The configuration and, for a folder or a hub id, the local folder that holds it."""
+def read_config(source: str | Path | Config) -> tuple[Config, Path | None]:
+    """Return the configuration of `source`, and the folder that it was read from, if any.
+
+    source: a folder, a hub id or a configuration. Raise MoeccError if it is none of these, or if
+    transformers can't use its config.json.
+    """
     from transformers import AutoConfig, PretrainedConfig
 
     if isinstance(source, PretrainedConfig):
         return source, None
     if not isinstance(source, (str, Path)):
         raise MoeccError(
-            f"a model is a folder, a hub id, a transformers configuration or an nn.Module, not {source_name(source)}"
+            "a model is a folder, a hub id, a transformers configuration or an nn.Module, "
+            f"not {source_name(source)}"
         )
     folder = model_folder(str(source), ["*.json"])
     try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=False
-        )  # None would ask on the terminal
+        # Without trust_remote_code=False, transformers would ask on the terminal.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         why = reason(error)
-        own = "; moecc doesn't run a model's own code, it takes the families of transformers"
-        raise MoeccError(
-            f"{source}: its config.json can't be used: {why}{own if 'custom code' in why else '; check config.json'}"
-        ) from error
+        own = "moecc doesn't run a model's own code, it takes the families of transformers"
+        todo = own if "custom code" in why else "check config.json"
+        raise MoeccError(f"{source}: its config.json can't be used: {why}; {todo}") from error
     return config, folder
 
 
-def quantization_method(config: Any) -> str | None:
-    """quant_method of the checkpoint, None for plain weights."""
-    for part in (config, text_config(config)):
-        quantization = getattr(part, "quantization_config", None)
-        if quantization:
-            get = (
-                quantization.get
-                if isinstance(quantization, dict)
-                else lambda k, d, q=quantization: getattr(q, k, d)
-            )
-            return str(
-                getattr(get("quant_method", "unknown"), "value", get("quant_method", "unknown"))
-            )
-    return None
+# ---------------------------------------------------------------- facts
 
 
-def as_if_plain(config: Any) -> Any:
-    """The configuration of the same model in bfloat16, as which a checkpoint in few bits is read."""
-    config = copy.deepcopy(config)
-    for part in (config, text_config(config)):
-        if getattr(part, "quantization_config", None) is not None:
-            del part.quantization_config
-    return config
-
-
-def text_config(config: Any) -> Any:
-    """The language model's part of a configuration."""
+def text_config(config: Config) -> Config:
+    """Return the language model's part of a configuration."""
     get = getattr(config, "get_text_config", None)
     return get() if callable(get) else config
 
 
-def longest_row(config: Any) -> int | None:
-    """The most tokens that the model has positions for, None where its configuration doesn't say."""
-    limit = getattr(text_config(config), "max_position_embeddings", None)
-    return limit if type(limit) is int and limit > 0 else None
-
-
-def config_dtype(config: Any) -> torch.dtype:
-    """The dtype that the configuration names, else float32."""
+def config_dtype(config: Config) -> torch.dtype:
+    """Return the dtype that the configuration names, else float32."""
     for part in (config, text_config(config)):
         dtype = getattr(part, "dtype", None)
         dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -91,11 +66,43 @@ def config_dtype(config: Any) -> torch.dtype:
     return torch.float32
 
 
-# ---------------------------------------------------------------- class and module tree
+def longest_row(config: Config) -> int | None:
+    """Return the number of tokens that the model has positions for, or None if it isn't said."""
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    return limit if type(limit) is int and limit > 0 else None
 
 
-def model_class(config: Any) -> Any:
-    """The (auto) class to build: the causal language model, else what the checkpoint says, else any."""
+def quantization_method(config: Config) -> str | None:
+    """Return quant_method of the checkpoint, or None for plain weights."""
+    for part in (config, text_config(config)):
+        quantization = getattr(part, "quantization_config", None)
+        if quantization:
+            if isinstance(quantization, dict):
+                method = quantization.get("quant_method", "unknown")
+            else:
+                method = getattr(quantization, "quant_method", "unknown")
+            return str(getattr(method, "value", method))  # an enum or its text
+    return None
+
+
+def as_if_plain(config: Config) -> Config:
+    """Return a copy that has no quantization, as which a low-bit checkpoint is read."""
+    config = copy.deepcopy(config)
+    for part in (config, text_config(config)):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    return config
+
+
+# ---------------------------------------------------------------- the class
+
+
+def model_class(config: Config) -> FamilyModule:
+    """Return the (auto) class to build.
+
+    That is the causal language model, else the class that the checkpoint names, else any. Raise
+    MoeccError if transformers has none.
+    """
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as auto
@@ -113,30 +120,30 @@ def model_class(config: Any) -> Any:
     return _class_of_config(config)
 
 
-def _class_of_config(config: Any) -> Any:
-    """A text tower that no auto class maps: the model class of its modelling file that takes this configuration."""
+def _class_of_config(config: Config) -> FamilyModule:
+    """Return the model class for a text tower that no auto class maps.
+
+    It is in the modelling file beside the configuration's and takes this configuration.
+    """
     from transformers import PreTrainedModel
 
     name = type(config).__module__.replace(".configuration_", ".modeling_")
+    missing = f"{type(config).__name__}: transformers has no model class for this configuration"
     try:
         __import__(name)
     except ImportError as error:
-        raise MoeccError(
-            f"{type(config).__name__}: transformers has no model class for this configuration"
-        ) from error
+        raise MoeccError(missing) from error
     classes = [
-        c for _, c in inspect.getmembers(sys.modules[name], inspect.isclass) if c.__module__ == name
-    ]
-    mine = [
-        c for c in classes
-        if issubclass(c, PreTrainedModel) and getattr(c, "config_class", None) is type(config)
+        c
+        for _, c in inspect.getmembers(sys.modules[name], inspect.isclass)
+        if c.__module__ == name
+        and issubclass(c, PreTrainedModel)
+        and getattr(c, "config_class", None) is type(config)
         and not c.__name__.endswith("PreTrainedModel")
-    ]  # fmt: skip
-    if not mine:
-        raise MoeccError(
-            f"{type(config).__name__}: transformers has no model class for this configuration"
-        )
+    ]
+    if not classes:
+        raise MoeccError(missing)
     return min(
-        mine,
+        classes,
         key=lambda c: ("ForCausalLM" not in c.__name__, "Model" not in c.__name__, len(c.__name__)),
     )

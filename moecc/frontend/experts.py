@@ -1,37 +1,39 @@
-"""Experts modules of transformers as `moecc::experts`: what a module computes, in canonical operands.
+"""Experts modules of transformers as `moecc::experts`: their layout, and canonical operands.
 
-  1. `layout_of` finds a module's gate function by running it on random numbers; the flags of transformers don't tell.
-  2. `dense_operands` makes the op's canonical operands of its parameters with plain tensor ops (transpose, reorder).
-  3. `run_experts` is the one place that calls the op: on those operands, or on a compressed module's stored tensors.
-  4. `compress_module` swaps a module's dense parameters for the tensors of `moecc.ir.vq4`, as `moecc compile` writes them.
+  1. `layout_of` finds a module's gate function by running it on random numbers; the flags of
+     transformers don't tell.
+  2. `dense_operands` makes the op's canonical operands from the module's parameters by plain tensor
+     ops (transpose, reorder).
+  3. `run_experts` is the one place that calls the op: on those operands, or on the stored tensors
+     of a compressed module (`moecc.frontend.compressed`).
 
-`register()` makes 3 the experts implementation "moecc" of transformers. Families outside it: `moecc.frontend.families`.
-Shapes: E experts, D hidden, F intermediate; gate_up [E, 2F or F, D], gate rows first; down [E, D, F].
+`register()` makes 3 the experts implementation "moecc" of transformers. `moecc.frontend.families`
+covers the families outside that interface.
+Shapes: E experts, D hidden, F intermediate, T tokens, k experts per token.
+  gate_up [E, 2F or F, D], gate rows first; down [E, D, F]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moecc import target
 from moecc.errors import MoeccError
-from moecc.frontend.probe import Layout, probe_gate, probe_post_norm
-from moecc.ir import ops, vq4
-from moecc.target import Kernels
+from moecc.frontend.compressed import compressed_attributes
+from moecc.frontend.probe import GateAttributes, Layout, probe_gate, probe_post_norm
+from moecc.ir import ops as ops  # defines the ops that run_experts calls
+from moecc.types import FamilyModule
 
 IMPLEMENTATION = "moecc"
-TensorSpecs = Mapping[
-    str, tuple[Sequence[int], str]
-]  # tensor name -> (shape, dtype as torch spells it: "uint8")
 
 
 class DenseOperands(NamedTuple):
-    """The op's weight operands in canonical order of rows and axes."""
+    """The op's weight operands, rows and axes in canonical order."""
 
     gate_up: Tensor
     down: Tensor
@@ -41,17 +43,17 @@ class DenseOperands(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapted:
-    """An experts class outside transformers' interface: its operands and its gate (`moecc.frontend.families` fills ADAPTED)."""
+    """The operands and the gate of an experts class outside transformers' interface."""
 
     operands: Callable[[nn.Module], DenseOperands]
     layout: Callable[[nn.Module], Layout]
 
 
-ADAPTED: dict[str, Adapted] = {}
+ADAPTED: dict[str, Adapted] = {}  # by class name; `moecc.frontend.families` fills it
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether `module` holds the routed experts of one layer and moecc can run it."""
+    """Return whether `module` holds the routed experts of one layer and moecc can run it."""
     interface = (
         hasattr(module, "_apply_gate")
         and hasattr(module, "has_gate")
@@ -61,12 +63,15 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every experts module of `model` by its dotted path, in the model's order."""
+    """Return every experts module of `model` by its dotted path, in the model's order."""
     return {path: module for path, module in model.named_modules() if is_experts(module)}
 
 
 def layout_of(module: nn.Module) -> Layout:
-    """The gate and the storage order of an experts module. Call it outside fake mode the first time."""
+    """Return the gate and the storage order of an experts module.
+
+    The first call must be outside fake mode. Raise MoeccError if the gate isn't known.
+    """
     layout: Layout | None = module.__dict__.get("_moecc_layout")
     if layout is None:
         adapted = ADAPTED.get(type(module).__name__)
@@ -75,13 +80,16 @@ def layout_of(module: nn.Module) -> Layout:
     return layout
 
 
-def gate_of(module: nn.Module) -> dict[str, Any]:
-    """act, gate, alpha and limit of an experts module: the op's attributes but eps."""
+def gate_of(module: nn.Module) -> GateAttributes:
+    """Return act, gate, alpha and limit of an experts module: the op's attributes without eps."""
     return layout_of(module).gate_attributes()
 
 
-def dense_operands(module: Any) -> DenseOperands:
-    """The module's dense parameters as canonical operands, by plain tensor ops that a trace records."""
+def dense_operands(module: FamilyModule) -> DenseOperands:
+    """Return the module's dense parameters as canonical operands.
+
+    Only plain tensor ops are used, so that a trace records them.
+    """
     if adapted := ADAPTED.get(type(module).__name__):
         return adapted.operands(module)
     layout = layout_of(module)
@@ -98,12 +106,12 @@ def dense_operands(module: Any) -> DenseOperands:
 
 
 def deinterleave(rows: Tensor) -> Tensor:
-    """[E, 2F, ...] with gate and up rows alternating -> the same with all gate rows first."""
+    """Return [E, 2F, ...] with gate and up rows alternating as the same with gate rows first."""
     return rows.view(rows.shape[0], -1, 2, *rows.shape[2:]).transpose(1, 2).flatten(1, 2)
 
 
-def post_norm_of(module: Any) -> tuple[Tensor | None, float]:
-    """Weight and epsilon of the norm on each expert's output, where the class has one."""
+def post_norm_of(module: FamilyModule) -> tuple[Tensor | None, float]:
+    """Return weight and epsilon of the norm on each expert's output, (None, 0) if it has none."""
     if not getattr(module, "has_post_expert_norm", False):
         return None, 0.0
     norm = module.post_expert_norm
@@ -113,14 +121,18 @@ def post_norm_of(module: Any) -> tuple[Tensor | None, float]:
 
 
 def probe(module: nn.Module) -> None:
-    """Find the layout and the norm now, outside fake mode; MoeccError where the module isn't known."""
+    """Find layout and norm now, outside fake mode; raise MoeccError if one isn't known."""
     layout_of(module)
     post_norm_of(module)
 
 
-def run_experts(module: Any, x: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
-    """moecc::experts of a dense module, moecc::vq_experts of a compressed one, on the codes as they lie. x [T, D]; the
-    others [T, k]."""
+def run_experts(module: FamilyModule, x: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
+    """Call moecc::experts for a dense module, moecc::vq_experts for a compressed one.
+
+    x [T, D]; topk_index and topk_weight [T, k]; result [T, D]. Packed codes go to the op that takes
+    them in that order. Raise MoeccError if offloading lends the codes to a device with kernels of
+    its own.
+    """
     routed = (x, topk_index.to(torch.int64), topk_weight)
     post_norm, eps = post_norm_of(module)
     if attributes := compressed_attributes(module):
@@ -132,8 +144,9 @@ def run_experts(module: Any, x: Tensor, topk_index: Tensor, topk_weight: Tensor)
             return packed
         if module.gate_up.place not in (None, x.device.type) and target.kernels_for(x.device.type):
             raise MoeccError(
-                f"experts that were loaded on {module.gate_up.place} are lent to {x.device.type} for a moment, which the "
-                f"kernels there don't support; load them there (device_map), or set {target.VARIABLE}=reference"
+                f"experts that were loaded on {module.gate_up.place} are lent to {x.device.type} "
+                "for a moment, which the kernels there don't support; load them there "
+                f"(device_map), or set {target.VARIABLE}=reference"
             )
         stored = (*module.gate_up.operands(), *module.down.operands())
         compressed: Tensor = torch.ops.moecc.vq_experts(*routed, *stored, post_norm, **attributes)
@@ -144,169 +157,19 @@ def run_experts(module: Any, x: Tensor, topk_index: Tensor, topk_weight: Tensor)
     return dense
 
 
+# The names of the parameters are those that transformers' interface passes.
 def experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:  # the signature that transformers' experts interface calls
+) -> Tensor:
     """The experts implementation "moecc" of transformers."""
     return run_experts(module, hidden_states, top_k_index, top_k_weights)
 
 
 def register() -> None:
-    """Make "moecc" an experts implementation: `from_pretrained(..., experts_implementation="moecc")`."""
+    """Make "moecc" an experts implementation of transformers.
+
+    `from_pretrained(..., experts_implementation="moecc")` then takes it.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-
-
-# ---------------------------------------------------------------- compressed modules
-
-
-def _register_buffers(module: nn.Module, names: Sequence[str], specs: TensorSpecs) -> None:
-    if unknown := set(specs) - set(names):
-        raise MoeccError(f"compressed tensor {sorted(unknown)[0]!r} isn't one of {list(names)}")
-    for name in names:
-        tensor = None
-        if name in specs:
-            shape, dtype = specs[name]
-            tensor = torch.empty(tuple(shape), dtype=getattr(torch, dtype))
-        module.register_buffer(name, tensor)
-
-
-class CompressedProjection(nn.Module):
-    """The stored tensors of one projection of a layer's experts (`moecc.ir.vq4`); those that are absent are None.
-
-    On a device for which a backend has kernels (`moecc.target`) codes and signs are in that backend's order, in place of the
-    stored ones; what is saved and loaded stays as the format says. gated: its rows are gate rows and then as many up rows."""
-
-    codes: Tensor
-    codebook: Tensor
-
-    def __init__(self, specs: TensorSpecs, *, gated: bool):
-        super().__init__()
-        self.gated = gated
-        self.packed: str | None = None  # the target in whose order the codes are, by name
-        self.place: str | None = None  # the type of device that this was last settled for
-        self._columns = 0  # of the stored codes, while they are packed
-        _register_buffers(self, vq4.TENSORS, specs)
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """By the names of vq4.TENSORS, as they lie here."""
-        return tuple(getattr(self, name) for name in vq4.TENSORS)
-
-    def operands(self) -> tuple[Tensor | None, ...]:
-        """The operands of a projection in moecc::vq_experts; slope and offset are folded in what is stored."""
-        return (*self.tensors(), None, None)
-
-    def settle(self) -> None:
-        """Bring the codes into the order of what runs them on the device where they are now."""
-        self.place = self.codes.device.type
-        wanted = target.kernels_for(self.place)
-        if (wanted and wanted.name) != self.packed and self.place != "meta":
-            self.unpack()
-            if wanted is not None:
-                self.pack(wanted)
-
-    def pack(self, kernels: Kernels) -> None:
-        """Codes and signs in the order of `kernels`, in place of the stored ones."""
-        self._columns = self.codes.shape[2] * self.codebook.shape[2]
-        self._replace(
-            kernels.pack(dict(zip(vq4.TENSORS, self.tensors(), strict=True)), gated=self.gated)
-        )
-        self.packed = kernels.name
-
-    def unpack(self) -> None:
-        """Codes and signs as they are stored."""
-        self._replace(self._stored())
-        self.packed = None
-
-    def _stored(self) -> dict[str, Tensor | None]:
-        tensors = dict(zip(vq4.TENSORS, self.tensors(), strict=True))
-        if self.packed is not None:
-            tensors = target.kernels_called(self.packed).unpack(
-                tensors, self._columns, gated=self.gated
-            )
-        return tensors
-
-    def _replace(self, tensors: Mapping[str, Tensor | None]) -> None:
-        for name, tensor in tensors.items():
-            setattr(self, name, tensor)
-
-    def _apply(
-        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
-    ) -> Self:  # what .to() and .cuda() call
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.settle()
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed is not None:
-            for name, tensor in self._stored().items():
-                if tensor is not None:
-                    destination[prefix + name] = tensor
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        packed = self.packed
-        self.unpack()
-        super()._load_from_state_dict(*args)
-        if packed is not None:
-            self.pack(target.kernels_called(packed))
-
-
-def compressed_attributes(module: nn.Module) -> dict[str, Any] | None:
-    """The op's attributes that a compressed module was given, None for a dense one."""
-    return module.__dict__.get("_moecc_attributes")
-
-
-def compress_module(
-    module: nn.Module,
-    gate_up: TensorSpecs,
-    down: TensorSpecs,
-    attributes: Mapping[str, Any],
-    remove: Sequence[str],
-) -> None:
-    """Replace the dense parameters `remove` (dotted, relative) by children `gate_up` and `down` to be loaded.
-
-    `attributes` are the op's: act, gate, alpha, limit, eps. The children's names are the same for every family.
-    """
-    for name in remove:
-        path, _, leaf = name.rpartition(".")
-        delattr(module.get_submodule(path), leaf)
-    for name, specs in (("gate_up", gate_up), ("down", down)):
-        if hasattr(module, name):
-            raise MoeccError(
-                f"{type(module).__name__} has an attribute {name!r} already; it can't hold compressed experts"
-            )
-        gated = name == "gate_up" and attributes["gate"] != "none"
-        module.add_module(name, CompressedProjection(specs, gated=gated))
-    module.__dict__["_moecc_attributes"] = {
-        key: attributes[key] for key in ("act", "gate", "alpha", "limit", "eps")
-    }
-
-
-def settle(model: nn.Module) -> None:
-    """Bring every compressed projection of `model` into the order of what runs it where it is; after loading."""
-    for module in model.modules():
-        if isinstance(module, CompressedProjection):
-            module.settle()
-
-
-class QuantizedLinear(nn.Module):
-    """A group-quantized nn.Linear: moecc::q_linear on stored weight, scale, zero and maybe bias."""
-
-    TENSORS = ("weight", "scale", "zero", "bias")
-
-    def __init__(self, specs: TensorSpecs, bits: int):
-        super().__init__()
-        self.bits = bits
-        _register_buffers(self, self.TENSORS, specs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype."""
-        y: Tensor = torch.ops.moecc.q_linear(
-            x, self.weight, self.scale, self.zero, self.bias, bits=self.bits
-        )
-        return y
-
-
-_ = ops.library  # importing this module defines the ops that it calls

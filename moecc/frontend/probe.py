@@ -1,15 +1,16 @@
 """Which gate an experts module applies, found by running it on random numbers.
 
-transformers' flags say whether there is a gate, not which: `_apply_gate` is free code. It needs no weights, so it can
-be run on a model that has none and compared with all of `moecc.ir.gates`. What matches none of them is an error.
+The flags of transformers say whether there is a gate, but not which: `_apply_gate` is free code. It
+needs no weights, so it can be run on a model that has none and compared with every gate of
+`moecc.ir.gates`. A gate that matches none of them is an error.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,23 @@ from torch import Tensor, nn
 from moecc.errors import MoeccError
 from moecc.ir.gates import ACTIVATIONS, apply_gate
 from moecc.ir.reference import norm_output
+from moecc.types import FamilyModule
 
-ADVICE = "add the function to moecc/gates.py, or report the family"
+ADVICE = "add the function to moecc/ir/gates.py, or report the family"
+
+
+class GateAttributes(TypedDict):
+    """The gate as moecc::experts and `moecc.ir.gates.apply_gate` take it."""
+
+    act: str
+    gate: str
+    alpha: float
+    limit: float
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The gate of an experts module, and how its parameters are stored.
+    """The gate of an experts module, and the storage order of its parameters.
 
     interleaved: gate and up rows alternate. transposed: [E, in, out] instead of [E, out, in].
     """
@@ -35,29 +46,26 @@ class Layout:
     interleaved: bool = False
     transposed: bool = False
 
-    def gate_attributes(self) -> dict[str, Any]:
-        """act, gate, alpha, limit, as the op takes them."""
-        return {
-            key: value
-            for key, value in asdict(self).items()
-            if key in ("act", "gate", "alpha", "limit")
-        }
+    def gate_attributes(self) -> GateAttributes:
+        return GateAttributes(act=self.act, gate=self.gate, alpha=self.alpha, limit=self.limit)
 
     def apply(self, rows: Tensor) -> Tensor:
-        """The gate on rows [n, 2F] in the module's own order."""
+        """Apply the gate to rows [n, 2F] in the module's own order; the result is [n, F]."""
         if self.interleaved:
             rows = torch.cat((rows[..., ::2], rows[..., 1::2]), -1)
         return apply_gate(rows, **self.gate_attributes())
 
 
 def _samples(width: int) -> Tensor:
-    """Rows at scales 0.5 to 2000: small ones tell activations apart, large ones reach any clamp."""
+    """Return 96 rows [96, width] of scales 0.5 to 2000.
+
+    Small values tell activations apart, large ones reach any clamp.
+    """
     generator = torch.Generator(device="cpu").manual_seed(0)
     scales = torch.tensor([0.5, 1.0, 4.0, 20.0, 200.0, 2000.0], device="cpu").repeat_interleave(16)
-    return (
-        torch.randn(len(scales), width, generator=generator, device="cpu", dtype=torch.float32)
-        * scales[:, None]
-    )
+    shape = (len(scales), width)
+    rows = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+    return rows * scales[:, None]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -66,7 +74,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def activation_name(act: Callable[[Tensor], Tensor] | None) -> str | None:
-    """The name of an elementwise activation in `moecc.ir.gates.ACTIVATIONS`, None if it is none of them."""
+    """Return the name of an activation in `moecc.ir.gates.ACTIVATIONS`, or None if it has none."""
     if act is None:
         return None
     x = _samples(32)
@@ -80,7 +88,10 @@ def activation_name(act: Callable[[Tensor], Tensor] | None) -> str | None:
 def plain_layout(
     owner: str, act: Callable[[Tensor], Tensor], *, gate: str = "glu", transposed: bool = False
 ) -> Layout:
-    """A layout whose gate function is known from the class and whose activation is identified."""
+    """Return the layout of a class whose gate function is known; its activation is identified.
+
+    Raise MoeccError, which names the class `owner`, if the activation isn't known.
+    """
     name = activation_name(act)
     if name is None:
         raise MoeccError(f"{owner}: activation {type(act).__name__} isn't known; {ADVICE}")
@@ -92,8 +103,8 @@ def _numbers(module: nn.Module, *names: str) -> list[float]:
     return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
 
 
-def _candidates(module: Any) -> Iterator[Layout]:
-    """Likely layouts first, so that the plain gate is found at once."""
+def _candidates(module: FamilyModule) -> Iterator[Layout]:
+    """Yield the layouts to try, likely ones first, so that the plain gate is found at once."""
     named = activation_name(getattr(module, "act_fn", None))
     acts = sorted(ACTIVATIONS, key=lambda name: name != named)
     limits = _numbers(module, "limit", "swiglu_limit")
@@ -104,15 +115,15 @@ def _candidates(module: Any) -> Iterator[Layout]:
             yield from (Layout("silu", "oai", alpha, limit, interleaved) for alpha in alphas)
             for gate in ("clamp", "clamp_after"):
                 yield from (Layout(act, gate, 1.0, limit, interleaved) for act in acts)
-    act: Any = getattr(module, "act_fn", None)
+    act: FamilyModule = getattr(module, "act_fn", None)
     if hasattr(act, "gate_softcap") and hasattr(act, "up_softcap"):
         yield Layout(
             "silu", "softcap", float(act.gate_softcap.softcap), float(act.up_softcap.softcap)
         )
 
 
-def _with_rounding(module: Any, layout: Layout, rows: Tensor) -> Layout:
-    """The fp32 variant of `layout` if it, and not the plain one, gives the module's bfloat16 numbers."""
+def _with_rounding(module: FamilyModule, layout: Layout, rows: Tensor) -> Layout:
+    """Return the fp32 variant of `layout` if only it gives the module's bfloat16 numbers."""
     wide = {"glu": "f32", "clamp": "clamp_f32"}.get(layout.gate)
     if wide is None:
         return layout
@@ -125,8 +136,12 @@ def _with_rounding(module: Any, layout: Layout, rows: Tensor) -> Layout:
 
 
 @torch.no_grad()
-def probe_gate(module: Any) -> Layout:
-    """The layout of a module of transformers' experts interface. Run outside fake mode; no weight is touched."""
+def probe_gate(module: FamilyModule) -> Layout:
+    """Return the layout of a module of transformers' experts interface.
+
+    Call it outside fake mode. It reads no weight and leaves the random state alone. Raise
+    MoeccError if the gate can't be run on its own or isn't known.
+    """
     owner, transposed = type(module).__name__, bool(getattr(module, "is_transposed", False))
     if not getattr(module, "has_gate", True):
         return plain_layout(owner, module.act_fn, gate="none", transposed=transposed)
@@ -145,7 +160,10 @@ def probe_gate(module: Any) -> Layout:
 
 @torch.no_grad()
 def probe_post_norm(norm: nn.Module, owner: str) -> float:
-    """Epsilon of the norm on an expert's output, after checking that it is scale by 1 + weight, then normalise."""
+    """Return the epsilon of the norm on an expert's output.
+
+    Raise MoeccError unless the norm scales by 1 + weight and then normalises, as the op does.
+    """
     eps = next(iter(_numbers(norm, "eps", "variance_epsilon")), None)
     weight, x = _samples(32)[20] * 0.1, _samples(32)[:48]
     if eps is not None and hasattr(norm, "weight"):

@@ -1,8 +1,9 @@
 """Linear attention and state-space scans as one opaque node each, for the time of a trace.
 
-transformers' reference loops run over chunks or tokens in Python: traced, they unroll into thousands of nodes and fix
-the sequence length. `opaque_scans` swaps the module-level functions for ops that know the shape only and call the same
-function when they run. There is no cache: a call that asks for the final state is refused.
+The reference loops of transformers run over chunks or tokens in Python. A trace would unroll them
+into thousands of nodes and fix the sequence length. `opaque_scans` swaps these module-level
+functions for ops that know only the shape of the result; an op that runs calls the function. There
+is no cache: a call that asks for the final state is refused.
 
   op                        function of the modelling file     result
   moecc::gated_delta_rule   torch_chunk_gated_delta_rule       like value [B, S, H, Dv]
@@ -10,7 +11,8 @@ function when they run. There is no cache: a call that asks for the final state 
   moecc::mamba2_scan        mamba2_chunk_scan                  like hidden_states [B, S, H, P]
   moecc::selective_scan     mamba_selective_scan               like hidden_states
 
-`source` is the modelling module that the function comes from, `options` its other arguments as JSON.
+source: the modelling module that the function comes from. options: its other arguments as JSON.
+Shapes: B batch, S sequence, H heads, Dv value width, P head width.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from moecc.errors import MoeccError
 from moecc.ir import ops
+from moecc.types import Json
+
+Function: TypeAlias = Callable[..., object]
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,10 @@ class Scan:
 
     name: str
     function: str  # its name in the modelling file
-    tensors: tuple[
-        str, ...
-    ]  # the function's tensor arguments, in the op's order; a trailing ? marks an optional one
-    like: str  # the tensor argument that the result has the shape and dtype of
+    tensors: tuple[str, ...]  # its tensor arguments, in the op's order; ? marks an optional one
+    like: str  # the tensor argument whose shape and dtype the result has
     state_flag: str  # the argument that asks for the final state
-    returns_state: bool  # whether the function returns a pair even when no state was asked for
+    returns_state: bool  # whether the function returns a pair even if no state is asked for
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -51,21 +54,43 @@ class Scan:
 
 _DELTA = ("query", "key", "value", "g", "beta", "initial_state?")
 SCANS = (
-    Scan("gated_delta_rule", "torch_chunk_gated_delta_rule", _DELTA, "value", "output_final_state", True),
-    Scan("kimi_delta", "chunk_kimi_delta_attention", _DELTA, "value", "output_final_state", True),
     Scan(
-        "mamba2_scan", "mamba2_chunk_scan", ("hidden_states", "dt", "A", "B", "C", "D?", "dt_bias?", "initial_states?"),
-        "hidden_states", "return_final_states", False,
+        name="gated_delta_rule",
+        function="torch_chunk_gated_delta_rule",
+        tensors=_DELTA,
+        like="value",
+        state_flag="output_final_state",
+        returns_state=True,
     ),
     Scan(
-        "selective_scan", "mamba_selective_scan", ("hidden_states", "dt", "A", "B", "C", "D?", "z?", "delta_bias?"),
-        "hidden_states", "return_last_state", False,
+        name="kimi_delta",
+        function="chunk_kimi_delta_attention",
+        tensors=_DELTA,
+        like="value",
+        state_flag="output_final_state",
+        returns_state=True,
     ),
-)  # fmt: skip
+    Scan(
+        name="mamba2_scan",
+        function="mamba2_chunk_scan",
+        tensors=("hidden_states", "dt", "A", "B", "C", "D?", "dt_bias?", "initial_states?"),
+        like="hidden_states",
+        state_flag="return_final_states",
+        returns_state=False,
+    ),
+    Scan(
+        name="selective_scan",
+        function="mamba_selective_scan",
+        tensors=("hidden_states", "dt", "A", "B", "C", "D?", "z?", "delta_bias?"),
+        like="hidden_states",
+        state_flag="return_last_state",
+        returns_state=False,
+    ),
+)
 
 
 def _define(scan: Scan) -> None:
-    """The op of `scan`: its reference calls transformers' function, its backward differentiates that again."""
+    """Define the op of `scan`; its reference calls the function, and backward differentiates it."""
 
     def reference(*tensors: Tensor | None, source: str, options: str) -> Tensor:
         function = getattr(importlib.import_module(source), scan.function)
@@ -89,31 +114,35 @@ for _scan in SCANS:
     _define(_scan)
 
 
-def _split(
-    scan: Scan, signature: inspect.Signature, args: Any, kwargs: Any
-) -> tuple[list[Tensor | None], dict[str, Any]]:
-    """A call's tensor operands, and its other named arguments. What the function swallows in **kwargs it ignores."""
-    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+def _split(scan: Scan, call: inspect.BoundArguments) -> tuple[list[Tensor | None], Json]:
+    """Return the tensor operands of a call, and its other named arguments.
+
+    Arguments that land in the function's **kwargs are left out, because it ignores them. Raise
+    MoeccError for packed sequences.
+    """
+    given = dict(call.arguments)
     swallowed = given.pop("kwargs", {})
     tensors = [given.pop(key, swallowed.get(key)) for key in scan.keys]
-    if (key := next((k for k in swallowed if k.startswith("cu_seq")), None)) and swallowed[
-        key
-    ] is not None:
+    packed = next((key for key in swallowed if key.startswith("cu_seq")), None)
+    if packed is not None and swallowed[packed] is not None:
         raise MoeccError(
-            f"{scan.function} gets packed sequences ({key}), which moecc::{scan.name} doesn't take"
+            f"{scan.function} gets packed sequences ({packed}), which moecc::{scan.name} "
+            "doesn't take"
         )
     return tensors, {key: value for key, value in given.items() if value is not None}
 
 
-def _opaque(scan: Scan, original: Callable[..., Any], source: str) -> Callable[..., Any]:
+def _opaque(scan: Scan, original: Function, source: str) -> Function:
+    """Return a function of the same signature as `original` that calls the op of `scan`."""
     signature = inspect.signature(original)
     op = getattr(torch.ops.moecc, scan.name)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        tensors, options = _split(scan, signature, args, kwargs)
+    def call(*args: object, **kwargs: object) -> object:
+        tensors, options = _split(scan, signature.bind_partial(*args, **kwargs))
         if options.pop(scan.state_flag, False):
             raise MoeccError(
-                f"{source}: {scan.function} is asked for its final state; trace with use_cache=False"
+                f"{source}: {scan.function} is asked for its final state; "
+                "trace with use_cache=False"
             )
         try:
             text = json.dumps(options)

@@ -1,14 +1,16 @@
-"""For which shapes a trace holds, found by evaluating what torch.export assumed about the input's batch and sequence.
+"""The shapes for which a trace holds, found by evaluating torch.export's guards on many shapes.
 
-Many of its guards hold for every shape (min(4, S) <= S); others cut off sizes at which a dimension would be 1
-(S - 1 != 1); some bound the sequence, and then the graph is a loop unrolled for one length. Trying shapes decides.
+The guards are assumptions about the input's batch and sequence. Many hold for every shape
+(min(4, S) <= S). Others cut off sizes at which a dimension would be 1 (S - 1 != 1). Some bound the
+sequence; then the graph is a loop unrolled for one length.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from types import CodeType
+from typing import SupportsFloat
 
 import torch
 from torch.export import ExportedProgram
@@ -31,11 +33,15 @@ SEQUENCES = (
     131072,
     1048576,
 )
-SHORT = 4  # sequences up to here may be outside what a trace holds for; generation and calibration use longer ones
+SHORT = 4  # a trace may lose sequences up to here: generation and calibration use longer ones
 
 
 def restriction(program: ExportedProgram) -> tuple[str, bool]:
-    """For which shapes `program` holds ("" for all, "sequence <= 127"), and whether long sequences are cut off."""
+    """Return for which shapes `program` holds, and whether long sequences are cut off.
+
+    The text is "" for all shapes, or for example "sequence <= 127". Raise MoeccError if the trace
+    holds for some batch sizes only, or for a set of lengths that is no range.
+    """
     guards = [
         compile(str(guard), "guard", "eval")
         for guard in getattr(program, "_guards_code", None) or ()
@@ -59,13 +65,13 @@ def restriction(program: ExportedProgram) -> tuple[str, bool]:
 
 
 def longest(restriction: str) -> int | None:
-    """The longest sequence that a text which `restriction` gave allows, None where it has no bound."""
+    """Return the longest sequence that a text of `restriction` allows, or None without a bound."""
     bound = re.search(r"sequence <= (\d+)", restriction)
     return int(bound[1]) if bound else None
 
 
 def holds(restriction: str, sequence: int) -> bool:
-    """Whether a text that `restriction` gave allows sequences of this length."""
+    """Return whether a text of `restriction` allows sequences of this length."""
     excluded = re.search(r"other than ([\d, ]+)", restriction)
     if excluded:
         return str(sequence) not in excluded[1].split(", ")
@@ -74,7 +80,7 @@ def holds(restriction: str, sequence: int) -> bool:
 
 
 def _highest_sequence(program: ExportedProgram) -> float:
-    """The upper bound of the sequence's range; that of the batch must be open."""
+    """Return the upper bound of the sequence; raise MoeccError if the batch has one."""
     ids = next(n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs)
     ranges = {str(symbol): interval.upper for symbol, interval in program.range_constraints.items()}
     batch, sequence = (ranges.get(str(size), size) for size in ids.meta["val"].shape)
@@ -83,15 +89,15 @@ def _highest_sequence(program: ExportedProgram) -> float:
     return _number(sequence)
 
 
-def _number(bound: Any) -> float:
-    """A bound as a float; torch writes infinity in three ways."""
+def _number(bound: SupportsFloat) -> float:
+    """Return a bound as a float; torch writes infinity in three ways."""
     if getattr(bound, "is_finite", True) is False or str(bound) in ("int_oo", "oo", "inf"):
         return math.inf
     value = float(bound)
     return math.inf if value >= 2**31 else value
 
 
-def _holds(guards: list[Any], batch: int, sequence: int) -> bool:
+def _holds(guards: list[CodeType], batch: int, sequence: int) -> bool:
     ids = torch.empty(batch, sequence, device="meta", dtype=torch.int64)
     names = {"L": {"input_ids": ids}, "min": min, "max": max, "math": math, "torch": torch}
     try:

@@ -1,7 +1,8 @@
-"""Which decoder layer each node of a trace belongs to, so that a program can be run layer by layer.
+"""The decoder layer of each node of a trace, so that a program can be run layer by layer.
 
-A node inside decoder layer i has stage i + 1. Nodes in no layer follow their inputs: stage 0 before the first layer,
-the stage of the last input between layers, and L + 1 after the last layer. The stage never falls along an edge.
+A node inside decoder layer i has stage i + 1. A node outside has stage 0 before the first layer,
+the highest stage of its inputs between layers, and L + 1 after the last layer. The stage never
+falls along an edge.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import fx, nn
 
 
 def decoder_stack(model: nn.Module, experts: Iterable[str]) -> tuple[str, int]:
-    """Path and length of the list of decoder layers: the outermost ModuleList around most of the experts."""
+    """Return path and length of the decoder's layers: the outermost ModuleList of most experts."""
     lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outermost = [
         min((p for p in lists if e.startswith(p + ".")), key=len, default="") for e in experts
@@ -23,7 +24,7 @@ def decoder_stack(model: nn.Module, experts: Iterable[str]) -> tuple[str, int]:
 
 
 def paths(node: fx.Node) -> list[str]:
-    """Paths of the modules that the node was traced in, outermost first."""
+    """Return the paths of the modules that the node was traced in, outermost first."""
     return [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
@@ -35,9 +36,9 @@ def _layer(node: fx.Node, prefix: str) -> int | None:
 
 
 def mark(model: nn.Module, module: fx.GraphModule, experts: Iterable[str]) -> int:
-    """Set meta["layer"] and meta["path"] on every node; returns the number of decoder layers L.
+    """Set meta["layer"] and meta["path"] on every node; return the number of decoder layers L.
 
-    experts: paths of the experts modules, which tell the decoder's layers from those of a vision tower.
+    experts: paths of the experts modules. They tell the decoder's layers from a vision tower's.
     """
     stack, count = decoder_stack(model, experts)
     nodes = [n for n in module.graph.nodes if n.op not in ("placeholder", "output")]
@@ -59,7 +60,7 @@ def mark(model: nn.Module, module: fx.GraphModule, experts: Iterable[str]) -> in
 
 
 def _mark_ends(module: fx.GraphModule, count: int) -> None:
-    """A placeholder belongs to the first stage that reads it, the output to the last."""
+    """Give a placeholder the first stage that reads it, and the output the last stage."""
     for node in module.graph.nodes:
         if node.op == "placeholder":
             node.meta["layer"] = min(

@@ -1,17 +1,19 @@
-"""From a model to a Program: the graph exists, no weight is in memory.
+"""From a model to a Program, which has the graph; no weight is in memory.
 
   program = trace("folder" | "owner/name" | transformers config | nn.Module)
 
-1. `moecc.frontend.skeleton` builds the model with parameters that have no storage (a module is taken as it is)
-2. `moecc.frontend.capture` exports it: one `moecc::experts` node per MoE layer, dynamic batch and sequence
-3. here the placeholders get their weights: the checkpoint's by name, buffers as captured, and whatever is computed from weights
-   alone in front of an experts node (a transposed or interleaved layout) becomes one derived weight
+1. `moecc.frontend.skeleton` builds the model with parameters that have no storage, or takes a
+   module as it is.
+2. `moecc.frontend.capture` exports it: one `moecc::experts` node per MoE layer, dynamic batch and
+   sequence.
+3. Here the placeholders get their weights: the checkpoint's by name, and buffers as captured. Nodes
+   in front of an experts node that compute from weights alone (to transpose or to undo an
+   interleaved layout) become one derived weight.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +31,18 @@ from moecc.ir.tensors import Held, Store
 from moecc.types import Config
 
 
-def trace(source: str | Path | nn.Module | Any, *, dtype: torch.dtype | None = None) -> Program:
-    """The Program of a model: local folder, hub id (configuration only), transformers configuration or nn.Module.
+def trace(source: str | Path | nn.Module | Config, *, dtype: torch.dtype | None = None) -> Program:
+    """Return the Program of a model.
 
-    dtype: what the program computes in; by default the configuration's. A folder's weights are read when a pass or a backend
-    asks for them; a program from a configuration or a hub id has none (`moecc.checkpoint.source.checkpoint_folder` fetches a hub checkpoint).
-    MoeccError for anything that can't be traced, in one line.
+    source: a local folder, a hub id, a transformers configuration or an nn.Module. dtype: the one
+    the program computes in; by default the configuration's.
+
+    A folder's weights are read when a pass or a backend asks for them. A program from a
+    configuration or a hub id has none; `moecc.checkpoint.source.checkpoint_folder` fetches a hub
+    checkpoint. Raise MoeccError, in one line, if the model can't be traced.
     """
     found = skeleton(source, dtype)
-    name = str(source) if isinstance(source, (str, Path)) else found.model_type
+    name = found.source or found.model_type
     program = program_of(capture(found), found, name)
 
     def build(config: Config) -> tuple[Program, nn.Module]:
@@ -49,18 +54,25 @@ def trace(source: str | Path | nn.Module | Any, *, dtype: torch.dtype | None = N
 
 
 def program_of(exported: ExportedProgram, found: Skeleton, name: str) -> Program:
-    """The Program of a captured model."""
+    """Return the Program of a captured model; `name` becomes its source."""
     weights, tensors = _weights(exported)
     meta = exported.graph_module.meta
     store = _store(found)
-    if isinstance(
-        store, CheckpointStore
-    ):  # a buffer that the checkpoint holds is the checkpoint's, not the constructor's
+    if isinstance(store, CheckpointStore):
+        # The checkpoint's buffers come before the constructor's.
         tensors = {k: v for k, v in tensors.items() if k not in store}
     program = Program(
-        exported.graph_module, weights, Held(tensors), store, exported, found.config, name, _dtype(found.model),
-        meta["restriction"], tuple(meta["unreached"]),
-    )  # fmt: skip
+        module=exported.graph_module,
+        weights=weights,
+        tensors=Held(tensors),
+        store=store,
+        exported_from=exported,
+        config=found.config,
+        source=name,
+        dtype=_dtype(found.model),
+        restriction=meta["restriction"],
+        unreached=tuple(meta["unreached"]),
+    )
     for node in program.graph.nodes:
         if node.op == "placeholder":
             node.meta["layer"], node.meta["path"] = 0, ""
@@ -70,7 +82,7 @@ def program_of(exported: ExportedProgram, found: Skeleton, name: str) -> Program
 
 
 def _weights(exported: ExportedProgram) -> tuple[dict[str, Weight], dict[str, Tensor]]:
-    """Placeholder -> weight, and the tensors that the trace itself captured (buffers and lifted constants)."""
+    """Return each placeholder's weight, and the captured tensors: buffers and lifted constants."""
     weights: dict[str, Weight] = {}
     tensors: dict[str, Tensor] = {}
     for spec in exported.graph_signature.input_specs:
