@@ -1,7 +1,7 @@
-"""What every test starts from: one thread, reproducible examples, no network; and graphs small enough to read.
+"""The start of every test: one thread, reproducible examples, no network; small graphs to read.
 
-Golden files of graph text lie in tests/golden; `pytest --regenerate` writes them again, to be looked at before they are
-committed.
+Golden files of graph text lie in tests/golden. `pytest --regenerate` writes them again; look at
+them before you commit them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 
-# Before transformers is imported; a test that needs a hub model must say so itself.
+# Set before transformers is imported. A test that needs a hub model must undo this itself.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -29,6 +29,7 @@ from torch.export.graph_signature import InputKind
 
 from moecc.frontend import capture
 from moecc.frontend.skeleton import Skeleton
+from moecc.frontend.stages import paths
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program, Weight
 from moecc.ir.tensors import Held, digest
@@ -52,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton's interpreter is chosen for a whole process: tests of kernels are of one kind or of the other."""
+    """Skip the tests that compile kernels if this process interprets them."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         if item.get_closest_marker("aot") and interpreted:
@@ -61,13 +62,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Tests that draw without a generator of their own draw the same in any order."""
+    """Make tests that draw without a generator of their own draw the same in any order."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """golden(name, text): `text` is what tests/golden/name holds; digests of tensors are left out."""
+    """golden(name, text): assert that tests/golden/name holds `text` without tensor digests."""
 
     def check(name: str, text: str) -> None:
         path = Path(__file__).parent / "golden" / name
@@ -85,8 +86,11 @@ _traces: dict[object, ExportedProgram] = {}
 
 @pytest.fixture(scope="module")
 def traced_once() -> Iterator[None]:
-    """One torch.export for all models of the same configuration, two thirds of what a small compilation takes. For tests of what
-    comes after: tracing itself has its own (test_trace, test_families, test_ir)."""
+    """Run torch.export once for all models of the same configuration.
+
+    It takes two thirds of a small compilation. This fixture is for tests of later steps;
+    test_trace, test_families and test_ir test the trace itself.
+    """
     real = capture._export
 
     def export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
@@ -108,7 +112,7 @@ def traced_once() -> Iterator[None]:
         yield
 
 
-# ---- commands on tiny models of transformers
+# ---------------------------------------------------------------- models of transformers
 
 
 @pytest.fixture
@@ -140,13 +144,13 @@ def traced() -> Program:
     return trace(make("qwen2_moe"))
 
 
-# ---- a model of one file
+# ---------------------------------------------------------------- tiny programs
 
 VOCABULARY, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 16, 16, 8, 4, 2, 6
 
 
 class TinyMoE(nn.Module):
-    """The experts of one layer behind a softmax router; `likeness` of their energy is the same in all."""
+    """The experts of one layer behind a softmax router; they share `likeness` of their energy."""
 
     experts, likeness = EXPERTS, 0.0
 
@@ -173,7 +177,7 @@ class TinyMoE(nn.Module):
 
 
 class Many(TinyMoE):
-    """So many experts that a mean costs next to nothing."""
+    """Enough experts that a shared mean costs next to nothing."""
 
     experts = 64
 
@@ -183,34 +187,31 @@ class Siblings(Many):
 
 
 class FewSiblings(TinyMoE):
-    """A mean of these costs more bits than it saves."""
+    """Experts whose shared mean costs more bits than it saves."""
 
     likeness = 0.99
 
 
 class TinyDense(nn.Module):
-    """A layer that no experts pass has anything to do in."""
+    """A layer without experts."""
 
     def __init__(self, seed: int):
         super().__init__()
         self.linear = nn.Linear(HIDDEN, HIDDEN, bias=False)
-        self.linear.weight.data = (
-            torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(seed)) * 0.3
-        )
+        g = torch.Generator().manual_seed(seed)
+        self.linear.weight.data = torch.randn(HIDDEN, HIDDEN, generator=g) * 0.3
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.linear(x))
 
 
 class TinyModel(nn.Module):
-    """Embedding, layers on a residual stream, head; one row of six tokens."""
+    """Embedding, layers on a residual stream, head. It takes one row of six tokens."""
 
     def __init__(self, kinds: Sequence[type[nn.Module]]):
         super().__init__()
-        self.embed, self.head = (
-            nn.Embedding(VOCABULARY, HIDDEN),
-            nn.Linear(HIDDEN, VOCABULARY, bias=False),
-        )
+        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
+        self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
         self.layers = nn.ModuleList([kind(i) for i, kind in enumerate(kinds)])
         for i, p in enumerate((self.embed.weight, self.head.weight)):
             p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(50 + i))
@@ -224,7 +225,7 @@ class TinyModel(nn.Module):
 
 
 class DictStore:
-    """Weights of a dict, as a checkpoint would give them."""
+    """The weights of a dict, read as from a checkpoint."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
@@ -254,8 +255,11 @@ class DictStore:
 
 
 def tiny_program(kinds: str = "M") -> Program:
-    """A Program of one letter per layer, whose text fits on a page: M for experts, I for many of them, S for many that are nearly
-    the same, F for few such, D for dense."""
+    """Return a Program of one layer per letter, whose text fits on a page.
+
+    M: experts. I: many experts. S: many experts that are nearly the same. F: few of these.
+    D: dense.
+    """
     layers = {"M": TinyMoE, "I": Many, "S": Siblings, "F": FewSiblings, "D": TinyDense}
     model = TinyModel([layers[k] for k in kinds]).eval()
     exported = torch.export.export(model, (torch.zeros(1, TOKENS, dtype=torch.int64),))
@@ -266,13 +270,9 @@ def tiny_program(kinds: str = "M") -> Program:
     }
     store = DictStore({name: p.detach() for name, p in model.named_parameters()})
     for node in exported.graph.nodes:
-        node.meta["path"] = next(
-            (path for path, _ in reversed((node.meta.get("nn_module_stack") or {}).values())), ""
-        )
-        inside = re.match(r"layers\.(\d+)", node.meta["path"])
-        stage = (
-            int(inside[1]) + 1 if inside else len(kinds) + 1 if node.meta["path"] == "head" else 0
-        )
+        path = node.meta["path"] = next(reversed(paths(node)), "")
+        inside = re.match(r"layers\.(\d+)", path)
+        stage = int(inside[1]) + 1 if inside else len(kinds) + 1 if path == "head" else 0
         node.meta["layer"] = max([stage, *(i.meta["layer"] for i in node.all_input_nodes)])
     program = Program(exported.graph_module, weights, Held({}), store, exported, source="tiny")
     program.verify()
@@ -292,5 +292,5 @@ def tiny() -> Callable[[str], Program]:
 
 @pytest.fixture
 def batches() -> list[Tensor]:
-    """Calibration rows for `tiny` programs."""
+    """Return calibration rows for `tiny` programs."""
     return tiny_batches()

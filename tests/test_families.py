@@ -1,4 +1,4 @@
-"""Every family: transformers' own loop over experts, the op, and the exported program give the same numbers.
+"""Every family: transformers' loop over experts, the op and the program give the same numbers.
 
 A sample by default; MOECC_ALL_FAMILIES=1 runs all of tests/families.py.
 """
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 NAMES = sorted(FAMILIES) if ALL else SAMPLE
 pytestmark = pytest.mark.family
 TRACED = (2, 12)
-LATEST = Version("5.23.0")  # of the releases that the table was made with
+LATEST = Version("5.23.0")  # the release of transformers that the table was made with
 DEFAULT_GATE = dict(act="silu", gate="glu", alpha=1.0, limit=0.0)
 
 
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module", params=NAMES)
 def case(request: pytest.FixtureRequest) -> Case:
-    """Traced once for all tests of the family."""
+    """Trace once for all tests of the family."""
     try:
         model = make(request.param)
         found = skeleton(model)
@@ -62,7 +62,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def shapes(family: Family) -> list[tuple[int, int]]:
-    """The traced shape, another, and one whose sequence is longer than any chunk of a scan."""
+    """Return the traced shape, another, and one with a sequence longer than any chunk of a scan."""
     return [TRACED, (3, 21), (1, min(150, family.longest or 150))]
 
 
@@ -71,7 +71,7 @@ def tokens(shape: tuple[int, int]) -> torch.Tensor:
 
 
 def first(output: Any) -> torch.Tensor:
-    """Logits, or the last hidden state of a model without a head."""
+    """Return logits, or the last hidden state of a model without a head."""
     value = output.get("logits", None) if hasattr(output, "get") else None
     return value if value is not None else output[0]
 
@@ -114,17 +114,13 @@ def test_one_node_per_moe_layer(case: Case) -> None:
     assert longest is not None or "<=" not in meta["restriction"]
 
 
-def test_gate_attributes_are_recognised(case: Case) -> None:
+def test_gate_attributes_and_layout_are_recognised(case: Case) -> None:
     for node in case.nodes:
-        assert {key: node.kwargs[key] for key in DEFAULT_GATE} == {
-            **DEFAULT_GATE,
-            **case.family.gate,
-        }
+        found = {key: node.kwargs[key] for key in DEFAULT_GATE}
+        assert found == {**DEFAULT_GATE, **case.family.gate}
         layout = experts.layout_of(case.found.experts[node.meta["path"]])
-        assert (layout.interleaved, layout.transposed) == (
-            case.family.interleaved,
-            case.family.transposed,
-        )
+        assert layout.interleaved == case.family.interleaved
+        assert layout.transposed == case.family.transposed
 
 
 def test_operands_are_canonical(case: Case) -> None:
@@ -152,9 +148,8 @@ def test_gradients_of_the_program_are_the_models(case: Case) -> None:
     )
     weight.requires_grad_(True)
     out = first(case.model(input_ids=ids))
-    probe = torch.randn(
-        out.shape, generator=torch.Generator().manual_seed(0)
-    )  # a norm hides plain sums from gradients
+    # A norm hides plain sums from gradients.
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
     expected = torch.autograd.grad((out * probe).mean(), weight)[0]
     run = case.program.module()
     weight = run.get_parameter(name).requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Checkpoints in FP8, FP4 and MXFP4: read as transformers decodes them, compiled like any other, wrong ones refused."""
+"""Checkpoints in FP8, FP4 and MXFP4: decoded as in transformers, compiled like any other."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ from moecc.frontend.skeleton import skeleton
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
-BLOCK = (16, 24)  # divides not all sizes
+BLOCK = (16, 24)  # some sizes are no multiples of it
+FP8: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": list(BLOCK)}
+MXFP4: dict[str, Any] = {"quant_method": "mxfp4"}
 Tensors = dict[str, Tensor]
 
 
 def rewritten(
     folder: Path, method: dict[str, Any], change: Callable[[str, Tensor], Tensors | None]
 ) -> Tensors:
-    """A checkpoint some of whose tensors `change` gives as others; all as they were."""
+    """Rewrite a checkpoint: `change` gives what to store for a tensor, None to keep it.
+
+    Return the tensors as they were.
+    """
     file = folder / "model.safetensors"
     before = load_file(file)
     after: Tensors = {}
@@ -40,7 +45,7 @@ def rewritten(
 
 
 def in_fp8(name: str, tensor: Tensor) -> Tensors | None:
-    """Linears as FP8 with a scale per block."""
+    """Store linears as FP8 with a scale per block."""
     if not name.endswith("_proj.weight"):
         return None
     grid = [-(-n // b) for n, b in zip(tensor.shape, BLOCK, strict=True)]
@@ -49,7 +54,7 @@ def in_fp8(name: str, tensor: Tensor) -> Tensors | None:
 
 
 def in_mxfp4(name: str, tensor: Tensor) -> Tensors | None:
-    """Fused experts [E, K, N] as bytes that mean anything."""
+    """Store fused experts [E, K, N] as random bytes."""
     if not name.endswith("gate_up_proj"):
         return None
     experts, columns, rows = tensor.shape
@@ -66,7 +71,7 @@ def store_of(folder: Path) -> CheckpointStore:
 
 def test_fp8_is_read_block_by_block(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model", "deepseek_v3")
-    rewritten(folder, {"quant_method": "fp8", "weight_block_size": list(BLOCK)}, in_fp8)
+    rewritten(folder, FP8, in_fp8)
     store, stored = store_of(folder), load_file(folder / "model.safetensors")
     names = [n for n in stored if f"{n}_scale_inv" in stored]
     assert names and not store.unexpected
@@ -90,18 +95,20 @@ def test_fp8_is_read_block_by_block(tmp_path: Path) -> None:
     assert torch.equal(store.read(fused, experts=[3, 1]), torch.stack([every[3], every[1]]))
 
 
-def test_blocks_are_as_transformers_has_them(tmp_path: Path) -> None:
+def test_fp8_and_fp4_are_decoded_as_transformers_does(tmp_path: Path) -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     from moecc.checkpoint.files import read_header
     from moecc.checkpoint.low_bit import decoded
 
     tensors = {
-        "a.weight": torch.randn(32, 64).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.rand(2, 4),
-        "e.up": torch.randn(3, 8, 16).to(torch.float8_e5m2), "e.up_scale_inv": torch.rand(3, 2, 1),
+        "a.weight": torch.randn(32, 64).to(torch.float8_e4m3fn),
+        "a.weight_scale_inv": torch.rand(2, 4),
+        "e.up": torch.randn(3, 8, 16).to(torch.float8_e5m2),
+        "e.up_scale_inv": torch.rand(3, 2, 1),
         "f.weight": torch.randint(-128, 128, (8, 32), dtype=torch.int8),  # FP4
         "f.weight_scale_inv": torch.rand(8, 2).add(1).to(torch.float8_e8m0fnu),
-    }  # fmt: skip
+    }
     save_file(tensors, tmp_path / "x.safetensors")
     found = decoded(dict(read_header(tmp_path / "x.safetensors")[0]), None)
     assert found.keys() == {"a.weight", "e.up", "f.weight"}
@@ -118,7 +125,7 @@ def test_mxfp4_is_read_as_transformers_does(tmp_path: Path) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     folder = checkpoint(tmp_path / "model", "gpt_oss")
-    rewritten(folder, {"quant_method": "mxfp4"}, in_mxfp4)
+    rewritten(folder, MXFP4, in_mxfp4)
     store, stored = store_of(folder), load_file(folder / "model.safetensors")
     names = [n.removesuffix("_blocks") for n in stored if n.endswith("_blocks")]
     assert names and not store.unexpected
@@ -128,11 +135,10 @@ def test_mxfp4_is_read_as_transformers_does(tmp_path: Path) -> None:
         assert torch.equal(store.read(name, experts=[1]), want[[1]])
 
 
-@pytest.mark.parametrize("family, method, change", [
-    ("deepseek_v3", {"quant_method": "fp8", "weight_block_size": list(BLOCK)}, in_fp8),
-    ("gpt_oss", {"quant_method": "mxfp4"}, in_mxfp4),
-])  # fmt: skip
-def test_it_compiles_to_the_artifact_of_what_it_stands_for(
+@pytest.mark.parametrize(
+    ("family", "method", "change"), [("deepseek_v3", FP8, in_fp8), ("gpt_oss", MXFP4, in_mxfp4)]
+)
+def test_a_low_bit_checkpoint_compiles_like_its_bfloat16_twin(
     family: str, method: dict[str, Any], change: Any, tmp_path: Path
 ) -> None:
     folder = checkpoint(tmp_path / "model", family)
@@ -150,28 +156,17 @@ def test_it_compiles_to_the_artifact_of_what_it_stands_for(
         )
     a, b = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert (
-        json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"][
-            "quant_method"
-        ]
-        == "moecc"
-    )
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "moecc"
 
 
 def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     def short(name: str, tensor: Tensor) -> Tensors | None:
-        made = in_fp8(name, tensor)
-        return (
-            {
-                n: t[:-1] if n.endswith("_scale_inv") and "o_proj" in n else t
-                for n, t in made.items()
-            }
-            if made
-            else None
-        )
+        made = in_fp8(name, tensor) or {}
+        return {n: t[:-1] if n.endswith("o_proj.weight_scale_inv") else t for n, t in made.items()}
 
     folder = checkpoint(tmp_path / "model", "deepseek_v3")
-    rewritten(folder, {"quant_method": "fp8", "weight_block_size": list(BLOCK)}, short)
+    rewritten(folder, FP8, short)
     with pytest.raises(
         MoeccError,
         match=r"^'.*o_proj.weight_scale_inv' in .* are no scales of '.*o_proj.weight' .*; fetch",
@@ -179,15 +174,11 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         store_of(folder)
 
     def torn(name: str, tensor: Tensor) -> Tensors | None:
-        made = in_mxfp4(name, tensor)
-        return (
-            {n: t[:, :1].contiguous() if n.endswith("scales") else t for n, t in made.items()}
-            if made
-            else None
-        )
+        made = in_mxfp4(name, tensor) or {}
+        return {n: t[:, :1].contiguous() if n.endswith("scales") else t for n, t in made.items()}
 
     folder = checkpoint(tmp_path / "other", "gpt_oss")
-    rewritten(folder, {"quant_method": "mxfp4"}, torn)
+    rewritten(folder, MXFP4, torn)
     with pytest.raises(
         MoeccError, match=r"_scales' in .* are no scales of .*_blocks' .*; fetch both again$"
     ):

@@ -1,4 +1,4 @@
-"""What memory is free, read from a made-up /proc and /sys: of the machine, of containers of both kinds, under RLIMIT_AS."""
+"""Free memory, from a made-up /proc and /sys: machine, control groups and RLIMIT_AS."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from moecc.checkpoint.memory import free_memory
 
 MEBI = 1 << 20
 MACHINE = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    8388608 kB\n"}  # 8 GiB
-V2, V1 = "sys/fs/cgroup", "sys/fs/cgroup/memory"
+OWN_V2 = {"proc/self/cgroup": "0::/pod/box\n"}
+OWN_V1 = {"proc/self/cgroup": "5:cpu:/\n4:cpu,memory:/docker/a:b\n0::/\n"}
+NAMESPACE_V2 = {"proc/self/cgroup": "0::/\n"}
+HUGE = 9223372036854771712  # version 1's word for no limit
 
 
 def root(folder: Path, files: dict[str, str]) -> Path:
@@ -21,27 +24,23 @@ def root(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-def v2(group: str, limit: str, used: int, dropped: int = 0) -> dict[str, str]:
-    stat = f"anon 5\ninactive_file {dropped}\nactive_file 7\n"
+def v2(group: str, limit: int | None, used: int, dropped: int = 0) -> dict[str, str]:
+    """The files of a control group of version 2, from its numbers in MiB; no limit for None."""
+    path = f"sys/fs/cgroup/{group}"
     return {
-        f"{V2}/{group}memory.max": limit,
-        f"{V2}/{group}memory.current": f"{used}\n",
-        f"{V2}/{group}memory.stat": stat,
+        f"{path}memory.max": "max\n" if limit is None else f"{limit * MEBI}\n",
+        f"{path}memory.current": f"{used * MEBI}\n",
+        f"{path}memory.stat": f"anon 5\ninactive_file {dropped * MEBI}\nactive_file 7\n",
     }
 
 
-def v1(group: str, limit: int, used: int) -> dict[str, str]:
+def v1(group: str, limit: int | None, used: int) -> dict[str, str]:
+    """The same for version 1."""
+    path = f"sys/fs/cgroup/memory/{group}"
     return {
-        f"{V1}/{group}memory.limit_in_bytes": f"{limit}\n",
-        f"{V1}/{group}memory.usage_in_bytes": f"{used}\n",
+        f"{path}memory.limit_in_bytes": f"{HUGE if limit is None else limit * MEBI}\n",
+        f"{path}memory.usage_in_bytes": f"{used * MEBI}\n",
     }
-
-
-OWN_V2, OWN_V1 = (
-    {"proc/self/cgroup": "0::/pod/box\n"},
-    {"proc/self/cgroup": "5:cpu:/\n4:cpu,memory:/docker/a:b\n0::/\n"},
-)
-HUGE = 9223372036854771712  # version 1's word for no limit
 
 
 @pytest.mark.parametrize(
@@ -50,35 +49,17 @@ HUGE = 9223372036854771712  # version 1's word for no limit
         ({}, 8192),  # nothing is known
         (MACHINE, 8192),
         (MACHINE | OWN_V2, 8192),
-        (MACHINE | OWN_V2 | v2("pod/box/", "max\n", 50 * MEBI), 8192),
-        (MACHINE | OWN_V2 | v2("pod/box/", f"{100 * MEBI}\n", 60 * MEBI), 40),
-        (
-            MACHINE | OWN_V2 | v2("pod/box/", f"{100 * MEBI}\n", 60 * MEBI, 15 * MEBI),
-            55,
-        ),  # with what it can drop
-        (
-            MACHINE
-            | OWN_V2
-            | v2("pod/box/", "max\n", MEBI)
-            | v2("pod/", f"{90 * MEBI}\n", 60 * MEBI),
-            30,
-        ),
-        (
-            MACHINE | {"proc/self/cgroup": "0::/\n"} | v2("", f"{100 * MEBI}\n", 60 * MEBI),
-            40,
-        ),  # a namespace of its own
-        (MACHINE | OWN_V2 | v2("pod/box/", f"{100 * MEBI}\n", 101 * MEBI), 0),
-        (MACHINE | OWN_V1 | v1("docker/a:b/", HUGE, MEBI), 8192),
-        (MACHINE | OWN_V1 | v1("docker/a:b/", 100 * MEBI, 60 * MEBI), 40),
-        (
-            MACHINE | OWN_V1 | v1("", 100 * MEBI, 70 * MEBI),
-            30,
-        ),  # mounted at the container's own group
-        (
-            MACHINE | OWN_V1 | v2("", f"{100 * MEBI}\n", 80 * MEBI) | v1("", HUGE, MEBI),
-            20,
-        ),  # both kinds at once
-        (OWN_V2 | v2("pod/box/", f"{100 * MEBI}\n", 60 * MEBI), 40),
+        (MACHINE | OWN_V2 | v2("pod/box/", None, 50), 8192),
+        (MACHINE | OWN_V2 | v2("pod/box/", 100, 60), 40),
+        (MACHINE | OWN_V2 | v2("pod/box/", 100, 60, 15), 55),  # the kernel can drop 15
+        (MACHINE | OWN_V2 | v2("pod/box/", None, 1) | v2("pod/", 90, 60), 30),
+        (MACHINE | NAMESPACE_V2 | v2("", 100, 60), 40),
+        (MACHINE | OWN_V2 | v2("pod/box/", 100, 101), 0),
+        (MACHINE | OWN_V1 | v1("docker/a:b/", None, 1), 8192),
+        (MACHINE | OWN_V1 | v1("docker/a:b/", 100, 60), 40),
+        (MACHINE | OWN_V1 | v1("", 100, 70), 30),  # mounted at the container's own group
+        (MACHINE | OWN_V1 | v2("", 100, 80) | v1("", None, 1), 20),  # both versions at once
+        (OWN_V2 | v2("pod/box/", 100, 60), 40),
     ],
 )
 def test_free_memory_is_the_least_that_anything_leaves(
@@ -87,16 +68,14 @@ def test_free_memory_is_the_least_that_anything_leaves(
     assert free_memory(root(tmp_path, files)) == free * MEBI
 
 
-def test_a_limit_of_address_space_counts_what_is_taken_of_it(
+def test_a_limit_on_address_space_leaves_its_unused_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = resource.getpagesize()
     monkeypatch.setattr(resource, "getrlimit", lambda what: (300 * page, 400 * page))
-    assert (
-        free_memory(root(tmp_path, MACHINE | {"proc/self/statm": "120 30 10 1 0 50 0\n"}))
-        == 180 * page
-    )
+    statm = {"proc/self/statm": "120 30 10 1 0 50 0\n"}
+    assert free_memory(root(tmp_path, MACHINE | statm)) == 180 * page
 
 
-def test_this_machine_has_some() -> None:
+def test_this_machine_has_free_memory() -> None:
     assert 0 < free_memory() < 1 << 50
