@@ -1,9 +1,12 @@
-"""What a parameter is for, by the names that transformers' families use; for reading, no arithmetic depends on it."""
+"""The role of a parameter, told by the names in transformers' families.
+
+Roles are for reading only: no arithmetic depends on them.
+"""
 
 from __future__ import annotations
 
 ROUTED = "routed experts"
-# The first rule with a word that a part of the name contains decides.
+# The first rule decides that has a word which a part of the name contains.
 _RULES = (
     ("embeddings", ("embed", "wte", "lm_head", "embed_out")),
     ("shared expert", ("shared",)),
@@ -18,7 +21,7 @@ ROLES = (*dict.fromkeys(role for role, _ in _RULES), "other")
 
 
 def role_of(name: str) -> str:
-    """One of ROLES for a parameter's dotted name."""
+    """Return one of ROLES for a parameter's dotted name."""
     parts = name.lower().split(".")
     for role, words in _RULES:
         if role == "router" and any("gate_proj" in p or "gate_up" in p for p in parts):
