@@ -24,7 +24,7 @@ from moecc import __version__
 from moecc.errors import MoeccError
 from moecc.types import Progress
 
-_BITS = "default of every pass option called bits; a fraction is a budget of kbvq's"
+_BITS = "default of every pass option called bits; see moecc passes NAME"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,6 +247,21 @@ def _passes(options: argparse.Namespace) -> Outcome:
     return 0, {"passes": every}, "\n".join(map(pass_line, every))
 
 
+def _targets(options: argparse.Namespace) -> Outcome:
+    from moecc.commands.targets import (
+        describe_target,
+        describe_targets,
+        target_line,
+        target_text,
+    )
+
+    if options.name is not None:
+        found = describe_target(options.name)
+        return 0, found, target_text(found)
+    every = describe_targets()
+    return 0, {"targets": every}, "\n".join(map(target_line, every))
+
+
 # ---------------------------------------------------------------- arguments
 
 
@@ -297,6 +312,12 @@ def _parser() -> argparse.ArgumentParser:
     passes.add_argument(
         "name", nargs="?", metavar="NAME", help="a pass, or the path of a file that defines one"
     )
+    targets = _command(
+        commands, "targets", _targets, "the forms that export writes; NAME shows one's options"
+    )
+    targets.add_argument(
+        "name", nargs="?", metavar="NAME", help="a target, or the path of a file that defines one"
+    )
     diff = _command(
         commands, "diff", _diff, "compare two artifacts or checkpoints; exit code 1 if they differ"
     )
@@ -338,7 +359,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
         "--passes",
         required=True,
         metavar="P",
-        help="e.g. kbvq or 'vsraq,kbvq{rank=32}'; see moecc passes",
+        help="passes and their options, NAME{option=value},NAME; see moecc passes",
     )
     parser.add_argument("--bits", type=_bits, metavar="B", help=_BITS)
     parser.add_argument(
@@ -356,7 +377,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         metavar="TARGET",
-        help="write the result in this form too, e.g. onnx{profile=native}",
+        help="write the result in the form of a target too, NAME{option=value}; see moecc targets",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of everything that is random (default: 0)"
@@ -419,7 +440,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "--to",
         required=True,
         metavar="TARGET",
-        help="e.g. onnx or 'onnx{profile=native}'; see backends/README.md",
+        help="a target and its options, NAME{option=value}; see moecc targets",
     )
     parser.add_argument(
         "-o",

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import networkx as nx
 import pytest
+
+from moecc.pipeline.parse import FACTS
+from moecc.pipeline.parse import PASSES as PASS_NAMES
+from moecc.pipeline.passes import Pass
+from moecc.target import TARGETS
 
 # A room sees the rooms to its left; those between two < do not see each other.
 RULE = "errors types < hook options < registry < target < ir < checkpoint < frontend pipeline < artifact < backends commands < cli"
@@ -123,6 +129,45 @@ def test_what_a_target_needs_is_imported_by_that_target_alone(name: str) -> None
                 [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
             )
             assert not {n.split(".")[0] for n in names} & HEAVY
+
+
+def words() -> tuple[set[str], set[str]]:
+    """The names and facts of passes and targets, and their options; English and the format's words left out."""
+    names, options = {*PASS_NAMES.names(), *TARGETS.names()}, set()
+    for cls in (*map(PASS_NAMES.find, PASS_NAMES.names()), *map(TARGETS.find, TARGETS.names())):
+        for kind in FACTS if issubclass(cls, Pass) else ():
+            names |= getattr(cls, kind)
+        options |= {f.name for f in cls.options()}
+    return names - NOT_ONLY_NAMES, options - NOT_ONLY_OPTIONS
+
+
+NOT_ONLY_NAMES = {"basis", "dense", "merge", "reference"}
+NOT_ONLY_OPTIONS = {
+    *("batches", "bits", "boundary", "codebook", "dtype", "embeddings", "experts", "group", "head"),
+    *("hidden", "kl", "mean", "order", "path", "tokens", "value"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n in MODULES if room(n) not in ("passes", "backends"))
+)
+def test_the_core_names_no_pass_and_no_target(name: str) -> None:
+    """Neither by name nor by fact nor by option; both are found when they are asked for."""
+    names, options = words()
+    tree = ast.parse(MODULES[name].read_text())
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    prose = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, owners) and prosaic(n)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            found = set(re.findall(r"\w+", node.value)) & names
+            assert not found, f"{name}, line {node.lineno} names {found}"
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in options, f"{name}, line {node.lineno} knows {node.attr}"
+
+
+def prosaic(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> bool:
+    """Whether a docstring comes first."""
+    return bool(node.body) and isinstance(node.body[0], ast.Expr)
 
 
 def loaded(code: str) -> set[str]:

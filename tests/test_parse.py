@@ -82,7 +82,7 @@ UNREADABLE = {
     "vq klt": f"can't read the pipeline at column 1: 'vq klt'; {EXPECTED}",
     "klt,vq{bits=3": f"can't read the pipeline at column 5: 'vq{{bits=3'; {EXPECTED}",
     "klt,,vq": f"can't read the pipeline at column 5: ',vq'; {EXPECTED}",
-    "": "no passes given; try --passes kbvq, or `moecc passes` for what there is",
+    "": "no passes given; `moecc passes` lists what there is",
     "./nothing.py": "no pass file nothing.py; give the path of a Python file that defines a pass",
     "./my_pass": f"./my_pass {ENDS_IN_PY}",
     "./README.md": f"./README.md {ENDS_IN_PY}",

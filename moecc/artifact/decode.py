@@ -80,7 +80,7 @@ class _Decoder:
         if bias is not None and place is None:
             raise MoeccError(
                 f"{ours.path}: offsets are stored, and its family has no biases to hold them; "
-                "compile it with kbvq{offset=off}"
+                "compile it without offsets"
             )
         found = {}
         for node in (theirs.operand(), place if bias is not None else None):

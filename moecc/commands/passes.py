@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from moecc.options import accepted
+from moecc.options import Options, accepted
 from moecc.pipeline.parse import find_pass, pass_names
-from moecc.pipeline.passes import Composite, LayerPass, Pass
+from moecc.pipeline.passes import Composite, LayerPass
 from moecc.types import Json
 
 _INDENT = " " * 12
@@ -27,7 +27,7 @@ def describe_pass(name: str) -> Json:
         "gives": sorted(cls.provides),
         "spoils": sorted(cls.spoils),
         "needs_data": cls.needs_data,
-        "options": _options(cls),
+        "options": describedescribe_options(cls),
         "passes_on": _passed_on(cls) if issubclass(cls, Composite) else [],
         "expands": ",".join(map(str, cls().expand())) if issubclass(cls, Composite) else None,
     }
@@ -38,11 +38,22 @@ def describe_passes() -> list[Json]:
     return [describe_pass(name) for name in pass_names()]
 
 
-def _options(cls: type[Pass]) -> list[Json]:
+def describe_options(cls: type[Options]) -> list[Json]:
+    """Return the options of a pass or a target, each with its default, what it takes and its help."""
     return [
         {"name": f.name, "default": f.default, "takes": accepted(f), "help": f.metadata["help"]}
         for f in cls.options()
     ]
+
+
+def option_lines(options: list[Json]) -> list[str]:
+    """Return two lines about each option, or one that says there are none."""
+    lines = []
+    for o in options:
+        default = str(o["default"])
+        shown = default.lower() if isinstance(o["default"], bool) else default
+        lines += [f"  {o['name']}={shown}", f"      {o['help']} ({o['takes']})"]
+    return lines or ["  no options"]
 
 
 def _passed_on(cls: type[Composite]) -> list[Json]:
@@ -69,12 +80,8 @@ def pass_text(p: Json) -> str:
     for key, what in (("after", "comes after"), ("spoils", "spoils")):
         if p[key]:
             lines.append(f"{_INDENT} {what} {', '.join(p[key])}")
-    for o in p["options"]:
-        default = str(o["default"])
-        shown = default.lower() if isinstance(o["default"], bool) else default
-        lines.append(f"  {o['name']}={shown}")
-        lines.append(f"      {o['help']} ({o['takes']})")
+    lines += option_lines(p["options"])
     if p["passes_on"]:
         passed = ", ".join(f"{o['name']} to {o['of']}" for o in p["passes_on"])
         lines.append(f"  passes on {passed}")
-    return "\n".join(lines if p["options"] else [*lines, "  no options"])
+    return "\n".join(lines)

@@ -51,7 +51,7 @@ def parse_passes(text: str, **defaults: object) -> tuple[list[Pass], list[str]]:
     has the option, takes the value and is given no other one. Raise MoeccError if no pass takes it.
     """
     if not text.strip():
-        raise MoeccError("no passes given; try --passes kbvq, or `moecc passes` for what there is")
+        raise MoeccError("no passes given; `moecc passes` lists what there is")
     wanted = {
         k: int(v) if isinstance(v, float) and v == int(v) else v
         for k, v in defaults.items()

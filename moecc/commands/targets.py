@@ -1,0 +1,31 @@
+"""`moecc targets [NAME]`: the forms in which an artifact can be written, and the options of one."""
+
+from __future__ import annotations
+
+import sys
+
+from moecc.commands.passes import describe_options, option_lines
+from moecc.target import TARGETS
+from moecc.types import Json
+
+
+def describe_target(name: str) -> Json:
+    """What the target `name` writes, and its options, as JSON holds it."""
+    cls = TARGETS.find(name)
+    summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().split("\n")[0]
+    return {"name": cls.name, "summary": summary, "options": describe_options(cls)}
+
+
+def describe_targets() -> list[Json]:
+    """Every target that can be named without a path."""
+    return [describe_target(name) for name in TARGETS.names()]
+
+
+def target_line(target: Json) -> str:
+    """One target in a line."""
+    return f"{target['name']:<12} {target['summary']}"
+
+
+def target_text(target: Json) -> str:
+    """One target with its options."""
+    return "\n".join([target_line(target), *option_lines(target["options"])])

@@ -1,0 +1,207 @@
+"""A model with fewer experts: the pass `prune` on families of every kind, and what is refused before any pass runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from families import ALL, FAMILIES
+from made import checkpoint, load
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moecc.checkpoint.cut import Cut
+from moecc.commands.compile import compile_model
+from moecc.commands.evaluate import evaluate_models
+from moecc.errors import MoeccError
+from moecc.frontend.trace import trace
+from moecc.ir.program import Program
+from moecc.pipeline.order import resolve
+from moecc.pipeline.parse import parse_passes
+from moecc.pipeline.stream import run_program
+
+torch.set_num_threads(1)
+PRUNE = str(Path(__file__).parents[1] / "examples" / "prune.py")
+# fused experts, a router's bias, groups, transposed with biases, rows of all experts in one matrix, experts that do nothing
+SAMPLE = ("qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "dbrx", "longcat_flash")
+# whole numbers that may stand for experts
+TABLES = ("deepseek_v4",)
+
+
+def traced(folder: Path) -> Program:
+    return trace(folder, dtype=torch.float32)
+
+
+def pruned(source: Path, out: Path, passes: str) -> Program:
+    compile_model(str(source), passes, out, rows=4, length=16, say=lambda line: None)
+    return traced(out)
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("family", sorted(FAMILIES) if ALL else SAMPLE)
+def test_prune_composes_with_coding_in_every_family(family: str, tmp_path: Path) -> None:
+    """`compile` itself compares what transformers loads with the program."""
+    source = checkpoint(tmp_path / "model", family)
+    passes = f"kbvq{{rounds=1}},{PRUNE}{{keep=0.75}}"
+    if family in TABLES:
+        with pytest.raises(MoeccError, match="holds whole numbers, which may stand for experts"):
+            pruned(source, tmp_path / "out", passes)
+        assert not (tmp_path / "out").exists()
+        return
+    before = {m.path: (m.sizes[0], m.top_k) for m in traced(source).moe_layers()}
+    program = pruned(source, tmp_path / "out", passes)
+    for moe in program.moe_layers():
+        experts, top_k = before[moe.path]
+        assert max(top_k, experts // 2) <= moe.sizes[0] <= experts and moe.top_k == top_k
+    assert any(m.sizes[0] < before[m.path][0] for m in program.moe_layers())
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Path:
+    return checkpoint(tmp_path / "model", "qwen2_moe")
+
+
+def test_the_experts_that_stay_are_the_same_and_so_are_their_routers_rows(
+    qwen: Path, tmp_path: Path
+) -> None:
+    pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.5}}")
+    kept = json.loads((tmp_path / "out" / "moecc.json").read_text())["experts_kept"]
+    before, after = (load_file(p / "model.safetensors") for p in (qwen, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts"] == 2
+    for path, rows in kept.items():
+        router = path.replace("experts", "gate.weight")
+        assert torch.equal(after[router], before[router][rows])
+        stored = traced(tmp_path / "out")
+        for moe, original in zip(stored.moe_layers(), traced(qwen).moe_layers(), strict=True):
+            if moe.path == path:
+                for ours, theirs in zip(moe.projections, original.projections, strict=True):
+                    node, other = ours.operand(), theirs.operand()
+                    assert node is not None and other is not None
+                    want = traced(qwen).value(other)[rows]
+                    assert torch.equal(stored.value(node), want)
+
+
+def test_keeping_all_experts_changes_nothing(qwen: Path, tmp_path: Path) -> None:
+    pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=1}}")
+    manifest = json.loads((tmp_path / "out" / "moecc.json").read_text())
+    assert "experts_kept" not in manifest
+    before, after = (load_file(p / "model.safetensors") for p in (qwen, tmp_path / "out"))
+    ids = torch.arange(32).view(2, 16)
+    logits = [run_program(traced(p), [ids])[0] for p in (qwen, tmp_path / "out")]
+    assert torch.equal(*logits) and sum(t.numel() for t in before.values()) == sum(
+        t.numel() for t in after.values()
+    )
+
+
+def test_experts_that_nothing_chooses_go_first(qwen: Path, tmp_path: Path) -> None:
+    """Without them the model computes what it did: the router never chose them."""
+    tensors = load_file(qwen / "model.safetensors")
+    from safetensors.torch import save_file
+
+    for name, tensor in tensors.items():
+        if name.endswith("mlp.gate.weight"):
+            tensor[3] = 0  # in the middle; 1 would be below all others if the rest were positive
+            tensor[1] = tensor[0] * 2
+            tensor[2] = tensor[0] * 1.5
+            tensor[3] = -tensor[0] * 0  # scores 0
+    save_file(tensors, qwen / "model.safetensors", {"format": "pt"})
+    program = traced(qwen)
+    (first, *_) = parse_passes(f"{PRUNE}{{keep=0.75}}")[0]
+    first.check(program)
+    out = pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.75}}")
+    assert {m.sizes[0] for m in out.moe_layers()} == {3}
+
+
+def test_eval_numbers_experts_as_in_the_source(qwen: Path, tmp_path: Path) -> None:
+    pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.75}}")
+    found = evaluate_models(str(tmp_path / "out"), str(qwen), rows=2, length=16, say=print)
+    first = found["per_layer"][0]
+    # before the first experts both see the same: what differs is what was taken out
+    assert 0.4 < first["agreement"] < 1
+    assert found["bits_per_weight_experts"] == pytest.approx(32 * 0.75)
+    manifest = tmp_path / "out" / "moecc.json"
+    manifest.unlink()
+    with pytest.raises(MoeccError, match="the reference has 4 experts, the compiled program 3, and"):
+        evaluate_models(str(tmp_path / "out"), str(qwen), rows=2, length=16, say=print)
+
+
+def test_what_is_possible_is_said_before_any_pass_runs(qwen: Path, tmp_path: Path) -> None:
+    program = traced(qwen)
+    paths = [m.path for m in program.moe_layers()]
+    for counts, line in (
+        ({p: 1 for p in paths}, "a token takes 2, so 2 to 4 are possible"),
+        ({p: 5 for p in paths}, "a token takes 2, so 2 to 4 are possible"),
+        ({paths[0]: 3}, "its configuration has one number for all layers; keep as many in each"),
+    ):
+        with pytest.raises(MoeccError, match=re.escape(line)):
+            program.require_experts(counts)
+    grouped = traced(checkpoint(tmp_path / "grouped", "deepseek_v3"))
+    paths = [m.path for m in grouped.moe_layers()]
+    with pytest.raises(MoeccError, match="its router chooses from 2 groups, so multiples of 2"):
+        grouped.require_experts({p: grouped.moe_layers()[0].sizes[0] - 1 for p in paths})
+
+
+def test_a_pass_that_makes_the_reference_runs_first() -> None:
+    passes, _ = resolve(parse_passes(f"kbvq,{PRUNE},dense")[0])
+    assert [p.name for p in passes][0] == "prune"
+
+
+@pytest.mark.parametrize(
+    ("cut", "want"),
+    [
+        (Cut(0, (1, 3)), [[2, 3], [6, 7]]),
+        (Cut(1, (1,)), [[1], [3], [5], [7]]),
+        (Cut(0, (0, 1)), [[0, 1], [2, 3]]),
+    ],
+)
+def test_a_cut_keeps_its_rows_in_order(cut: Cut, want: list[list[int]]) -> None:
+    assert cut.apply(torch.arange(8).view(4, 2)).tolist() == want
+
+
+def test_scores_are_the_mean_of_weighted_norms(qwen: Path) -> None:
+    """Against a loop over tokens in float64."""
+    import importlib.util
+    import sys
+
+    spec = importlib.util.spec_from_file_location("prune_example", PRUNE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["prune_example"] = module
+    spec.loader.exec_module(module)
+    assert module.highest(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2) == [0, 2]
+    assert module.highest(torch.tensor([3.0, 1.0, 0.5, 0.0]), 2, groups=2) == [0, 2]
+    from moecc.pipeline.passes import Layer
+    from moecc.pipeline.stream import Stream
+
+    program = traced(qwen)
+    stream = Stream(program, [torch.arange(12).view(2, 6)])
+    stream.advance()
+    moe = next(m for m in program.moe_layers() if m.layer == 1)
+    layer = Layer(1, program, program, stream, stream)
+    got = module.expert_scores(layer, moe)
+    x, index, weight = (
+        layer.tap([n.name])[n.name][0].flatten(0, -2)  # type: ignore[union-attr]
+        for n in moe.node.args[:3]
+    )
+    gate_up, down = (layer.weight(p) for p in moe.projections)
+    assert gate_up is not None and down is not None
+    want = torch.zeros(moe.sizes[0], dtype=torch.float64)
+    for t in range(len(x)):
+        for e, w in zip(index[t].tolist(), weight[t].tolist(), strict=True):
+            want[e] += w * expert(x[t], gate_up[e], down[e]).norm() / len(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-9)
+
+
+def expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = (gate_up.double() @ x.double()).chunk(2)
+    return down.double() @ (torch.nn.functional.silu(gate) * up)
+
+
+def test_a_loaded_model_has_the_smaller_router(qwen: Path, tmp_path: Path) -> None:
+    pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.5}},kbvq{{rounds=1}}")
+    model = load(tmp_path / "out")
+    assert model.config.num_experts == 2
+    assert {tuple(m.mlp.gate.weight.shape)[0] for m in model.model.layers} == {2}

@@ -1,0 +1,97 @@
+"""Targets: found like passes, printed and read back; what the float checkpoint of an artifact is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from made import checkpoint, load
+from transformers import AutoModelForCausalLM
+
+from moecc import cli
+from moecc.commands.compile import compile_model
+from moecc.commands.export import export_artifact
+from moecc.errors import MoeccError
+from moecc.target import TARGETS, parse_target
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("traced_once")
+ROOT = Path(__file__).parents[1]
+DENSE = str(ROOT / "backends" / "dense.py")
+# layouts: as it is, transposed and interleaved with biases, gate and up apart, rows that no expert reads
+LAYOUTS = ("qwen2_moe", "gpt_oss", "dbrx", "longcat_flash", "nemotron_h")
+
+
+@pytest.mark.parametrize("name", TARGETS.names())
+def test_every_target_s_text_builds_it_again(name: str) -> None:
+    target = TARGETS.find(name)()
+    assert target.name == name and str(target) == name
+    for option in target.options():
+        assert option.metadata["help"]
+        for value in option.metadata["choices"]:
+            if option.name == "bits":  # of one profile alone
+                continue
+            other = TARGETS.find(name)(**{option.name: value})
+            assert TARGETS.find(name).build_from(str(other)[len(name) + 1 : -1]) == other
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("onx", "no target 'onx'; did you mean 'onnx'?"),
+        ("onnx{opst=21}", "onnx has no option 'opst'; did you mean 'opset'?"),
+        ("onnx{opset=22}", "onnx: opset=22 is out of range; it takes 21 | 23"),
+        ("onnx,dense", "'onnx,dense' names 2 targets; give one of "),
+        ("./missing.py", "no target file missing.py; give the path of a Python file"),
+        ("onnx{bits=8}", "onnx: bits is of the profile qmoe; the others keep the bits"),
+    ],
+)
+def test_a_target_that_can_t_be_had_is_one_line(text: str, line: str) -> None:
+    with pytest.raises(MoeccError) as error:
+        parse_target(text)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+
+
+def test_targets_are_listed_with_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["targets", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["targets"]
+    assert [t["name"] for t in found] == TARGETS.names() and all(t["summary"] for t in found)
+    assert cli.main(["targets", "onnx"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {f.name}=" in text for f in fields(TARGETS.find("onnx")))
+
+
+# ---------------------------------------------------------------- dense
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_the_float_checkpoint_computes_what_the_artifact_does(family: str, tmp_path: Path) -> None:
+    """In every layout, loaded by transformers alone; the target is used by its path."""
+    source = checkpoint(tmp_path / "model", family)
+    passes = "kbvq{rounds=1,rank=2,mean=2,offset=off},dense{group=16}"
+    compile_model(str(source), passes, tmp_path / "art", rows=4, length=16, say=print)
+    made = export_artifact(str(tmp_path / "art"), DENSE + "{dtype=float32}", tmp_path / "float")
+    assert made.out == tmp_path / "float" and made.facts["bytes"] > 0
+    config = json.loads((made.out / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "float32"
+    ids = torch.arange(16).view(1, 16)
+    with torch.no_grad():
+        want = load(tmp_path / "art")(input_ids=ids).logits
+        got = AutoModelForCausalLM.from_pretrained(made.out)(input_ids=ids).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_offsets_without_a_place_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "model", "mixtral")
+    compile_model(
+        str(source), "kbvq{rounds=1,offset=on}", tmp_path / "art", rows=4, length=16, say=print
+    )
+    with pytest.raises(MoeccError, match="offsets are stored, and its family has no biases"):
+        export_artifact(str(tmp_path / "art"), "dense", tmp_path / "float")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["art", "model"]
+    (tmp_path / "float").mkdir()
+    with pytest.raises(MoeccError, match="float exists; give another folder"):
+        export_artifact(str(source), "dense", tmp_path / "float")
