@@ -11,7 +11,7 @@ from _gpu import SILU, Shape, projection
 from torch import Tensor, nn
 
 from moecc.backends import triton as backend
-from moecc.frontend import experts
+from moecc.frontend import compressed, experts
 from moecc.types import Config, FamilyModule, Json
 
 # ---------------------------------------------------------------- decoding
@@ -122,7 +122,7 @@ def random_model(
     if bits != 16:
         for module in experts.experts_modules(made).values():
             stored = _specs(e, 2 * f, d, bits), _specs(e, d, f, bits)
-            experts.compress_module(module, *stored, SILU, ["gate_up_proj", "down_proj"])
+            compressed.compress_module(module, *stored, SILU, ["gate_up_proj", "down_proj"])
         made.set_experts_implementation(experts.IMPLEMENTATION)
     rotary = [m for m in made.modules() if hasattr(m, "inv_freq")]
     made.to_empty(device=device)
@@ -131,7 +131,7 @@ def random_model(
         m.inv_freq = fresh.inv_freq.to(device)
         m.original_inv_freq = m.inv_freq
     for m in made.modules():
-        if isinstance(m, experts.CompressedProjection):
+        if isinstance(m, compressed.CompressedProjection):
             rows, columns = (2 * f, d) if m.gated else (d, f)
             _fill(m, projection(e, rows, columns, bits, device))
     for parameter in made.parameters():
@@ -165,7 +165,7 @@ def _config(shape: Shape, layers: int, vocabulary: int) -> Config:
     )
 
 
-def _fill(module: experts.CompressedProjection, stored: dict[str, Tensor | None]) -> None:
+def _fill(module: compressed.CompressedProjection, stored: dict[str, Tensor | None]) -> None:
     """Give a projection its tensors, in the order that its device needs."""
     module.unpack()
     for name, tensor in stored.items():
