@@ -16,6 +16,7 @@ from moecc.commands.evaluate import evaluate
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program
+from moecc.ir.restriction import Restriction
 from moecc.pipeline.bits import everything_bits, experts_bits
 
 torch.set_num_threads(1)
@@ -222,7 +223,7 @@ def test_rows_that_do_not_fit_are_refused(tinymoe: Program) -> None:
     program.config.max_position_embeddings = 32
     assert "positions for 32" in refused(program, program, tokens(1, 33))
     program = tinymoe.copy()
-    program.restriction = "sequence other than 2"  # as zaya's
+    program.restriction = Restriction(excluded=(2,))  # as zaya's
     message = "holds for sequence other than 2 only; give --length 5"
     assert message in refused(program, tinymoe, tokens(1, 2))
     assert evaluate(program, tinymoe, tokens(1, 3)).kl == 0

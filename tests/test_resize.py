@@ -27,6 +27,8 @@ torch.set_num_threads(1)
 PRUNE = str(Path(__file__).parents[1] / "examples" / "prune.py")
 # fused experts, a router's bias, groups, transposed with biases, rows of all experts in one matrix, experts that do nothing
 SAMPLE = ("qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "dbrx", "longcat_flash")
+# routers that choose from groups; four experts would not do
+GROUPED = ("glm4_moe", "deepseek_v3")
 # whole numbers that may stand for experts
 TABLES = ("deepseek_v4",)
 
@@ -44,7 +46,8 @@ def pruned(source: Path, out: Path, passes: str) -> Program:
 @pytest.mark.parametrize("family", sorted(FAMILIES) if ALL else SAMPLE)
 def test_prune_composes_with_coding_in_every_family(family: str, tmp_path: Path) -> None:
     """`compile` itself compares what transformers loads with the program."""
-    source = checkpoint(tmp_path / "model", family)
+    more = {"n_routed_experts": 8} if family in GROUPED else {}
+    source = checkpoint(tmp_path / "model", family, **more)
     passes = f"kbvq{{rounds=1}},{PRUNE}{{keep=0.75}}"
     if family in TABLES:
         with pytest.raises(MoeccError, match="holds whole numbers, which may stand for experts"):
@@ -124,7 +127,9 @@ def test_eval_numbers_experts_as_in_the_source(qwen: Path, tmp_path: Path) -> No
     assert found["bits_per_weight_experts"] == pytest.approx(32 * 0.75)
     manifest = tmp_path / "out" / "moecc.json"
     manifest.unlink()
-    with pytest.raises(MoeccError, match="the reference has 4 experts, the compiled program 3, and"):
+    with pytest.raises(
+        MoeccError, match="the reference has 4 experts, the compiled program 3, and"
+    ):
         evaluate_models(str(tmp_path / "out"), str(qwen), rows=2, length=16, say=print)
 
 
@@ -146,7 +151,7 @@ def test_what_is_possible_is_said_before_any_pass_runs(qwen: Path, tmp_path: Pat
 
 def test_a_pass_that_makes_the_reference_runs_first() -> None:
     passes, _ = resolve(parse_passes(f"kbvq,{PRUNE},dense")[0])
-    assert [p.name for p in passes][0] == "prune"
+    assert passes[0].name == "prune"
 
 
 @pytest.mark.parametrize(
@@ -204,4 +209,4 @@ def test_a_loaded_model_has_the_smaller_router(qwen: Path, tmp_path: Path) -> No
     pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.5}},kbvq{{rounds=1}}")
     model = load(tmp_path / "out")
     assert model.config.num_experts == 2
-    assert {tuple(m.mlp.gate.weight.shape)[0] for m in model.model.layers} == {2}
+    assert all(len(m.mlp.gate.weight) == 2 for m in model.model.layers)

@@ -12,7 +12,7 @@ import torch
 from moecc.commands import rows
 from moecc.commands.rows import default_text, rows_digest, token_rows, tokenizer_of
 from moecc.errors import MoeccError
-from moecc.frontend import shapes
+from moecc.ir.restriction import Restriction
 from moecc.types import Tokenizer
 
 TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
@@ -178,14 +178,19 @@ def test_a_tokenizer_that_is_code_runs_only_if_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("restriction", "allowed"),
+    ("restriction", "text", "allowed"),
     [
-        ("", [1, 2, 3, 4, 5, 63, 64]),
-        ("sequence other than 2", [1, 3, 4, 5, 63, 64]),
-        ("sequence other than 1, 4", [2, 3, 5, 63, 64]),
-        ("sequence <= 63", [1, 2, 3, 4, 5, 63]),
-        ("3 <= sequence <= 63", [3, 4, 5, 63]),
+        (Restriction(), "", [1, 2, 3, 4, 5, 63, 64]),
+        (Restriction(excluded=(2,)), "sequence other than 2", [1, 3, 4, 5, 63, 64]),
+        (Restriction(excluded=(1, 4)), "sequence other than 1, 4", [2, 3, 5, 63, 64]),
+        (Restriction(high=63), "sequence <= 63", [1, 2, 3, 4, 5, 63]),
+        (Restriction(3, 63), "3 <= sequence <= 63", [3, 4, 5, 63]),
     ],
 )
-def test_a_restriction_allows_its_lengths_only(restriction: str, allowed: list[int]) -> None:
-    assert [n for n in (1, 2, 3, 4, 5, 63, 64) if shapes.holds(restriction, n)] == allowed
+def test_a_restriction_allows_its_lengths_only(
+    restriction: Restriction, text: str, allowed: list[int]
+) -> None:
+    assert [n for n in (1, 2, 3, 4, 5, 63, 64) if restriction.holds(n)] == allowed
+    assert str(restriction) == text and bool(restriction) == bool(text)
+    told = restriction.as_json()
+    assert restriction == (Restriction() if told is None else Restriction.of_json(told))

@@ -29,6 +29,7 @@ from moecc.ir import ops
 from moecc.ir.graph import ancestors
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program
+from moecc.ir.restriction import Restriction
 from moecc.pipeline.bits import per_weight
 from moecc.pipeline.estimate import Estimate, Matrix, Outlook
 from moecc.pipeline.order import require_whole, resolve
@@ -77,7 +78,7 @@ def inspect_model(model: str, *, passes: str | None = None, bits: float | None =
         "model_type": found.model_type,
         "class": type(found.model).__name__,
         "decoder_layers": program.layers - 2,
-        "restriction": program.restriction,
+        "restriction": program.restriction.as_json(),
         "has_weights": program.store is not None,
         "moe_layers": [asdict(layer) for layer in layers],
         "sizes": sizes,
@@ -262,7 +263,8 @@ def table(found: Json) -> str:
         counts = f"{_count(row['parameters']):>10}  {size(row['bytes']):>10}"
         lines.append(f"  {role:<{width}}  {counts}  {share:5.1f} %")
     if found["restriction"]:
-        lines += ["", f"The trace holds for {found['restriction']} only."]
+        held = Restriction.of_json(found["restriction"])
+        lines += ["", f"The trace holds for {held} only."]
     if "estimate" in found:
         lines += ["", *_estimate_lines(found["estimate"])]
     return "\n".join(lines)

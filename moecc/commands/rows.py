@@ -83,9 +83,7 @@ def token_rows(
 
 def longest(program: Program) -> int:
     """Return the most tokens of a row that the trace holds for and the model has positions for."""
-    return min(
-        shapes.longest(program.restriction) or _UNBOUNDED, longest_row(program.config) or _UNBOUNDED
-    )
+    return min(program.restriction.high or _UNBOUNDED, longest_row(program.config) or _UNBOUNDED)
 
 
 def require_rows(program: Program, ids: Tensor) -> None:
@@ -96,7 +94,7 @@ def require_rows(program: Program, ids: Tensor) -> None:
     """
     length, most = ids.shape[1], longest(program)
     advice = f"give --length {min(most, max(length, shapes.SHORT + 1))}"
-    if not shapes.holds(program.restriction, length):
+    if not program.restriction.holds(length):
         raise MoeccError(
             f"rows of {length} tokens, but the trace holds for {program.restriction} only; {advice}"
         )

@@ -10,7 +10,7 @@
 
 The result's `graph_module.meta`
   layers       number L of decoder layers
-  restriction  text, "" if the graph holds for every shape
+  restriction  the `Restriction` of the shapes that the graph holds for
   unreached    names of the experts parameters that no node reads
 Every node's `meta`
   layer        0 before the first decoder layer, i + 1 in layer i, L + 1 after the last; it never
@@ -33,6 +33,7 @@ from moecc.frontend.simplify import simplify
 from moecc.frontend.skeleton import Skeleton
 from moecc.frontend.traceable import no_cache, only_input_ids, traceable
 from moecc.ir import ops
+from moecc.ir.restriction import Restriction
 
 # Families whose own code bounds the sequence length; their graphs are right within the bound.
 BOUNDED = ("deepseek_v4", "minimax")
@@ -67,18 +68,18 @@ def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
         )
 
 
-def _restriction(found: Skeleton, program: ExportedProgram) -> str:
-    """Return for which shapes the graph holds, "" for all.
+def _restriction(found: Skeleton, program: ExportedProgram) -> Restriction:
+    """Return the shapes that the graph holds for.
 
     Raise MoeccError if it is bounded and the family's own code isn't.
     """
     try:
-        text, bounded = shapes.restriction(program)
+        found_shapes, bounded = shapes.restriction(program)
     except MoeccError as error:
         raise MoeccError(f"{found.model_type}: {error}") from error
     if bounded and found.model_type not in BOUNDED:
-        raise MoeccError(f"{found.model_type}: the trace would hold for {text} only")
-    return text
+        raise MoeccError(f"{found.model_type}: the trace would hold for {found_shapes} only")
+    return found_shapes
 
 
 # ---------------------------------------------------------------- experts nodes and their modules

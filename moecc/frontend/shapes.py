@@ -8,7 +8,6 @@ sequence; then the graph is a loop unrolled for one length.
 from __future__ import annotations
 
 import math
-import re
 from types import CodeType
 from typing import SupportsFloat
 
@@ -16,6 +15,7 @@ import torch
 from torch.export import ExportedProgram
 
 from moecc.errors import MoeccError
+from moecc.ir.restriction import Restriction
 
 BATCHES = (1, 2, 3, 8)
 SEQUENCES = (
@@ -36,11 +36,10 @@ SEQUENCES = (
 SHORT = 4  # a trace may lose sequences up to here: generation and calibration use longer ones
 
 
-def restriction(program: ExportedProgram) -> tuple[str, bool]:
+def restriction(program: ExportedProgram) -> tuple[Restriction, bool]:
     """Return for which shapes `program` holds, and whether long sequences are cut off.
 
-    The text is "" for all shapes, or for example "sequence <= 127". Raise MoeccError if the trace
-    holds for some batch sizes only, or for a set of lengths that is no range.
+    Raise MoeccError if the trace holds for some batch sizes only, or for lengths that are no range.
     """
     guards = [
         compile(str(guard), "guard", "eval")
@@ -55,28 +54,13 @@ def restriction(program: ExportedProgram) -> tuple[str, bool]:
     allowed = [s for s in SEQUENCES if s <= highest and _holds(guards, batches[0], s)]
     lost = [s for s in SEQUENCES if s not in set(allowed)]
     if not lost:
-        return "", False
+        return Restriction(), False
     if max(lost) <= SHORT:
-        return "sequence other than " + ", ".join(map(str, lost)), False
+        return Restriction(excluded=tuple(lost)), False
     low, high = min(allowed, default=0), max(allowed, default=0)
     if 0 < low <= SHORT and allowed == [s for s in SEQUENCES if low <= s <= high]:
-        return f"{low} <= sequence <= {high}" if low > 1 else f"sequence <= {high}", True
+        return Restriction(low, high), True
     raise MoeccError(f"the trace would hold for some sequence lengths only, not for {lost[0]}")
-
-
-def longest(restriction: str) -> int | None:
-    """Return the longest sequence that a text of `restriction` allows, or None without a bound."""
-    bound = re.search(r"sequence <= (\d+)", restriction)
-    return int(bound[1]) if bound else None
-
-
-def holds(restriction: str, sequence: int) -> bool:
-    """Return whether a text of `restriction` allows sequences of this length."""
-    excluded = re.search(r"other than ([\d, ]+)", restriction)
-    if excluded:
-        return str(sequence) not in excluded[1].split(", ")
-    low = re.search(r"(\d+) <= sequence", restriction)
-    return (int(low[1]) if low else 1) <= sequence <= (longest(restriction) or sequence)
 
 
 def _highest_sequence(program: ExportedProgram) -> float:

@@ -30,6 +30,7 @@ from moecc.errors import MoeccError
 from moecc.ir import export, ops, text, verify
 from moecc.ir.graph import copy_module
 from moecc.ir.moe import MoE, router_logits
+from moecc.ir.restriction import Restriction
 from moecc.ir.tensors import Held, Store, Weight
 from moecc.types import Config
 
@@ -57,7 +58,7 @@ class Program:
     config: Config = None
     source: str = ""
     dtype: torch.dtype = torch.float32
-    restriction: str = ""  # a limit on input shapes that the trace had to accept
+    restriction: Restriction = field(default_factory=Restriction)  # of the shapes it holds for
     unreached: tuple[str, ...] = ()  # parameters that no traced path reads
     # the facts that the passes so far have established (`moecc.pipeline.passes.Pass`)
     facts: set[str] = field(default_factory=set)

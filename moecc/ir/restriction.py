@@ -35,4 +35,9 @@ class Restriction:
 
     def as_json(self) -> Json | None:
         """Its fields, None if it is false."""
-        return asdict(self) if self else None
+        return {**asdict(self), "excluded": list(self.excluded)} if self else None
+
+    @classmethod
+    def of_json(cls, value: Json) -> Restriction:
+        """The restriction that `as_json` wrote."""
+        return cls(**{**value, "excluded": tuple(value["excluded"])})
