@@ -17,6 +17,7 @@ from moecc.checkpoint.cut import Cut
 from moecc.commands.compile import compile_model
 from moecc.commands.evaluate import evaluate_models
 from moecc.errors import MoeccError
+from moecc.frontend.skeleton import EXPERT_COUNTS
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program
 from moecc.pipeline.order import resolve
@@ -46,7 +47,7 @@ def pruned(source: Path, out: Path, passes: str) -> Program:
 @pytest.mark.parametrize("family", sorted(FAMILIES) if ALL else SAMPLE)
 def test_prune_composes_with_coding_in_every_family(family: str, tmp_path: Path) -> None:
     """`compile` itself compares what transformers loads with the program."""
-    more = {"n_routed_experts": 8} if family in GROUPED else {}
+    more = dict.fromkeys(EXPERT_COUNTS, 8) if family in GROUPED else {}
     source = checkpoint(tmp_path / "model", family, **more)
     passes = f"kbvq{{rounds=1}},{PRUNE}{{keep=0.75}}"
     if family in TABLES:
