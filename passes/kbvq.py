@@ -1,7 +1,11 @@
-"""KBVQ-MoE under one name: `moments,klt,vq,affine,fold`; behind `budget` where bits is no whole number.  arXiv 2602.11184.
+"""KBVQ-MoE under one name: `moments,klt,vq,affine,fold`, and `budget` for fractions of bits.
 
-Unlike in the paper, by default a layer may get no basis at all, and a shared mean instead or neither, as leaves the least error for
-the bits (`klt`); rank=R,mean=off is the paper's choice.
+The method is that of arXiv 2602.11184, with one difference: by default `klt` decides what a layer
+gets, a basis, a shared mean, both or neither, whatever leaves the least error for the bits.
+rank=R,mean=off is the paper's choice.
+
+Cost in bits per weight: `bits`, plus what the parts say of scales, codebooks and shared parts; all
+included if `bits` is a fraction.
 """
 
 from __future__ import annotations
@@ -33,8 +37,12 @@ class KBVQ(Composite):
         FoldAffine,
     )
     bits: int | float = option(
-        2, help="bits per weight of codes and signs; a fraction: of all that is stored, spent by `budget`", low=2, high=4
-    )  # fmt: skip
+        2,
+        help="bits per weight of codes and signs; a fraction counts everything that is stored, "
+        "and `budget` spends it",
+        low=2,
+        high=4,
+    )
     rank: int | str = option(
         "auto", help="rows of the shared basis, per projection", choices=("auto",), low=0, high=1024
     )
@@ -44,29 +52,34 @@ class KBVQ(Composite):
         choices=("auto", "off", 2, 3, 4),
     )
     codebook: str = option(
-        "auto", help="one codebook per expert or per layer; auto: per expert, where bits is a fraction what `budget` finds",
+        "auto",
+        help="one codebook per expert or per layer; auto: per expert, or as `budget` plans",
         choices=("auto", "expert", "layer"),
-    )  # fmt: skip
+    )
     offset: str = option(
         "auto",
-        help="affine offset: worth its bits (off where bits is a fraction), always, never",
+        help="affine offset: if worth its bits (never if bits is a fraction), always, never",
         choices=("auto", "on", "off"),
     )
 
     def stands_for(self) -> list[Pass]:
-        budget: list[Pass] = []
+        plan: list[Pass] = []
         bits, offset = int(self.bits), self.offset
         codebook = "expert" if self.codebook == "auto" else self.codebook
         if bits != self.bits:
-            if self.offset == "on":
+            if offset == "on":
                 raise MoeccError(
                     "kbvq: offset=on can't be planned; leave it out, or give bits=2, 3 or 4"
                 )
-            budget = [
+            plan = [
                 PlanBits(bits=self.bits, rank=self.rank, mean=self.mean, codebook=self.codebook)
             ]
-            bits, offset = 2, "off"
+            bits, offset = 2, "off"  # the defaults of the parts, which do as `budget` plans
         return [
-            *budget, MeasureMoments(), SharedBasis(rank=self.rank, mean=self.mean, bits=bits),
-            VectorQuantize(bits=bits, codebook=codebook), AffineCorrection(offset=offset), FoldAffine(),
-        ]  # fmt: skip
+            *plan,
+            MeasureMoments(),
+            SharedBasis(rank=self.rank, mean=self.mean, bits=bits),
+            VectorQuantize(bits=bits, codebook=codebook),
+            AffineCorrection(offset=offset),
+            FoldAffine(),
+        ]

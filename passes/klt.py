@@ -1,14 +1,19 @@
-"""KBVQ-MoE, first part: what the experts of a layer have in common is taken out before coding.  arXiv 2602.11184.
+"""KBVQ-MoE, first part: take out what the experts of a layer have in common.  arXiv 2602.11184.
 
-  1. A mean that all share as it is, and a basis in which each expert has coefficients (`_code.basis` says how both are found)
-  2. auto: those whose error after coding is worth their bits (`_code.rate`), none allowed, by an estimate for all combinations; the
-     best is coded, on a sample of experts, and taken only if it is worth its bits so too. Errors of both projections count: where
-     one is far the smaller, bits do not go there. So by default there may be no basis at all, and a mean instead where that costs
-     less, which the paper has not: it shares a basis always (rank=R,mean=off). Behind `budget`: what that has planned
-  3. What is left becomes the dense operand of `moecc::klt_experts`
+  1. Two things can be taken out before coding: a mean that all experts share as it is, and a basis
+     in which each expert has coefficients. `_code.basis` says how both are found.
+  2. If an option is auto, estimate the error after coding for all combinations of a mean and a
+     basis, none allowed, and find the one that is most worth its bits (`_code.sharing`,
+     `_code.rate`). Errors of both projections count: if one is far the smaller, bits do not go
+     there. Code the best combination on a sample of experts, and take it only if it is worth its
+     bits there too. Behind `budget`, do as that has planned.
+  3. What is left becomes the dense operand of `moecc::klt_experts`.
 
-Cost in bits per weight of gate_up: mean bits / E for a mean, 8 r / D + 16 / D + 16 r / (E N) for a basis of r rows (E experts,
-N rows, D hidden).
+So by default there may be no basis at all, and a mean instead if that costs less. The paper always
+shares a basis and has no mean: rank=R,mean=off.
+
+Cost in bits per weight of gate_up: mean bits / E for a mean, 8 r / D + 16 / D + 16 r / (E N) for a
+basis of r rows (E experts, N rows, D hidden).
 """
 
 from __future__ import annotations
@@ -23,12 +28,15 @@ from moecc.ir import vq4
 from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS, KLT_EXPERTS
 from moecc.options import option
-from moecc.passes._code.basis import Case, Choice, Shared
+from moecc.passes._code.basis import Shared
 from moecc.passes._code.moments import Moments
 from moecc.passes._code.rate import gain
+from moecc.passes._code.sharing import Case, Choice
 from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
+
+Cases = dict[Projection, Case]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,11 @@ class SharedBasis(LayerPass):
         help="bits of a matrix that all experts share as it is; off: none",
         choices=("auto", "off", 2, 3, 4),
     )
-    bits: int = option(2, help="bits that coding will use, for what is auto", choices=(2, 3, 4))
+    bits: int = option(
+        2,
+        help="bits that coding will use; options that are auto are judged by them",
+        choices=(2, 3, 4),
+    )
 
     def estimate(self, found: Estimate) -> None:
         for p in found.projections:
@@ -63,12 +75,11 @@ class SharedBasis(LayerPass):
         return any(done)
 
     def factor(self, layer: Layer, moe: MoE, ctx: Context) -> bool:
+        """Take out the shared part of one layer's experts; return whether there is any."""
         moments: Moments = layer.data["moments", moe.path]
         cases = {p: Case.of(layer, p, moments, ctx) for p in moe.projections}
-        plan = [ctx.data.get("budget", {}).get(p.path) for p in cases]
-        planned = {
-            p: (it.mean, it.rank) for p, it in zip(cases, plan, strict=True) if it is not None
-        }
+        plan = {p: ctx.data.get("budget", {}).get(p.path) for p in cases}
+        planned = {p: (it.mean, it.rank) for p, it in plan.items() if it is not None}
         taken = planned if len(planned) == len(cases) else self.choose(cases)
         found: dict[Projection, Shared] = {}
         for p, (mean, rank) in taken.items():
@@ -76,36 +87,38 @@ class SharedBasis(LayerPass):
             ctx.record(p.path, rank=rank, mean=f"{mean} bit" if mean else "none")
         if not any(shared.tensors for shared in found.values()):
             return False
-        operands: list[fx.Node | None] = []
-        for p, shared in found.items():
-            operands.append(
-                layer.program.add(f"{p.path}.remainder", shared.left_of(cases[p].weight))
-            )
-        for p, shared in found.items():
-            stored = [shared.tensors.get(n) for n in vq4.SHARED]
-            operands += [
-                None if t is None else layer.program.add(f"{p.path}.{n}", t)
-                for n, t in zip(vq4.SHARED, stored, strict=True)
-            ]
-        operands += [*(p.operand("bias") for p in moe.projections), moe.operand("post_norm")]
-        layer.program.replace(
-            moe.node, KLT_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes
-        )
+        self.lower(layer, moe, cases, found)
         return True
 
-    def choose(self, cases: dict[Projection, Case]) -> dict[Projection, tuple[int, int]]:
-        """Bits of the mean (0: none) and rank of the basis for each projection of a layer."""
+    def lower(self, layer: Layer, moe: MoE, cases: Cases, found: dict[Projection, Shared]) -> None:
+        """Step 3: replace the experts node."""
+        operands: list[fx.Node | None] = [
+            layer.program.add(f"{p.path}.remainder", shared.left_of(cases[p].weight))
+            for p, shared in found.items()
+        ]
+        for p, shared in found.items():
+            for name in vq4.SHARED:
+                tensor = shared.tensors.get(name)
+                add = None if tensor is None else layer.program.add(f"{p.path}.{name}", tensor)
+                operands.append(add)
+        operands += [*(p.operand("bias") for p in moe.projections), moe.operand("post_norm")]
+        args = (*moe.node.args[:3], *operands)
+        layer.program.replace(moe.node, KLT_EXPERTS, args, moe.attributes)
+
+    def choose(self, cases: Cases) -> dict[Projection, tuple[int, int]]:
+        """Step 2: bits of the mean (0: none) and rank of the basis for each projection."""
         offers = {p: case.offers(self.mean, self.rank) for p, case in cases.items()}
-        taken = {
-            p: (means[0], ranks[0]) for p, (means, ranks) in offers.items()
-        }  # the least that may be
-        open_ones = [p for p, (means, ranks) in offers.items() if len(means) * len(ranks) > 1]
-        costs = {p: case.cost(self.bits) for p, case in cases.items()} if open_ones else {}
-        for p in open_ones:
-            taken[p] = self.best(
-                cases[p], offers[p], costs[p], sum(costs.values()) - costs[p], cases
-            )
-        return taken
+        least = {p: (means[0], ranks[0]) for p, (means, ranks) in offers.items()}
+        undecided = [p for p, (means, ranks) in offers.items() if len(means) * len(ranks) > 1]
+        if not undecided:
+            return least
+        costs = {p: case.cost(self.bits) for p, case in cases.items()}
+        total = sum(c.weight.numel() for c in cases.values())
+        best = {
+            p: self.best(cases[p], offers[p], costs[p], sum(costs.values()) - costs[p], total)
+            for p in undecided
+        }
+        return {**least, **best}
 
     def best(
         self,
@@ -113,11 +126,13 @@ class SharedBasis(LayerPass):
         offer: tuple[Sequence[int], Sequence[int]],
         whole: float,
         other: float,
-        cases: dict[Projection, Case],
+        total: int,
     ) -> tuple[int, int]:
-        """What is worth its bits, of means and ranks offered. `whole`: cost of the error where nothing is taken out; `other`:
-        that of the other projection."""
-        total = sum(c.weight.numel() for c in cases.values())
+        """The mean and the rank that are most worth their bits, of those offered for a projection.
+
+        whole: the cost of its error if nothing is taken out; other: that of the layer's other
+        projection; total: weights of both.
+        """
 
         def worth(choice: Choice, cost: float) -> float:
             return gain(whole + other, cost + other, choice.bits / total)

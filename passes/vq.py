@@ -1,13 +1,17 @@
-"""KBVQ-MoE, second part: what is left of each expert is coded with a vector codebook.  arXiv 2602.11184; format: `moecc.ir.vq4`.
+"""KBVQ-MoE, second part: code the rest of each expert with a vector codebook.  arXiv 2602.11184.
 
-  1. `_code.coding.encode` codes each projection under its experts' second moments: importance-weighted k-means, error feedback,
-     codebook and row scales refit for fixed codes
-  2. codebook=expert gives each expert its own 256 centroids (1 KiB), layer one for all; auto takes what is worth its bits by its
-     coding error alone. An expert's own is the default: on matrices of real models it costs a thousandth of a bit, and it is what
-     `vsraq` has to tune. A layer's is fitted to a sample where its experts are too large to be in memory together
-  3. scales are stored as float16 (bfloat16 where float16's range would not do); the node becomes `moecc::vq_experts`
+  1. Code each projection under its experts' second moments: importance-weighted k-means, error
+     feedback, refits of codebook and row scales for fixed codes (`_code.coding`).
+  2. codebook=expert gives each expert 256 centroids of its own (1 KiB), codebook=layer one set to
+     all; auto takes whichever is worth its bits by its coding error alone. Each expert its own is
+     the default: on matrices of real models that costs a thousandth of a bit, and `vsraq` tunes
+     these centroids. If the experts of a layer are too large to be in memory together, a layer's
+     codebook is fitted to a sample of them.
+  3. Store scales as float16, or as bfloat16 if float16's range will not do. The node becomes
+     `moecc::vq_experts`. `moecc.ir.vq4` describes the format.
 
-Cost in bits per weight: `bits` + 16/K for scales + 8192/(N K) per expert for codebooks.
+Shapes: E experts, N rows, K columns. Cost in bits per weight: `bits` + 16/K for scales + 8192/(N K)
+per expert for codebooks (4096/(N K) at 4 bit).
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ from moecc.ir import vq4
 from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
 from moecc.options import option
-from moecc.passes._code.coding import Coded, encode_in_parts, pad_columns
+from moecc.passes._code.coded import Coded, pad_columns
+from moecc.passes._code.coding import encode_in_parts
 from moecc.passes._code.half import compact
 from moecc.passes._code.metric import weighted_error
 from moecc.passes._code.moments import Moments
@@ -32,7 +37,7 @@ from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.fate import Fate
 from moecc.pipeline.passes import Context, Layer, LayerPass
 
-_SAMPLED_EXPERTS = 8
+_SAMPLED_EXPERTS = 8  # for codebook=auto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +59,11 @@ class VectorQuantize(LayerPass):
         plan = found.data.get("budget")
         chosen = self.codebook if plan is None else plan.codebook
         for p in found.projections:
-            one, own = (
-                coded_bits(p.experts, p.rows, p.columns, self.bits, books=books)
-                for books in (1, p.experts)
-            )
-            p.low = (own if chosen == "expert" else one) + (p.low if p.coded else 0)
-            p.high = (one if chosen == "layer" else own) + (p.high if p.coded else 0)
+            sizes = p.experts, p.rows, p.columns, self.bits
+            one, own = (coded_bits(*sizes, books=books) for books in (1, p.experts))
+            shared = p.low, p.high  # by `klt`, which comes first
+            p.low = (own if chosen == "expert" else one) + (shared[0] if p.coded else 0)
+            p.high = (one if chosen == "layer" else own) + (shared[1] if p.coded else 0)
             p.coded = True
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
@@ -69,28 +73,24 @@ class VectorQuantize(LayerPass):
         return bool(found)
 
     def lower(self, layer: Layer, moe: MoE, ctx: Context) -> None:
+        """Code both projections and replace the experts node."""
         moments: Moments = layer.data["moments", moe.path]
         operands: list[fx.Node | None] = []
-        for projection in moe.projections:
-            tensors = self.code(layer, projection, moments, ctx)
-            operands += [
-                None if t is None else layer.program.add(f"{projection.path}.{n}", t)
-                for n, t in tensors.items()
-            ]
+        for p in moe.projections:
+            for name, tensor in self.code(layer, p, moments, ctx).items():
+                add = None if tensor is None else layer.program.add(f"{p.path}.{name}", tensor)
+                operands.append(add)
             operands += [None, None]  # slope and offset: `affine`
         operands.append(moe.operand("post_norm"))
-        for projection in moe.projections:
-            ctx.record(
-                projection.path,
-                tokens=moments.tokens.tolist(),
-                starved={str(e): n for e, n in moments.starved.items()},
-            )
+        starved = {str(e): n for e, n in moments.starved.items()}
+        for p in moe.projections:
+            ctx.record(p.path, tokens=moments.tokens.tolist(), starved=starved)
         layer.program.replace(moe.node, VQ_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
 
     def code(
         self, layer: Layer, projection: Projection, moments: Moments, ctx: Context
     ) -> dict[str, Tensor | None]:
-        """The stored tensors of one projection."""
+        """The stored tensors of one projection, by the names of `vq4.TENSORS`."""
         planned = ctx.data.get("budget", {}).get(projection.path)
         if planned is not None and (planned.bits, planned.codebook) != (self.bits, self.codebook):
             own = replace(self, bits=planned.bits, codebook=planned.codebook)
@@ -102,9 +102,8 @@ class VectorQuantize(LayerPass):
         seed = ctx.seed_for(projection.moe.path, projection.name)
         coded, shared_book = self.best(weight, moment, output, seed)
         error = coded.dense()[..., : weight.shape[-1]] - weight
-        shared = vq4.shared_part(
-            held, weight.shape[-1], torch.float32, input_side=projection.input_side
-        )
+        side = projection.input_side
+        shared = vq4.shared_part(held, weight.shape[-1], torch.float32, input_side=side)
         original = weight if shared is None else weight + shared
         relative = weighted_error(error, moment) / weighted_error(original, moment).clamp(min=1e-20)
         ctx.record(
@@ -120,24 +119,20 @@ class VectorQuantize(LayerPass):
     def best(
         self, weight: Tensor, moment: Tensor, output: Tensor | None, seed: int
     ) -> tuple[Coded, bool]:
-        """The coded projection and whether its experts share one codebook."""
+        """The coded projection, and whether its experts share one codebook."""
         weight, moment = pad_columns(weight, moment)
-        shared = (
-            self.shares(weight, moment, seed)
-            if self.codebook == "auto"
-            else self.codebook == "layer"
-        )
+        shared = self.codebook == "layer"
+        if self.codebook == "auto":
+            shared = self.shares(weight, moment, seed)
         return self.encode(weight, moment, output, shared, seed), shared
 
     def shares(self, weight: Tensor, moment: Tensor, seed: int) -> bool:
-        """Whether one codebook for the layer is better at its bits, measured on some experts, all output channels alike."""
-        price = (
-            8
-            * vq4.CODEBOOK_SIZE
-            * vq4.group_size(self.bits)
-            * (1 - 1 / len(weight))
-            / weight[0].numel()
-        )
+        """Whether one codebook for the layer is the better use of bits.
+
+        Measured on some experts, with all output channels alike.
+        """
+        book = 8 * vq4.CODEBOOK_SIZE * vq4.group_size(self.bits)
+        price = book * (1 - 1 / len(weight)) / weight[0].numel()
         if price < 0.005:  # next to nothing
             return False
         some = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EXPERTS)).long()
@@ -150,6 +145,7 @@ class VectorQuantize(LayerPass):
     def encode(
         self, weight: Tensor, moment: Tensor, output: Tensor | None, shared: bool, seed: int
     ) -> Coded:
+        """Step 1, with this pass's options."""
         return encode_in_parts(
             weight,
             moment,

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from moecc.ir import vq4
-from moecc.passes._code.coding import Coded, _Coder
+from moecc.passes._code.coded import Coded
+from moecc.passes._code.coder import Coder
+from moecc.passes._code.feedback import choose
 from moecc.passes._code.metric import weighted_error
 
 E, N, K = 2, 6, 16  # experts, rows, columns
@@ -40,15 +42,15 @@ def codebooks(bits: int, seed: int = 0, *, books: int = E, size: int = 256) -> T
 
 def coder(
     bits: int, seed: int = 0, *, feedback: bool = True, output: Tensor | None = None, **shape: int
-) -> _Coder:
+) -> Coder:
     weight, moment = drawn(seed, **shape)
     importance = moment.diagonal(dim1=-2, dim2=-1)
-    return _Coder(
+    return Coder(
         weight, moment, importance / importance.mean(-1, keepdim=True), bits, feedback, output
     )
 
 
-def scales(c: _Coder) -> Tensor:
+def scales(c: Coder) -> Tensor:
     """Return row scales [E, N] that bring codebooks of -127..127 to the weights' size.
 
     They are unequal, and not the best ones.
@@ -57,13 +59,13 @@ def scales(c: _Coder) -> Tensor:
     return 0.02 + 0.01 * torch.rand(rows, generator=torch.Generator().manual_seed(3))
 
 
-def state(bits: int, seed: int = 0, *, books: int = E) -> tuple[_Coder, Coded]:
+def state(bits: int, seed: int = 0, *, books: int = E) -> tuple[Coder, Coded]:
     """Return a coder and the codes it chooses."""
     c = coder(bits, seed)
-    return c, c.choose(codebooks(bits, seed, books=books), scales(c))
+    return c, choose(c, codebooks(bits, seed, books=books), scales(c))
 
 
-def random_state(bits: int, seed: int = 0, *, books: int = E) -> tuple[_Coder, Coded]:
+def random_state(bits: int, seed: int = 0, *, books: int = E) -> tuple[Coder, Coded]:
     """Return a coder with random codes and signs."""
     c, g = coder(bits, seed), torch.Generator().manual_seed(seed)
     codes = torch.randint(256, (E, N, K // vq4.group_size(bits)), generator=g)
@@ -71,7 +73,7 @@ def random_state(bits: int, seed: int = 0, *, books: int = E) -> tuple[_Coder, C
     return c, Coded(codes, negative, codebooks(bits, seed, books=books), scales(c))
 
 
-def error_of(c: _Coder, s: Coded) -> Tensor:
+def error_of(c: Coder, s: Coded) -> Tensor:
     """Return tr(D H D^T) per expert by its definition, in float64.
 
     With output costs S it is tr(S D H D^T).

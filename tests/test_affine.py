@@ -8,7 +8,7 @@ import torch
 from coders import costs
 
 from moecc.passes._code.moments import Routed
-from moecc.passes.affine import CoupledSums, Sums
+from moecc.passes._code.regression import CoupledSums, Sums
 
 
 @pytest.mark.parametrize("offset", [True, False])

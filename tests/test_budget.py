@@ -75,7 +75,7 @@ def count_codes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def coded_bits(matrices: int, rows: int, columns: int, bits: int, books: int = 1) -> int:
         return matrices * rows * columns * bits
 
-    for module in ("budget", "_code.basis"):
+    for module in ("budget", "_code.sharing"):
         monkeypatch.setattr(f"moecc.passes.{module}.coded_bits", coded_bits)
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from moecc.ir import vq4
 from moecc.passes._code.codebooks import Nearest
-from moecc.passes._code.coding import _Coder
+from moecc.passes._code.coder import Coder
+from moecc.passes._code.feedback import choose, choose_rows, finders
 from moecc.passes._code.metric import damped, weighted_error
 
 # ---- measures
@@ -114,7 +115,7 @@ def test_without_feedback_each_group_takes_its_nearest_code(bits: int, books: in
     c = coder(bits, feedback=False)
     s, v = scales(c), vq4.group_size(bits)
     table = codebooks(bits, books=books)
-    chosen = c.choose(table, s)
+    chosen = choose(c, table, s)
     importance = c.moment.diagonal(dim1=-2, dim2=-1)
     got = chosen.unscaled().double().numpy()
     for e, n, g in itertools.product(range(E), range(N), range(K // v)):
@@ -125,7 +126,7 @@ def test_without_feedback_each_group_takes_its_nearest_code(bits: int, books: in
         assert distance(t, got[e, n, cols], metric) <= distance(t, want, metric) * (1 + 1e-4) + 1e-3
 
 
-def slow_feedback(c: _Coder, table: np.ndarray, e: int, n: int, scale: float) -> np.ndarray:
+def slow_feedback(c: Coder, table: np.ndarray, e: int, n: int, scale: float) -> np.ndarray:
     """Code one row with error feedback, by its definition.
 
     Before each group, the columns that are not coded yet take the values that best correct the
@@ -158,7 +159,10 @@ def test_error_feedback_against_least_squares_at_every_step(bits: int, block: in
     c = coder(bits)
     table, s = codebooks(bits), scales(c)
     chosen = (
-        c._choose(c.target, table, s, c._finders(table), block=block).unscaled().double().numpy()
+        choose_rows(c, c.target, table, s, finders(c, table), block=block)
+        .unscaled()
+        .double()
+        .numpy()
     )
     same, total, errors = 0, 0, np.zeros(2)
     for e, n in itertools.product(range(E), range(N)):
@@ -175,6 +179,6 @@ def test_error_feedback_against_least_squares_at_every_step(bits: int, block: in
 def test_feedback_lowers_the_error(bits: int) -> None:
     c, plain = coder(bits, rows=24), coder(bits, rows=24, feedback=False)
     table, s = codebooks(bits), scales(c)
-    assert float(error_of(c, c.choose(table, s)).sum()) < float(
-        error_of(c, plain.choose(table, s)).sum()
+    assert float(error_of(c, choose(c, table, s)).sum()) < float(
+        error_of(c, choose(plain, table, s)).sum()
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moecc.ir import vq4
 from moecc.passes._code import coding
-from moecc.passes._code.coding import Coded, encode, encode_in_parts, pad_columns
+from moecc.passes._code.coded import Coded, pad_columns
+from moecc.passes._code.coding import encode, encode_in_parts
 from moecc.passes._code.metric import weighted_error
 from moecc.pipeline.bits import coded_bits
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moecc.ir import vq4
 from moecc.ir.ops import VQ_EXPERTS
-from moecc.passes.affine import CodedProjection
+from moecc.passes._code.stored import CodedProjection
 
 
 def operands(

@@ -1,1 +1,1 @@
-"""How weights are coded: moments, metric, codebooks, what experts share."""
+"""Coding weights: moments, the metric of errors, codebooks, codes, and what experts share."""

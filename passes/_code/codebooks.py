@@ -1,4 +1,7 @@
-"""Codebooks of 256 centroids: k-means under importance, rounding to the format's whole numbers, and the nearest under a metric."""
+"""Codebooks of 256 centroids: k-means, rounding to whole numbers, and the nearest centroid.
+
+Shapes: E experts, N rows, K columns, v weights per code, C codebooks: E or 1.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +12,40 @@ from torch import Tensor
 
 from moecc.ir import vq4
 
-_SAMPLE = 1 << 14  # groups that k-means looks at
+_SAMPLE = 1 << 14  # groups of weights that k-means looks at, at most
 
 
 def argmin(x: Tensor) -> Tensor:
-    """Index of the smallest along the last dimension. numpy's is vectorised: on one core 5 to 8 times as fast as PyTorch's."""
+    """Index of the smallest along the last dimension."""
+    # numpy's argmin is vectorised: on one core it is 5 to 8 times as fast as PyTorch's
     return torch.from_numpy(x.numpy().argmin(-1)) if x.device.type == "cpu" else x.argmin(-1)
 
 
 @dataclass
 class Book:
-    integers: Tensor  # [C, 256, v] whole numbers as float32
-    step: Tensor  # [C, 1]: what one unit stands for in the normalised weights
+    """Codebooks in the format's whole numbers."""
+
+    integers: Tensor  # [C, 256, v], as float32
+    step: Tensor  # [C, 1]: the size of one unit in normalised weights
 
 
 def rounded(centroids: Tensor, bits: int) -> Book:
+    """Round centroids [C, 256, v] so that the largest becomes 127."""
     step = (centroids.abs().amax((-2, -1)) / 127).clamp(min=1e-12).unsqueeze(-1)
-    return Book(
-        clamp_codebook((centroids / step.unsqueeze(-1)) - (0.5 if bits == 3 else 0.0), bits), step
-    )
+    shift = 0.5 if bits == 3 else 0.0
+    return Book(clamp_codebook((centroids / step.unsqueeze(-1)) - shift, bits), step)
 
 
 def clamp_codebook(values: Tensor, bits: int) -> Tensor:
-    """Nearest codebook of the format: whole numbers in 0..127 at 3 bit, -127..127 otherwise."""
+    """The nearest codebook of the format: whole numbers in 0..127 at 3 bit, else -127..127."""
     return values.round().clamp(0 if bits == 3 else -127, 127)
 
 
 def kmeans(target: Tensor, importance: Tensor, *, bits: int, seed: int, turns: int) -> Tensor:
-    """Weighted k-means over groups of v weights (their magnitudes at 3 bit): [E, N, K], [E, K] -> [1, 256, v].
+    """Weighted k-means over groups of v weights; over their magnitudes at 3 bit.
 
-    One codebook for the layer: rows are normalised, so experts differ little here, and refits make it an expert's own.
+    target [E, N, K], importance [E, K] -> centroids [1, 256, v], one codebook for the layer: rows
+    are normalised, so experts differ little here, and refits make the codebook an expert's own.
     """
     v = vq4.group_size(bits)
     points = (target.abs() if bits == 3 else target).unflatten(-1, (-1, v))
@@ -52,6 +59,7 @@ def kmeans(target: Tensor, importance: Tensor, *, bits: int, seed: int, turns: i
 
 
 def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Generator) -> Tensor:
+    """Centroids [256, v] of points [n, v] under the costs [n, v] of their components."""
     size = vq4.CODEBOOK_SIZE
     chance = (cost * points.square()).sum(-1) + 1e-9
     start = torch.multinomial(chance, size, replacement=len(points) < size, generator=generator)
@@ -64,42 +72,42 @@ def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Gener
         centroids = torch.where(mass > 0, total / mass.clamp(min=1e-20), centroids)
         empty = torch.bincount(nearest, minlength=size) == 0
         if empty.any():
-            again = torch.randint(
-                len(points), (int(empty.sum()),), generator=generator, device=points.device
-            )
+            count = (int(empty.sum()),)
+            again = torch.randint(len(points), count, generator=generator, device=points.device)
             centroids[empty] = points[again]
     return centroids
 
 
 class Nearest:
-    """The nearest entry of a codebook under a metric; what depends on these two alone is computed once, not per row.
+    """Finds the nearest entry of a codebook under a metric.
 
-    argmin_c |(t - c) metric|^2 for t [E, n, v], codebook [C, 256, v], metric [E, v, v]; at 3 bit among the c that have the signs
-    of t + 1/2, which is all it takes under a diagonal metric.
+    argmin_c |(t - c) metric|^2 for t [E, n, v], codebook [C, 256, v], metric [E, v, v]. At 3 bit
+    it looks only at the c that have the signs of t + 1/2; under a diagonal metric these are enough.
+    Everything that depends on codebook and metric alone is computed once, not per row.
     """
 
     def __init__(self, codebook: Tensor, metric: Tensor, bits: int):
-        # At 3 bit decode is symmetric about -1/2: match |t + 1/2| against p + 1/2 with the signs of t + 1/2.
+        # 3 bit decodes symmetrically about -1/2: match |t + 1/2| against p + 1/2.
         self.table = (codebook + 0.5 if bits == 3 else codebook).expand(len(metric), -1, -1)
         self.metric, self.signed = metric, bits == 3
         if not self.signed:
             image = self.table @ metric
             self.image, self.norms = image.mT, image.square().sum(-1).unsqueeze(1)
             return
-        # |(t - s*p) M|^2 = const - 2 (s * (t G)) . p + p^T (G with rows and columns signed) p, G = M M^T; the last term depends
-        # on the sign pattern alone, so it is tabulated for each of the 2^v patterns.
+        # With signs s and G = M M^T, |(t - s*p) M|^2 = const - 2 (s * (t G)) . p + p^T G_s p, where
+        # G_s is G with signed rows and columns. The last term depends on the sign pattern alone:
+        # tabulate it for each of the 2^v patterns.
         v = metric.shape[-1]
         self.gram = metric @ metric.mT
         self.powers = torch.arange(v, device=metric.device)
-        bits_of_pattern = (
-            torch.arange(2**v, device=metric.device).unsqueeze(-1) >> self.powers
-        ) & 1
+        patterns = torch.arange(2**v, device=metric.device).unsqueeze(-1)
+        bits_of_pattern = (patterns >> self.powers) & 1
         signs = 1.0 - 2.0 * bits_of_pattern.to(metric.dtype)
         signed = self.table.unsqueeze(1) * signs.unsqueeze(1)  # [E, 2^v, 256, v]
         self.norms = ((signed @ self.gram.unsqueeze(1)) * signed).sum(-1)  # [E, 2^v, 256]
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Codes [E, n], at 3 bit which components are negative [E, n, v], and the chosen vectors [E, n, v]."""
+        """Codes [E, n], signs [E, n, v] at 3 bit (True: negative), chosen vectors [E, n, v]."""
         if not self.signed:
             code = argmin(torch.baddbmm(self.norms, t @ self.metric, self.image, alpha=-2))
             return code, None, self._entries(code)
@@ -108,7 +116,8 @@ class Nearest:
         pattern = (negative.long() << self.powers).sum(-1)
         linear = t @ self.gram
         linear = torch.where(negative, -linear, linear)
-        own = torch.gather(self.norms, 1, pattern.unsqueeze(-1).expand(-1, -1, self.table.shape[1]))
+        index = pattern.unsqueeze(-1).expand(-1, -1, self.table.shape[1])
+        own = torch.gather(self.norms, 1, index)
         code = argmin(torch.baddbmm(own, linear, self.table.mT, alpha=-2))
         q = self._entries(code)
         return code, negative, torch.where(negative, -q, q) - 0.5

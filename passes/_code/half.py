@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def compact(values: Tensor) -> Tensor:
-    """The 16-bit type that loses less in the sum of squares: float16 unless its range is exceeded or hardly used.
+    """Round to float16 or bfloat16, whichever loses less in the sum of squares.
 
-    A few values among float16's subnormals do not make it bfloat16, which would cost all others three bits.
+    bfloat16 wins if float16's range is exceeded or hardly used. A few values among float16's
+    subnormals do not decide for bfloat16, which would cost all others three bits.
     """
     half, wide = values.to(torch.float16), values.to(torch.bfloat16)
     lost = [(t.double() - values.double()).square().sum() for t in (half, wide)]

@@ -1,42 +1,55 @@
-"""The cost of a weight error D [E, N, K]: tr(S D H D^T), H the second moments of the input, S the costs of output errors."""
+"""The cost of a weight error D [E, N, K]: tr(S D H D^T).
+
+H [E, K, K] are the second moments of the input, S [E, N, N] the costs of output errors.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-AT_ONCE = 1 << 26  # numbers of one kind in memory where experts are worked on in turn
-OUTPUT_DAMPING = 0.2  # share of the mean cost of an output error that every direction has at least: 0.1 to 0.2 was best
+AT_ONCE = 1 << 26  # numbers of one kind in memory if experts are worked on in turn
+# Least cost of an output error in any direction, as a share of the mean: 0.1 to 0.2 was best.
+OUTPUT_DAMPING = 0.2
 
 
 def damped(moment: Tensor, share: float = 0.01) -> Tensor:
-    """Second moments [E, K, K] with `share` of their mean diagonal added, so that they can be inverted; zero ones become 1."""
+    """Add `share` of the mean diagonal to second moments [E, K, K], so that they can be inverted.
+
+    Zero ones become the identity.
+    """
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return moment + torch.eye(moment.shape[-1], device=moment.device) * torch.where(
-        mean > 0, share * mean, 1.0
-    )
+    added = torch.where(mean > 0, share * mean, 1.0)
+    return moment + torch.eye(moment.shape[-1], device=moment.device) * added
 
 
 def weighted_error(error: Tensor, moment: Tensor, output: Tensor | None = None) -> Tensor:
-    """tr(S D H D^T) per expert, S all alike where `output` is None: [E, N, K], [E, K, K], [E, N, N] -> [E]."""
+    """tr(S D H D^T) per expert: [E, N, K], [E, K, K], [E, N, N] -> [E]. S = 1 without `output`."""
     return (weighted(error, moment, output) * error).sum((-2, -1))
 
 
 def weighted(error: Tensor, moment: Tensor, output: Tensor | None) -> Tensor:
+    """S D H, [E, N, K]."""
     right = error @ moment
     return right if output is None else output @ right
 
 
 def feedback_factor(metric: Tensor) -> Tensor:
-    """U with metric^-1 = U^T U: what is left of an error, and how it is carried over, read off its rows."""
+    """The upper triangular U with metric^-1 = U^T U, [E, K, K].
+
+    Its rows say how an error is carried over to later columns, and what is left of it.
+    """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(metric))
     upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return upper
 
 
 def pivots(metric: Tensor, share: float = 0.01) -> Tensor:
-    """What is left of an error's cost where all later ones make up for it, the costly first: [E, K, K], damped -> [E, K]."""
-    if len(metric) > 1 and metric.stride(0) == 0:  # one for all
+    """What is left of an error's cost if all later columns make up for it, the costly first.
+
+    [E, K, K], damped by `share` here -> [E, K].
+    """
+    if len(metric) > 1 and metric.stride(0) == 0:  # a view of one matrix that all experts share
         return pivots(metric[:1], share).expand(len(metric), -1)
     few = max(1, AT_ONCE // metric[0].numel())
     return torch.cat([_pivots(damped(part, share)) for part in metric.split(few)])

@@ -1,6 +1,7 @@
-"""Second moments of what enters an MoE layer's two projections: the metric that coding and the basis work under.
+"""Second moments of the inputs of an MoE layer's two projections: the metric of coding and basis.
 
-Shapes: E experts, D hidden, F intermediate, T routed tokens of one expert.
+Shapes: E experts, D hidden, F intermediate, N rows of gate_up, T tokens, k experts per token, n
+tokens routed to one expert.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from moecc.ir.gates import apply_gate
 from moecc.ir.moe import MoE
 from moecc.pipeline.passes import Layer
 
-MIN_TOKENS = 64
-_PER_EXPERT_BYTES = 2 << 30
-SHRINKAGE = (
-    16.0  # tokens' worth of the layer's average mixed into each expert's moment of gate_up's input
-)
+MIN_TOKENS = 64  # an expert with fewer routed tokens is starved
+_PER_EXPERT_BYTES = 2 << 30  # that one matrix per expert may take, all experts together
+# Weight, in tokens, of the layer's average in each expert's moment of gate_up's input.
+SHRINKAGE = 16.0
 
 
 @dataclass
@@ -26,56 +26,57 @@ class Moments:
     """What calibration learned of one MoE layer. Moments are means over tokens, not sums."""
 
     tokens: Tensor  # [E] routed tokens
-    mass: Tensor  # [E] sum of their weights over all tokens: how much of the layer an expert is
-    gate_up: Tensor  # [E, D, D], or [1, D, D] where one per expert does not fit
+    mass: Tensor  # [E] sum of their weights, over all tokens: how much of the layer an expert is
+    gate_up: Tensor  # [E, D, D], or [1, D, D] if one per expert does not fit in memory
     down: Tensor  # [E, F, F]
     starved: dict[int, int]  # expert -> tokens sent to it on purpose
-    # projection -> [E, N, N] or [1, N, N]: what an error in its output costs; without an entry all channels count alike
+    # projection -> costs of errors in its output, [E, N, N] or [1, N, N] ([.., D, D] for down);
+    # without an entry all channels count alike
     output: dict[str, Tensor]
-    notes: list[str] = field(default_factory=list)  # what could not be measured as it should be
+    notes: list[str] = field(default_factory=list)  # what was measured otherwise than it should be
 
     def of(self, projection: str) -> Tensor:
-        """[E, K, K] of `gate_up` or `down` (a view where experts share one)."""
+        """The moments [E, K, K] of `gate_up` or `down`; a view if experts share one."""
         moment = self.gate_up if projection == "gate_up" else self.down
         return moment.expand(len(self.tokens), -1, -1)
 
     def output_of(self, projection: str) -> Tensor | None:
-        """[E, N, N] of `gate_up` or `down` (a view where experts share one), None where errors of all channels count alike."""
+        """The costs [E, N, N] of errors in the output of `gate_up` or `down`.
+
+        A view if experts share one, None if all channels count alike.
+        """
         found = self.output.get(projection)
         return None if found is None else found.expand(len(self.tokens), -1, -1)
 
 
 @dataclass
 class Routed:
-    """Calibration tokens of one MoE layer: inputs x [T, D], chosen experts [T, k], their weights [T, k], router logits [T, E].
+    """Calibration tokens of one MoE layer.
 
-    A slot of weight 0 is no choice: longcat_flash's identity experts are traced as expert 0 with that weight.
+    A slot of weight 0 is no choice: longcat_flash's identity experts are traced as expert 0 with
+    that weight.
     """
 
-    x: Tensor
-    index: Tensor
-    weight: Tensor
-    logits: Tensor | None
+    x: Tensor  # [T, D] inputs
+    index: Tensor  # [T, k] chosen experts
+    weight: Tensor  # [T, k] their weights
+    logits: Tensor | None  # [T, E] of the router
 
     def rows(self, expert: int) -> Tensor:
+        """The tokens that chose `expert`, [n]."""
         return ((self.index == expert) & (self.weight != 0)).any(-1).nonzero().squeeze(-1)
 
     def weight_of(self, expert: int, rows: Tensor) -> Tensor:
-        """Routing weight [n] of `expert` on `rows`, 0 where it was not chosen."""
+        """Routing weights [n] of `expert` on `rows`, 0 for a token that did not choose it."""
         return (self.weight[rows] * (self.index[rows] == expert)).sum(-1)
 
 
 def routed_tokens(layer: Layer, moe: MoE) -> Routed:
     """Tap the inputs of an experts node over all calibration batches."""
-    nodes = [moe.node.args[0], moe.node.args[1], moe.node.args[2]] + (
-        [moe.logits] if moe.logits is not None else []
-    )
-    names = [n.name for n in nodes if isinstance(n, fx.Node)]
-    values = layer.tap(names)
-    joined = [torch.cat([v.flatten(0, -2) for v in values[n]]) for n in names]
-    logits = (
-        joined[3].float() if len(joined) > 3 and joined[3].shape[0] == joined[0].shape[0] else None
-    )
+    nodes = [n for n in (*moe.node.args[:3], moe.logits) if isinstance(n, fx.Node)]
+    values = layer.tap([n.name for n in nodes])
+    joined = [torch.cat([v.flatten(0, -2) for v in values[n.name]]) for n in nodes]
+    logits = joined[3].float() if len(joined) > 3 and len(joined[3]) == len(joined[0]) else None
     return Routed(joined[0].float(), joined[1], joined[2].float(), logits)
 
 
@@ -88,7 +89,11 @@ def measure(
     *,
     squared: bool = True,
 ) -> Moments:
-    """The moments of both projections. `cost` [D, D]: the layer's sensitivity; squared=False: every token counts alike."""
+    """Measure the moments of both projections of a layer's experts, which must be dense.
+
+    cost: the layer's sensitivity, [D, D]. squared: weight tokens by their squared routing weight;
+    False: every token counts alike.
+    """
     gate_up, down = (layer.weight(p) for p in moe.projections)
     bias = layer.weight(moe.gate_up, "bias")
     assert gate_up is not None and down is not None
@@ -116,41 +121,44 @@ def measure(
         reached = gate_up[e], None if bias is None else bias[e]
         reaching[e] = mean_outer(hidden_units(moe, routed.x[rows], *reached), weight)
         if "gate_up" in output:
-            behind = (down[e].T @ output["down"][0] @ down[e]).repeat(2, 2)[
-                :rows_of_gate_up, :rows_of_gate_up
-            ]
-            output["gate_up"][e] = behind * mean_outer(
-                gate_slopes(moe, routed.x[rows], *reached), weight
-            )
+            slopes = mean_outer(gate_slopes(moe, routed.x[rows], *reached), weight)
+            output["gate_up"][e] = _behind(down[e], output["down"][0], rows_of_gate_up) * slopes
     for e, sent in starved.items():
-        notes.append(
-            f"{moe.path} expert {e}: {tokens[e]} routed tokens; calibrated on {sent} sent to it on purpose"
-        )
-    return Moments(
-        torch.tensor(tokens), torch.tensor(mass), inputs, reaching, starved, output, notes
-    )
+        seen = f"{moe.path} expert {e}: {tokens[e]} routed tokens"
+        notes.append(f"{seen}; calibrated on {sent} sent to it on purpose")
+    counts = torch.tensor(tokens), torch.tensor(mass)
+    return Moments(*counts, inputs, reaching, starved, output, notes)
 
 
 def _output(
     moe: MoE, cost: Tensor | None, gate_up_fits: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """What errors of down cost [1, D, D], with an entry for gate_up where it is to be measured; and what is left out."""
+    """The costs of errors in down's output [1, D, D], and remarks on what is left out.
+
+    There is an entry for gate_up, still empty, if that is to be measured.
+    """
     if cost is None:
         return {}, []
     if moe.operand("post_norm") is not None:
-        return {}, [
-            f"{moe.path}: errors of all channels count alike; a norm stands between them and sensitivity"
-        ]
+        why = "a norm stands between them and sensitivity"
+        return {}, [f"{moe.path}: errors of all channels count alike; {why}"]
     if gate_up_fits:
         return {"down": cost.unsqueeze(0), "gate_up": cost.new_zeros(())}, []
-    note = (
-        f"{moe.path}.gate_up: errors of all rows count alike; their costs would not fit in memory"
-    )
+    why = "their costs would not fit in memory"
+    note = f"{moe.gate_up.path}: errors of all rows count alike; {why}"
     return {"down": cost.unsqueeze(0)}, [note]
 
 
+def _behind(down: Tensor, cost: Tensor, rows: int) -> Tensor:
+    """The costs of errors in one expert's hidden units, for the rows that make them: [rows, rows].
+
+    Gate and up rows move the same hidden units, so the costs [F, F] repeat for both.
+    """
+    return (down.T @ cost @ down).repeat(2, 2)[:rows, :rows]
+
+
 def _sent(routed: Routed, expert: int, count: int) -> Tensor:
-    """The tokens that the router would soonest have sent here; evenly spaced ones where it has no logits."""
+    """The tokens that the router scored highest here; evenly spaced ones without its logits."""
     count = min(count, len(routed.x))
     if routed.logits is None or routed.logits.shape[1] <= expert:
         return torch.linspace(0, len(routed.x) - 1, count).long()
@@ -158,14 +166,14 @@ def _sent(routed: Routed, expert: int, count: int) -> Tensor:
 
 
 def hidden_units(moe: MoE, x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
-    """[n, D] through one expert's first projection [N, D] and gate: [n, F]."""
+    """Inputs [n, D] through one expert's first projection [N, D] and gate: [n, F]."""
     rows = torch.nn.functional.linear(x, gate_up, bias)
     a = moe.attributes
     return apply_gate(rows, a["act"], a["gate"], a["alpha"], a["limit"])
 
 
 def gate_slopes(moe: MoE, x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
-    """By how much each row of one expert's first projection moves the hidden unit that it is a part of: [n, D] -> [n, N]."""
+    """The derivative of each hidden unit by the rows of gate_up that make it: [n, D] -> [n, N]."""
     with torch.enable_grad():
         rows = torch.nn.functional.linear(x, gate_up, bias).detach().requires_grad_()
         a = moe.attributes
@@ -178,8 +186,6 @@ def mean_outer(x: Tensor, weight: Tensor | None = None) -> Tensor:
     if weight is None:
         weight = x.new_ones(len(x))
     total = weight.sum()
-    return (
-        (x * weight.unsqueeze(-1)).T @ x / total
-        if len(x) and total > 0
-        else x.new_zeros(x.shape[1], x.shape[1])
-    )
+    if len(x) and total > 0:
+        return (x * weight.unsqueeze(-1)).T @ x / total
+    return x.new_zeros(x.shape[1], x.shape[1])

@@ -1,0 +1,114 @@
+"""One projection while it is coded: everything that stays the same from round to round.
+
+Shapes: E experts, N rows, K columns (a multiple of 8), v weights per code, G = K/v groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from moecc.ir import vq4
+from moecc.passes._code.coded import Coded
+from moecc.passes._code.metric import feedback_factor, weighted_error
+
+_BLOCKS = 32  # of rows that are coded one after the other if the metric couples rows
+_ROWS = 16  # in a block, at least
+
+
+@dataclass(eq=False)
+class Coder:
+    """The weights to be coded and the metric of their error.
+
+    An error D of the weights costs tr(S D H D^T), where H is `moment` and S is `output`.
+    """
+
+    target: Tensor  # [E, N, K], each row divided by its size
+    moment: Tensor  # H [E, K, K], damped
+    importance: Tensor  # [E, K]: the diagonal of H, relative to its mean
+    bits: int
+    feedback: bool  # False: plain nearest codes by importance
+    output: Tensor | None = None  # S [E, N, N], the costly rows first; None: the identity
+
+    @property
+    def v(self) -> int:
+        """Weights per code."""
+        return vq4.group_size(self.bits)
+
+    @cached_property
+    def blocks(self) -> list[slice]:
+        """Rows that are coded at once; a single block if S is the identity."""
+        rows = self.target.shape[1]
+        step = rows if self.output is None else max(_ROWS, rows // _BLOCKS)
+        return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Groups in the order of coding, [E, G].
+
+        The costly ones come first, while all others can still make up for their errors.
+        """
+        groups = self.importance.unflatten(-1, (-1, self.v)).sum(-1)
+        return torch.argsort(groups, dim=-1, descending=True, stable=True)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Columns in the order of coding, [E, K]."""
+        within = torch.arange(self.v, device=self.order.device)
+        return (self.order.unsqueeze(-1) * self.v + within).flatten(1)
+
+    @cached_property
+    def ordered_importance(self) -> Tensor:
+        """`importance` in the order of coding, [E, K]."""
+        return torch.gather(self.importance, 1, self.columns)
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """U with H^-1 = U^T U, columns in the order of coding, [E, K, K]."""
+        wide = self.target.shape[-1]
+        rows = torch.gather(self.moment, 1, self.columns.unsqueeze(-1).expand(-1, -1, wide))
+        both = torch.gather(rows, 2, self.columns.unsqueeze(1).expand(-1, wide, -1))
+        return feedback_factor(both)
+
+    @cached_property
+    def row_upper(self) -> Tensor:
+        """U with S^-1 = U^T U, [E, N, N]."""
+        assert self.output is not None
+        return feedback_factor(self.output)
+
+    @cached_property
+    def inner(self) -> Tensor:
+        """The blocks of H on its diagonal, one per group, [E, G, v, v]."""
+        blocks: Tensor = self.moment.unflatten(-2, (-1, self.v)).unflatten(-1, (-1, self.v))
+        return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+    @cached_property
+    def inverses(self) -> Tensor:
+        """Their inverses, [E, G, v, v]."""
+        found: Tensor = torch.linalg.inv(self.inner)
+        return found
+
+    @cached_property
+    def roots(self) -> Tensor:
+        """Their Cholesky factors, [E, G, v, v]."""
+        found: Tensor = torch.linalg.cholesky(self.inner)
+        return found
+
+    def metric(self, start: int) -> Tensor:
+        """M of the group that begins at column `start` of the order of coding, [E, v, v].
+
+        An error d of the group costs |d M|^2 if all later groups make up for it as well as they
+        can. Without feedback M is the root of the columns' importance.
+        """
+        group = slice(start, start + self.v)
+        if not self.feedback:
+            return torch.diag_embed(self.ordered_importance[:, group].sqrt())
+        metric: Tensor = torch.linalg.inv(self.upper[:, group, group])
+        return metric
+
+    def error(self, state: Coded) -> Tensor:
+        """The cost of each expert's error, [E]."""
+        return weighted_error(state.dense() - self.target, self.moment, self.output)

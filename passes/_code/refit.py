@@ -1,0 +1,94 @@
+"""Refits for fixed codes: row scales and codebooks by least squares, step 3 of `coding`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moecc.ir import vq4
+from moecc.passes._code.codebooks import clamp_codebook
+from moecc.passes._code.coded import Coded, lookup
+from moecc.passes._code.coder import Coder
+from moecc.passes._code.metric import damped, weighted
+
+
+def refit_scale(coder: Coder, state: Coded) -> Coded:
+    """The best row scales under S and H.
+
+    A row keeps its scale if it codes to zero, or if the new scale would not be positive.
+    """
+    q = state.unscaled()
+    qh = q @ coder.moment
+    if coder.output is None:
+        top, bottom = (qh * coder.target).sum(-1), (qh * q).sum(-1)
+        scale = torch.where(bottom > 0, top / bottom.clamp(min=1e-20), state.scale)
+    else:
+        top = (weighted(coder.target, coder.moment, coder.output) * q).sum(-1)
+        scale = torch.linalg.solve(damped(coder.output * (qh @ q.mT), 1e-6), top)
+    return replace(state, scale=torch.where(scale > 0, scale, state.scale))
+
+
+def refit_codebook(coder: Coder, state: Coded) -> Coded:
+    """The best codebook for fixed codes and scales, rounded to the format's whole numbers."""
+    return rescaled(state, best_codebook(coder, state), coder.bits)
+
+
+def best_codebook(coder: Coder, state: Coded, turns: int = 12) -> Tensor:
+    """The least-squares codebook under S and H, not rounded, [C, 256, v].
+
+    A weight is linear in its centroid, q = sign * c - [negative]. So preconditioned conjugate
+    gradients need only lookups and products with H and S.
+    """
+    books = state.codebook.shape[0]
+    sign = None if state.negative is None else torch.where(state.negative, -1.0, 1.0)
+    scale = state.scale.unsqueeze(-1)
+
+    def weights_of(c: Tensor) -> Tensor:
+        w = lookup(state.codes, None, c)
+        return (w if sign is None else w * sign) * scale
+
+    def back(w: Tensor) -> Tensor:
+        return _gather((w if sign is None else w * sign) * scale, state.codes, books, coder.v)
+
+    # the part that does not follow the codebook: -1 of negative weights at 3 bit, zero otherwise
+    fixed = state.dense() - weights_of(state.codebook)
+    c = state.codebook.clone()
+    diagonal = coder.moment.diagonal(dim1=-2, dim2=-1).unsqueeze(1) * scale.square()
+    if coder.output is not None:
+        diagonal = diagonal * coder.output.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    precondition = 1 / _gather(diagonal, state.codes, books, coder.v).clamp(min=1e-12)
+    residual = back(weighted(coder.target - fixed - weights_of(c), coder.moment, coder.output))
+    z = precondition * residual
+    direction, rz = z, (residual * z).sum((-2, -1), keepdim=True)
+    for _ in range(turns):
+        image = back(weighted(weights_of(direction), coder.moment, coder.output))
+        alpha = rz / (direction * image).sum((-2, -1), keepdim=True).clamp(min=1e-20)
+        c, residual = c + alpha * direction, residual - alpha * image
+        z = precondition * residual
+        new = (residual * z).sum((-2, -1), keepdim=True)
+        direction, rz = z + new / rz.clamp(min=1e-20) * direction, new
+    return c
+
+
+def rescaled(state: Coded, codebook: Tensor, bits: int) -> Coded:
+    """`state` with `codebook` brought to the format's range of whole numbers and rounded.
+
+    The largest centroid becomes 127 again, and the row scales take up the factor.
+    """
+    shift = 0.5 if bits == 3 else 0.0
+    grow = 127 / (codebook + shift).abs().amax((-2, -1), keepdim=True).clamp(min=1e-12)
+    scale = state.scale / grow.squeeze(-1)
+    whole = clamp_codebook((codebook + shift) * grow - shift, bits)
+    return replace(state, codebook=whole, scale=scale)
+
+
+def _gather(w: Tensor, codes: Tensor, books: int, v: int) -> Tensor:
+    """Add up the groups that have the same code: [E, N, K] -> [C, 256, v]."""
+    size = vq4.CODEBOOK_SIZE
+    step = size if books > 1 else 0
+    offset = torch.arange(len(codes), device=codes.device).view(-1, 1, 1) * step
+    flat = w.new_zeros(books * size, v)
+    flat.index_add_(0, (codes + offset).flatten(), w.reshape(-1, v))
+    return flat.view(books, size, v)
