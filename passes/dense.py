@@ -1,11 +1,13 @@
-"""Group-quantizes what every token goes through: the linears of attention and of shared experts, at 8 or 4 bit.
+"""Group-quantizes the linears that every token goes through, at 8 or 4 bit.
 
-  1. A layer's linears are all `aten.linear` nodes on a plain weight whose module is an nn.Linear (`_tune.linears`).
-  2. Left in float, each with its reason in the audit: routers, gates, weights that something else reads too, and linears whose
-     input size no group divides.
-  3. Each row's groups of `group` neighbouring weights are rounded to `bits` bits between their least and greatest value.
+  1. Find the linears of attention and of shared experts in each layer: all `aten.linear` nodes on a
+     plain weight whose module is an nn.Linear (`_tune.linears`).
+  2. Leave in float, each with its reason in the audit: routers, gates, weights that something else
+     reads too, and linears whose input size no group divides.
+  3. Round each row's groups of `group` neighbouring weights to `bits` bits, between their least and
+     greatest value.
 
-Cost in bits per weight: bits + 24 / group.
+Cost in bits per weight: bits + 24 / group (16 for the scale, 8 for the zero point).
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ class QuantizeDense(LayerPass):
         return changed
 
     def lower(self, program: Program, node: fx.Node, name: str, ctx: Context) -> None:
+        """Step 3: replace the linear on the weight `name`."""
         weight = program.read(name).float()
         packed, scale, zero = quantize(weight, self.bits, self.group)
         error = dequantize_linear(packed, scale, zero, self.bits) - weight
@@ -73,7 +76,10 @@ class QuantizeDense(LayerPass):
 
 
 def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, K] -> packed u8 [N, K*bits/8], scale [N, K/group], zero u8 [N, K/group] (`moecc::q_linear`)."""
+    """Quantize [N, K] for `moecc::q_linear`.
+
+    Returns packed u8 [N, K*bits/8], scale f16 or bf16 [N, K/group] and zero u8 [N, K/group].
+    """
     groups = weight.unflatten(-1, (-1, group))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = compact(((high - low) / (2**bits - 1)).clamp(min=1e-7))

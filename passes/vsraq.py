@@ -1,19 +1,24 @@
-"""VSRAQ: tune the compressed experts so that the routers behind them choose as before.  arXiv 2606.05688.
+"""VSRAQ: tune compressed experts until the routers behind choose as before.  arXiv 2606.05688.
 
-  1. All layers are coded before the first is tuned, so that what is coded and its bits do not depend on tuning. A layer's block
-     runs behind the compressed and tuned earlier layers; its target is the float model's own output of that layer.
-  2. Codebooks and coefficients (rounded on the way, straight-through), row scales, biases and bases are trained by Adam on
-         reconstruction of the block's output, errors weighted by `sensitivity`
+  1. Code all layers before the first is tuned, so that codes and bits do not depend on tuning. A
+     layer's block runs behind the compressed and tuned earlier layers. Its target is the float
+     model's own output of that layer.
+  2. Train codebooks and coefficients (rounded on the way, straight-through), row scales, biases and
+     bases by Adam on
+         reconstruction * error of the block's output, weighted by `sensitivity`
        + value * sensitivity-weighted alignment of the next router's scores
-       + order * alignment of the order of its chosen experts  +  boundary * alignment of its top-k boundary   (`_tune.routing`)
-       + head * divergence of the logits, in the last layer with experts, which has no router behind it   (`_tune.block`)
-     Each term is divided by its value before tuning, so that weights mean the same on any model; 0 switches a term off.
-  3. An eighth of the calibration batches (at least one) is held out. The state with the least held-out loss is kept, the start
-     included, so tuning never makes a layer worse on text it did not see.
+       + order * alignment of the order of its chosen experts
+       + boundary * alignment of its top-k boundary
+       + head * divergence of the logits, in the last layer with experts: no router is behind it
+     (`_tune.routing`, `_tune.block`). Each term is divided by its value before tuning, so that
+     weights mean the same on any model; 0 switches a term off.
+  3. Hold out an eighth of the calibration batches, at least one. Keep the state with the least
+     held-out loss, the start included, so tuning never makes a layer worse on text it did not see.
 
-No inference cost: tensors keep their shapes and types.
-Not done: codes stay as they are. Choosing some again by the objective's gradient was tried and took twice the time for a twentieth
-of the flips.
+Cost in bits per weight and at inference: none, because tensors keep their shapes and types.
+
+Not done: codes stay as they are. Choosing some again by the objective's gradient was tried: it took
+twice the time and saved a twentieth of the flips.
 """
 
 from __future__ import annotations
@@ -55,13 +60,8 @@ class AlignRouting(LayerPass):
         if not found:
             return False
         tuned = Tuned(layer.program, found)
-        run = _Run(
-            self,
-            Block(layer, self.routing(), ctx.data["sensitivity"], head=self.head > 0),
-            tuned,
-            ctx,
-        )
-        before, after = run.train()
+        block = Block(layer, self.routing(), ctx.data["sensitivity"], head=self.head > 0)
+        before, after = _Run(self, block, tuned, ctx).train()
         for moe in found:
             for projection in moe.projections:
                 ctx.record(projection.path, tuned={"before": before, "after": after})
@@ -86,28 +86,18 @@ class _Run:
         self.best, self.least = tuned.state(), self.total(self.terms)
 
     def total(self, terms: dict[str, float]) -> float:
+        """The loss; flips are reported, not trained on."""
         return float(sum(self.scale[k] * v for k, v in terms.items() if k != "flips"))
 
     def train(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Steps 2 and 3: Adam with a rate that falls to zero; the held-out terms before and after."""
+        """Steps 2 and 3, with a rate that falls to zero; return held-out terms before and after."""
         before, steps = self.terms, self.options.steps
         optimizer = torch.optim.Adam(self.tuned.groups(self.options.lr), betas=(0.9, 0.95))
         rates = [g["lr"] for g in optimizer.param_groups]
         for step in self.ctx.progress(range(steps), f"vsraq layer {self.block.layer.index - 1}"):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - step / steps)
-            chosen = torch.randint(
-                len(self.rows),
-                (min(self.options.batches, len(self.rows)),),
-                generator=self.generator,
-            )
-            with torch.enable_grad():
-                terms = self.block.terms(
-                    [self.rows[i] for i in chosen.tolist()], self.tuned.rounded()
-                )
-                torch.stack(
-                    [self.scale[k] * v for k, v in terms.items() if k != "flips"]
-                ).sum().backward()
+            self.backward()
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % max(steps // 3, 1) == 0 or step + 1 == steps:
@@ -115,8 +105,17 @@ class _Run:
         self.tuned.restore(self.best)
         return before, self.terms
 
+    def backward(self) -> None:
+        """Add the gradient of the loss on batches drawn at random."""
+        count = min(self.options.batches, len(self.rows))
+        drawn = torch.randint(len(self.rows), (count,), generator=self.generator).tolist()
+        with torch.enable_grad():
+            terms = self.block.terms([self.rows[i] for i in drawn], self.tuned.rounded())
+            losses = [self.scale[k] * v for k, v in terms.items() if k != "flips"]
+            torch.stack(losses).sum().backward()
+
     def keep_if_better(self) -> None:
-        """Note the state where it has the least held-out loss so far."""
+        """Note the state if it has the least held-out loss so far."""
         terms = self.block.losses(self.held_out, self.tuned.stored())
         if self.total(terms) < self.least:
             self.best, self.least, self.terms = self.tuned.state(), self.total(terms), terms

@@ -14,7 +14,7 @@ from moecc.frontend.trace import trace
 from moecc.ir.moe import MoE, operand_names
 from moecc.ir.ops import VQ_EXPERTS
 from moecc.ir.program import Program
-from moecc.passes.affine import shift
+from moecc.passes._code.regression import shift
 from moecc.pipeline.stream import run_program
 
 pytestmark = pytest.mark.usefixtures("traced_once")

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from moecc.ir.graph import run_nodes
 from moecc.ir.program import Program, output_node, stage_nodes
+from moecc.passes._tune.gradients import Gradients
 from moecc.passes._tune.routing import selection_scores
+from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.whole import Whole
-from moecc.passes.rilq import Trained
-from moecc.passes.sensitivity import Gradients
-from moecc.pipeline.parse import find_pass
 from moecc.pipeline.passes import Context
 from moecc.pipeline.stream import StageWeights
 
@@ -79,7 +78,7 @@ def test_sensitivity_is_the_same_if_weights_do_not_stay_in_memory(
     want = {k: Gradients(program, Context()).measure(k, batches).tensors for k in ("kl", "routing")}
     monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: False)
     # batches one by one without memory, all together with it
-    monkeypatch.setattr("moecc.passes.sensitivity.free_memory", lambda: memory)
+    monkeypatch.setattr("moecc.passes._tune.gradients.free_memory", lambda: memory)
     got = {k: Gradients(program, Context()).measure(k, batches).tensors for k in want}
     for kind, found in want.items():
         assert found.keys() == got[kind].keys() and found
@@ -107,7 +106,7 @@ def test_without_sensitivity_all_output_channels_count_alike(traced: Program) ->
 
 def test_gradients_layer_by_layer_equal_those_of_the_whole_graph(traced: Program) -> None:
     program = compiled(traced, "kbvq{rank=2}").program
-    trained = Trained(find_pass("rilq")(rank=3), program, Context())
+    trained = Trained(program, Context(), rank=3, experts=True, lr=1.0)
     with torch.no_grad():
         for b in trained.b.values():
             b.normal_(std=0.05)

@@ -1,1 +1,1 @@
-"""How what is stored is tuned: blocks, the whole model, adapters."""
+"""Tuning what is stored: blocks, the whole model, adapters."""

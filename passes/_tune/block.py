@@ -1,15 +1,17 @@
-"""One layer's block behind the compressed earlier layers, and what is wanted of it: the float model's output and routing.
+"""One layer's block behind the compressed earlier layers, compared with the float model's.
 
-The objective's terms (VSRAQ, arXiv 2606.05688): reconstruction of the block's output, an error d costing d^T S d (`sensitivity`)
-and that relative to what the spread of the float model's output would cost; and the terms of `_tune.routing` on the next router, reached
-through the next layer's own attention and norm. Behind the last experts there is no router; what chooses there is the model's
-head, so its term is KL(float logits || logits) per token in nats.
+The terms of the objective (VSRAQ, arXiv 2606.05688):
+  reconstruction  of the block's output. An error d costs d^T S d (`sensitivity`), relative to the
+                  cost of the spread of the float model's output.
+  routing         the terms of `_tune.routing` on the next router, reached through the next layer's
+                  own attention and norm.
+  head            behind the last experts there is no router, and the model's head chooses the
+                  token: KL(float logits || logits) in nats per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,10 +28,12 @@ from moecc.passes._tune.routing import (
     standardized,
     value_loss,
 )
+from moecc.passes._tune.whole import Values
 from moecc.pipeline.passes import Layer
 from moecc.pipeline.stream import StageWeights
 
-# Every direction costs at least this share of the mean: what was not seen to matter on a sample of tokens still may.
+# Every direction costs at least this share of the mean, because a direction that a sample of tokens
+# does not show to matter still may.
 _DAMPING = 0.05
 ROUTING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "value": value_loss,
@@ -39,14 +43,18 @@ ROUTING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 
 
 class Block:
-    """One layer's block of the program and the way on to the next router, with the float model's values as targets."""
+    """One layer's block and the way on to the next router; targets are the float model's values.
+
+    A row is the number of a calibration batch.
+    """
 
     def __init__(
         self, layer: Layer, routing: Iterable[str], sensitivity: Mapping[str, Tensor], *, head: bool
     ):
-        """routing: which of the terms of `_tune.routing` are wanted; without any the router isn't reached. head: that term too.
+        """routing: the wanted terms of `_tune.routing`; without any the router isn't reached.
 
-        sensitivity: [D, D] by name of a value between layers; errors of one that has none count alike in all directions.
+        sensitivity: [D, D] by name of a value between layers; without an entry, errors of a value
+        count alike in all directions. head: whether that term is wanted.
         """
         self.layer, self.routing = layer, tuple(routing)
         program = layer.program
@@ -60,7 +68,8 @@ class Block:
             for n in body
             if n in changed and n.name in live and n.meta["val"].is_floating_point()
         ]
-        body = needed_for(body, live)  # the way on may read values that the experts have no part in
+        # all of it, because the way on may read values that the experts have no part in
+        body = needed_for(body, live)
         self.before = [n for n in body if n not in changed]
         self.body = [n for n in body if n in changed]
         following = next_router(program, layer.index)
@@ -82,7 +91,7 @@ class Block:
         }
         nodes = {n.name: n for n in layer.reference.graph.nodes}
         self.reference_onward = [nodes[n.name] for n in self.onward]
-        self.kept: dict[int, dict[str, Any]] = {}
+        self.kept: dict[int, Values] = {}
         self.scores = (
             [self._teacher(row) for row in range(len(self.targets))] if self.router else []
         )
@@ -92,16 +101,18 @@ class Block:
         """The float model's scores or logits of one batch, [T, E] or [T, vocabulary]."""
         return self._reach(self.reference_onward, dict(self.targets[row]), self.reference_weights)
 
-    def _reach(
-        self, onward: list[fx.Node], values: dict[str, Any], weights: StageWeights
-    ) -> Tensor:
+    def _reach(self, onward: list[fx.Node], values: Values, weights: StageWeights) -> Tensor:
+        """Go on to the router or the head, from the values behind the block."""
         for _ in run_nodes(onward, values, weights):
             pass
         reached: Tensor = values[self.goal]
         return reached.flatten(0, -2).float()
 
     def terms(self, rows: list[int], overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every term of the objective, averaged over calibration batches."""
+        """Every term of the objective, averaged over calibration batches.
+
+        overrides: the values of tuned tensors, by placeholder.
+        """
         sums: dict[str, Tensor] = {}
         for row in rows:
             for name, value in self._row(row, overrides).items():
@@ -109,8 +120,11 @@ class Block:
         return sums
 
     @torch.no_grad()
-    def _before(self, row: int) -> dict[str, Any]:
-        """The values of one batch that the experts' tensors have no part in: computed once, copied where they are written into."""
+    def _before(self, row: int) -> Values:
+        """The values of one batch that the experts have no part in.
+
+        They are computed once. Those that an in-place op writes into are copied each time.
+        """
         if row not in self.kept:
             values = dict(self.inputs[row])
             read = {i.name for n in (*self.body, *self.onward) for i in n.all_input_nodes}
@@ -154,7 +168,7 @@ class Block:
 
 
 def next_router(program: Program, stage: int) -> tuple[MoE, fx.Node] | None:
-    """The first router after `stage`, and the node whose values its top-k compares (its logits where that is a softmax)."""
+    """The first router after `stage`, and the node whose values its top-k compares."""
     for moe in program.moe_layers():
         if moe.layer > stage and moe.logits is not None:
             return moe, selection_scores(moe)
@@ -163,13 +177,9 @@ def next_router(program: Program, stage: int) -> tuple[MoE, fx.Node] | None:
 
 def output_logits(program: Program) -> fx.Node | None:
     """The program's logits, None for a model without a head."""
-    node = output_node(program)
-    part = (
-        program.config.get_text_config()
-        if hasattr(program.config, "get_text_config")
-        else program.config
-    )
-    return node if node.meta["val"].shape[-1] == getattr(part, "vocab_size", None) else None
+    node, config = output_node(program), program.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return node if node.meta["val"].shape[-1] == getattr(text, "vocab_size", None) else None
 
 
 def _path_to(program: Program, stage: int, target: fx.Node) -> list[fx.Node]:

@@ -1,7 +1,9 @@
-"""The linears of a decoder layer that every token goes through: which there are, and which are left as they are and why.
+"""The linears of a decoder layer that every token goes through, and why some are left alone.
 
-Left alone: routers (whatever feeds the chosen indices and weights but not the experts' input), gates (a linear whose result goes
-into a sigmoid, or with fewer than 32 outputs), and weights that something else reads too.
+Left alone are:
+  routers   all that feeds the chosen indices and weights but not the experts' input
+  gates     a linear whose result goes into a sigmoid, or with fewer than 32 outputs
+  others    a weight that something else reads too; a linear that is not the forward of an nn.Linear
 """
 
 from __future__ import annotations
@@ -15,13 +17,26 @@ from moecc.ir.graph import ancestors
 from moecc.ir.program import Program, stage_nodes
 
 FEWEST_OUTPUTS = 32
+# ops between a linear and a sigmoid that change no values
 _PASS_THROUGH = (
-    "view", "reshape", "to.dtype", "_to_copy", "unsqueeze", "squeeze", "transpose", "chunk", "getitem", "split",
-)  # fmt: skip
+    "view",
+    "reshape",
+    "to.dtype",
+    "_to_copy",
+    "unsqueeze",
+    "squeeze",
+    "transpose",
+    "chunk",
+    "getitem",
+    "split",
+)
 
 
 def linears(program: Program, stage: int) -> Iterator[tuple[fx.Node, str, str]]:
-    """(node, weight name, why it is left alone or "") of every `aten.linear` on a weight in a decoder layer's stage."""
+    """Every `aten.linear` on a weight in a decoder layer's stage.
+
+    Yields the node, the name of its weight, and why it is left alone ("" if it is not).
+    """
     if not 0 < stage < program.layers - 1:
         return
     routers = router_nodes(program)
@@ -33,14 +48,13 @@ def linears(program: Program, stage: int) -> Iterator[tuple[fx.Node, str, str]]:
 
 
 def router_nodes(program: Program) -> set[fx.Node]:
-    """Every node that helps to choose experts or their weights and is not on the way to their input."""
+    """Every node that helps to choose experts or their weights, but not to make their input."""
     found: set[fx.Node] = set()
     for moe in program.moe_layers():
         x, index, weight = moe.node.args[:3]
         found |= ancestors([index, weight]) - ancestors([x])  # type: ignore[list-item]
-        if (
-            moe.logits is not None
-        ):  # llama4's scores multiply the experts' input, so its router is on the way there
+        if moe.logits is not None:
+            # llama4's scores multiply the experts' input, so its router helps to make that too
             found.add(moe.logits)
     return found
 
@@ -55,11 +69,8 @@ def _why_left(node: fx.Node) -> str:
         return "its weight is read more than once"
     if _into_sigmoid(node):
         return "gate"
-    return (
-        f"fewer than {FEWEST_OUTPUTS} outputs"
-        if weight.meta["val"].shape[0] < FEWEST_OUTPUTS
-        else ""
-    )
+    few = weight.meta["val"].shape[0] < FEWEST_OUTPUTS
+    return f"fewer than {FEWEST_OUTPUTS} outputs" if few else ""
 
 
 def _into_sigmoid(node: fx.Node) -> bool:

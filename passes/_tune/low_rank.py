@@ -1,6 +1,7 @@
-"""Low-rank adapters of plain weights in the IR: a placeholder that stood for W stands for the derived weight W + B A.
+"""Low-rank adapters in the program: a placeholder for W becomes one for the derived W + B A.
 
-Shapes: W [N, K], A [r, K], B [N, r]. A and B are held under `<weight>.lora_a` and `<weight>.lora_b` until they are merged.
+Shapes: W [N, K], A [r, K], B [N, r]. A and B are held under `<weight>.lora_a` and `<weight>.lora_b`
+until they are merged.
 """
 
 from __future__ import annotations
@@ -17,30 +18,25 @@ _SUFFIX = ".adapted"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapted weight: the placeholder, the weight's own name and the names of the two factors."""
+    """An adapted weight."""
 
     placeholder: str
-    weight: str
-    a: str
+    weight: str  # its own name
+    a: str  # the names of the two factors
     b: str
 
 
 def attach(program: Program, placeholder: str, a: Tensor, b: Tensor) -> None:
     """Let `placeholder`, which stands for a plain weight, stand for that weight plus `b` @ `a`."""
     name = program.weights[placeholder].name
-    program.tensors[f"{name}.lora_a"], program.tensors[f"{name}.lora_b"] = a, b
+    sources = (name, f"{name}.lora_a", f"{name}.lora_b")
+    program.tensors[sources[1]], program.tensors[sources[2]] = a, b
     recipe = fx.Graph()
     w, low, high = (recipe.placeholder(n) for n in ("w", "a", "b"))
-    recipe.output(
-        recipe.call_function(
-            torch.ops.aten.add.Tensor,
-            (w, recipe.call_function(torch.ops.aten.mm.default, (high, low))),
-        )
-    )
-    sources = (name, f"{name}.lora_a", f"{name}.lora_b")
-    program.weights[placeholder] = Weight(
-        name + _SUFFIX, fx.GraphModule(torch.nn.Module(), recipe), sources
-    )
+    product = recipe.call_function(torch.ops.aten.mm.default, (high, low))
+    recipe.output(recipe.call_function(torch.ops.aten.add.Tensor, (w, product)))
+    derived = fx.GraphModule(torch.nn.Module(), recipe)
+    program.weights[placeholder] = Weight(name + _SUFFIX, derived, sources)
 
 
 def attached(program: Program) -> list[Adapter]:
@@ -53,13 +49,14 @@ def attached(program: Program) -> list[Adapter]:
 
 
 def merge(program: Program, adapter: Adapter) -> float:
-    """Make W + B A the plain weight again, rounded to the type that the checkpoint stores W in; the relative squared rounding."""
+    """Make W + B A the plain weight again, rounded to the type that the checkpoint stores W in.
+
+    Return the relative squared error of this rounding.
+    """
     value = program.read(adapter.weight + _SUFFIX)
     program.weights[adapter.placeholder] = Weight(adapter.weight)
     program.rewrite(adapter.weight, value)
     for name in (adapter.a, adapter.b):
         program.tensors.pop(name)
-    return float(
-        (program.read(adapter.weight) - value).square().sum()
-        / value.square().sum().clamp(min=1e-30)
-    )
+    error = (program.read(adapter.weight) - value).square().sum()
+    return float(error / value.square().sum().clamp(min=1e-30))

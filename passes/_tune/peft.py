@@ -1,15 +1,18 @@
-"""PEFT LoRA adapter folders: what update they give to which weight.
+"""PEFT LoRA adapter folders: which weight they update, and by how much.
 
-  1. `adapter_config.json` says how large the update is: scaling = alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732),
-     alpha by `alpha_pattern` where a module matches it, r as the tensors have it.
-  2. A linear's update is scaling * B A: A [r, K], B [N, r].
-  3. Fused experts are adapted as parameters (`target_parameters`): A [E r, K], expert by expert; B [N, r E], the expert running
-     fastest: update_e = scaling * B[:, :, e] A[e], transposed where the experts are stored so. PEFT names such tensors by nesting
-     (`experts.base_layer.lora_A`), the module's last adapted parameter outermost.
+  1. `adapter_config.json` gives the size of the update: scaling = alpha / r, or alpha / sqrt(r)
+     with rslora (arXiv 2312.03732). alpha comes from `alpha_pattern` if the module matches one of
+     its patterns, r from the tensors.
+  2. The update of a linear is scaling * B A: A [r, K], B [N, r].
+  3. Fused experts are adapted as parameters (`target_parameters`): A [E r, K], expert by expert;
+     B [N, r E], the expert running fastest. update_e = scaling * B[:, :, e] A[e], transposed if the
+     experts are stored so. PEFT names such tensors by nesting (`experts.base_layer.lora_A`), the
+     module's last adapted parameter outermost.
   4. Every tensor of the adapter must find its weight, or nothing is merged.
 
-Not read, each with an error: DoRA and other variants, adapters that came with changed base weights (PiSSA, OLoRA, ...), trained
-biases, embeddings and whole modules; an update of a weight that is tied to another, which would change both.
+Not read, each with an error: DoRA and other variants; adapters that came with changed base weights
+(PiSSA, OLoRA, ...); trained biases, embeddings and whole modules; an update of a weight that is
+tied to another, because it would change both.
 """
 
 from __future__ import annotations
@@ -17,112 +20,73 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
+from moecc.passes._tune.update import Update
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(
     r"^(?:base_model\.model\.)?(.+?)((?:\.base_layer)*)\.lora_([AB])(?:\.default)?\.weight$"
 )
-# Options that change what the tensors mean, or what else was trained; merging A and B alone would be wrong under them.
+# Options that change the meaning of the tensors, or that train something else too: with one of
+# them, merging A and B alone would be wrong.
 _UNKNOWN = (
-    "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "layer_replication", "modules_to_save",
-    "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "layer_replication",
+    "modules_to_save",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
+# Initialisations that leave the base weights as they are.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+Config = dict[str, Any]  # of adapter_config.json
+Pairs = dict[tuple[str, int], dict[str, Tensor]]  # (module path, nesting) -> "A" and "B"
 
 
 def adapter_files(owner: str, path: str) -> list[Path]:
-    """The files that say what an adapter is; MoeccError, before any work, where they can't be read."""
+    """The files that an adapter consists of.
+
+    owner: the pass that was given it. Raise MoeccError if they cannot be read, before any work.
+    """
     Adapter.read(owner, path)
     return [Path(path) / name for name in (_CONFIG, _TENSORS)]
 
 
 def require_fitting(owner: str, path: str, program: Program) -> None:
-    """MoeccError where a tensor of the adapter finds no weight in `program`."""
+    """Raise MoeccError if a tensor of the adapter finds no weight in `program`."""
     Adapter.read(owner, path).updates(program)
-
-
-def merge_into(program: Program, weight: str, update: Update) -> None:
-    """Let the program's `weight` be the sum, in float32, rounded to the type that the checkpoint stores it in."""
-    dtype = program.stored_dtype(weight)
-    before = (
-        program.tensors.reader(weight)
-        if weight in program.tensors
-        else partial(_stored, program, weight)
-    )
-    program.tensors.spill(weight, partial(_merged, before, update, dtype))
-    program.rounded.add(weight)
-
-
-def _stored(program: Program, weight: str) -> Tensor:
-    assert program.store is not None
-    return program.store.read(weight, dtype=program.dtype)
-
-
-def _merged(read: Callable[[], Tensor], update: Update, dtype: torch.dtype) -> Tensor:
-    """The weight plus its update, as the checkpoint's type holds it."""
-    value = read()
-    whole: Tensor = (value.float() + update.delta()).to(dtype).to(value.dtype)
-    return whole
-
-
-@dataclass(frozen=True)
-class Update:
-    """One weight's low-rank update; experts and transposed are for three-dimensional ones."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-    experts: int = 0
-    transposed: bool = False
-
-    def __str__(self) -> str:
-        return f"rank {self.rank}, scaling {self.scaling:g}"
-
-    @property
-    def rank(self) -> int:
-        return len(self.a) // max(self.experts, 1)
-
-    def shape(self) -> tuple[int, ...]:
-        rows, columns = self.b.shape[0], self.a.shape[1]
-        if not self.experts:
-            return rows, columns
-        return (self.experts, columns, rows) if self.transposed else (self.experts, rows, columns)
-
-    def delta(self) -> Tensor:
-        """[N, K], or [E, N, K] ([E, K, N] where transposed), float32."""
-        a, b = self.a.float(), self.b.float()
-        if not self.experts:
-            return b @ a * self.scaling
-        each: Tensor = b.unflatten(1, (-1, self.experts)).permute(2, 0, 1) @ a.unflatten(
-            0, (self.experts, -1)
-        )
-        each = each * self.scaling
-        return each.mT if self.transposed else each
 
 
 @dataclass
 class Adapter:
-    """An adapter folder: its configuration, and A and B by module path and depth of nesting."""
+    """An adapter folder: its configuration and its tensors."""
 
     folder: Path
-    config: dict[str, Any]
-    pairs: dict[tuple[str, int], dict[str, Tensor]]
+    config: Config
+    pairs: Pairs
 
     @classmethod
     def read(cls, owner: str, path: str) -> Adapter:
-        """The adapter that the pass `owner` was given."""
+        """Read the adapter that the pass `owner` was given.
+
+        Raise MoeccError if there is none, or if it holds more than plain LoRA matrices.
+        """
         if not path:
             raise MoeccError(f"{owner}: no adapter given; write {owner}{{path=FOLDER}}")
         folder = Path(path)
@@ -131,63 +95,40 @@ class Adapter:
                 raise MoeccError(
                     f"{folder}: no {name}; give a folder that PEFT saved a LoRA adapter in"
                 )
-        try:
-            config = json.loads((folder / _CONFIG).read_text())
-        except ValueError as error:
-            raise MoeccError(
-                f"{folder / _CONFIG}: not JSON ({error}); save the adapter again"
-            ) from None
+        config = _read_config(folder)
         _require_plain(folder, config)
-        pairs: dict[tuple[str, int], dict[str, Tensor]] = {}
-        try:
-            tensors = load_file(folder / _TENSORS)
-        except SafetensorError as error:
-            raise MoeccError(
-                f"{folder / _TENSORS}: not a safetensors file ({error}); save the adapter again"
-            ) from None
-        for key, tensor in tensors.items():
-            match = _KEY.match(key)
-            if not match:
-                raise MoeccError(
-                    f"{folder}: {key} is no LoRA matrix of a linear or of experts; merge it with PEFT first"
-                )
-            module, nesting, side = match.groups()
-            pairs.setdefault((module, nesting.count("base_layer")), {})[side] = tensor
-        for (module, _), pair in pairs.items():
-            if len(pair) != 2:
-                raise MoeccError(
-                    f"{folder}: {module} has lora_{next(iter(pair))} alone; save the adapter again"
-                )
-        return cls(folder, config, pairs)
+        return cls(folder, config, _read_pairs(folder))
 
     def updates(self, program: Program) -> dict[str, Update]:
-        """Weight name -> update; MoeccError where a tensor of the adapter fits none."""
+        """The update of each weight by its name.
+
+        Raise MoeccError if a tensor fits no weight of `program`, or a weight tied to another.
+        """
         found: dict[str, Update] = {}
         for (module, depth), pair in self.pairs.items():
             weight = self._weight(program, module, depth)
             if others := _tied_to(program, weight):
                 raise MoeccError(
-                    f"{self.folder}: the adapter updates {weight}, which is tied to {', '.join(others)}; untie them in the model "
-                    f"(a tensor of its own for each, tie_word_embeddings=false), or leave {module} out of the adapter"
+                    f"{self.folder}: the adapter updates {weight}, which is tied to "
+                    f"{', '.join(others)}; untie them in the model (a tensor of its own for each, "
+                    f"tie_word_embeddings=false), or leave {module} out of the adapter"
                 )
             shape = tuple(program.store.shape(weight))  # type: ignore[union-attr]
-            update = Update(pair["A"], pair["B"], self._scaling(weight.removesuffix(".weight"), pair["A"], shape),
-                            *((shape[0], _transposed(program, weight)) if len(shape) == 3 else ()))  # fmt: skip
+            fused = (shape[0], _transposed(program, weight)) if len(shape) == 3 else ()
+            scaling = self._scaling(weight.removesuffix(".weight"), pair["A"], shape)
+            update = Update(pair["A"], pair["B"], scaling, *fused)
             if update.shape() != shape:
                 raise MoeccError(
-                    f"{self.folder}: the adapter of {weight} updates {list(update.shape())}, but the weight is {list(shape)}; "
-                    "give the model that the adapter was trained on"
+                    f"{self.folder}: the adapter of {weight} updates {list(update.shape())}, but "
+                    f"the weight is {list(shape)}; give the model that the adapter was trained on"
                 )
             found[weight] = update
         return found
 
     def _weight(self, program: Program, module: str, depth: int) -> str:
-        store: Any = program.store
-        names: list[str] = (
-            [n for n in store.names() if n.rpartition(".")[0] == module]
-            if store is not None
-            else []
-        )
+        """Step 3's names: the weight of `module` that the tensors at this nesting adapt."""
+        stored = [] if program.store is None else program.store.names()
+        names = [n for n in stored if n.rpartition(".")[0] == module]
         wanted = [str(t) for t in self.config.get("target_parameters") or ()]
         parameters = [n for n in names if any(n == t or n.endswith("." + t) for t in wanted)]
         if parameters and depth < len(parameters):
@@ -195,10 +136,12 @@ class Adapter:
         if depth == 0 and f"{module}.weight" in names:
             return f"{module}.weight"
         raise MoeccError(
-            f"{self.folder}: the model has no weight for the adapter of {module}; give the model it was trained on"
+            f"{self.folder}: the model has no weight for the adapter of {module}; "
+            "give the model it was trained on"
         )
 
     def _scaling(self, key: str, a: Tensor, shape: tuple[int, ...]) -> float:
+        """Step 1 for the module `key`."""
         patterns = self.config.get("alpha_pattern") or {}
         alpha = next(
             (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", key)),
@@ -210,43 +153,72 @@ class Adapter:
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else max(rank, 1))
 
 
+def _read_config(folder: Path) -> Config:
+    file = folder / _CONFIG
+    try:
+        config: Config = json.loads(file.read_text())
+    except ValueError as error:
+        raise MoeccError(f"{file}: not JSON ({error}); save the adapter again") from None
+    return config
+
+
+def _read_pairs(folder: Path) -> Pairs:
+    file, pairs = folder / _TENSORS, Pairs()
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise MoeccError(
+            f"{file}: not a safetensors file ({error}); save the adapter again"
+        ) from None
+    for key, tensor in tensors.items():
+        match = _KEY.match(key)
+        if not match:
+            raise MoeccError(
+                f"{folder}: {key} is no LoRA matrix of a linear or of experts; "
+                "merge it with PEFT first"
+            )
+        module, nesting, side = match.groups()
+        pairs.setdefault((module, nesting.count("base_layer")), {})[side] = tensor
+    for (module, _), pair in pairs.items():
+        if len(pair) != 2:
+            raise MoeccError(
+                f"{folder}: {module} has lora_{next(iter(pair))} alone; save the adapter again"
+            )
+    return pairs
+
+
 def _tied_to(program: Program, weight: str) -> list[str]:
     """Other names of the checkpoint's tensor behind `weight`."""
-    tied: dict[str, str] = getattr(program.store, "tied", {})
+    tied = {} if program.store is None else program.store.tied
     owner = tied.get(weight, weight)
     return [name for name in (owner, *tied) if name != weight and tied.get(name, name) == owner]
 
 
-def _require_plain(folder: Path, config: dict[str, Any]) -> None:
+def _require_plain(folder: Path, config: Config) -> None:
+    """Raise MoeccError if the configuration asks for more than scaling * B A."""
     if config.get("peft_type") != "LORA":
         raise MoeccError(
-            f"{folder}: an adapter of type {config.get('peft_type')}; moecc merges LORA, merge this one with PEFT first"
+            f"{folder}: an adapter of type {config.get('peft_type')}; moecc merges LORA, "
+            "merge this one with PEFT first"
         )
+    odd = [k for k in _UNKNOWN if config.get(k)]
+    if config.get("bias") not in (None, "none"):
+        odd.append("bias")
     start = config.get("init_lora_weights", True)
-    odd = [k for k in _UNKNOWN if config.get(k)] + _if(
-        config.get("bias") not in (None, "none"), "bias"
-    )
-    odd += _if(
-        isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"),
-        f"init_lora_weights={start}",
-    )
+    if isinstance(start, str) and start not in _PLAIN_STARTS:
+        odd.append(f"init_lora_weights={start}")
     if odd:
         raise MoeccError(
-            f"{folder}: {', '.join(odd)} in its {_CONFIG} can't be merged here; merge it with PEFT first"
+            f"{folder}: {', '.join(odd)} in its {_CONFIG} can't be merged here; "
+            "merge it with PEFT first"
         )
-
-
-def _if(condition: bool, word: str) -> list[str]:
-    return [word] if condition else []
 
 
 def _transposed(program: Program, weight: str) -> bool:
-    """Whether experts store [E, in, out]: then the program's canonical operand is computed by a transposition."""
-    derived: Iterable[Any] = (
-        w for w in program.weights.values() if w.recipe is not None and weight in w.sources
-    )
-    return any(
-        "transpose" in str(n.target) or "permute" in str(n.target)
-        for w in derived
-        for n in w.recipe.graph.nodes
-    )
+    """Whether experts are stored as [E, in, out].
+
+    Then a transposition computes the program's canonical operand from them.
+    """
+    recipes = [w.recipe for w in program.weights.values() if weight in w.sources]
+    targets = [str(n.target) for r in recipes if r is not None for n in r.graph.nodes]
+    return any("transpose" in t or "permute" in t for t in targets)

@@ -1,13 +1,12 @@
-"""The stored tensors of a layer's compressed experts as values that an optimizer can move.
+"""The stored tensors of compressed experts as values that an optimizer can move.
 
-Codebooks and coefficients are whole numbers in the format: their gradient goes straight through the rounding. Codes and signs have
-none and stay.
+Codebooks and coefficients are whole numbers in the format; their gradient goes straight through the
+rounding. Codes and signs have no gradient and stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,51 +17,59 @@ from moecc.ir.program import Program
 from moecc.passes._code.codebooks import clamp_codebook
 from moecc.passes._code.half import compact
 
+Group = dict[str, object]  # a parameter group of an optimizer
 # kind -> learning rate at 2 bit, in units of the tensor's own (`_unit`)
 RATES = {
-    "codebook": 0.15, "scale": 2e-3, "bias": 2e-2, "basis": 5e-3, "coef": 0.3, "coef_scale": 2e-3,
-    "mean_codebook": 0.15, "mean_scale": 2e-3,
-}  # fmt: skip
+    "codebook": 0.15,
+    "scale": 2e-3,
+    "bias": 2e-2,
+    "basis": 5e-3,
+    "coef": 0.3,
+    "coef_scale": 2e-3,
+    "mean_codebook": 0.15,
+    "mean_scale": 2e-3,
+}
 _WHOLE = ("codebook", "mean_codebook", "coef")  # whole numbers in the format
 
 
 def split(batches: int) -> tuple[list[int], list[int]]:
-    """Which calibration batches train, and which are held out: an eighth, at least one, and of a single one the same."""
+    """The calibration batches that train, and those that are held out.
+
+    An eighth is held out, at least one; a single batch does both.
+    """
     held_out = list(range(7, batches, 8)) or [batches - 1]
     return [i for i in range(batches) if i not in held_out] or held_out, held_out
 
 
 class Tuned:
-    """The tensors behind the compressed experts nodes `found`, by placeholder; each trained in units of its own size."""
+    """The tensors behind the compressed experts nodes `found`, by placeholder.
+
+    Each is trained in units of its own size.
+    """
 
     def __init__(self, program: Program, found: list[MoE]):
         self.program = program
         self.names: dict[str, str] = {}  # placeholder -> weight name
         self.kinds: dict[str, str] = {}
-        self.bits: dict[str, int] = {}
+        self.bits: dict[str, int] = {}  # of the codes
         values: dict[str, Tensor] = {}
-        for moe in found:
-            for projection in moe.projections:
-                for kind in RATES:
-                    node = projection.operand(kind)
-                    if node is None:
-                        continue
-                    self.names[node.name], self.kinds[node.name] = (
-                        program.weights[node.name].name,
-                        kind,
-                    )
-                    self.bits[node.name] = projection.bits(
-                        vq4.MEAN if kind.startswith(vq4.MEAN) else ""
-                    )
-                    values[node.name] = program.read(self.names[node.name]).float().clone()
+        for projection in (p for moe in found for p in moe.projections):
+            for kind in RATES:
+                node = projection.operand(kind)
+                if node is None:
+                    continue
+                name, matrix = node.name, vq4.MEAN if kind.startswith(vq4.MEAN) else ""
+                self.names[name], self.kinds[name] = program.weights[name].name, kind
+                self.bits[name] = projection.bits(matrix)
+                values[name] = program.read(self.names[name]).float().clone()
         self.unit = {k: _unit(self.kinds[k], v) for k, v in values.items()}
         self.parameters = {k: (v / self.unit[k]).requires_grad_() for k, v in values.items()}
 
-    def groups(self, factor: float) -> list[dict[str, Any]]:
+    def groups(self, factor: float) -> list[Group]:
         """Parameter groups for an optimizer, rates multiplied by `factor`.
 
-        A bit more leaves less to correct, and the steps are a third: larger ones lowered the flips of the
-        routers at 3 bit and raised the divergence.
+        Per extra bit the rate is divided by 3, because less is left to correct. Larger steps
+        lowered the flips of the routers at 3 bit, but raised the divergence.
         """
         rates = {
             k: RATES[self.kinds[k]] * factor * 3.0 ** (2 - self.bits[k]) for k in self.parameters
@@ -70,7 +77,10 @@ class Tuned:
         return [{"params": [p], "lr": rates[k]} for k, p in self.parameters.items()]
 
     def rounded(self, wanted: Container[str] | None = None) -> dict[str, Tensor]:
-        """Differentiable values by placeholder (those `wanted`), integer tensors rounded with a straight-through gradient."""
+        """Differentiable values by placeholder, those `wanted`.
+
+        Whole numbers are rounded with a straight-through gradient.
+        """
         found: dict[str, Tensor] = {}
         for k, p in self.parameters.items():
             if wanted is not None and k not in wanted:
@@ -82,7 +92,7 @@ class Tuned:
 
     @torch.no_grad()
     def stored(self, wanted: Container[str] | None = None) -> dict[str, Tensor]:
-        """The tensors (those `wanted`) exactly as `store` writes them."""
+        """The tensors, those `wanted`, exactly as `store` writes them."""
         found: dict[str, Tensor] = {}
         for k, p in self.parameters.items():
             if wanted is not None and k not in wanted:
@@ -99,15 +109,17 @@ class Tuned:
         return (lambda value: value.round().clamp(-127, 127)) if kind == "coef" else None
 
     def state(self) -> dict[str, Tensor]:
+        """A copy of all parameters."""
         return {k: p.detach().clone() for k, p in self.parameters.items()}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
+        """Set all parameters to what `state` returned."""
         for k, p in self.parameters.items():
             p.copy_(state[k])
 
     def store(self) -> bool:
-        """Write what differs from the program's tensors; whether anything did."""
+        """Write the tensors that differ from the program's; return whether any did."""
         changed = False
         for placeholder, value in self.stored().items():
             held = self.program.read(self.names[placeholder])
@@ -118,7 +130,11 @@ class Tuned:
 
 
 def _unit(kind: str, value: Tensor) -> Tensor:
-    """Scales move relative to themselves, signed tensors relative to their size, whole numbers in steps of one."""
+    """The unit that a tensor moves in.
+
+    Scales move relative to themselves, signed tensors relative to their mean size, whole numbers in
+    steps of one.
+    """
     if kind.endswith("scale"):
         return value.abs().clamp(min=1e-8)
     return value.new_ones(()) if kind in _WHOLE else value.abs().mean().clamp(min=1e-8)
