@@ -5,8 +5,8 @@ adapters of routed experts on a model that holds their decoded weights.
 
   1. Add the updates of dense matrices exactly, rounded to the type that the matrix is stored in
      (`_tune.update`).
-  2. Turn what the experts' updates have in common into `rank` more rows of the layer's shared
-     basis: top singular vectors under the second moments of the input, as `klt` finds its own
+  2. Turn the common part of the experts' updates into `rank` more rows of the layer's shared basis:
+     top singular vectors under the second moments of the input, as `klt` finds its own
      (`_code.basis`, steps 2 to 7). Codes stay.
   3. The audit has the share of the update's effect that is lost in each projection:
      |U - stored|^2 / |U|^2 under these moments. It includes the new rounding of a basis that was

@@ -1,11 +1,11 @@
 """KBVQ-MoE under one name: `moments,klt,vq,affine,fold`, and `budget` for fractions of bits.
 
-The method is that of arXiv 2602.11184, with one difference: by default `klt` decides what a layer
-gets, a basis, a shared mean, both or neither, whatever leaves the least error for the bits.
-rank=R,mean=off is the paper's choice.
+The method is that of arXiv 2602.11184, with one difference. By default `klt` decides whether a
+layer gets a basis, a shared mean, both or neither: whichever leaves the least error for the bits.
+The paper's choice is rank=R,mean=off.
 
-Cost in bits per weight: `bits`, plus what the parts say of scales, codebooks and shared parts; all
-included if `bits` is a fraction.
+Cost in bits per weight: `bits`, plus scales, codebooks and shared parts (see `vq` and `klt`). If
+`bits` is a fraction, it includes these.
 """
 
 from __future__ import annotations

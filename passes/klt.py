@@ -1,4 +1,4 @@
-"""KBVQ-MoE, first part: take out what the experts of a layer have in common.  arXiv 2602.11184.
+"""KBVQ-MoE, first part: take out the common part of a layer's experts.  arXiv 2602.11184.
 
   1. Two things can be taken out before coding: a mean that all experts share as it is, and a basis
      in which each expert has coefficients. `_code.basis` says how both are found.

@@ -1,8 +1,9 @@
 """The cost of an error in a layer's output: the metric that coding and tuning work under.
 
-  1. Run calibration text through the float model and take gradients g of what is to be kept, with
-     respect to the experts' outputs and to the values that leave each layer. Their mean outer
-     product S = E[g g^T] gives a small error d the cost d^T S d. There are two kinds:
+  1. Run calibration text through the float model. Take gradients g of a quantity that compression
+     should keep, with respect to the experts' outputs and to the values that leave each layer.
+     Their mean outer product S = E[g g^T] gives a small error d the cost d^T S d. There are two
+     kinds:
        kl       g of -log p(y), y drawn from the model itself. S is the Fisher information, and
                 d^T S d / 2 the divergence KL(float || changed) of the next token, to second order
                 (Martens, arXiv 1412.1193, 9.2). A model without a head gives its last hidden state

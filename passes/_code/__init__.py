@@ -1,1 +1,1 @@
-"""Coding weights: moments, the metric of errors, codebooks, codes, and what experts share."""
+"""Coding weights: moments, the metric of errors, codebooks, codes, and parts that experts share."""

@@ -1,4 +1,4 @@
-"""What the experts of a projection have in common: what can be taken out before coding.
+"""The common part of a projection's experts, which can be taken out before coding.
 
 Two things can be: a matrix that all experts share as it is, and a basis in which each expert has
 coefficients of its own.

@@ -33,7 +33,7 @@ class Moments:
     # projection -> costs of errors in its output, [E, N, N] or [1, N, N] ([.., D, D] for down);
     # without an entry all channels count alike
     output: dict[str, Tensor]
-    notes: list[str] = field(default_factory=list)  # what was measured otherwise than it should be
+    notes: list[str] = field(default_factory=list)  # remarks on anything left out
 
     def of(self, projection: str) -> Tensor:
         """The moments [E, K, K] of `gate_up` or `down`; a view if experts share one."""
@@ -133,7 +133,7 @@ def measure(
 def _output(
     moe: MoE, cost: Tensor | None, gate_up_fits: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The costs of errors in down's output [1, D, D], and remarks on what is left out.
+    """The costs of errors in down's output [1, D, D], and remarks on what is missing.
 
     There is an entry for gate_up, still empty, if that is to be measured.
     """

@@ -34,7 +34,7 @@ class Regression(Protocol):
         """The best slope and offset, [N] each; offset=False: the best line through zero."""
 
     def error(self, slope: Tensor | float, offset: Tensor | float) -> float:
-        """The cost of what a line leaves, summed over tokens."""
+        """The cost of the residual of a line, summed over tokens."""
 
 
 @dataclass

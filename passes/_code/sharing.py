@@ -1,8 +1,8 @@
 """What a mean and a basis would save: the cost of coding a projection with and without them.
 
-  1. Take the error after coding as proportional to the energy of the remainder (`Case.energy`):
-     each expert counts by how much it is used, and each column and row by what error feedback
-     leaves of the cost of an error there (pivots of the moment and of `sensitivity`).
+  1. Take the error after coding as proportional to the energy of the remainder (`Case.energy`).
+     Each expert counts by how much it is used. Each column and row counts by the part of an
+     error's cost that error feedback leaves there (pivots of the moment and of `sensitivity`).
   2. Find the factor by coding a few experts (`Case.cost`).
   3. A mean is coded too, so its own error comes on top: a share of its energy, `DISTORTION`.
 
@@ -98,13 +98,13 @@ class Case:
         return self.weight.shape[2] if self.input_side else self.weight.shape[1]
 
     def energy(self, remainder: Tensor) -> Tensor:
-        """Step 1 by experts, but for the factor: [E or 1, N, K] -> [E]."""
+        """Step 1 by experts, without the factor: [E or 1, N, K] -> [E]."""
         return (remainder.square().sum(-1) * self.size).sum(-1)
 
     def cost(self, bits: int, mean: int = 0, rank: int = 0) -> float:
         """Step 2: the cost of the error once the rest is coded at `bits`, measured on some experts.
 
-        The rest is what a mean of `mean` bits and a basis of `rank` rows leave.
+        The rest is the remainder behind a mean of `mean` bits and a basis of `rank` rows; 0: none.
         """
         whole = self.energy(self.weight)
         # An expert without tokens or weights says nothing about the factor.
@@ -176,5 +176,5 @@ class Case:
         return found | self.basis(found.left_of(self.weight), rank) if rank else found
 
     def basis(self, weight: Tensor, rank: int) -> Shared:
-        """A basis of `rank` rows for what is left of the experts, [E, N, K]."""
+        """A basis of `rank` rows for the experts, or their remainders, [E, N, K]."""
         return factorize(weight, self.moment, rank, input_side=self.input_side)

@@ -1,1 +1,1 @@
-"""Tuning what is stored: blocks, the whole model, adapters."""
+"""Tuning stored tensors: block by block, over the whole model, and by adapters."""

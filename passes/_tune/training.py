@@ -19,7 +19,7 @@ from moecc.pipeline.passes import Context, Kept
 
 _CHECKS = 10  # evaluations of the held-out loss
 _WARM_UP = 20  # steps
-_ADAM = ("step", "exp_avg", "exp_avg_sq")  # what it holds of a parameter
+_ADAM = ("step", "exp_avg", "exp_avg_sq")  # its state of one parameter
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Whole:
     def forward(self, ids: Tensor, trained: Trained) -> list[Values]:
         """The values alive before each stage, and those watched in the stage before it.
 
-        The last entry is what the head gets.
+        The last entry holds the inputs of the head.
         """
         kept: list[Values] = [{self.input: ids}]
         for stage in range(self.program.layers - 1):
