@@ -1,7 +1,9 @@
-"""The dense target: the float checkpoint that an artifact stands for, for tools that train or convert plain weights.
+"""The dense target: the float checkpoint that an artifact stands for, for tools that train or
+convert plain weights.
 
-Codes, scales, basis and mean become the matrices that they stand for, under the family's own names, and quantized linears plain
-ones. transformers, PEFT and converters take the folder without moecc. An adapter trained on it goes back by the pass `absorb`.
+Codes, scales, basis and mean become the matrices that they stand for, under the family's own names,
+and quantized linears plain ones. transformers, PEFT and converters take the folder without moecc.
+An adapter trained on it goes back by the pass `absorb`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The reference target: the artifact runs in eager PyTorch through transformers, and its numbers define the others'.
+"""The reference target: the artifact runs in eager PyTorch through transformers, and its numbers
+define the others'.
 
-There is nothing to lower: `moecc.ir.ops` is the implementation, and `AutoModelForCausalLM.from_pretrained` loads the artifact.
+There is nothing to lower: `moecc.ir.ops` is the implementation, and
+`AutoModelForCausalLM.from_pretrained` loads the artifact.
 """
 
 from __future__ import annotations

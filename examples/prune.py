@@ -1,13 +1,18 @@
-"""prune: takes out the experts that do least, so that what stays can be compressed with the bits they took.
+"""prune: takes out the experts that do least, so that what stays can be compressed with the bits
+they took.
 
-  1. The calibration text runs through the float model. An expert's score is the mean over all tokens of w_e |y_e|, its routing
-     weight times the norm of its output: how often it is chosen, and how much it then adds (as in REAP, arXiv 2510.13999).
-  2. Each layer keeps the `keep` share of its experts with the highest scores, in their order; where the router chooses groups
-     first, the same number of each group. A token never has fewer than it takes.
-  3. Router, configuration and stored weights follow (`Context.keep_experts`), and passes behind it take what is left for the
-     float model: `moecc compile MODEL --passes ./examples/prune.py{keep=0.75},kbvq -o OUT`.
+  1. The calibration text runs through the float model. An expert's score is the mean over all
+     tokens of w_e |y_e|, its routing weight times the norm of its output: how often it is chosen,
+     and how much it then adds (as in REAP, arXiv 2510.13999).
+  2. Each layer keeps the `keep` share of its experts with the highest scores, in their order; where
+     the router chooses groups first, the same number of each group. A token never has fewer than it
+     takes.
+  3. Router, configuration and stored weights follow (`Context.keep_experts`), and passes behind it
+     take what is left for the float model: `moecc compile MODEL --passes
+     ./examples/prune.py{keep=0.75},kbvq -o OUT`.
 
-Cost: the routed experts' bits shrink to the `keep` share. Not done: weights of the experts that stay are not adjusted.
+Cost: the routed experts' bits shrink to the `keep` share. Not done: weights of the experts that
+stay are not adjusted.
 
 Shapes: T tokens, k experts per token, E experts, D hidden.
 """
@@ -98,7 +103,9 @@ def expert_scores(layer: Layer, moe: MoE) -> Tensor:
 
 
 def highest(scores: Tensor, count: int, groups: int = 1) -> list[int]:
-    """The `count` experts of highest score, equally many of each of `groups` neighbouring groups, ascending."""
+    """The `count` experts of highest score, equally many of each of `groups` neighbouring groups,
+    ascending.
+    """
     each = scores.view(groups, -1)
     best = each.argsort(dim=-1, descending=True, stable=True)[:, : count // groups]
     offset = torch.arange(groups).unsqueeze(-1) * each.shape[1]

@@ -1,7 +1,8 @@
 """moecc: a compiler for Mixture-of-Experts language models.
 
-`import moecc` is quick: torch and transformers are imported when a function below is first used. It makes transformers know the
-artifact format, so that `AutoModelForCausalLM.from_pretrained(OUT)` works.
+`import moecc` is quick: torch and transformers are imported when a function below is first used. It
+makes transformers know the artifact format, so that `AutoModelForCausalLM.from_pretrained(OUT)`
+works.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """What an artifact can be lowered to, and what runs a compressed module where it lies.
 
-A `Target` is a frozen dataclass with options, as a pass is: `onnx{profile=native,opset=21}`. It is found by name in
-`moecc.backends`, by entry point, or by the path of a Python file. `backends/README.md` says how to write one.
+A `Target` is a frozen dataclass with options, as a pass is: `onnx{profile=native,opset=21}`. It is
+found by name in `moecc.backends`, by entry point, or by the path of a Python file.
+`backends/README.md` says how to write one.
 
-A target may also bring `Kernels` for a type of device. They want codes in an order of their own, in which a module keeps them while
-it is on such a device; what a module saves is always as `moecc.ir.vq4` says. They are looked for when tensors come to a device that
-is not the CPU. MOECC_KERNELS=reference makes the reference run on every device; without it, a card that the kernels do not
-support is an error.
+A target may also bring `Kernels` for a type of device. They want codes in an order of their own, in
+which a module keeps them while it is on such a device; what a module saves is always as
+`moecc.ir.vq4` says. They are looked for when tensors come to a device that is not the CPU.
+MOECC_KERNELS=reference makes the reference run on every device; without it, a card that the kernels
+do not support is an error.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ _CHOICES = ("auto", "reference")
 
 @dataclass(frozen=True)
 class Emitted:
-    """What a target wrote: the folder (None where the artifact itself is what runs), facts that JSON holds, and a line."""
+    """What a target wrote.
+
+    The folder (None where the artifact itself is what runs), facts that JSON holds, and a line.
+    """
 
     out: Path | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -49,10 +54,15 @@ class Target(Options, ABC):
 
     @abstractmethod
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
-        """Write the artifact in the folder `artifact` as the new folder `out`, whole or not at all; `say` takes remarks."""
+        """Write the artifact in the folder `artifact` as the new folder `out`, whole or not at all;
+        `say` takes remarks.
+        """
 
     def build(self, say: Say) -> list[Path]:
-        """Compile, ahead of their first use, the native libraries that this target has; where they are."""
+        """Compile, ahead of their first use, the native libraries that this target has.
+
+        Where they are.
+        """
         return []
 
     def exported(self, folder: Path) -> bool:
@@ -88,7 +98,10 @@ class Kernels(ABC):
     def pack(
         self, tensors: Mapping[str, Tensor | None], *, gated: bool
     ) -> dict[str, Tensor | None]:
-        """The tensors of `vq4.TENSORS` with codes and signs in the kernels' order. gated: gate rows, then as many up rows."""
+        """The tensors of `vq4.TENSORS` with codes and signs in the kernels' order.
+
+        gated: gate rows, then as many up rows.
+        """
 
     @abstractmethod
     def unpack(
@@ -101,7 +114,10 @@ TARGETS: Registry[Target] = Registry(Target, "moecc.backends", "target", "target
 
 
 def parse_target(text: str) -> Target:
-    """The target that `text` names, such as `onnx{profile=native}`; MoeccError where it can't be had."""
+    """The target that `text` names, such as `onnx{profile=native}`.
+
+    MoeccError where it can't be had.
+    """
     found = items(text)
     if len(found) != 1:
         raise MoeccError(

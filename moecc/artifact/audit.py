@@ -1,7 +1,9 @@
-"""The account of every weight: what an artifact stores, and a row for each parameter that says what became of it.
+"""The account of every weight: what an artifact stores, and a row for each parameter that says what
+became of it.
 
-The audit has a row for every parameter of the model, a row for each tensor of the source that the model does not use, and a row
-for the files' own headers. The bytes of its rows add up to the size of the model*.safetensors files.
+The audit has a row for every parameter of the model, a row for each tensor of the source that the
+model does not use, and a row for the files' own headers. The bytes of its rows add up to the size
+of the model*.safetensors files.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ _FIELDS = ("fate", "error", "tokens", "starved", "fallback")
 
 @dataclass
 class Plan:
-    """What will be written: tensors by name (read when written), what config.json says of them, and the audit's rows."""
+    """The tensors of an artifact, read when they are written, and what is said of them.
+
+    compression: what config.json says; rows: the audit.
+    """
 
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -54,7 +59,8 @@ class Plan:
 
 
 def plan(program: Program, original: Program, ctx: Context) -> Plan:
-    """Everything that an artifact of `program` stores. original: the traced model, with the same store.
+    """Everything that an artifact of `program` stores. original: the traced model, with the same
+    store.
 
     What passes recorded of names that have no row goes to `ctx.notes`.
     """
@@ -68,7 +74,10 @@ def plan(program: Program, original: Program, ctx: Context) -> Plan:
 
 
 class _Planner:
-    """Plans one artifact: experts first, then quantized linears, then every other tensor of the checkpoint."""
+    """Plans one artifact.
+
+    Experts first, then quantized linears, then every other tensor of the checkpoint.
+    """
 
     def __init__(self, program: Program, original: Program, ctx: Context):
         assert program.store is not None
@@ -125,7 +134,7 @@ class _Planner:
         sources: list[str],
         stored: dict[str, fx.Node],
     ) -> None:
-        """The first parameter behind a projection accounts for all that is stored of it; the others are part of that."""
+        """Add the rows of a projection: its first parameter accounts for all, the others are part of it."""
         facts = self.ctx.audit.get(projection.path, {})
         first, *others = sources
         parts = {part: _nbytes(node) for part, node in stored.items()}
@@ -233,18 +242,21 @@ class _Planner:
         return 8 * self.store.dtype(name).itemsize
 
     def held(self, node: fx.Node) -> LazyTensor:
-        """The weight behind a placeholder, as that describes it; it may lie on disk, and is read when it is written."""
+        """Give the weight behind a placeholder; it may lie on disk until it is written."""
         val: Tensor = node.meta["val"]
         name = self.program.weights[node.name].name
         return LazyTensor(tuple(val.shape), val.dtype, partial(self.program.read, name))
 
     def kept(self, name: str) -> LazyTensor:
-        """A weight of the source as it is."""
+        """Give a weight of the source as it is."""
         shape = tuple(self.store.shape(name))
         return LazyTensor(shape, self.store.dtype(name), partial(self.store.read, name))
 
     def rewritten(self, name: str) -> LazyTensor:
-        """A weight that a pass changed: in the source's type if that holds it exactly, else in the program's."""
+        """Give a weight that a pass changed.
+
+        It has the source's type if that holds it exactly, else the program's.
+        """
         program = self.program
         dtype = program.stored_dtype(name) if name in program.rounded else program.dtype
         shape = tuple(self.store.shape(name))

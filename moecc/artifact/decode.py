@@ -1,8 +1,10 @@
 """The float weights that an artifact stands for, under the names and in the layout of its family.
 
-1. a coded projection is decoded to the canonical matrices [E, N, K] (`moecc.ir.vq4`), a quantized linear to [N, K]
-2. the float model's trace knows each canonical operand as a graph over its parameters (a transposition, interleaved rows). The
-   same graph, run on the numbers of elements, says which element of which parameter each canonical weight is
+1. a coded projection is decoded to the canonical matrices [E, N, K] (`moecc.ir.vq4`), a quantized
+   linear to [N, K]
+2. the float model's trace knows each canonical operand as a graph over its parameters (a
+   transposition, interleaved rows). The same graph, run on the numbers of elements, says which
+   element of which parameter each canonical weight is
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from moecc.ir.program import Program
 def float_tensors(folder: Path, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
     """The tensors of the float checkpoint by name, each computed when it is read.
 
-    dtype: of floating tensors, by default that of the configuration. MoeccError if the family has no place for something that
-    is stored: offsets, where it has no biases.
+    dtype: of floating tensors, by default that of the configuration. MoeccError if the family has
+    no place for something that is stored: offsets, where it has no biases.
     """
     program = trace(folder)
     found = skeleton(as_if_plain(read_config(folder)[0]))
@@ -39,7 +41,10 @@ def float_tensors(folder: Path, dtype: torch.dtype | None = None) -> dict[str, L
 
 
 class _Decoder:
-    """Gives the float model `plain` the weights that the artifact `program` stands for. shapes: of its parameters."""
+    """Gives the float model `plain` the weights that the artifact `program` stands for.
+
+    shapes: of its parameters.
+    """
 
     def __init__(
         self,
@@ -95,7 +100,9 @@ class _Decoder:
     def parameter(
         self, node: fx.Node, source: str, ours: Projection, bias: fx.Node | None
     ) -> Tensor:
-        """The parameter `source`, one of those that the float model computes the operand `node` from."""
+        """The parameter `source`, one of those that the float model computes the operand `node`
+        from.
+        """
         canonical = self.program.value(bias) if bias is not None else self.dense(ours)
         weight = self.plain.weights[node.name]
         if weight.recipe is None:

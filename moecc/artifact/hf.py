@@ -1,7 +1,8 @@
-"""transformers' side of an artifact: `import moecc`, then `AutoModelForCausalLM.from_pretrained(OUT)` works.
+"""transformers' side of an artifact: `import moecc`, then
+`AutoModelForCausalLM.from_pretrained(OUT)` works.
 
-config.json of an artifact tells the constructor which modules are compressed and how (`moecc.checkpoint.schema`), and nothing that
-is in the weights.
+config.json of an artifact tells the constructor which modules are compressed and how
+(`moecc.checkpoint.schema`), and nothing that is in the weights.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class MoeccConfig(QuantizationConfigMixin):
 
 
 class MoeccQuantizer(HfQuantizer):
-    """Gives a model its compressed modules before weights are loaded, and their kernels once it is known where they are."""
+    """Gives a model its compressed modules before weights are loaded, and their kernels once it is
+    known where they are.
+    """
 
     requires_calibration = True
     quantization_config: MoeccConfig
@@ -72,7 +75,9 @@ class MoeccQuantizer(HfQuantizer):
 
 
 def load(folder: str, dtype: torch.dtype | None = None) -> Any:
-    """The transformers model of an artifact (or of any checkpoint), by the class that its configuration asks for."""
+    """The transformers model of an artifact (or of any checkpoint), by the class that its
+    configuration asks for.
+    """
     config, _ = read_config(folder)
     model = model_class(config).from_pretrained(
         folder, dtype=dtype or "auto", local_files_only=True

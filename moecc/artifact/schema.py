@@ -1,4 +1,7 @@
-"""What moecc.json says: the rows of the audit and their sums. What config.json says is in `moecc.checkpoint.schema`."""
+"""What moecc.json says: the rows of the audit and their sums.
+
+What config.json says is in `moecc.checkpoint.schema`.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,14 @@ from moecc.types import Json
 
 @dataclass
 class Row:
-    """One line of the audit: a parameter of the model, a tensor that it has no place for, or the files' headers.
+    """One line of the audit: a parameter of the model, a tensor that it has no place for, or the
+    files' headers.
 
-    bits: per weight of the parameter, everything stored for it counted. Of routed experts: experts is the module's path,
-    projection which of its two, layer the decoder layer's number; tokens are the calibration tokens that each expert saw, and
-    starved the experts that saw too few, each with the tokens that were sent to it on purpose. fallback: why a pass left it in
-    float. details: what passes recorded besides.
+    bits: per weight of the parameter, everything stored for it counted. Of routed experts: experts
+    is the module's path, projection which of its two, layer the decoder layer's number; tokens are
+    the calibration tokens that each expert saw, and starved the experts that saw too few, each with
+    the tokens that were sent to it on purpose. fallback: why a pass left it in float. details: what
+    passes recorded besides.
     """
 
     name: str
@@ -56,14 +61,18 @@ class Row:
 
 
 def summary(rows: Iterable[Row]) -> Json:
-    """Bytes by role (headers included); bits per weight over routed experts and over everything (tensors alone), or None."""
+    """Sum up an audit: bytes by role (headers included) and bits per weight.
+
+    Bits are over the routed experts and over everything (tensors alone); None without weights.
+    """
     roles: dict[str, int] = {}
     stored = weights = everything = 0
     for row in rows:
         roles[row.role] = roles.get(row.role, 0) + row.nbytes
         everything += row.weights
         if row.role == ROUTED and row.bits:
-            # a row of coded experts stands for their biases too, whose weights its bits do not count
+            # a row of coded experts stands for their biases too, whose weights its bits do not
+            # count
             kept = row.fate.kind == "kept"
             stored += row.nbytes
             weights += row.weights if kept else round(8 * row.nbytes / row.bits)

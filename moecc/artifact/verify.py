@@ -1,4 +1,4 @@
-"""The reload check: what was written is loaded again as a user would load it, and its logits compared with the program's."""
+"""The reload check: load what was written as a user would, and compare its logits."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ class Comparison:
 def reload_and_compare(
     folder: Path, program: Program, batches: Sequence[Tensor], memory: int | None = None
 ) -> Comparison:
-    """Compare logits on `batches` (token ids [B, S]). MoeccError where they differ by more than rounding.
+    """Compare logits on `batches` (token ids [B, S]). MoeccError where they differ by more than
+    rounding.
 
-    Through transformers where the model fits in `memory` bytes (by default what is free), else layer by layer through a new trace.
+    Through transformers where the model fits in `memory` bytes (by default what is free), else
+    layer by layer through a new trace.
     """
     want = run_program(program, batches)
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) * 2

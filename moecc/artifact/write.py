@@ -1,9 +1,11 @@
 """Writing the artifact: a folder that transformers loads, with an account of every weight in it.
 
   config.json            the model's own, with the quantization_config of `moecc.checkpoint.schema`
-  model*.safetensors     compressed tensors in the canonical form of `moecc.ir.vq4`, everything else as it was
+  model*.safetensors     compressed tensors in the canonical form of `moecc.ir.vq4`, everything else
+                         as it was
   tokenizer and other small files of the source
-  moecc.json             format and package versions, resolved pipeline, source digest, notes, audit (`moecc.artifact.schema`)
+  moecc.json             format and package versions, resolved pipeline, source digest, notes, audit
+                         (`moecc.artifact.schema`)
 
 Writing fails if the bytes of the audit's rows are not those of the weight files.
 """
@@ -38,9 +40,10 @@ def write_artifact(
     facts: Json,
     progress: Progress = lambda items, label: items,
 ) -> list[Row]:
-    """Write the artifact into the existing folder `folder`; the complete audit, whose bytes equal those on disk.
+    """Write the artifact into the existing folder `folder`, and return the complete audit.
 
-    source: the folder that the model came from, None for a model in memory. facts: what moecc.json says besides the audit.
+    source: the folder that the model came from, None for a model in memory. facts: what moecc.json
+    says besides the audit.
     """
     files = write_weights(folder, found.tensors, progress)
     on_disk = sum((folder / name).stat().st_size for name in files)
@@ -57,7 +60,10 @@ def write_artifact(
 def write_weights(
     folder: Path, tensors: Mapping[str, LazyTensor], progress: Progress = lambda items, label: items
 ) -> list[str]:
-    """Write tensors as a checkpoint's safetensors file, or as shards with their index; the files' names."""
+    """Write tensors as a checkpoint's safetensors file, or as shards with their index.
+
+    Return the names of the files.
+    """
     nbytes = sum(t.nbytes for t in tensors.values())
     free_space(folder, int(nbytes * 1.01) + (1 << 20))
     shards = _shards(tensors)
@@ -93,7 +99,10 @@ def _require_total(rows: Sequence[Row], on_disk: int) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in that becomes `out` if nothing fails, and is gone otherwise. MoeccError if `out` exists."""
+    """Give a folder to write in, which becomes `out` if nothing fails and is gone otherwise.
+
+    Raise MoeccError if `out` exists.
+    """
     if out.exists():
         raise MoeccError(f"{out} exists; give another folder or remove it")
     draft = out.with_name(out.name + ".partial")

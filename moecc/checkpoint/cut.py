@@ -1,7 +1,8 @@
 """A checkpoint seen with fewer experts: the store of a model from which a pass has taken some out.
 
-Shapes: E experts before, E' kept. A parameter that has an entry per expert has a dimension of E, of E * m (m rows for each
-expert, dbrx), or of E + z (a router's z experts that do nothing come last, longcat_flash).
+Shapes: E experts before, E' kept. A parameter that has an entry per expert has a dimension of E, of
+E * m (m rows for each expert, dbrx), or of E + z (a router's z experts that do nothing come last,
+longcat_flash).
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ class CutStore:
         dtype: torch.dtype | None = None,
         experts: Sequence[int] | None = None,
     ) -> Tensor:
-        """As the store reads it; only the experts that stay are read where each is a row of its own."""
+        """As the store reads it.
+
+        Only the experts that stay are read where each is a row of its own.
+        """
         cut = self._cut(name)
         if cut is None:
             return self.store.read(name, dtype=dtype, experts=experts)

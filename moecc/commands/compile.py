@@ -1,7 +1,9 @@
-"""`moecc compile`, whole: read the passes, trace the model, run the passes layer by layer, write, reload, compare, rename.
+"""`moecc compile`, whole: read the passes, trace the model, run the passes layer by layer, write,
+reload, compare, rename.
 
-Nothing is called done before the written folder has been loaded again and its logits compared with the program's. Until then all
-of it lives in OUT.partial. A run that is killed leaves that folder and goes on from it; a run that fails removes it.
+Nothing is called done before the written folder has been loaded again and its logits compared with
+the program's. Until then all of it lives in OUT.partial. A run that is killed leaves that folder
+and goes on from it; a run that fails removes it.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ CHECKED = (2, 64)  # rows and tokens of the reload check
 
 @dataclass(frozen=True)
 class Job:
-    """The identity of a run: two runs with equal jobs on machines of a kind write the same bytes."""
+    """The identity of a run.
+
+    Two runs with equal jobs on machines of a kind write the same bytes.
+    """
 
     source: str
     source_digest: str
@@ -81,11 +86,13 @@ def compile_model(
     progress: Progress = lambda items, label: items,
     say: Say = print,
 ) -> Json:
-    """Compile `model` (folder or hub id) with the pipeline text `passes` into the new folder `out`; a summary of it.
+    """Compile `model` (folder or hub id) with the pipeline text `passes` into the new folder `out`;
+    a summary of it.
 
-    bits: the default of every pass option called bits. calib: a text file (by default text that comes with Python), of which
-    rows x length tokens are taken. backend: a target to write the result for too, such as `onnx{opset=21}`. dump: a folder for
-    the program's text after every pass. MoeccError for bad input, in one line, with nothing left behind.
+    bits: the default of every pass option called bits. calib: a text file (by default text that
+    comes with Python), of which rows x length tokens are taken. backend: a target to write the
+    result for too, such as `onnx{opset=21}`. dump: a folder for the program's text after every
+    pass. MoeccError for bad input, in one line, with nothing left behind.
     """
     partial = draft.draft_of(out)
     draft.require_dump(dump, resumes=(partial / "journal").is_dir())
@@ -134,7 +141,10 @@ class _Run:
     say: Say
 
     def guarded(self) -> Json:
-        """Run it in OUT.partial; on an error remove what this run has made, on an interrupt leave it to be resumed."""
+        """Run it in OUT.partial.
+
+        On an error remove what this run has made, on an interrupt leave it to be resumed.
+        """
         partial = self.partial
         if draft.is_empty(partial):  # of a run that was killed at its first step or its last
             partial.rmdir()
@@ -208,7 +218,10 @@ class _Run:
         }
 
     def facts(self, ctx: Context, reports: list[PassReport]) -> Json:
-        """What moecc.json says besides the audit. No times are in it: the same job must give the same bytes."""
+        """What moecc.json says besides the audit.
+
+        No times are in it: the same job must give the same bytes.
+        """
         told = vars(self.job) | {"pipeline": self.job.passes}
         told["calibration_digest"] = told.pop("calibration")
         passes = [
@@ -219,7 +232,10 @@ class _Run:
         return facts | ({"experts_kept": kept} if kept else {})
 
     def check_ids(self) -> list[Tensor]:
-        """Token ids for the reload check: of the calibration text, else evenly spread over the vocabulary."""
+        """Token ids for the reload check.
+
+        Of the calibration text, else evenly spread over the vocabulary.
+        """
         rows, length = CHECKED
         if self.batches:
             return [self.batches[0][:rows, :length]]
@@ -229,7 +245,9 @@ class _Run:
 
 
 def _lower(target: Target, artifact: Path, say: Say) -> Json:
-    """Write the artifact in the form of `target` into a folder of its own in it, and say what was written."""
+    """Write the artifact in the form of `target` into a folder of its own in it, and say what was
+    written.
+    """
     emitted = target.emit(artifact, artifact / target.name, say)
     files = [] if emitted.out is None else sorted(emitted.out.rglob("*"))
     return {
@@ -267,7 +285,10 @@ def _calibration(
 
 
 def _require_fresh(program: Program, model: str, say: Say) -> str:
-    """The source's digest. MoeccError if it has no weights, or they do not fit, or moecc has compressed them."""
+    """The source's digest.
+
+    MoeccError if it has no weights, or they do not fit, or moecc has compressed them.
+    """
     store = program.store
     if store is None:
         raise MoeccError(

@@ -1,4 +1,6 @@
-"""The folder OUT.partial that an output lives in until it is done, and what a failed run leaves behind: nothing."""
+"""The folder OUT.partial that an output lives in until it is done, and what a failed run leaves
+behind: nothing.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def missing_folders(folder: Path) -> list[Path]:
 
 
 def remove_made(made: Sequence[Path], draft: Path) -> None:
-    """Remove the folders that this run has made, and nothing that another run has put beside its own."""
+    """Remove the folders that this run has made, and nothing that another run has put beside its
+    own.
+    """
     for folder in made:
         if folder == draft:
             shutil.rmtree(folder, ignore_errors=True)
@@ -55,7 +59,10 @@ def remove_made(made: Sequence[Path], draft: Path) -> None:
 
 
 def require_dump(dump: Path | None, *, resumes: bool) -> None:
-    """MoeccError if texts of two runs would mix in the folder `dump`; only a run that goes on adds to its own."""
+    """MoeccError if texts of two runs would mix in the folder `dump`.
+
+    Only a run that goes on adds to its own.
+    """
     if dump is None or not os.path.lexists(dump):
         return
     if not dump.is_dir():

@@ -27,7 +27,7 @@ def describe_pass(name: str) -> Json:
         "gives": sorted(cls.provides),
         "spoils": sorted(cls.spoils),
         "needs_data": cls.needs_data,
-        "options": describedescribe_options(cls),
+        "options": describe_options(cls),
         "passes_on": _passed_on(cls) if issubclass(cls, Composite) else [],
         "expands": ",".join(map(str, cls().expand())) if issubclass(cls, Composite) else None,
     }

@@ -1,11 +1,14 @@
-"""A model with fewer experts: its configuration, its graph and its weights, as if it had been made so.
+"""A model with fewer experts: its configuration, its graph and its weights, as if it had been made
+so.
 
   1. the family's configuration gets the new number (per layer, if it has a number per layer)
-  2. the model is traced again from it: the graph, router included, is what the family's code does with so many experts
-  3. each parameter whose declared shape has changed is cut to the experts that stay (`moecc.checkpoint.cut`)
+  2. the model is traced again from it: the graph, router included, is what the family's code does
+     with so many experts
+  3. each parameter whose declared shape has changed is cut to the experts that stay
+     (`moecc.checkpoint.cut`)
 
-Routers that choose groups of experts first keep equally many in each group. A family that looks experts up in a table, or whose
-parameters change otherwise, is refused.
+Routers that choose groups of experts first keep equally many in each group. A family that looks
+experts up in a table, or whose parameters change otherwise, is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ Build = Callable[[Config], tuple[Program, nn.Module]]
 
 @dataclass(frozen=True)
 class Remade:
-    """The graph for another number of experts, the shapes of its parameters, and what changed in the configuration."""
+    """The graph for another number of experts, the shapes of its parameters, and what changed in
+    the configuration.
+    """
 
     program: Program
     shapes: Mapping[str, tuple[int, ...]]
@@ -54,7 +59,9 @@ class Resizer:
         return next((n for key in _GROUPS if (n := getattr(part, key, None))), 1)
 
     def require(self, program: Program, counts: Mapping[str, int]) -> None:
-        """MoeccError, which says what is possible, if the model can't have this many experts in the layers named by path."""
+        """MoeccError, which says what is possible, if the model can't have this many experts in the
+        layers named by path.
+        """
         self._remade(program, counts)
 
     def resize(self, program: Program, keep: Mapping[str, Sequence[int]]) -> Program:
@@ -176,7 +183,10 @@ def _per_layer(value: list[int], moes: Sequence[MoE], wanted: Mapping[str, int])
 
 
 def _require_no_table(name: str, program: Program, model: nn.Module) -> None:
-    """MoeccError if numbers of experts may be stored as numbers: taking experts out would change what they mean."""
+    """MoeccError if numbers of experts may be stored as numbers.
+
+    Taking experts out would change what they mean.
+    """
     store = program.store
     for entry, tensor in model.state_dict().items():
         whole = not tensor.is_floating_point() and tensor.dim() > 0
@@ -210,7 +220,10 @@ def _cuts(
 
 
 def _layer_of(name: str, moes: Sequence[MoE]) -> MoE | None:
-    """The MoE layer that a parameter belongs to: the one that shares most of its path, if that is one alone."""
+    """The MoE layer that a parameter belongs to.
+
+    The one that shares most of its path, if that is one alone.
+    """
     parts = name.split(".")
 
     def shared(moe: MoE) -> int:
@@ -228,7 +241,10 @@ def _layer_of(name: str, moes: Sequence[MoE]) -> MoE | None:
 def _cut(
     old: tuple[int, ...], new: tuple[int, ...], experts: int, keep: Sequence[int]
 ) -> Cut | None:
-    """The cut from one shape to another if the experts `keep` of so many stay; None if it isn't one."""
+    """The cut from one shape to another if the experts `keep` of so many stay.
+
+    None if it isn't one.
+    """
     differ = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
     if len(old) != len(new) or len(differ) != 1:
         return None

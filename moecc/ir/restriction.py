@@ -9,7 +9,8 @@ from moecc.types import Json
 
 @dataclass(frozen=True)
 class Restriction:
-    """The sequence lengths S that a program holds for: low <= S <= high (None: no bound) but the excluded ones.
+    """The sequence lengths S that a program holds for: low <= S <= high (None: no bound) but the
+    excluded ones.
 
     It is false if the program holds for every length.
     """

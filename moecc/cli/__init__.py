@@ -1,0 +1,104 @@
+"""The command line: it reads its arguments first, and imports what a command needs after.
+
+Results go to stdout (with --json exactly one object), remarks and progress to stderr. Exit codes:
+0 done; 1 `diff` found a difference; 2 bad input, in one line; 3 a fault of moecc's own; 130
+interrupted; 143 terminated. MOECC_DEBUG=1 shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from moecc.cli.arguments import parser
+from moecc.errors import MoeccError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    debug = os.environ.get("MOECC_DEBUG", "0") not in ("", "0")
+    try:
+        with _termination():
+            return _run(parser().parse_args(argv), debug)
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)
+    except Terminated:
+        return _fail("terminated", 143, False)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, False)
+    except BrokenPipeError:
+        # whoever read stdout has gone; nothing can be said to it, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except MoeccError as error:
+        return _fail(f"error: {error}", 2, debug)
+    except Exception as error:
+        hint = "" if debug else "; MOECC_DEBUG=1 shows where"
+        return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 3, debug)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which a job is stopped: it leaves in order what an interrupt leaves in order."""
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """Raise Terminated inside on SIGTERM."""
+
+    def stop(*args: object) -> NoReturn:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: its program says what signals do
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _run(options: argparse.Namespace, debug: bool) -> int:
+    # nothing that a library prints may join the result
+    with _quiet(debug), contextlib.redirect_stdout(sys.stderr):
+        code, result, text = options.run(options)
+    print(json.dumps(result) if options.json else text)
+    sys.stdout.flush()
+    return int(code)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print("moecc: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Keep warnings and bars of libraries from mixing with ours, unless debugging."""
+    if debug:
+        yield
+        return
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

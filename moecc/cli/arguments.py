@@ -1,0 +1,275 @@
+"""The arguments of every command, and which function of `moecc.cli.calls` it runs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from moecc import __version__
+from moecc.cli import calls
+from moecc.errors import MoeccError
+
+Add = Callable[[argparse.ArgumentParser], None]
+_BITS = "default of every pass option called bits; see moecc passes NAME"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise MoeccError(f"{message}; see `{self.prog} --help`")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command. arguments adds its own; tokenizer: whether it may run a tokenizer that is Python
+    code.
+    """
+
+    name: str
+    run: Callable[[argparse.Namespace], calls.Outcome]
+    help: str
+    arguments: Add
+    tokenizer: bool = False
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; its result has the command's function as `run`."""
+    made = Parser(prog="moecc", description="A compiler for Mixture-of-Experts language models.")
+    made.add_argument("--version", action="version", version=f"moecc {__version__}")
+    group = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        one = group.add_parser(
+            command.name, help=command.help, description=command.help, allow_abbrev=False
+        )
+        one.set_defaults(run=command.run)
+        one.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        one.add_argument(
+            "--progress",
+            action=argparse.BooleanOptionalAction,
+            help="progress bars on stderr (default: on a terminal)",
+        )
+        if command.tokenizer:
+            one.add_argument(
+                "--trust-remote-code",
+                action="store_true",
+                help="run Python code that the model's tokenizer comes with",
+            )
+        command.arguments(one)
+    return made
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    return None
+
+
+def _named(what: str) -> Add:
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "name",
+            nargs="?",
+            metavar="NAME",
+            help=f"a {what}, or the path of a file that defines one",
+        )
+
+    return add
+
+
+def _diff(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help="folder or hub id")
+    parser.add_argument("b", metavar="B", help="folder or hub id")
+
+
+def _compile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
+    parser.add_argument(
+        "--passes",
+        required=True,
+        metavar="P",
+        help="passes and their options, NAME{option=value},NAME; see moecc passes",
+    )
+    parser.add_argument("--bits", type=_bits, metavar="B", help=_BITS)
+    parser.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        type=Path,
+        metavar="OUT",
+        help="folder to write; must not exist",
+    )
+    parser.add_argument(
+        "--calib", type=Path, metavar="FILE", help="calibration text (default: text of this Python)"
+    )
+    _rows(parser)
+    parser.add_argument(
+        "--backend",
+        metavar="TARGET",
+        help="write the result in the form of a target too, NAME{option=value}; see moecc targets",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of everything that is random (default: 0)"
+    )
+    parser.add_argument(
+        "--dump",
+        type=Path,
+        metavar="DIR",
+        help="write the program's text after every pass into DIR",
+    )
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder (a config.json is enough) or hub id")
+    parser.add_argument("--passes", metavar="P", help="say what this pipeline would give")
+    parser.add_argument("--bits", type=_bits, metavar="B", help=_BITS)
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="OUT", help="artifact or checkpoint: folder or hub id")
+    parser.add_argument(
+        "--reference", required=True, metavar="MODEL", help="the model it was compiled from"
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="evaluation text (default: text of this Python)"
+    )
+    _rows(parser)
+    parser.add_argument(
+        "--batch",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="rows computed together (default: 8)",
+    )
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="OUT", help="artifact or checkpoint: folder or hub id")
+    parser.add_argument(
+        "--prompt", default="import ", metavar="TEXT", help="text to continue (default: 'import ')"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, default=64, metavar="N", help="at most (default: 64)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="0 is greedy (the default)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="for a temperature above 0 (default: 0)"
+    )
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="OUT", help="artifact or checkpoint: folder or hub id")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="TARGET",
+        help="a target and its options, NAME{option=value}; see moecc targets",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write (default: OUT/NAME of the target)",
+    )
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="OUT", help="exported folder, or an artifact with one in it"
+    )
+    parser.add_argument(
+        "--threads", type=_positive, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="of a prefill (default: 128)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="decoded one by one (default: 64)",
+    )
+
+
+def _rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rows", type=_positive, default=64, metavar="N", help="rows of text (default: 64)"
+    )
+    parser.add_argument(
+        "--length", type=_positive, default=512, metavar="L", help="tokens of a row (default: 512)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _bits(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of bits")
+    return value
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a temperature of 0 or more")
+    return value
+
+
+COMMANDS = (
+    Command(
+        "compile", calls.compile, "compress a model into a new folder", _compile, tokenizer=True
+    ),
+    Command("inspect", calls.inspect, "MoE structure and sizes, without reading weights", _inspect),
+    Command(
+        "eval", calls.eval, "perplexity, KL, experts chosen and output error", _eval, tokenizer=True
+    ),
+    Command("generate", calls.generate, "continue a prompt", _generate, tokenizer=True),
+    Command("export", calls.export, "an artifact as a folder for another runtime", _export),
+    Command("bench", calls.bench, "tokens per second and memory of an exported model", _bench),
+    Command(
+        "build-ops",
+        calls.build_ops,
+        "compile the native libraries of all targets ahead of their first use",
+        _nothing,
+    ),
+    Command(
+        "passes", calls.passes, "what passes there are; NAME shows one's options", _named("pass")
+    ),
+    Command(
+        "targets",
+        calls.targets,
+        "the forms that export writes; NAME shows one's options",
+        _named("target"),
+    ),
+    Command(
+        "diff",
+        calls.diff,
+        "compare two artifacts or checkpoints; exit code 1 if they differ",
+        _diff,
+    ),
+)

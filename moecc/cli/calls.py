@@ -1,0 +1,163 @@
+"""One thin function per command: options -> exit code, result as JSON holds it, text.
+
+Each imports what it needs when it is called, so that reading arguments takes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moecc.errors import MoeccError
+from moecc.types import Json, Progress
+
+Outcome = tuple[int, Json, str]
+
+
+def say(line: str) -> None:
+    """A remark: to stderr at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def progress(options: argparse.Namespace) -> Progress:
+    """A bar on stderr, if asked for or on a terminal."""
+    from tqdm import tqdm
+
+    asked = options.progress if options.progress is not None else sys.stderr.isatty()
+
+    def bar(items: Iterable[Any], label: str) -> Iterable[Any]:
+        return tqdm(items, desc=label, file=sys.stderr, disable=not asked, leave=False)
+
+    return bar
+
+
+def compile(options: argparse.Namespace) -> Outcome:
+    from moecc.checkpoint.files import size
+    from moecc.commands.compile import compile_model
+
+    result = compile_model(
+        options.model,
+        options.passes,
+        options.out,
+        bits=options.bits,
+        calib=options.calib,
+        rows=options.rows,
+        length=options.length,
+        backend=options.backend,
+        seed=options.seed,
+        dump=options.dump,
+        trust_remote_code=options.trust_remote_code,
+        progress=progress(options),
+        say=say,
+    )
+    bits = [
+        f"{result[key]:.3f} bits per {what}"
+        for key, what in (
+            ("bits_per_weight_experts", "routed-expert weight"),
+            ("bits_per_weight", "weight"),
+        )
+        if result[key] is not None
+    ]
+    return 0, result, f"{result['out']}: " + ", ".join([size(result["bytes"]), *bits])
+
+
+def inspect(options: argparse.Namespace) -> Outcome:
+    from moecc.commands.inspect import inspect_model, table
+
+    if options.bits is not None and options.passes is None:
+        raise MoeccError("--bits says something about passes; give --passes too")
+    found = inspect_model(options.model, passes=options.passes, bits=options.bits)
+    return 0, found, table(found)
+
+
+def eval(options: argparse.Namespace) -> Outcome:
+    from moecc.commands.evaluate import evaluate_models, table
+
+    found = evaluate_models(
+        options.model,
+        options.reference,
+        text=options.text,
+        rows=options.rows,
+        length=options.length,
+        batch=options.batch,
+        trust_remote_code=options.trust_remote_code,
+        progress=progress(options),
+        say=say,
+    )
+    return 0, found, table(found)
+
+
+def generate(options: argparse.Namespace) -> Outcome:
+    from moecc.commands.generate import generate
+
+    found = generate(
+        options.model,
+        options.prompt,
+        new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return 0, found, found["prompt"] + found["text"]
+
+
+def export(options: argparse.Namespace) -> Outcome:
+    from moecc.commands.export import export_artifact
+
+    found = export_artifact(options.model, options.to, options.out, say=say)
+    return 0, {"out": None if found.out is None else str(found.out), **found.facts}, found.summary
+
+
+def bench(options: argparse.Namespace) -> Outcome:
+    from moecc.commands.export import bench_export
+
+    target, rows = bench_export(
+        Path(options.model),
+        threads=options.threads,
+        prompt=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        say=say,
+    )
+    return 0, {"model": options.model, "rows": rows}, target.table(rows)
+
+
+def build_ops(options: argparse.Namespace) -> Outcome:
+    from moecc.commands.export import build_libraries
+
+    found = [str(path) for path in build_libraries(say)]
+    return 0, {"libraries": found}, "\n".join(found)
+
+
+def diff(options: argparse.Namespace) -> Outcome:
+    from moecc.commands.diff import compare_models, table
+
+    found = compare_models(options.a, options.b, progress(options))
+    return int(not found["identical"]), found, table(found)
+
+
+def passes(options: argparse.Namespace) -> Outcome:
+    from moecc.commands.passes import describe_pass, describe_passes, pass_line, pass_text
+
+    if options.name is not None:
+        found = describe_pass(options.name)
+        return 0, found, pass_text(found)
+    every = describe_passes()
+    return 0, {"passes": every}, "\n".join(map(pass_line, every))
+
+
+def targets(options: argparse.Namespace) -> Outcome:
+    from moecc.commands.targets import (
+        describe_target,
+        describe_targets,
+        target_line,
+        target_text,
+    )
+
+    if options.name is not None:
+        found = describe_target(options.name)
+        return 0, found, target_text(found)
+    every = describe_targets()
+    return 0, {"targets": every}, "\n".join(map(target_line, every))
