@@ -139,8 +139,8 @@ class _Decoder:
         columns = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
 
         def read() -> Tensor:
-            tensors = map(self.program.read, names)
-            return ops.dequantize_linear(*tensors, bits=bits).to(self.dtype)
+            weight, scale, zero = map(self.program.read, names)
+            return ops.dequantize_linear(weight, scale, zero, bits).to(self.dtype)
 
         return names[0].rpartition(".")[0], LazyTensor((rows, columns), self.dtype, read)
 

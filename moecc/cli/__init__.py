@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moecc.cli.arguments import parser
 from moecc.errors import MoeccError
@@ -89,8 +89,9 @@ def _quiet(debug: bool) -> Iterator[None]:
     if debug:
         yield
         return
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

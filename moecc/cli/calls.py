@@ -29,7 +29,10 @@ def progress(options: argparse.Namespace) -> Progress:
     asked = options.progress if options.progress is not None else sys.stderr.isatty()
 
     def bar(items: Iterable[Any], label: str) -> Iterable[Any]:
-        return tqdm(items, desc=label, file=sys.stderr, disable=not asked, leave=False)
+        shown: Iterable[Any] = tqdm(
+            items, desc=label, file=sys.stderr, disable=not asked, leave=False
+        )
+        return shown
 
     return bar
 
