@@ -14,7 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ import torch
 from families import make
 from hypothesis import HealthCheck, settings
 from made import QUICK, ROWS, Command, Compile, Run, checkpoint
+from refusals import Refused, refusal
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
@@ -136,6 +139,21 @@ def compile(capsys: pytest.CaptureFixture[str]) -> Compile:
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a tiny mixtral."""
     return checkpoint(tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture
+def model(mixtral: Path, tmp_path: Path) -> Path:
+    """A copy of `mixtral` that a test may damage."""
+    return Path(shutil.copytree(mixtral, tmp_path / "model"))
+
+
+@pytest.fixture
+def refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Refused:
+    """refused(model, *options): the error line of a compilation that must leave no trace."""
+    monkeypatch.chdir(tmp_path)
+    return partial(refusal, capsys, tmp_path)
 
 
 @pytest.fixture(scope="module")
