@@ -1,0 +1,201 @@
+"""The plan of an artifact: one row per parameter, and the changes that it refuses to store."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import make
+from made import TINYMOE, checkpoint
+from torch import Tensor, fx
+
+from moecc.artifact.audit import Plan, plan
+from moecc.artifact.schema import Row, summary
+from moecc.checkpoint.files import LazyTensor
+from moecc.checkpoint.roles import role_of
+from moecc.errors import MoeccError
+from moecc.frontend.trace import trace
+from moecc.ir.moe import MoE
+from moecc.ir.program import Program
+from moecc.pipeline.fate import HEADER, KEPT, REWRITTEN, Fate
+from moecc.pipeline.order import resolve
+from moecc.pipeline.parse import parse_passes
+from moecc.pipeline.passes import Context
+from moecc.pipeline.run import run_passes
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("traced_once")
+
+
+# ---- refusals
+
+
+def test_two_tensors_of_one_name_are_refused() -> None:
+    found = Plan()
+    one = LazyTensor((1,), torch.float32, lambda: torch.ones(1))
+    found.put("a", one)
+    with pytest.raises(MoeccError, match="two tensors of the artifact have this name"):
+        found.put("a", one)
+
+
+def test_a_rewritten_tensor_stays_on_disk_until_it_is_written(tmp_path: Path) -> None:
+    program = trace(checkpoint(tmp_path / "model"), dtype=torch.float32)
+    original, name, read = program.copy(), "model.norm.weight", []
+    program.add(name, torch.ones(32))
+    program.tensors.spill(name, lambda: read.append(name) or torch.ones(32))
+    found = plan(program, original, Context())
+    assert not read and found.tensors[name].nbytes == 128
+    assert [str(row.fate) for row in found.rows if row.name == name] == ["rewritten"]
+    assert torch.equal(found.tensors[name].read(), torch.ones(32)) and read
+
+
+Change = Callable[[Program, MoE], object]
+
+
+def planned(family: str, change: Change, ctx: Context | None = None) -> Plan:
+    """Plan the artifact of a tiny model after `change(program, its first MoE layer)`."""
+    program = trace(make(family), dtype=torch.float32)
+    original = program.copy()
+    change(program, program.moe_layers()[0])
+    program.verify()
+    return plan(program, original, ctx or Context())
+
+
+def refused(family: str, change: Change) -> str:
+    """Return the message with which an artifact is refused after `change`."""
+    with pytest.raises(MoeccError) as error:
+        planned(family, change)
+    return str(error.value)
+
+
+def scaled(program: Program, moe: MoE) -> None:
+    """Multiply the experts' input by a factor."""
+    x = moe.node.args[0]
+    assert isinstance(x, fx.Node)
+    factor = program.add(f"{moe.path}.factor", torch.ones(x.meta["val"].shape[-1]))
+    with program.graph.inserting_before(moe.node):
+        product = program.graph.call_function(torch.ops.aten.mul.Tensor, (x, factor))
+    product.meta.update(val=x.meta["val"], layer=moe.layer, path=moe.path)
+    moe.node.update_arg(0, product)
+
+
+def negated(program: Program, moe: MoE) -> None:
+    """Put a negation in the place of the first silu."""
+    node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.silu.default)
+    node.target = torch.ops.aten.neg.default
+
+
+def bypassed(program: Program, moe: MoE) -> None:
+    """Take the first silu out of the graph."""
+    node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.silu.default)
+    node.replace_all_uses_with(node.args[0])
+    program.graph.erase_node(node)
+
+
+def test_nodes_that_cannot_be_stored_are_refused() -> None:
+    end = (
+        "; a compiled model runs its family's code for all but coded experts and quantized "
+        "linears, so say it in weights"
+    )
+    added = refused("qwen2_moe", scaled)
+    assert added.startswith(("a pass made %experts : f32[", "a pass added %mul"))
+    assert added.endswith(end)
+    changed = refused("qwen2_moe", negated)
+    assert changed.startswith("a pass made %silu")
+    assert "= aten.silu(" in changed and "= aten.neg(" in changed
+    assert refused("qwen2_moe", bypassed).startswith("a pass ")
+    attribute = refused("qwen2_moe", lambda p, moe: moe.node.update_kwarg("act", "gelu"))
+    assert attribute.startswith("a pass made %experts")
+
+
+def test_weights_without_a_parameter_are_refused() -> None:
+    name = "model.layers.0.mine"
+    assert refused("qwen2_moe", lambda p, moe: p.add(name, torch.ones(2))) == (
+        f"a pass gave {name} a value that can't be stored: the model has no parameter of that name"
+    )
+    program = trace(TINYMOE, dtype=torch.float32)
+    original = program.copy()
+    program.add("lm_head.weight", program.read("lm_head.weight") * 2)
+    with pytest.raises(MoeccError) as error:
+        plan(program, original, Context())
+    assert str(error.value) == (
+        "a pass gave lm_head.weight a value that can't be stored: "
+        "it is tied to model.embed_tokens.weight"
+    )
+
+
+def test_experts_of_another_layout_are_changed_through_their_parameters() -> None:
+    path = "model.layers.0.mlp.experts"
+    message = f"{path}.gate_up is computed from {path}.gate_up_proj; give that its new value"
+    with pytest.raises(MoeccError, match=re.escape(message)):
+        planned("gpt_oss", lambda p, moe: p.add(f"{path}.gate_up", torch.zeros(1)))
+    down = f"{path}.down_proj"
+    plan = planned("gpt_oss", lambda p, moe: p.rewrite(down, p.read(down) / 2))
+    assert [r.name for r in plan.rows if str(r.fate) == "rewritten"] == [down]
+
+
+# ---- rows
+
+
+def test_recorded_values_are_in_the_rows_of_plain_weights() -> None:
+    ctx, path = Context(), "model.layers.0.mlp.experts"
+    ctx.record("model.norm.weight", fate=REWRITTEN, error=0.5, by=2)
+    ctx.record(f"{path}.gate_up", looked_at=True)
+    ctx.record("model.norm.wait", by=2)
+    rows = {r.name: r for r in planned("qwen2_moe", lambda p, moe: None, ctx).rows}
+    norm, experts = rows["model.norm.weight"], rows[f"{path}.gate_up_proj"]
+    assert (norm.fate, norm.error, norm.details["by"]) == (REWRITTEN, 0.5, 2)
+    assert (str(experts.fate), experts.details["looked_at"]) == ("as it was", True)
+    assert ctx.notes == ["model.norm.wait: recorded, but no weight is called so: {'by': 2}"]
+
+
+def test_recorded_values_are_in_the_rows_of_coded_experts(batches: list[Tensor]) -> None:
+    program, ctx = trace(make("qwen2_moe"), dtype=torch.float32), Context()
+    original, name = program.copy(), "model.layers.0.mlp.experts.gate_up_proj"
+    run_passes(program, resolve(parse_passes("vq{rounds=1}")[0])[0], ctx, batches)
+    ctx.record(name, lora="rank 2")
+    row = next(r for r in plan(program, original, ctx).rows if r.name == name)
+    assert str(row.fate) == "vq4 2 bit"
+    assert row.details["lora"] == "rank 2"
+    assert row.details["codebook"]
+    assert not [note for note in ctx.notes if "recorded, but" in note]
+
+
+def test_summary_counts_whole_bits() -> None:
+    rows = [
+        Row("e", "routed experts", (4, 8, 8), Fate("coded", bits=2, format="vq4"), 96, 3.0),
+        Row("b", "routed experts", (4, 8), Fate("part", of="e"), 0),
+        Row("d", "routed experts", (4, 8, 8), KEPT, 512, 16.0),
+        Row("n", "norm", (8,), KEPT, 16, 16.0),
+        Row("h", "file format", (), HEADER, 8),
+    ]
+    got = summary(rows)
+    assert got["bytes"] == 632 and got["bytes_by_role"]["routed experts"] == 608
+    assert got["bits_per_weight_experts"] == pytest.approx(8 * 608 / 512)
+    assert got["bits_per_weight"] == pytest.approx(8 * (632 - 8) / (2 * 256 + 32 + 8))
+    assert summary([])["bits_per_weight"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("model.embed_tokens.weight", "embeddings"),
+        ("lm_head.weight", "embeddings"),
+        ("model.layers.0.mlp.gate.weight", "router"),
+        ("model.layers.0.mlp.gate.e_score_correction_bias", "router"),
+        ("model.layers.0.mlp.experts.gate_up_proj", "routed experts"),
+        ("model.layers.0.mlp.gate_proj.weight", "dense MLP"),
+        ("model.layers.0.mlp.shared_expert.down_proj.weight", "shared expert"),
+        ("model.norm.weight", "norm"),
+        ("model.layers.0.self_attn.q_proj.weight", "attention"),
+        ("model.layers.1.mixer.in_proj.weight", "attention"),
+        ("model.layers.1.mixer.gate.weight", "router"),
+        ("model.layers.1.mixer.experts.down_proj", "routed experts"),
+        ("model.layers.0.self_attention.experts.input_linear.weight", "attention"),
+    ],
+)
+def test_a_name_has_a_role(name: str, role: str) -> None:
+    assert role_of(name) == role
