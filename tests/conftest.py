@@ -36,6 +36,10 @@ from moecc.frontend.stages import paths
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program, Weight
 from moecc.ir.tensors import Held, digest
+from moecc.pipeline.order import resolve
+from moecc.pipeline.parse import parse_passes
+from moecc.pipeline.passes import Context
+from moecc.pipeline.run import run_passes
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -160,6 +164,17 @@ def refused(
 def traced() -> Program:
     """qwen2_moe with two MoE layers of random weights; tests take copies."""
     return trace(make("qwen2_moe"))
+
+
+@pytest.fixture(scope="module")
+def compressed(traced: Program) -> Program:
+    """`traced` with codes, signs, a shared basis and mean, and a folded correction; take copies."""
+    program = traced.copy()
+    passes = resolve(parse_passes("klt{rank=2,mean=3},vq{bits=3},affine{offset=on},fold")[0])[0]
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    rows = [torch.randint(0, 64, (1, 16), generator=g) for g in generators]
+    run_passes(program, passes, Context(), rows)
+    return program
 
 
 # ---------------------------------------------------------------- tiny programs
