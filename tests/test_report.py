@@ -1,4 +1,4 @@
-"""The report shows every row of the audit, adds up, and lets nothing of a checkpoint's text through as markup."""
+"""The report shows every row of the audit, adds up, and takes text of a checkpoint as text."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 from moecc.artifact.schema import Row, summary
+from moecc.checkpoint.roles import ROUTED
 from moecc.commands import report
 from moecc.pipeline.fate import HEADER, KEPT, UNUSED, Fate
+from moecc.types import Json
 
 CODED = Fate("coded", bits=2, format="vq4")
 EVIL = "<script>alert('x')</script>&\""
-FACTS: dict[str, Any] = {
+FACTS: Json = {
     "format": 1,
     "pipeline": "moments,klt{rank=32},vq{bits=2},affine,fold,vsraq{steps=200}",
     "seed": 0,
@@ -36,85 +37,49 @@ FACTS: dict[str, Any] = {
 
 
 def experts(layer: int) -> list[Row]:
-    """Eight experts, D = 64, F = 96; expert 3 starved, expert 5 without any token."""
+    """Return the rows of eight experts, D = 64, F = 96; 3 is starved, 5 has no token at all."""
+    path = f"model.layers.{layer}.mlp.experts"
+    losses = dict(reconstruction=0.02 * layer, value=0.3, order=0.1, boundary=0.2, flips=0.0625)
+    tuned = {"before": losses, "after": {k: 0.7 * v for k, v in losses.items()}}
     rows = []
-    tokens = [60, 120, 500, 9, 75, 0, 300, 64 + layer]
-    losses = {
-        "reconstruction": 0.02 * layer,
-        "value": 0.3,
-        "order": 0.1,
-        "boundary": 0.2,
-        "flips": 0.0625,
-    }
-    after = {k: 0.7 * v for k, v in losses.items()}
     for i, (projection, shape, error) in enumerate(
         [("gate_up", (8, 192, 64), 0.05), ("down", (8, 64, 96), 0.08)]
     ):
         parts = {"codes": 3 * shape[1] * shape[2], "codebook": 1024, "scale": 16 * shape[1]}
-        chosen = {"rank": 32 * i, "codebook": "layer", "affine": "slope"}
-        details = {
-            "bytes": parts,
-            **chosen,
-            "tuned": {"before": losses, "after": after},
-            "errors": "all channels alike",
-        }
+        details = dict(bytes=parts, rank=32 * i, codebook="layer", affine="slope", tuned=tuned)
         nbytes = sum(parts.values())
-        bits = 8 * nbytes / math.prod(shape)
-        name = f"model.layers.{layer}.mlp.experts.{projection}_proj"
-        rows.append(
-            Row(
-                name,
-                "routed experts",
-                shape,
-                CODED,
-                nbytes,
-                bits,
-                error + layer / 200,
-                tokens,
-                starved={"3": 64, "5": 64},
-                experts=f"model.layers.{layer}.mlp.experts",
-                projection=projection,
-                layer=layer,
-                details=details,
-            )
-        )
+        row = Row(f"{path}.{projection}_proj", ROUTED, shape, CODED, nbytes)
+        row.bits, row.error = 8 * nbytes / math.prod(shape), error + layer / 200
+        row.tokens, row.starved = [60, 120, 500, 9, 75, 0, 300, 64 + layer], {"3": 64, "5": 64}
+        row.experts, row.projection, row.layer = path, projection, layer
+        row.details = {**details, "errors": "all channels alike"}
+        rows.append(row)
     return rows
 
 
 def audit() -> list[Row]:
-    rows = [Row("model.embed_tokens.weight", "embeddings", (1000, 64), KEPT, 128_000, 16.0)]
-    for layer in (10, 2):  # not in the order of numbers, and not the order of text either
+    """Return the rows of a small model whose layers, 10 and 2, are not in order."""
+    embeddings = "model.embed_tokens.weight"
+    rows = [Row(embeddings, "embeddings", (1000, 64), KEPT, 128_000, 16.0)]
+    for layer in (10, 2):
         name = f"model.layers.{layer}"
-        rows.append(
-            Row(
-                f"{name}.self_attn.q_proj.weight",
-                "attention",
-                (64, 64),
-                Fate("grouped", bits=4, group=32),
-                2_304,
-                4.5,
-                0.01,
-            )
-        )
-        rows += experts(layer)
-        rows.append(Row(f"{name}.mlp.gate.e_score_correction_bias", "router", (8,), KEPT, 32, 32.0))
-    rows.append(
-        Row(
-            "lm_head.weight",
-            "embeddings",
-            (1000, 64),
-            Fate("tied", of="model.embed_tokens.weight"),
-            0,
-        )
-    )
-    rows.append(
-        Row(EVIL, "not part of the model", (), UNUSED, 0, fallback=f"no parameter takes {EVIL}")
-    )
-    return [*rows, Row("(safetensors headers)", "file format", (), HEADER, 1_736)]
+        fate = Fate("grouped", bits=4, group=32)
+        rows += [
+            Row(f"{name}.self_attn.q_proj.weight", "attention", (64, 64), fate, 2_304, 4.5, 0.01),
+            *experts(layer),
+            Row(f"{name}.mlp.gate.e_score_correction_bias", "router", (8,), KEPT, 32, 32.0),
+        ]
+    why = f"no parameter takes {EVIL}"
+    return [
+        *rows,
+        Row("lm_head.weight", "embeddings", (1000, 64), Fate("tied", of=embeddings), 0),
+        Row(EVIL, "not part of the model", (), UNUSED, 0, fallback=why),
+        Row("(safetensors headers)", "file format", (), HEADER, 1_736),
+    ]
 
 
 class Cells(HTMLParser):
-    """Table rows of a page as lists of text; tags that must balance."""
+    """The table rows of a page as lists of text, its tags, and those that were not closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -123,7 +88,7 @@ class Cells(HTMLParser):
         self.tags: set[str] = set()
         self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
+    def handle_starttag(self, tag: str, attrs: object) -> None:
         self.tags.add(tag)
         if tag == "tr":
             self.rows.append([])
@@ -141,12 +106,13 @@ class Cells(HTMLParser):
 
 
 def audit_table(text: str) -> list[list[str]]:
+    """Return the lines of the audit on a page, the total included."""
     rows = Cells(text).rows
     start = next(i for i, r in enumerate(rows) if r[:3] == ["name", "role", "shape"])
     return rows[start + 1 :]
 
 
-def test_every_row_is_there_and_the_total_is_the_sum() -> None:
+def test_the_audit_has_every_row_and_their_sum() -> None:
     rows = audit()
     *lines, total = audit_table(report.page(FACTS, rows))
     assert [line[0] for line in lines] == [r.name for r in rows]
@@ -159,7 +125,7 @@ def test_the_format_is_named_once() -> None:
     assert report.page(FACTS, audit()).count("<dt>format</dt>") == 1
 
 
-def test_text_of_the_checkpoint_is_no_markup() -> None:
+def test_text_of_a_checkpoint_is_no_markup() -> None:
     text = report.page(FACTS, audit())
     found = Cells(text)
     assert not found.open and not found.tags & {"script", "img", "link", "iframe", "base", "object"}
@@ -167,7 +133,7 @@ def test_text_of_the_checkpoint_is_no_markup() -> None:
     assert not re.search(r"(src|href|url|@import)\s*[=(]|https?:", text)
 
 
-def test_the_same_bytes_again_and_from_the_manifest_alone(tmp_path: Path) -> None:
+def test_moecc_json_alone_gives_the_same_bytes(tmp_path: Path) -> None:
     first = report.write_report(tmp_path, FACTS, audit())
     written = first.read_bytes()
     manifest = {**FACTS, "summary": summary(audit()), "audit": [r.as_json() for r in audit()]}
@@ -179,46 +145,41 @@ def test_the_same_bytes_again_and_from_the_manifest_alone(tmp_path: Path) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == ["moecc.json", "report.html"]
 
 
-def test_size_before_follows_the_stated_rule() -> None:
+def test_the_size_before_follows_its_rule() -> None:
     rows = audit()
     by_name = dict(zip((r.name for r in rows), report.bytes_before(rows), strict=True))
     assert by_name["model.layers.2.mlp.experts.gate_up_proj"] == 8 * 192 * 64 * 2
-    assert (
-        by_name["model.layers.2.mlp.gate.e_score_correction_bias"] == 32
-    )  # float32 in the source, and stored so
+    # this bias is float32 in the source and in the artifact
+    assert by_name["model.layers.2.mlp.gate.e_score_correction_bias"] == 32
     assert by_name["lm_head.weight"] == by_name[EVIL] == by_name["(safetensors headers)"] == 0
-    lead = Row(
-        "a", "routed experts", (4, 4), CODED, 8, 2.0, details={"bytes": {}, "source_bits": 32}
-    )
-    assert report.bytes_before(
-        [lead, Row("b", "routed experts", (4, 4), Fate("part", of="a"), 0)]
-    ) == [64, 64]
+    details = {"bytes": {}, "source_bits": 32}
+    lead = Row("a", ROUTED, (4, 4), CODED, 8, 2.0, details=details)
+    part = Row("b", ROUTED, (4, 4), Fate("part", of="a"), 0)
+    assert report.bytes_before([lead, part]) == [64, 64]
 
 
-def test_layers_in_order_of_their_numbers_with_both_projections() -> None:
+def test_layers_come_by_number_with_both_projections() -> None:
     layers = report.layers_of(audit())
     assert list(layers) == ["2", "10"]
-    assert [(r.projection, r.name.rsplit(".", 1)[1]) for r in layers["10"]] == [
-        (p, f"{p}_proj") for p in ("gate_up", "down")
-    ]
+    found = [(r.projection, r.name.rsplit(".", 1)[1]) for r in layers["10"]]
+    assert found == [("gate_up", "gate_up_proj"), ("down", "down_proj")]
 
 
 def test_layers_of_two_stacks_are_kept_apart() -> None:
-    paths = [f"{stack}.layers.0.experts" for stack in ("enc", "dec")]
-    told: dict[str, Any] = {"projection": "down", "layer": 0, "details": {"bytes": {}}}
-    rows = [
-        Row(f"{path}.w", "routed experts", (4, 4), CODED, 8, 2.0, experts=path, **told)
-        for path in paths
-    ]
+    rows = []
+    for stack in ("enc", "dec"):
+        path = f"{stack}.layers.0.experts"
+        row = Row(f"{path}.w", ROUTED, (4, 4), CODED, 8, 2.0, details={"bytes": {}})
+        row.experts, row.projection, row.layer = path, "down", 0
+        rows.append(row)
     assert list(report.layers_of(rows)) == ["dec.layers.0.experts", "enc.layers.0.experts"]
 
 
-def test_what_passes_recorded_of_a_projection_is_in_its_row() -> None:
-    """And a column that no projection has anything for is left out."""
+def test_recorded_values_of_a_projection_are_in_its_row() -> None:
+    """A column without any value is left out."""
     rows = audit()
-    next(r for r in rows if r.name.endswith("down_proj")).details.update(
-        lora="rank 8 of the basis", lora_lost=0.0625
-    )
+    down = next(r for r in rows if r.name.endswith("down_proj"))
+    down.details |= {"lora": "rank 8 of the basis", "lora_lost": 0.0625}
     found = Cells(report.page(FACTS, rows)).rows
     start = next(i for i, r in enumerate(found) if r[:2] == ["layer", "projection"])
     head, lines = found[start], found[start + 1 : start + 5]
@@ -231,15 +192,15 @@ def test_what_passes_recorded_of_a_projection_is_in_its_row() -> None:
     ]
 
 
-def test_what_rilq_gained_is_there_once() -> None:
+def test_a_loss_of_the_whole_model_is_shown_once() -> None:
     rows = audit()
-    told = {
+    loss = {
         "before": {"loss": 3.0, "kl": 0.5, "lm": 2.0},
         "after": {"loss": 2.5, "kl": 0.25, "lm": 2.125},
     }
     for row in rows:
-        if row.role == "routed experts":
-            row.details["rilq"] = told
+        if row.role == ROUTED:
+            row.details["rilq"] = loss
     found = Cells(report.page(FACTS, rows)).rows
     assert [r for r in found if "3 → 2.5" in r] == [["all", "0.5 → 0.25", "2 → 2.125", "3 → 2.5"]]
 
@@ -251,14 +212,13 @@ def test_starved_experts_are_marked() -> None:
     assert all(note in text for note in FACTS["notes"])
 
 
-def test_little_or_nothing_to_say_still_makes_a_page() -> None:
+def test_a_page_can_be_empty_or_nearly_so() -> None:
     assert not Cells(report.page({}, [])).open
     name, details = "model.layers.0.experts.w", {"bytes": {}}
-    blank = Row(
-        name, "routed experts", (4, 4), CODED, 8, 2.0, float("nan"), [0, 0], details=details
-    )
+    blank = Row(name, ROUTED, (4, 4), CODED, 8, 2.0, math.nan, [0, 0], details=details)
     assert not Cells(report.page({}, [blank])).open
 
 
-def test_a_name_that_is_not_text_is_written(tmp_path: Path) -> None:
-    assert b"m\\udcff" in report.write_report(tmp_path, {"source": "m\udcff"}, audit()).read_bytes()
+def test_a_source_whose_name_is_no_text_is_written(tmp_path: Path) -> None:
+    file = report.write_report(tmp_path, {"source": "m\udcff"}, audit())
+    assert b"m\\udcff" in file.read_bytes()
