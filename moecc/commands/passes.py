@@ -39,7 +39,7 @@ def describe_passes() -> list[Json]:
 
 
 def describe_options(cls: type[Options]) -> list[Json]:
-    """Return the options of a pass or a target, each with its default, what it takes and its help."""
+    """Return the options of a pass or a target, each with default, range and help."""
     return [
         {"name": f.name, "default": f.default, "takes": accepted(f), "help": f.metadata["help"]}
         for f in cls.options()
