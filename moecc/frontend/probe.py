@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moecc.errors import MoeccError
-from moecc.ir.gates import ACTIVATIONS, apply_gate
+from moecc.ir.gates import ACTIVATIONS, GATES, apply_gate
 from moecc.ir.reference import norm_output
 from moecc.types import FamilyModule
 
@@ -99,33 +99,37 @@ def plain_layout(
 
 
 def _numbers(module: nn.Module, *names: str) -> list[float]:
-    values = (getattr(module, name, None) for name in names)
+    """Return the finite numbers among attributes of a module, by dotted names."""
+    values = [_attribute(module, name) for name in names]
     return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+
+
+def _attribute(owner: object, name: str) -> object:
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    return owner
 
 
 def _candidates(module: FamilyModule) -> Iterator[Layout]:
     """Yield the layouts to try, likely ones first, so that the plain gate is found at once."""
     named = activation_name(getattr(module, "act_fn", None))
     acts = sorted(ACTIVATIONS, key=lambda name: name != named)
-    limits = _numbers(module, "limit", "swiglu_limit")
-    alphas = _numbers(module, "alpha", "swiglu_alpha") or [1.0]
+    variants = {gate.wide for gate in GATES.values()}  # told apart by rounding alone
     for interleaved in (False, True):
-        yield from (Layout(act, interleaved=interleaved) for act in acts)
-        for limit in limits:
-            yield from (Layout("silu", "oai", alpha, limit, interleaved) for alpha in alphas)
-            for gate in ("clamp", "clamp_after"):
-                yield from (Layout(act, gate, 1.0, limit, interleaved) for act in acts)
-    act: FamilyModule = getattr(module, "act_fn", None)
-    if hasattr(act, "gate_softcap") and hasattr(act, "up_softcap"):
-        yield Layout(
-            "silu", "softcap", float(act.gate_softcap.softcap), float(act.up_softcap.softcap)
-        )
+        for name, gate in GATES.items():
+            if name in variants:
+                continue
+            limits = _numbers(module, *gate.limit) if gate.limit else [0.0]
+            for limit in limits:
+                for alpha in _numbers(module, *gate.alpha) or [1.0]:
+                    for act in [gate.act] if gate.act else acts:
+                        yield Layout(act, name, alpha, limit, interleaved)
 
 
 def _with_rounding(module: FamilyModule, layout: Layout, rows: Tensor) -> Layout:
     """Return the fp32 variant of `layout` if only it gives the module's bfloat16 numbers."""
-    wide = {"glu": "f32", "clamp": "clamp_f32"}.get(layout.gate)
-    if wide is None:
+    wide = GATES[layout.gate].wide
+    if not wide:
         return layout
     rows = rows.bfloat16()
     expected, other = module._apply_gate(rows), replace(layout, gate=wide)

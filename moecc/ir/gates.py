@@ -9,6 +9,7 @@ A gate turns the rows of the first projection into hidden units: [n, 2F] -> [n, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -61,15 +62,33 @@ def _up(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# name -> f(gate rows, up rows, activation, alpha, limit); each function defines its alpha and limit
-GATES: dict[str, Callable[[Tensor, Tensor, Activation, float, float], Tensor]] = {
-    "glu": lambda g, u, act, alpha, limit: act(g) * u,
-    "f32": lambda g, u, act, alpha, limit: (act(_up(g)) * _up(u)).to(g.dtype),
-    "clamp": _clamp,  # deepseek_v4, glm5_next, hy_v4
-    "clamp_f32": _clamp_f32,
-    "clamp_after": _clamp_after,  # step3p7
-    "oai": _oai,  # gpt_oss, openai_privacy_filter, minimax_m3_vl
-    "softcap": _softcap,  # inkling2: alpha caps the gate, limit caps up
+@dataclass(frozen=True)
+class Gate:
+    """One gate function, and how a module that applies it is told (`moecc.frontend.probe`).
+
+    compute: f(gate rows, up rows, activation, alpha, limit), which defines its alpha and limit.
+    alpha, limit: attributes of a module that may hold them, dotted. act: the activation, if it is
+    always the same. wide: the gate that computes the same in float32.
+    """
+
+    compute: Callable[[Tensor, Tensor, Activation, float, float], Tensor]
+    alpha: tuple[str, ...] = ()
+    limit: tuple[str, ...] = ()
+    act: str = ""
+    wide: str = ""
+
+
+_ALPHA, _LIMIT = ("alpha", "swiglu_alpha"), ("limit", "swiglu_limit")
+_SOFTCAPS = ("act_fn.gate_softcap.softcap",), ("act_fn.up_softcap.softcap",)
+
+GATES: dict[str, Gate] = {
+    "glu": Gate(lambda g, u, act, alpha, limit: act(g) * u, wide="f32"),
+    "f32": Gate(lambda g, u, act, alpha, limit: (act(_up(g)) * _up(u)).to(g.dtype)),
+    "clamp": Gate(_clamp, limit=_LIMIT, wide="clamp_f32"),  # deepseek_v4, glm5_next, hy_v4
+    "clamp_f32": Gate(_clamp_f32),
+    "clamp_after": Gate(_clamp_after, limit=_LIMIT),  # step3p7
+    "oai": Gate(_oai, _ALPHA, _LIMIT, act="silu"),  # gpt_oss, openai_privacy_filter, minimax_m3_vl
+    "softcap": Gate(_softcap, *_SOFTCAPS, act="silu"),  # inkling2: alpha caps gate, limit caps up
 }
 
 
@@ -83,4 +102,4 @@ def apply_gate(rows: Tensor, act: str, gate: str, alpha: float, limit: float) ->
     if gate == "none":
         return ACTIVATIONS[act](rows)
     g, u = rows.chunk(2, dim=-1)
-    return GATES[gate](g, u, ACTIVATIONS[act], alpha, limit)
+    return GATES[gate].compute(g, u, ACTIVATIONS[act], alpha, limit)

@@ -82,12 +82,6 @@ Projection read_projection(const Inputs& inputs, size_t first, int64_t experts, 
   return p;
 }
 
-template <class E>
-struct Named {
-  const char* name;
-  E value;
-};
-
 template <class E, size_t N>
 E find(const char* what, const std::string& name, const Named<E> (&all)[N]) {
   std::string names;
@@ -103,16 +97,6 @@ E find(const char* what, const std::string& name, const Named<E> (&all)[N]) {
 const Input& input(size_t i, bool half) { return i == 0 && half ? HALF_X : FLOATS[i]; }
 
 Gating gating(const std::string& act, const std::string& gate, float alpha, float limit) {
-  static constexpr Named<Act> ACTS[] = {
-      {"silu", Act::SILU},   {"gelu", Act::GELU},       {"gelu_tanh", Act::GELU_TANH}, {"relu", Act::RELU},
-      {"relu2", Act::RELU2}, {"sigmoid", Act::SIGMOID}, {"tanh", Act::TANH},           {"identity", Act::IDENTITY},
-  };
-  // Everything is float32 here, so gates that differ in the type they compute in are the same.
-  static constexpr Named<Gate> GATES[] = {
-      {"none", Gate::NONE},       {"glu", Gate::GLU},         {"f32", Gate::GLU},
-      {"clamp", Gate::CLAMP},     {"clamp_f32", Gate::CLAMP}, {"clamp_after", Gate::CLAMP_AFTER},
-      {"oai", Gate::OAI},         {"softcap", Gate::SOFTCAP},
-  };
   return {find("act", act, ACTS), find("gate", gate, GATES), alpha, limit};
 }
 

@@ -33,6 +33,23 @@ struct Coded {
 enum class Act { SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, TANH, IDENTITY };
 enum class Gate { NONE, GLU, CLAMP, CLAMP_AFTER, OAI, SOFTCAP };
 
+template <class E>
+struct Named {
+  const char* name;
+  E value;
+};
+
+constexpr Named<Act> ACTS[] = {
+    {"silu", Act::SILU},   {"gelu", Act::GELU},       {"gelu_tanh", Act::GELU_TANH}, {"relu", Act::RELU},
+    {"relu2", Act::RELU2}, {"sigmoid", Act::SIGMOID}, {"tanh", Act::TANH},           {"identity", Act::IDENTITY},
+};
+// Everything is float32 here, so gates that differ in the type they compute in are the same.
+constexpr Named<Gate> GATES[] = {
+    {"none", Gate::NONE},       {"glu", Gate::GLU},         {"f32", Gate::GLU},
+    {"clamp", Gate::CLAMP},     {"clamp_f32", Gate::CLAMP}, {"clamp_after", Gate::CLAMP_AFTER},
+    {"oai", Gate::OAI},         {"softcap", Gate::SOFTCAP},
+};
+
 struct Gating {  // moecc/ir/gates.py
   Act act;
   Gate gate;
