@@ -72,7 +72,7 @@ class Target(Options, ABC):
     def bench(
         self, folder: Path, *, threads: Sequence[int], prompt: int, new_tokens: int, say: Say
     ) -> Any:
-        """Rows of how fast and how large what `emit` wrote is on this machine, as JSON holds them."""
+        """Measure what `emit` wrote on this machine: rows as JSON holds them."""
         raise MoeccError(f"{self.name} has no benchmark")
 
     def table(self, rows: Any) -> str:

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources: one rule for the rooms of moecc, one for passes, one for targets."""
+"""Who may import whom, read from the sources: a rule for the rooms, one for passes, one for targets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from moecc.pipeline.passes import Pass
 from moecc.target import TARGETS
 
 # A room sees the rooms to its left; those between two < do not see each other.
-RULE = "errors types < hook options < registry < target < ir < checkpoint < frontend pipeline < artifact < backends commands < cli"
+RULE = (  # one line of data
+    "errors types < hook options < registry < target < ir < checkpoint < frontend pipeline"
+    " < artifact < backends commands < cli"
+)
 # What a pass sees besides the shared files of its own folder.
 PASSES_SEE = (
     "moecc.errors",
@@ -132,7 +135,7 @@ def test_what_a_target_needs_is_imported_by_that_target_alone(name: str) -> None
 
 
 def words() -> tuple[set[str], set[str]]:
-    """The names and facts of passes and targets, and their options; English and the format's words left out."""
+    """The names and facts of passes and targets, and their options, but for words of English."""
     names, options = {*PASS_NAMES.names(), *TARGETS.names()}, set()
     for cls in (*map(PASS_NAMES.find, PASS_NAMES.names()), *map(TARGETS.find, TARGETS.names())):
         for kind in FACTS if issubclass(cls, Pass) else ():

@@ -1,4 +1,4 @@
-"""A model with fewer experts: the pass `prune` on families of every kind, and what is refused before any pass runs."""
+"""A model with fewer experts: `prune` on families of every kind, and what is refused at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from moecc.pipeline.stream import run_program
 
 torch.set_num_threads(1)
 PRUNE = str(Path(__file__).parents[1] / "examples" / "prune.py")
-# fused experts, a router's bias, groups, transposed with biases, rows of all experts in one matrix, experts that do nothing
+# fused experts, a router's bias, groups, transposed with biases, all experts' rows in one matrix,
+# experts that do nothing
 SAMPLE = ("qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "dbrx", "longcat_flash")
 # routers that choose from groups; four experts would not do
 GROUPED = ("glm4_moe", "deepseek_v3")

@@ -1,4 +1,4 @@
-"""Targets: found like passes, printed and read back; what the float checkpoint of an artifact is."""
+"""Targets: found like passes, printed and read back; the float checkpoint of an artifact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
 ROOT = Path(__file__).parents[1]
 DENSE = str(ROOT / "backends" / "dense.py")
-# layouts: as it is, transposed and interleaved with biases, gate and up apart, rows that no expert reads
+# as it is, transposed and interleaved with biases, gate and up apart, rows that no expert reads
 LAYOUTS = ("qwen2_moe", "gpt_oss", "dbrx", "longcat_flash", "nemotron_h")
 
 

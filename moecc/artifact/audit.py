@@ -134,7 +134,7 @@ class _Planner:
         sources: list[str],
         stored: dict[str, fx.Node],
     ) -> None:
-        """Add the rows of a projection: its first parameter accounts for all, the others are part of it."""
+        """Add the rows of a projection; the first of its parameters accounts for all of it."""
         facts = self.ctx.audit.get(projection.path, {})
         first, *others = sources
         parts = {part: _nbytes(node) for part, node in stored.items()}

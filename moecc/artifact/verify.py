@@ -17,12 +17,13 @@ from moecc.ir.program import Program
 from moecc.pipeline.stream import run_program
 
 TOLERANCE = 1e-3  # of the largest logit; both sides compute in float32, in another order
-_EXPANSION = 3  # memory that transformers takes to load an artifact in float32, in sizes of its float32 program
+# memory that transformers takes to load an artifact in float32, in sizes of its float32 program
+_EXPANSION = 3
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far the reloaded model's logits are from the program's, relative to the largest of them."""
+    """The difference of the reloaded model's logits, relative to the program's largest."""
 
     difference: float
     loaded_by: str
@@ -36,11 +37,10 @@ class Comparison:
 def reload_and_compare(
     folder: Path, program: Program, batches: Sequence[Tensor], memory: int | None = None
 ) -> Comparison:
-    """Compare logits on `batches` (token ids [B, S]). MoeccError where they differ by more than
-    rounding.
+    """Compare logits on `batches` (token ids [B, S]) with what transformers loads.
 
-    Through transformers where the model fits in `memory` bytes (by default what is free), else
-    layer by layer through a new trace.
+    A model that does not fit in `memory` bytes (by default those that are free) is traced again
+    and run layer by layer instead. Raise MoeccError if the logits differ by more than rounding.
     """
     want = run_program(program, batches)
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) * 2
@@ -52,9 +52,8 @@ def reload_and_compare(
     )
     found = Comparison(difference, "transformers" if fits else "moecc, layer by layer")
     if not difference <= TOLERANCE:
-        raise MoeccError(
-            f"{folder.name}: the reloaded model's logits differ by {difference:.2g} of the largest; nothing was kept"
-        )
+        what = f"the reloaded model's logits differ by {difference:.2g} of the largest"
+        raise MoeccError(f"{folder.name}: {what}; nothing was kept")
     return found
 
 

@@ -142,8 +142,9 @@ def _require_choice(name: str, program: Program, wanted: Mapping[str, int], grou
             least = max(2, -(-moe.top_k // chosen))
             if count % groups or count // groups < least:
                 raise MoeccError(
-                    f"{name}: {moe.path} can't have {count} experts; its router chooses from {groups} "
-                    f"groups, so multiples of {groups} from {groups * least} to {before} are possible"
+                    f"{name}: {moe.path} can't have {count} experts; its router chooses from "
+                    f"{groups} groups, so multiples of {groups} from {groups * least} to {before} "
+                    "are possible"
                 )
 
 
@@ -168,7 +169,7 @@ def _edited(
             edits[key] = _per_layer(value, program.moe_layers(), wanted)
     if not edits:
         raise MoeccError(
-            f"{name}: its configuration has no number of experts that moecc knows, so it can't change"
+            f"{name}: moecc knows no number of experts in its configuration, so it can't change"
         )
     for key, value in edits.items():
         setattr(part, key, value)
