@@ -17,10 +17,7 @@ from moecc.pipeline.passes import Pass
 from moecc.target import TARGETS
 
 # A room sees the rooms to its left; those between two < do not see each other.
-RULE = (  # one line of data
-    "errors types < hook options < registry < target < ir < checkpoint < frontend pipeline"
-    " < artifact < backends commands < cli"
-)
+RULE = "errors types < hook options < registry < target < ir < checkpoint < frontend pipeline < artifact < backends commands < cli"  # noqa: E501
 # What a pass sees besides the shared files of its own folder.
 PASSES_SEE = (
     "moecc.errors",
