@@ -49,24 +49,22 @@ class Target(Options, ABC):
     """One form in which an artifact runs. Its fields are its options (`moecc.options.option`)."""
 
     def require(self) -> None:
-        """MoeccError, before any work, where a package that `emit` needs is not installed."""
+        """Raise MoeccError, before any work, if a package that `emit` needs is not installed."""
         return None
 
     @abstractmethod
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
-        """Write the artifact in the folder `artifact` as the new folder `out`, whole or not at all;
-        `say` takes remarks.
+        """Write the artifact in the folder `artifact` as the new folder `out`.
+
+        Write all of it or nothing. `say` takes remarks.
         """
 
     def build(self, say: Say) -> list[Path]:
-        """Compile, ahead of their first use, the native libraries that this target has.
-
-        Where they are.
-        """
+        """Compile the native libraries of this target ahead of their first use; return their paths."""
         return []
 
     def exported(self, folder: Path) -> bool:
-        """Whether `folder` holds what this target wrote."""
+        """Return whether `folder` holds what this target wrote."""
         return False
 
     def bench(
@@ -76,11 +74,11 @@ class Target(Options, ABC):
         raise MoeccError(f"{self.name} has no benchmark")
 
     def table(self, rows: Any) -> str:
-        """The rows of `bench` for people."""
+        """Return the rows of `bench` as text."""
         raise MoeccError(f"{self.name} has no benchmark")
 
     def kernels(self) -> Kernels | None:
-        """The kernels that this target brings for a type of device, None where it has none."""
+        """Return the kernels that this target brings for a type of device, None if it has none."""
         return None
 
 
@@ -92,7 +90,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def require_device(self) -> None:
-        """MoeccError in one line where a package or a card that the kernels need is not there."""
+        """Raise MoeccError, in one line, if a package or a card that the kernels need is missing."""
 
     @abstractmethod
     def pack(

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources: a rule for the rooms, one for passes, one for targets."""
+"""Who may import whom, read from the sources: a rule for rooms, one for passes."""
 
 from __future__ import annotations
 

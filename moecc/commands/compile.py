@@ -1,5 +1,4 @@
-"""`moecc compile`, whole: read the passes, trace the model, run the passes layer by layer, write,
-reload, compare, rename.
+"""`moecc compile`: read the passes, trace the model, run, write, reload, compare, rename.
 
 Nothing is called done before the written folder has been loaded again and its logits compared with
 the program's. Until then all of it lives in OUT.partial. A run that is killed leaves that folder
@@ -86,13 +85,12 @@ def compile_model(
     progress: Progress = lambda items, label: items,
     say: Say = print,
 ) -> Json:
-    """Compile `model` (folder or hub id) with the pipeline text `passes` into the new folder `out`;
-    a summary of it.
+    """Compile `model` (folder or hub id) with the pipeline `passes` into the new folder `out`.
 
-    bits: the default of every pass option called bits. calib: a text file (by default text that
-    comes with Python), of which rows x length tokens are taken. backend: a target to write the
-    result for too, such as `onnx{opset=21}`. dump: a folder for the program's text after every
-    pass. MoeccError for bad input, in one line, with nothing left behind.
+    bits: the default of every pass option called bits. calib: a text file, by default text that
+    comes with Python; rows x length of its tokens are taken. backend: a target whose form is
+    written too. dump: a folder for the program's text after every pass. Return a summary of what
+    was written. Raise MoeccError, in one line and with nothing left behind, for bad input.
     """
     partial = draft.draft_of(out)
     draft.require_dump(dump, resumes=(partial / "journal").is_dir())
@@ -141,9 +139,9 @@ class _Run:
     say: Say
 
     def guarded(self) -> Json:
-        """Run it in OUT.partial.
+        """Run it in OUT.partial, and return the summary.
 
-        On an error remove what this run has made, on an interrupt leave it to be resumed.
+        An error removes what this run has made; an interrupt leaves it to be resumed.
         """
         partial = self.partial
         if draft.is_empty(partial):  # of a run that was killed at its first step or its last
@@ -169,12 +167,12 @@ class _Run:
                 journal.close()
 
     def require_space(self) -> None:
-        """MoeccError if the disk is too small for the result: better now than hours later."""
+        """Raise MoeccError if the disk is too small for the result: now, not hours later."""
         held = sum(f.stat().st_size for f in self.partial.rglob("*") if f.is_file())
         free_space(self.partial, least_bytes(self.program, self.passes) - held)
 
     def run(self, journal: Journal) -> Json:
-        """Run the passes, write the folder, load it again, compare; a summary."""
+        """Run the passes, write the folder, load it again and compare; return the summary."""
         ctx = Context(
             seed=self.job.seed, progress=self.progress, keep=journal.keep, kept=journal.kept
         )
@@ -193,7 +191,7 @@ class _Run:
         return self.write(ctx, reports)
 
     def write(self, ctx: Context, reports: list[PassReport]) -> Json:
-        """Write OUT.partial/artifact and check it; a summary of it."""
+        """Write OUT.partial/artifact, check it, and return its summary."""
         assert ctx.traced is not None
         planned = plan(self.program, ctx.traced, ctx)
         for note in ctx.notes:
@@ -218,9 +216,9 @@ class _Run:
         }
 
     def facts(self, ctx: Context, reports: list[PassReport]) -> Json:
-        """What moecc.json says besides the audit.
+        """Return what moecc.json says besides the audit.
 
-        No times are in it: the same job must give the same bytes.
+        It holds no times: the same job must give the same bytes.
         """
         told = vars(self.job) | {"pipeline": self.job.passes}
         told["calibration_digest"] = told.pop("calibration")
@@ -232,9 +230,9 @@ class _Run:
         return facts | ({"experts_kept": kept} if kept else {})
 
     def check_ids(self) -> list[Tensor]:
-        """Token ids for the reload check.
+        """Return token ids for the reload check.
 
-        Of the calibration text, else evenly spread over the vocabulary.
+        They are the calibration text's, or evenly spread over the vocabulary.
         """
         rows, length = CHECKED
         if self.batches:
@@ -245,9 +243,7 @@ class _Run:
 
 
 def _lower(target: Target, artifact: Path, say: Say) -> Json:
-    """Write the artifact in the form of `target` into a folder of its own in it, and say what was
-    written.
-    """
+    """Write the artifact in the form of `target` into a folder of its own; return what it is."""
     emitted = target.emit(artifact, artifact / target.name, say)
     files = [] if emitted.out is None else sorted(emitted.out.rglob("*"))
     return {
@@ -259,7 +255,7 @@ def _lower(target: Target, artifact: Path, say: Say) -> Json:
 
 
 def _pipeline(passes: str, bits: float | None, say: Say) -> list[Pass]:
-    """The passes in the order in which they run; remarks and the order are said."""
+    """Return the passes in the order in which they run; say the order, and remarks on it."""
     parsed, remarks = parse_passes(passes, bits=bits)
     resolved, more = resolve(parsed)
     require_whole(resolved)
@@ -277,7 +273,7 @@ def _calibration(
     passes: list[Pass],
     trust_remote_code: bool,
 ) -> Tensor | None:
-    """Calibration token ids, i64 [rows, length]; None if no pass needs them."""
+    """Return calibration token ids, i64 [rows, length]; None if no pass needs them."""
     if not any(p.needs_data for p in passes):
         return None
     tokenizer = tokenizer_of(folder, trust_remote_code=trust_remote_code)
@@ -285,9 +281,9 @@ def _calibration(
 
 
 def _require_fresh(program: Program, model: str, say: Say) -> str:
-    """The source's digest.
+    """Return the source's digest.
 
-    MoeccError if it has no weights, or they do not fit, or moecc has compressed them.
+    Raise MoeccError if it has no weights, or they do not fit, or moecc has compressed them.
     """
     store = program.store
     if store is None:
@@ -316,7 +312,7 @@ def _pass_files(passes: list[Pass]) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that the bytes of an artifact depend on."""
+    """Return the versions of everything that the bytes of an artifact depend on."""
     import transformers
 
     return {
@@ -329,7 +325,7 @@ def versions() -> dict[str, str]:
 
 
 def _dumper(folder: Path | None) -> Callable[[str, Program, int | None], None]:
-    """Writes a program's text, or that of one stage, under a name into `folder`."""
+    """Return what writes the text of a program, or of one stage, under a name into `folder`."""
     if folder is None:
         return lambda name, program, stage: None
     folder.mkdir(parents=True, exist_ok=True)

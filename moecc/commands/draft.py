@@ -14,7 +14,7 @@ from moecc.errors import MoeccError
 
 
 def draft_of(out: Path) -> Path:
-    """OUT.partial. MoeccError, before any work, if `out` exists or either can't be made.
+    """Return OUT.partial; raise MoeccError if `out` exists or either can't be made.
 
     A draft that an interrupted run has left is fine: it holds a journal, or nothing.
     """
@@ -37,12 +37,12 @@ def draft_of(out: Path) -> Path:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether `folder` is a folder, no link to one, with nothing in it."""
+    """Return whether `folder` is a folder, no link to one, with nothing in it."""
     return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """`folder` and the folders around it that do not exist yet, the innermost first."""
+    """Return `folder` and the folders around it that do not exist yet, the innermost first."""
     return [p for p in (folder, *folder.parents) if not p.exists()]
 
 
@@ -59,7 +59,7 @@ def remove_made(made: Sequence[Path], draft: Path) -> None:
 
 
 def require_dump(dump: Path | None, *, resumes: bool) -> None:
-    """MoeccError if texts of two runs would mix in the folder `dump`.
+    """Raise MoeccError if texts of two runs would mix in the folder `dump`.
 
     Only a run that goes on adds to its own.
     """

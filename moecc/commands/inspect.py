@@ -179,10 +179,11 @@ def _sizes(program: Program, model: nn.Module | None = None) -> dict[str, dict[s
         row = sizes.setdefault(role, {"parameters": 0, "bytes": 0})
         row["bytes"] += math.prod(shape) * itemsize
         path, _, leaf = name.rpartition(".")
-        packed = 8 // linears[path].bits if path in linears else 1
         # scales of a quantized linear are no parameters, and a byte of its codes holds several
-        if path not in linears or leaf in ("weight", "bias"):
-            row["parameters"] += math.prod(shape) * packed
+        if path not in linears or leaf == "bias":
+            row["parameters"] += math.prod(shape)
+        elif leaf == "weight":
+            row["parameters"] += math.prod(shape) * (8 // linears[path].bits)
     if ROUTED in sizes and any(m.node.target is not ops.EXPERTS for m in program.moe_layers()):
         # compressed experts count as the weights that they stand for
         sizes[ROUTED]["parameters"] = sum(m.weights for m in program.moe_layers())

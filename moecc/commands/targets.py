@@ -10,22 +10,22 @@ from moecc.types import Json
 
 
 def describe_target(name: str) -> Json:
-    """What the target `name` writes, and its options, as JSON holds it."""
+    """Return what the target `name` writes and its options; raise MoeccError if there is none."""
     cls = TARGETS.find(name)
     summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().split("\n")[0]
     return {"name": cls.name, "summary": summary, "options": describe_options(cls)}
 
 
 def describe_targets() -> list[Json]:
-    """Every target that can be named without a path."""
+    """Describe every target that can be named without a path."""
     return [describe_target(name) for name in TARGETS.names()]
 
 
 def target_line(target: Json) -> str:
-    """One target in a line."""
+    """Return one target in a line."""
     return f"{target['name']:<12} {target['summary']}"
 
 
 def target_text(target: Json) -> str:
-    """One target with its options."""
+    """Return the text about one target and its options."""
     return "\n".join([target_line(target), *option_lines(target["options"])])
