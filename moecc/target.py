@@ -60,7 +60,7 @@ class Target(Options, ABC):
         """
 
     def build(self, say: Say) -> list[Path]:
-        """Compile the native libraries of this target ahead of their first use; return their paths."""
+        """Compile this target's native libraries ahead of their first use; return their paths."""
         return []
 
     def exported(self, folder: Path) -> bool:
@@ -78,7 +78,7 @@ class Target(Options, ABC):
         raise MoeccError(f"{self.name} has no benchmark")
 
     def kernels(self) -> Kernels | None:
-        """Return the kernels that this target brings for a type of device, None if it has none."""
+        """Return this target's kernels for a type of device, None if it has none."""
         return None
 
 
@@ -90,7 +90,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def require_device(self) -> None:
-        """Raise MoeccError, in one line, if a package or a card that the kernels need is missing."""
+        """Raise MoeccError, in one line, if the kernels need a package or a card that is missing."""
 
     @abstractmethod
     def pack(
