@@ -90,7 +90,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def require_device(self) -> None:
-        """Raise MoeccError, in one line, if the kernels need a package or a card that is missing."""
+        """Raise MoeccError, in one line, if a package or a card that they need is missing."""
 
     @abstractmethod
     def pack(

@@ -1,7 +1,7 @@
 """A model with fewer experts: its configuration, its graph and its weights, as if it had been made
 so.
 
-  1. the family's configuration gets the new number (per layer, if it has a number per layer)
+  1. the family's configuration gets the new number; transformers' families have one for all layers
   2. the model is traced again from it: the graph, router included, is what the family's code does
      with so many experts
   3. each parameter whose declared shape has changed is cut to the experts that stay
@@ -165,8 +165,6 @@ def _edited(
         value = getattr(part, key, None)
         if isinstance(value, int) and value in before.values():
             edits[key] = next(iter(wanted.values()))
-        elif isinstance(value, list) and set(before.values()) <= set(value):
-            edits[key] = _per_layer(value, program.moe_layers(), wanted)
     if not edits:
         raise MoeccError(
             f"{name}: moecc knows no number of experts in its configuration, so it can't change"
@@ -174,13 +172,6 @@ def _edited(
     for key, value in edits.items():
         setattr(part, key, value)
     return config, {prefix + key: value for key, value in edits.items()}
-
-
-def _per_layer(value: list[int], moes: Sequence[MoE], wanted: Mapping[str, int]) -> list[int]:
-    counts = list(value)
-    for moe in moes:
-        counts[moe.layer - 1] = wanted[moe.path]
-    return counts
 
 
 def _require_no_table(name: str, program: Program, model: nn.Module) -> None:
