@@ -50,7 +50,7 @@ def test_prune_composes_with_coding_in_every_family(family: str, tmp_path: Path)
     """`compile` itself compares what transformers loads with the program."""
     more = dict.fromkeys(EXPERT_COUNTS, 8) if family in GROUPED else {}
     source = checkpoint(tmp_path / "model", family, **more)
-    passes = f"kbvq{{rounds=1}},{PRUNE}{{keep=0.75}}"
+    passes = f"kbvq{{rounds=1,rank=0,mean=off,feedback=false}},{PRUNE}{{keep=0.75}}"
     if family in TABLES:
         with pytest.raises(MoeccError, match="holds whole numbers, which may stand for experts"):
             pruned(source, tmp_path / "out", passes)
@@ -208,7 +208,7 @@ def expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def test_a_loaded_model_has_the_smaller_router(qwen: Path, tmp_path: Path) -> None:
-    pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.5}},kbvq{{rounds=1}}")
+    pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.5}},vq{{rounds=1,feedback=false}}")
     model = load(tmp_path / "out")
     assert model.config.num_experts == 2
     assert all(len(m.mlp.gate.weight) == 2 for m in model.model.layers)

@@ -72,7 +72,7 @@ def test_targets_are_listed_with_their_options(capsys: pytest.CaptureFixture[str
 def test_the_float_checkpoint_computes_what_the_artifact_does(family: str, tmp_path: Path) -> None:
     """In every layout, loaded by transformers alone; the target is used by its path."""
     source = checkpoint(tmp_path / "model", family)
-    passes = "kbvq{rounds=1,rank=2,mean=2,offset=off},dense{group=16}"
+    passes = "kbvq{rounds=1,feedback=false,rank=2,mean=2,offset=off},dense{group=16}"
     compile_model(str(source), passes, tmp_path / "art", rows=4, length=16, say=print)
     made = export_artifact(str(tmp_path / "art"), DENSE + "{dtype=float32}", tmp_path / "float")
     assert made.out == tmp_path / "float" and made.facts["bytes"] > 0
@@ -88,7 +88,12 @@ def test_the_float_checkpoint_computes_what_the_artifact_does(family: str, tmp_p
 def test_offsets_without_a_place_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "model", "mixtral")
     compile_model(
-        str(source), "kbvq{rounds=1,offset=on}", tmp_path / "art", rows=4, length=16, say=print
+        str(source),
+        "kbvq{rounds=1,feedback=false,rank=0,mean=off,offset=on}",
+        tmp_path / "art",
+        rows=4,
+        length=16,
+        say=print,
     )
     with pytest.raises(MoeccError, match="offsets are stored, and its family has no biases"):
         export_artifact(str(tmp_path / "art"), "dense", tmp_path / "float")
