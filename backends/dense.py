@@ -1,5 +1,4 @@
-"""The dense target: the float checkpoint that an artifact stands for, for tools that train or
-convert plain weights.
+"""The float checkpoint that an artifact stands for, for tools that train or convert weights.
 
 Codes, scales, basis and mean become the matrices that they stand for, under the family's own names,
 and quantized linears plain ones. transformers, PEFT and converters take the folder without moecc.

@@ -1,5 +1,4 @@
-"""The reference target: the artifact runs in eager PyTorch through transformers, and its numbers
-define the others'.
+"""The artifact as it is: transformers runs it in eager PyTorch, and its numbers define the others'.
 
 There is nothing to lower: `moecc.ir.ops` is the implementation, and
 `AutoModelForCausalLM.from_pretrained` loads the artifact.

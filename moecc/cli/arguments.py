@@ -263,7 +263,7 @@ COMMANDS = (
     Command(
         "targets",
         calls.targets,
-        "the forms that export writes; NAME shows one's options",
+        "the forms in which an artifact runs; NAME shows one's options",
         _named("target"),
     ),
     Command(
