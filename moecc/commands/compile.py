@@ -96,8 +96,7 @@ def compile_model(
     draft.require_dump(dump, resumes=(partial / "journal").is_dir())
     target = None if backend is None else parse_target(backend)
     resolved = _pipeline(passes, bits, say)
-    folder = checkpoint_folder(model)
-    read_config(folder)  # a broken one would look like a broken tokenizer
+    read_config(folder := checkpoint_folder(model))  # a broken one looks like a broken tokenizer
     ids = _calibration(folder, calib, rows, length, resolved, trust_remote_code)
     say(f"tracing {model}")
     program = trace(folder, dtype=torch.float32)
