@@ -1,7 +1,8 @@
 """The float checkpoint that an artifact stands for, for tools that train or convert weights.
 
-Codes, scales, basis and mean become the matrices that they stand for, under the family's own names,
-and quantized linears plain ones. transformers, PEFT and converters take the folder without moecc.
+Codes, scales, basis and mean become the matrices that they stand for, under the names of
+transformers' own classes, and quantized linears plain ones. transformers and PEFT take the folder
+without moecc.
 An adapter trained on it goes back by the pass `absorb`.
 """
 
@@ -15,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from moecc.artifact.decode import float_tensors
-from moecc.artifact.write import copy_small_files, new_folder, write_weights
+from moecc.artifact.write import copy_small_files, new_folder, write_kept, write_weights
 from moecc.checkpoint.files import size
 from moecc.options import option
 from moecc.target import Emitted, Target
@@ -42,5 +43,6 @@ class DenseTarget(Target):
             config.pop("quantization_config", None)
             config |= {} if dtype is None else {"dtype": self.dtype}
             (draft / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+            write_kept(artifact, draft)
         nbytes = sum(t.nbytes for t in tensors.values())
         return Emitted(out, {"bytes": nbytes}, f"{out}: {size(nbytes)}, float weights")

@@ -37,24 +37,25 @@ class _Waiting(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _QUANTIZERS:
             return None
-        sys.meta_path.remove(self)
         found = (
             finder.find_spec(fullname, path, target)
             for finder in sys.meta_path
-            if hasattr(finder, "find_spec")
+            if finder is not self and hasattr(finder, "find_spec")
         )
         spec = next((s for s in found if s is not None), None)
         if spec is not None and spec.loader is not None:
-            _register_after(spec.loader)
+            _register_after(spec.loader, self)
         return spec
 
 
-def _register_after(loader: Loader) -> None:
+def _register_after(loader: Loader, waiting: _Waiting) -> None:
     """Make `loader` register the format once it has executed its module."""
     run = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         run(module)
+        if waiting in sys.meta_path:  # what is searched for may not be imported, or fail
+            sys.meta_path.remove(waiting)
         _register()
 
     loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -118,16 +118,16 @@ class Options(ABC):
         return (self.file or self.name) + ("{" + ",".join(changed) + "}" if changed else "")
 
 
-def items(text: str) -> list[tuple[str, str]]:
+def items(text: str, what: str = "pipeline") -> list[tuple[str, str]]:
     """Return (name, options) for each item of a list such as `vsraq,kbvq{bits=2}`.
 
-    Raise MoeccError, with the column, if the text is not such a list.
+    Raise MoeccError, with the column, if the text is not such a list. what: its name in messages.
     """
     found, at = [], 0
     while at < len(text):
         m = _ITEM.match(text, at)
         if not m or (re.search(r"\s", m[1]) and not m[1].endswith(".py")):
-            where = f"can't read the pipeline at column {at + 1}"
+            where = f"can't read the {what} at column {at + 1}"
             raise MoeccError(f"{where}: {text[at:]!r}; expected name or name{{key=value,...}}")
         found.append((m[1], m[2] or ""))
         at = m.end()
@@ -137,7 +137,7 @@ def items(text: str) -> list[tuple[str, str]]:
 def _pairs(owner: str, text: str) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
     for item in filter(None, (o.strip() for o in text.split(","))):
-        key, equals, value = item.partition("=")
+        key, equals, value = (part.strip() for part in item.partition("="))
         if key in found:
             raise MoeccError(f"{owner}: option {key!r} is there twice; leave one out")
         if not equals:

@@ -90,7 +90,7 @@ class Registry(Generic[T]):
         sys.dont_write_bytecode = True  # leave nothing beside the file, and run no stale code
         try:
             spec.loader.exec_module(module)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise MoeccError(
                 f"{self.word} file {path} can't be imported: {type(e).__name__}: {e}"
             ) from e
@@ -111,7 +111,7 @@ class Registry(Generic[T]):
 
     def _require_sound(self, cls: type[T], where: str) -> None:
         name = getattr(cls, "name", None)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             advice = "give a word of letters, digits, '_', '-' and '.'"
             raise MoeccError(f"{where}: {cls.__name__}.name is {name!r}; {advice}")
         self.require(cls, where)

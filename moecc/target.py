@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, reason
 from moecc.options import Options, items
 from moecc.registry import Registry
 from moecc.types import Say
@@ -116,7 +116,7 @@ def parse_target(text: str) -> Target:
 
     MoeccError where it can't be had.
     """
-    found = items(text)
+    found = items(text, "target")
     if len(found) != 1:
         raise MoeccError(
             f"{text!r} names {len(found)} targets; give one of {', '.join(TARGETS.names())}"
@@ -125,6 +125,19 @@ def parse_target(text: str) -> Target:
     target = TARGETS.find(name).build_from(options)
     target.require()
     return target
+
+
+def emit(target: Target, artifact: Path, out: Path, say: Say) -> Emitted:
+    """Let `target` write the artifact; whatever goes wrong in it is a MoeccError that names it."""
+    try:
+        found = target.emit(artifact, out, say)
+    except MoeccError:
+        raise
+    except Exception as error:
+        raise MoeccError(f"{target} failed: {type(error).__name__}: {reason(error)}") from error
+    if not isinstance(found, Emitted):
+        raise MoeccError(f"{target} returned {found!r}; its emit returns an Emitted")
+    return found
 
 
 def kernels_for(device: str) -> Kernels | None:

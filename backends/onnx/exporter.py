@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moecc import __version__
-from moecc.artifact.write import copy_small_files
+from moecc.artifact.write import copy_small_files, new_folder
 from moecc.backends.onnx import OnnxTarget, build, genai, run
 from moecc.backends.onnx.cached import Cached, capture_cached
 from moecc.backends.onnx.rewrites import embeddings, joined, qmoe
@@ -61,34 +61,30 @@ def export(
     behind, if the model cannot be exported or its logits differ too much.
     """
     options = options or OnnxTarget()
-    if out.exists():
-        raise MoeccError(f"{out} exists; give another folder or remove it")
     if options.profile == "qmoe":
         qmoe.require()
+    with new_folder(out) as draft:
+        return _export(folder, draft, options, say)
+
+
+def _export(folder: Path, partial: Path, options: OnnxTarget, say: Say) -> Json:
+    """Write and compare all of it in the folder `partial`."""
     found = skeleton(folder, DTYPES[options.dtype])
     store = CheckpointStore(folder, found.model)
     store.check()
-    free_space(out, 2 * store.nbytes)  # bfloat16 of the artifact becomes float32
+    free_space(partial, 2 * store.nbytes)  # bfloat16 of the artifact becomes float32
     say(f"tracing {folder}")
     cached = capture_cached(found)
     model = _lowered(cached, store, options)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        say("writing")
-        ir.save(model, partial / MODEL, external_data=DATA, alignment=4096)
-        onnx.checker.check_model(str(partial / MODEL))
-        library = _write_beside(folder, partial, found, cached, options, say)
-        vocabulary = text_config(found.config).vocab_size
-        record = _compare(folder, partial, vocabulary, _rounding(model, options), library)
-        record |= _facts(model, store, options, library)
-        record["bytes"] = sum((partial / f).stat().st_size for f in (MODEL, DATA))
-        (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    say("writing")
+    ir.save(model, partial / MODEL, external_data=DATA, alignment=4096)
+    onnx.checker.check_model(str(partial / MODEL))
+    library = _write_beside(folder, partial, found, cached, options, say)
+    vocabulary = text_config(found.config).vocab_size
+    record = _compare(folder, partial, vocabulary, _rounding(model, options), library)
+    record |= _facts(model, store, options, library)
+    record["bytes"] = sum((partial / f).stat().st_size for f in (MODEL, DATA))
+    (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     return record
 
 

@@ -9,14 +9,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from moecc.checkpoint.files import LazyTensor
+from moecc.checkpoint.values import kept_dtype
 from moecc.errors import MoeccError
 from moecc.frontend.capture import capture
 from moecc.frontend.config import as_if_plain, read_config
@@ -30,30 +30,26 @@ from moecc.ir.program import Program
 def float_tensors(folder: Path, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
     """The tensors of the float checkpoint by name, each computed when it is read.
 
-    dtype: of floating tensors, by default that of the configuration. MoeccError if the family has
-    no place for something that is stored: offsets, where it has no biases.
+    dtype: of floating tensors but those that the family keeps in float32; by default decoded ones
+    have the configuration's and others the one that they are stored in. Raise MoeccError if the
+    family has no place for something that is stored: offsets, where it has no biases.
     """
     program = trace(folder)
     found = skeleton(as_if_plain(read_config(folder)[0]))
     plain = program_of(capture(found), found, str(folder))
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.model.state_dict().items()}
-    return _Decoder(program, plain, shapes, dtype or program.dtype).tensors()
+    return _Decoder(program, plain, found.model, dtype).tensors()
 
 
 class _Decoder:
-    """Gives the float model `plain` the weights that the artifact `program` stands for.
-
-    shapes: of its parameters.
-    """
+    """Gives the float model `plain`, traced from `model`, the weights that `program` stands for."""
 
     def __init__(
-        self,
-        program: Program,
-        plain: Program,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtype: torch.dtype,
+        self, program: Program, plain: Program, model: nn.Module, asked: torch.dtype | None
     ):
-        self.program, self.plain, self.shapes, self.dtype = program, plain, shapes, dtype
+        self.program, self.plain, self.model, self.asked = program, plain, model, asked
+        self.dtype = asked or program.dtype
+        self.declared = model.state_dict()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.declared.items()}
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Experts and linears decoded, everything else as it is stored."""
@@ -74,9 +70,11 @@ class _Decoder:
                 found[f"{path}.weight"] = tensor
                 left -= {f"{path}.{part}" for part in ("weight", "scale", "zero")}
         for name in left:
-            dtype = self.dtype if store.dtype(name).is_floating_point else store.dtype(name)
-            read = partial(_as, partial(store.read, name), dtype)
-            found[name] = LazyTensor(tuple(store.shape(name)), dtype, read)
+            kept = store.dtype(name)
+            if self.asked is not None and name in self.declared:
+                kept = kept_dtype(self.model, name, self.declared[name], self.asked)
+            read = partial(_as, partial(store.read, name), kept)
+            found[name] = LazyTensor(tuple(store.shape(name)), kept, read)
         return found
 
     def projection(self, ours: Projection, theirs: Projection) -> dict[str, LazyTensor]:

@@ -13,7 +13,9 @@ Writing fails if the bytes of the audit's rows are not those of the weight files
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,19 +103,26 @@ def _require_total(rows: Sequence[Row], on_disk: int) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Give a folder to write in, which becomes `out` if nothing fails and is gone otherwise.
 
-    Raise MoeccError if `out` exists.
+    It has a name of its own beside `out`, so that nothing that lies there is touched. Raise
+    MoeccError if `out` exists or can't be made.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise MoeccError(f"{out} exists; give another folder or remove it")
-    draft = out.with_name(out.name + ".partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        draft.chmod(0o755)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise MoeccError(f"{out} can't be made: {why}; give another folder") from error
     try:
         yield draft
         draft.rename(out)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    except OSError as error:
+        what = f"writing {out} failed: {error.strerror or error}"
+        raise MoeccError(f"{what}; make room or choose another place") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # nothing is there if it was renamed
 
 
 def copy_small_files(source: Path | None, folder: Path) -> None:
@@ -126,6 +135,16 @@ def copy_small_files(source: Path | None, folder: Path) -> None:
                 continue
             if file.stat().st_size < _LARGEST_SMALL_FILE:
                 shutil.copyfile(file, folder / file.name)
+
+
+def write_kept(artifact: Path, folder: Path) -> None:
+    """Say in `folder`, as moecc.json of `artifact` does, which of the source's experts it has."""
+    try:
+        kept = json.loads((artifact / "moecc.json").read_text()).get("experts_kept")
+    except (OSError, ValueError, AttributeError):
+        return
+    if kept:
+        _json(folder / "moecc.json", {"experts_kept": kept})
 
 
 def _config(program: Program, source: Path | None, found: Plan) -> Json:

@@ -40,7 +40,7 @@ from moecc.pipeline.order import require_whole, resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.run import Hooks, PassReport, run_passes
-from moecc.target import Target, parse_target
+from moecc.target import Target, emit, parse_target
 from moecc.types import Json, Progress, Say
 
 BATCH = 2  # calibration rows that go through a layer together
@@ -243,7 +243,7 @@ class _Run:
 
 def _lower(target: Target, artifact: Path, say: Say) -> Json:
     """Write the artifact in the form of `target` into a folder of its own; return what it is."""
-    emitted = target.emit(artifact, artifact / target.name, say)
+    emitted = emit(target, artifact, artifact / target.name, say)
     files = [] if emitted.out is None else sorted(emitted.out.rglob("*"))
     return {
         "name": target.name,

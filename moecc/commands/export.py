@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.errors import MoeccError
-from moecc.target import TARGETS, Emitted, Target, parse_target
+from moecc.target import TARGETS, Emitted, Target, emit, parse_target
 from moecc.types import Say
 
 
@@ -21,7 +21,10 @@ def export_artifact(
     target cannot write the model.
     """
     target, folder = parse_target(to), checkpoint_folder(model)
-    return target.emit(folder, out or folder / target.name, say)
+    found = emit(target, folder, out or folder / target.name, say)
+    if out is not None and found.out is None:
+        raise MoeccError(f"{target} writes nothing, the artifact runs as it is; leave -o {out} out")
+    return found
 
 
 def bench_export(

@@ -235,6 +235,11 @@ class Program:
         Router, configuration and stored shapes follow: the program becomes the trace of the smaller
         model. Rewritten weights keep their new values. Raise MoeccError as `require_experts` does.
         """
+        experts = {m.path: m.sizes[0] for m in self.moe_layers()}
+        for path, rows in keep.items():
+            if list(rows) != sorted(set(rows) & set(range(experts.get(path, 0)))):
+                there = f"ascending numbers of its {experts.get(path, 0)} experts"
+                raise MoeccError(f"{path}: can't keep the experts {list(rows)}; give {there}")
         self.require_experts({path: len(rows) for path, rows in keep.items()})
         assert self.resizer is not None
         made = self.resizer.resize(self, keep)

@@ -214,6 +214,10 @@ class Context:
         name: of coded experts, `path.gate_up` or `path.down`. facts: fates, or values that JSON
         holds; raise MoeccError for any other.
         """
+        if "fate" in facts and not isinstance(facts["fate"], Fate):
+            raise MoeccError(f"{name}: can't record fate={facts['fate']!r}; give a Fate")
+        if not isinstance(facts.get("error", 0.0), int | float):
+            raise MoeccError(f"{name}: can't record error={facts['error']!r}; give a number")
         try:
             plain = json.dumps(facts, allow_nan=False, default=_fate_as_json)
             self.audit.setdefault(name, {}).update(json.loads(plain))
