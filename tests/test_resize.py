@@ -145,6 +145,9 @@ def test_what_is_possible_is_said_before_any_pass_runs(qwen: Path, tmp_path: Pat
     ):
         with pytest.raises(MoeccError, match=re.escape(line)):
             program.require_experts(counts)
+    for rows in ([1, 1], [3, 1], [-2, -1], [1, 9]):
+        with pytest.raises(MoeccError, match="give ascending numbers of its 4 experts"):
+            program.keep_experts(dict.fromkeys(paths, rows))
     grouped = traced(checkpoint(tmp_path / "grouped", "deepseek_v3"))
     paths = [m.path for m in grouped.moe_layers()]
     with pytest.raises(MoeccError, match="its router chooses from 2 groups, so multiples of 2"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -101,3 +102,48 @@ def test_offsets_without_a_place_are_refused_and_nothing_is_left(tmp_path: Path)
     (tmp_path / "float").mkdir()
     with pytest.raises(MoeccError, match="float exists; give another folder"):
         export_artifact(str(source), "dense", tmp_path / "float")
+
+
+def test_an_export_touches_nothing_beside_it(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "model", "mixtral")
+    (tmp_path / "float.partial").mkdir()
+    (tmp_path / "float.partial" / "mine").write_text("mine")
+    export_artifact(str(source), "dense", tmp_path / "float")
+    assert (tmp_path / "float.partial" / "mine").read_text() == "mine"
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["float", "float.partial", "model"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, why in (
+        (tmp_path / "link", "exists; give another folder"),
+        (source / "config.json" / "deeper", "can't be made: "),
+        (tmp_path / ("x" * 300), "can't be made: File name too long"),
+    ):
+        with pytest.raises(MoeccError, match=why):
+            export_artifact(str(source), "dense", out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*names[:2], "link", "model"]
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("raise ValueError('no luck')", "failed: ValueError: no luck"),
+        ("return None", "returned None; its emit returns an Emitted"),
+        ("return Emitted()", "writes nothing, the artifact runs as it is; leave -o"),
+    ],
+)
+def test_a_target_s_own_fault_names_it(body: str, line: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom moecc.target import Emitted, Target\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(Target):\n    name = 'mine'\n\n"
+        f"    def emit(self, artifact, out, say):\n        {body}\n"
+    )
+    source = checkpoint(tmp_path / "model", "mixtral")
+    with pytest.raises(MoeccError, match=re.escape(line)):
+        export_artifact(str(source), str(file), tmp_path / "out")
+
+
+def test_a_target_file_that_exits_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(7)\n")
+    with pytest.raises(MoeccError, match="can't be imported: SystemExit: 7"):
+        parse_target(str(tmp_path / "mine.py"))
