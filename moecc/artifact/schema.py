@@ -5,9 +5,11 @@ What config.json says is in `moecc.checkpoint.schema`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from moecc.checkpoint.roles import ROUTED
 from moecc.pipeline.bits import per_weight
@@ -84,3 +86,12 @@ def summary(rows: Iterable[Row]) -> Json:
         "bits_per_weight_experts": per_weight(8 * stored, weights) or None,
         "bits_per_weight": per_weight(8 * tensors, everything) or None,
     }
+
+
+def read_manifest(folder: Path) -> Json:
+    """Return the content of moecc.json, {} for a checkpoint that moecc did not write."""
+    try:
+        found = json.loads((folder / "moecc.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

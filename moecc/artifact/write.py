@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moecc.artifact.audit import Plan
-from moecc.artifact.schema import Row, summary
+from moecc.artifact.schema import Row, read_manifest, summary
 from moecc.checkpoint.files import INDEX, SINGLE, LazyTensor, free_space, write_safetensors
 from moecc.checkpoint.source import SMALL_FILES, has_code
 from moecc.errors import MoeccError
@@ -139,10 +139,7 @@ def copy_small_files(source: Path | None, folder: Path) -> None:
 
 def write_kept(artifact: Path, folder: Path) -> None:
     """Say in `folder`, as moecc.json of `artifact` does, which of the source's experts it has."""
-    try:
-        kept = json.loads((artifact / "moecc.json").read_text()).get("experts_kept")
-    except (OSError, ValueError, AttributeError):
-        return
+    kept = read_manifest(artifact).get("experts_kept")
     if kept:
         _json(folder / "moecc.json", {"experts_kept": kept})
 

@@ -15,7 +15,6 @@ KL(reference || program) at the same S - 1 positions, mean, in nats.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
+from moecc.artifact.schema import read_manifest
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.commands.agreement import LayerAgreement, LayerSums, Totals
 from moecc.commands.rows import require_rows, rows_digest, token_rows, tokenizer_of
@@ -116,7 +116,7 @@ def evaluate_models(
     folder, original = checkpoint_folder(model), checkpoint_folder(reference)
     tokenizer = tokenizer_of(original, trust_remote_code=trust_remote_code)
     ids = token_rows(tokenizer, text, count=rows, length=length, purpose="evaluation", say=say)
-    if _manifest(folder).get("calibration_digest") == rows_digest(ids):
+    if read_manifest(folder).get("calibration_digest") == rows_digest(ids):
         say(f"note: {model} was calibrated on these very rows; they say little about others")
     programs = [_traced(path, say) for path in (folder, original)]
     if restriction := programs[1].restriction:
@@ -140,18 +140,9 @@ def _traced(folder: Path, say: Say) -> Program:
             f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact"
         )
     program.store.check()
-    kept = _manifest(folder).get("experts_kept", {})
+    kept = read_manifest(folder).get("experts_kept", {})
     program.kept = {path: tuple(rows) for path, rows in kept.items()}
     return program
-
-
-def _manifest(folder: Path) -> Json:
-    """Return the content of moecc.json, {} for a checkpoint that moecc did not write."""
-    try:
-        found = json.loads((folder / "moecc.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def table(found: Json) -> str:
