@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +17,9 @@ from refusals import edit_config, edit_tensors
 from safetensors.torch import load_file
 
 from moecc.artifact import hf
+from moecc.artifact.write import new_folder
 from moecc.checkpoint.files import TensorFile
+from moecc.errors import MoeccError
 from moecc.pipeline.fate import Fate
 from moecc.types import Json
 
@@ -224,3 +229,27 @@ def test_code_beside_a_known_family_is_for_its_tokenizer(
     got = build("mixtral", QUICK, "--trust-remote-code")
     assert {f.name for f in got.out.glob("*.py")} == (set(CODE) if tokenizer else set())
     assert logits(load(got.out)).isfinite().all()
+
+
+def test_a_folder_that_is_written_obeys_the_umask_and_names_the_file_at_fault(
+    tmp_path: Path,
+) -> None:
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    missing, full = tmp_path / "missing", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.raises(MoeccError, match=re.escape(f"can't read {missing}: No such file")),
+        new_folder(tmp_path / "b"),
+    ):
+        missing.read_text()
+    with (
+        pytest.raises(MoeccError, match=re.escape(f"writing {tmp_path / 'b'} failed: No space")),
+        new_folder(tmp_path / "b"),
+    ):
+        raise full
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]

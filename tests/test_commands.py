@@ -155,6 +155,29 @@ def test_diff_compares_names_shapes_codes_and_files(moecc: Command, tmp_path: Pa
     assert "vq of x" in moecc("diff", a, b).out
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"pipeline": ', "can't read {file}: "),
+        (b"\xff", "can't read {file}: 'utf-8' codec"),
+        (b"[]", "{file} isn't what moecc writes"),
+        (b'{"summary": 1}', "{file} isn't what moecc writes"),
+        (b'{"experts_kept": {"model.layers.0.mlp.experts": 3}}', "{file} isn't what moecc writes"),
+    ],
+)
+def test_a_damaged_moecc_json_does_not_count_as_none(
+    moecc: Command, model: Path, content: bytes, said: str
+) -> None:
+    file = model / "moecc.json"
+    file.write_bytes(content)
+    rows = ("--rows", "1", "--length", "8")
+    for command in (("diff", model, model), ("eval", model, "--reference", model, *rows)):
+        got = moecc(*command)
+        assert got.code == 2, got.err
+        last = got.err.splitlines()[-1]
+        assert said.format(file=file) in last and "compile the model again" in last
+
+
 def test_diff_refuses_an_index_that_names_no_files(moecc: Command, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": 3}}')

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from moecc.checkpoint.roles import ROUTED
+from moecc.errors import MoeccError
 from moecc.pipeline.bits import per_weight
 from moecc.pipeline.fate import Fate
 from moecc.types import Json
@@ -89,9 +90,28 @@ def summary(rows: Iterable[Row]) -> Json:
 
 
 def read_manifest(folder: Path) -> Json:
-    """Return the content of moecc.json, {} for a checkpoint that moecc did not write."""
+    """Return the content of moecc.json, {} if the folder has none: moecc did not write it.
+
+    Raise MoeccError if the file can't be read, or if what is looked up in it isn't what moecc
+    writes.
+    """
+    file = folder / "moecc.json"
     try:
-        found = json.loads((folder / "moecc.json").read_text())
-    except (OSError, ValueError):
+        found: Json = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError) as error:
+        raise MoeccError(f"can't read {file}: {error}; compile the model again") from error
+    whole = isinstance(found, dict) and isinstance(found.get("summary", {}), dict)
+    if not (whole and _kept(found)):
+        raise MoeccError(f"{file} isn't what moecc writes; compile the model again")
+    return found
+
+
+def _kept(manifest: Json) -> bool:
+    """Tell whether `experts_kept` gives numbers of the source's experts by their module's path."""
+    kept = manifest.get("experts_kept", {})
+    return isinstance(kept, dict) and all(
+        isinstance(rows, list) and all(type(e) is int and e >= 0 for e in rows)
+        for rows in kept.values()
+    )

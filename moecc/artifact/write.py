@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from moecc.artifact.audit import Plan
 from moecc.artifact.schema import Row, read_manifest, summary
@@ -108,10 +108,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if os.path.lexists(out):
         raise MoeccError(f"{out} exists; give another folder or remove it")
+    draft = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        draft.chmod(0o755)
+        draft.mkdir()
     except OSError as error:
         why = error.strerror or str(error)
         raise MoeccError(f"{out} can't be made: {why}; give another folder") from error
@@ -119,10 +119,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield draft
         draft.rename(out)
     except OSError as error:
-        what = f"writing {out} failed: {error.strerror or error}"
-        raise MoeccError(f"{what}; make room or choose another place") from error
+        raise _failed(out, draft, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # nothing is there if it was renamed
+
+
+def _failed(out: Path, draft: Path, error: OSError) -> MoeccError:
+    """Return what to say of a failure while `out` was written: of its file, if another's is named.
+
+    Where writing fails, as on a full disk, the system names no file.
+    """
+    why, file = error.strerror or error, error.filename
+    if isinstance(file, str) and not Path(file).is_relative_to(draft):
+        return MoeccError(f"can't read {file}: {why}; mend it and run again")
+    return MoeccError(f"writing {out} failed: {why}; make room or choose another place")
 
 
 def copy_small_files(source: Path | None, folder: Path) -> None:

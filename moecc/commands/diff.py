@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moecc.artifact.schema import read_manifest
 from moecc.checkpoint.files import INDEX, SINGLE, TensorEntry, read_header, read_index, size
 from moecc.checkpoint.source import SMALL_FILES, checkpoint_folder
 from moecc.errors import MoeccError
@@ -140,16 +141,7 @@ def _side(name: str) -> Side:
     for file in files:
         entries.update(read_header(file)[0])
     nbytes = sum(f.stat().st_size for f in files)
-    return Side(name, folder, dict(sorted(entries.items())), nbytes, _manifest(folder))
-
-
-def _manifest(folder: Path) -> Json:
-    """Return the content of moecc.json, {} if the folder has none."""
-    file = folder / "moecc.json"
-    manifest = _json(file) if file.is_file() else {}
-    if not isinstance(manifest, dict):
-        raise MoeccError(f"{file} isn't what moecc writes; compile the model again")
-    return manifest
+    return Side(name, folder, dict(sorted(entries.items())), nbytes, read_manifest(folder))
 
 
 def _files(folder: Path) -> list[Path]:
