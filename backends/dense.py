@@ -1,9 +1,8 @@
 """The float checkpoint that an artifact stands for, for tools that train or convert weights.
 
 Codes, scales, basis and mean become the matrices that they stand for, under the names of
-transformers' own classes, and quantized linears plain ones. transformers and PEFT take the folder
-without moecc.
-An adapter trained on it goes back by the pass `absorb`.
+transformers' own classes. Quantized linears become plain ones. transformers and PEFT take the
+folder without moecc. An adapter trained on it goes back by the pass `absorb`.
 """
 
 from __future__ import annotations

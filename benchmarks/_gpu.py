@@ -127,14 +127,17 @@ class Layer(NamedTuple):
     expert_bytes: int
 
     def packed(self) -> tuple[pack.Projection, pack.Projection]:
+        """Return gate_up and down in the order of the kernels."""
         up = pack.pack_projection(self.gate_up, gated=True)
         return up, pack.pack_projection(self.down, gated=False)
 
     def call(self, r: Routed) -> Call:
+        """Return a call of the kernels, which gives bf16 [T, D]."""
         up, down = self.packed()
         return lambda: vq_experts(*r, up, down, None, **SILU)
 
     def reference(self, r: Routed) -> Tensor:
+        """Return what the reference gives in float32, [T, D]."""
         stored = [
             t for p in (self.gate_up, self.down) for t in (*(p[n] for n in vq4.TENSORS), None, None)
         ]

@@ -4,11 +4,12 @@
         Qwen3-30B-A3B's layer; the table to benchmarks/results/edge.md and .json
     python benchmarks/edge.py --shape 1024 768 32 4 --tokens 1 8 --threads 1
 
-  moecc native      moecc::VQExperts with the op library, 2 or 3 bit, a codebook per expert moecc
-  portable    the same files without the library: standard operators MoE float32
-  com.microsoft::MoE QMoE int4         com.microsoft::QMoE, 4 bit, blocks of 128, int8 activations:
-  its fastest setting here all experts       standard operators that compute every expert and weight
-  them, float32
+  moecc native     moecc::VQExperts with the op library, 2 or 3 bit, a codebook per expert
+  moecc portable   the same files without the library: standard operators
+  MoE float32      com.microsoft::MoE
+  QMoE int4        com.microsoft::QMoE, 4 bit, blocks of 128, int8 activations: its fastest setting
+                   here
+  all experts      standard operators that compute every expert and weight them, float32
 
 cold: every call draws new routing, so that the weights of the chosen experts come from memory.
 warm: the routing stays the same. Figures are milliseconds, medians with the minimum in brackets.
@@ -215,6 +216,8 @@ def main() -> int:
         return 0
     shape = Shape(*args.shape)
     speeds = {t: apart("bandwidth", t) for t in args.threads}
+    if failed := next((s["failed"] for s in speeds.values() if isinstance(s, dict)), None):
+        raise SystemExit(f"the read bandwidth can't be measured: {failed}")
     rows = measure(args, shape)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     kept = {"shape": shape._asdict(), "bandwidth": speeds, "rows": rows}

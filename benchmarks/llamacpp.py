@@ -1,11 +1,13 @@
 """Whole models in ONNX Runtime beside llama.cpp, on one machine, in one run.
 
-    python benchmarks/llamacpp.py                           all three below python
-    benchmarks/llamacpp.py --only example            the example model, speed and quality python
-    benchmarks/llamacpp.py --only random             random weights, 1 GB, speed python
-    benchmarks/llamacpp.py --only large              16 layers of Qwen3-30B-A3B, 2.8 GB, moecc
-    alone:
-                                                            load time and memory
+    python benchmarks/llamacpp.py
+        all three below
+    python benchmarks/llamacpp.py --only example
+        the example model, speed and quality
+    python benchmarks/llamacpp.py --only random
+        random weights, 1 GB, speed
+    python benchmarks/llamacpp.py --only large
+        16 layers of Qwen3-30B-A3B, 2.8 GB, moecc alone: load time and memory
 
 The example is compiled, exported with `--to onnx{embeddings=int8}` and measured by `moecc bench`;
 llama.cpp quantizes the same checkpoint itself. Quality is KL(reference || model) and perplexity
@@ -29,6 +31,7 @@ from typing import TypeAlias
 import numpy as np
 import onnxruntime
 import torch
+from _command import moecc_command
 from safetensors.torch import load_file, save_file
 
 import moecc
@@ -60,19 +63,6 @@ RANDOM = dict(
 )
 
 
-def command(*arguments: str | Path) -> Json:
-    """Run the command line and return its JSON; MoeccError if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "moecc.cli", *map(str, arguments), "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise MoeccError(f"moecc {arguments[0]} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout)
-
-
 def llama(python: Path, *arguments: str | Path | int) -> Json:
     """Run `_llama.py` and return its JSON; MoeccError if it fails."""
     done = subprocess.run(
@@ -88,7 +78,7 @@ def llama(python: Path, *arguments: str | Path | int) -> Json:
 
 def speed_rows(label: str, exported: Path, threads: list[int]) -> list[Json]:
     """Measure an exported model by `moecc bench`."""
-    rows = command("bench", exported, "--threads", *map(str, threads))["rows"]
+    rows = moecc_command("bench", exported, "--threads", *map(str, threads))[0]["rows"]
     size = sum((exported / f).stat().st_size for f in ("model.onnx", "model.onnx.data"))
     return [{"label": f"{label}, {r['ops']}", "bytes": size, **r} for r in rows]
 
@@ -131,8 +121,8 @@ def _example_by_moecc(
 
     art, passes = work / f"bits{bits}_{dense}", f"vsraq,kbvq,dense{{bits={dense}}}"
     given = ("--bits", bits, "--calib", EXAMPLE / "calib.txt", "-o", art)
-    compiled = command("compile", EXAMPLE, "--passes", passes, *given)
-    command("export", art, "--to", "onnx{embeddings=int8}")
+    compiled, *_ = moecc_command("compile", EXAMPLE, "--passes", passes, *given)
+    moecc_command("export", art, "--to", "onnx{embeddings=int8}")
     session = Session(art / "onnx" / "model.onnx")
     logs = torch.cat([session.logits(row[None], [LENGTH]) for row in ids]).log_softmax(-1)
     quality = _quality(reference, logs, ids)
@@ -262,7 +252,7 @@ def _spec(own: Tensors) -> Json:
 def random(work: Path, python: Path, threads: list[int]) -> list[Json]:
     """Measure a model of random weights, by moecc and by llama.cpp."""
     art = random_artifact(work / "random")
-    command("export", art, "--to", "onnx{embeddings=int8}")
+    moecc_command("export", art, "--to", "onnx{embeddings=int8}")
     rows = speed_rows("moecc 2 bit, dense 4 bit", art / "onnx", threads)
     for ftype in ("Q2_K",):
         for n in threads:
@@ -275,7 +265,7 @@ def random(work: Path, python: Path, threads: list[int]) -> list[Json]:
 def large(work: Path, python: Path, threads: list[int]) -> list[Json]:
     """Measure a larger model of random weights, by moecc."""
     art = random_artifact(work / "large", num_experts=128, num_hidden_layers=16)
-    command("export", art, "--to", "onnx{embeddings=int8}")
+    moecc_command("export", art, "--to", "onnx{embeddings=int8}")
     return speed_rows("moecc 2 bit, dense 4 bit", art / "onnx", threads)
 
 
@@ -318,6 +308,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "llamacpp")
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     python = peers.environment(peers.HOME / "llama-cpp", "llama-cpp")
     head = (
         "# Whole models beside llama.cpp\n\n"

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from moecc.backends.onnx import bodies, layout, translate
+from moecc.backends.onnx import OPSETS, bodies, layout
 from moecc.backends.onnx.graph import Ops
 from moecc.ir import gates, ops, vq4
 
@@ -111,7 +111,7 @@ def session(stored: Operands, function: ir.Function, attributes: dict[str, Any],
         [numpy_helper.from_array(t.numpy(), n) for n, t in stored.items()],
     )
     imports = [helper.make_opsetid("", opset), helper.make_opsetid("moecc", 1)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=translate.OPSETS[opset])
+    model = helper.make_model(graph, opset_imports=imports, ir_version=OPSETS[opset].file_format)
     model.functions.append(ir.serde.serialize_function(function))
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
@@ -179,7 +179,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("opset", sorted(translate.OPSETS))
+@pytest.mark.parametrize("opset", sorted(OPSETS))
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_function_body_computes_what_the_reference_does(case: str, opset: int) -> None:
     gate_up, down, normed, more = CASES[case]

@@ -54,6 +54,15 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return folder / "out"
 
 
+def on_triton(artifact: Path) -> Any:
+    """Load an artifact on the CPU as if it were a GPU: its codes in the order of the kernels."""
+    backend.require_device()
+    model = load(artifact)
+    for module in projections(model):
+        module.pack(backend.KERNELS)
+    return model
+
+
 def projections(model: nn.Module) -> list[CompressedProjection]:
     return [m for m in model.modules() if isinstance(m, CompressedProjection)]
 
@@ -79,7 +88,7 @@ def logits(model: Any) -> Tensor:
 @interp
 @pytest.mark.parametrize("artifact", ["mixtral", "gpt_oss"], indirect=True)
 def test_a_model_run_by_the_kernels_agrees_with_the_reference(artifact: Path) -> None:
-    reference, model = load(artifact), backend.runtime(artifact, torch.float32)
+    reference, model = load(artifact), on_triton(artifact)
     assert all(
         p.packed == backend.KERNELS.name and p.codes.dtype == torch.int32
         for p in projections(model)
@@ -370,7 +379,7 @@ def test_a_compressed_module_calls_the_kernels(
     """By way of the experts implementation that transformers knows as "moecc"."""
     from moecc.backends.triton import launch
 
-    model, calls = backend.runtime(artifact, torch.float32), []
+    model, calls = on_triton(artifact), []
     run = launch.vq_experts
     monkeypatch.setattr(launch, "vq_experts", lambda *a, **k: calls.append(len(a)) or run(*a, **k))
     assert model.config._experts_implementation == experts.IMPLEMENTATION

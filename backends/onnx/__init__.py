@@ -20,13 +20,22 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from moecc.errors import MoeccError
 from moecc.options import option
 from moecc.target import Emitted, Target
 from moecc.types import Json, Say
 
+
+class Opset(NamedTuple):
+    """The version of the file format that goes with an opset, and the first ONNX Runtime 1.x."""
+
+    file_format: int
+    runtime: int
+
+
+OPSETS = {21: Opset(10, 20), 23: Opset(11, 23)}
 _NEEDS = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -39,7 +48,7 @@ class OnnxTarget(Target):
         "qmoe: experts as integers in ONNX Runtime's own operator",
         choices=("portable", "native", "qmoe"),
     )
-    opset: int = option(23, help="21 for ONNX Runtime before 1.23", choices=(21, 23))
+    opset: int = option(23, help="21 for ONNX Runtime before 1.23", choices=tuple(OPSETS))
     dtype: str = option(
         "float32", help="of activations and dense weights", choices=("float32", "float16")
     )
@@ -52,13 +61,16 @@ class OnnxTarget(Target):
         choices=("float", "int8"),
     )
 
-    def require(self) -> None:
-        """Raise MoeccError if an option does nothing or a package cannot be imported."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bits != "auto" and self.profile != "qmoe":
             raise MoeccError(
                 "onnx: bits is of the profile qmoe; the others keep the bits that the experts "
                 "have; leave it out"
             )
+
+    def require(self) -> None:
+        """Raise MoeccError if a package can't be imported or is too old for the profile."""
         for name in _NEEDS:
             try:
                 importlib.import_module(name)
@@ -67,6 +79,10 @@ class OnnxTarget(Target):
                     f"the target onnx needs {name}, which can't be imported ({error}); "
                     f"pip install 'moecc[{self.name}]'"
                 ) from None
+        if self.profile == "qmoe":
+            from moecc.backends.onnx.rewrites import qmoe
+
+            qmoe.require()
 
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
         from moecc.backends.onnx.exporter import export, summary

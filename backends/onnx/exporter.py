@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moecc import __version__
 from moecc.artifact.write import copy_small_files, new_folder
-from moecc.backends.onnx import OnnxTarget, build, genai, run
+from moecc.backends.onnx import OPSETS, OnnxTarget, build, genai, run
 from moecc.backends.onnx.cached import Cached, capture_cached
 from moecc.backends.onnx.rewrites import embeddings, joined, qmoe
 from moecc.backends.onnx.translate import translate
@@ -61,8 +61,7 @@ def export(
     behind, if the model cannot be exported or its logits differ too much.
     """
     options = options or OnnxTarget()
-    if options.profile == "qmoe":
-        qmoe.require()
+    options.require()
     with new_folder(out) as draft:
         return _export(folder, draft, options, say)
 
@@ -166,7 +165,7 @@ def oldest_runtime(model: ir.Model) -> str:
 
     1.20.1, 1.21.1, 1.22.1 and 1.23.2 were tried.
     """
-    needs = [{21: 20, 23: 23}[model.opset_imports[""]]]
+    needs = [OPSETS[model.opset_imports[""]].runtime]
     eight_bits = {"MatMulNBits": 22, "GatherBlockQuantized": 23}
     for node in model.graph:
         if node.op_type in eight_bits and node.attributes["bits"].as_int() == 8:
@@ -192,8 +191,8 @@ def _compare(
     found, where = (largest, "") if rounding == "float32" else (most, ", in too many tokens")
     if not found <= TOLERANCE[rounding]:
         raise MoeccError(
-            f"{folder.name}: logits of the ONNX file differ by {found:.2g} of the largest{where}; "
-            "nothing was kept"
+            f"the ONNX file's logits and the artifact's differ by {found:.2g} of the "
+            f"largest{where}; nothing was kept"
         )
     return {"difference": largest, "difference_of_most": most, "runtime": run.version()}
 

@@ -23,6 +23,7 @@ _KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def version() -> str:
+    """Return the name and version of the runtime."""
     return f"onnxruntime {onnxruntime.__version__}"
 
 

@@ -19,13 +19,12 @@ import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnxscript.rewriter import onnx_fusions
 
-from moecc.backends.onnx import operators
+from moecc.backends.onnx import OPSETS, operators
 from moecc.backends.onnx.cached import Cached
 from moecc.backends.onnx.graph import DOMAIN, MICROSOFT, VERSION, own_name, producer
 from moecc.backends.onnx.rewrites import attention, masks, norms, rotary
 from moecc.errors import MoeccError, reason
 
-OPSETS = {21: 10, 23: 11}  # opset -> version of the file format that goes with it
 # The names of an input's or output's open sizes, by the first part of its name.
 _SIZES = {
     "input_ids": ("batch", "sequence", ""),
@@ -63,7 +62,7 @@ def translate(cached: Cached, opset: int, stored: Container[str]) -> ir.Model:
         raise MoeccError(
             f"the model can't be translated to ONNX opset {opset}: {reason(_first(error))}"
         ) from error
-    model.ir_version = OPSETS[opset]
+    model.ir_version = OPSETS[opset].file_format
     model.opset_imports.update({DOMAIN: VERSION, MICROSOFT: 1})
     _name_sizes(model)
     _strip(model)

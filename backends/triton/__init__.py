@@ -1,10 +1,13 @@
 """The Triton target: the artifact runs in transformers on a GPU, by kernels that read its codes.
 
 On the host
-  op        the op that a packed model calls pack      the order of codes on a GPU tiles     the
-  shape of a program, by card launch    plan the launches of a layer, and run them matmul, around,
-  call, parts    the launches of products, those around them, and what they share aot, abstract
-  compile kernels for cards that are not there, for layers without data
+  op               the op that a packed model calls
+  pack             the order of codes on a GPU
+  tiles            the shape of a program, by card
+  launch           plan the launches of a layer, and run them
+  matmul, around   the launches of products, and those around them
+  call, parts      what launches share
+  aot, abstract    compile kernels for cards that are not there, for layers without data
 Kernels
   chain     when a kernel may start         fixed     16-bit fixed point
   route     sort slots by expert            gates     the gates
@@ -30,13 +33,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moecc.artifact import hf
 from moecc.backends.triton import op as op  # defines the op that a packed model calls
 from moecc.backends.triton.pack import pack_projection, unpack_projection
 from moecc.errors import MoeccError
-from moecc.frontend.compressed import CompressedProjection
 from moecc.target import Emitted, Kernels, Target
-from moecc.types import FamilyModule, Say
+from moecc.types import Say
 
 DEVICE = "cuda"  # torch's name for ROCm devices too
 LEAST = (8, 0)  # compute capability; older cards lack the int8 products that the kernels use
@@ -102,19 +103,3 @@ def require_device() -> None:
                 f"{torch.cuda.get_device_name(i)} has {major}.{minor}; MOECC_KERNELS=reference "
                 "runs the reference on it"
             )
-
-
-def runtime(folder: Path, dtype: torch.dtype | None = None) -> FamilyModule:
-    """Load the artifact in `folder` as a transformers model on the current GPU.
-
-    Under TRITON_INTERPRET=1 it stays on the CPU and uses the same kernels. Raise MoeccError as
-    `require_device` does.
-    """
-    require_device()
-    model = hf.load(str(folder), dtype)
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return model.to(DEVICE)
-    for module in model.modules():
-        if isinstance(module, CompressedProjection):
-            module.pack(KERNELS)
-    return model

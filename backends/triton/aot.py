@@ -238,6 +238,7 @@ class Row(NamedTuple):
 
 
 def row(launch: Launch, target: Target) -> Row:
+    """Compile a launch for a card, and return what the compiler reports of it."""
     report = compile_launch(launch, target)
     return Row(target.name, launch.name, launch.number("BITS"), report, may_spill(launch))
 

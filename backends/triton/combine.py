@@ -1,9 +1,10 @@
 """The kernels that follow a product: the gate after gate_up, and the sum over choices after down.
 
   hidden_kernel    sum of parts, the gate if the product did not apply it, hidden units as fixed
-  point sums_kernel      sum_j w_tj h_j of 16-bit hidden units combine_kernel   y_t = sum_j w_tj
-  (output of expert j) + shared terms norm_kernel      the same for a family that normalises each
-  expert's output before the sum
+                   point
+  sums_kernel      sum_j w_tj h_j of 16-bit hidden units
+  combine_kernel   y_t = sum_j w_tj (output of expert j) + shared terms
+  norm_kernel      the same for a family that normalises each expert's output before the sum
 
 A slot is one choice t * k + j. A choice outside 0..E-1 counts as zero; its rows are never used. No
 program waits for another, and no order of addition varies.

@@ -57,6 +57,7 @@ class Plan:
     launches: list[Launch] = field(default_factory=list)
 
     def named(self, name: str) -> Launch:
+        """Return the first launch of a kernel that the plan is known to have."""
         return next(launch for launch in self.launches if launch.name == name)
 
 

@@ -52,8 +52,8 @@ struct Sums {
   alignas(64) uint8_t of[GROUPS][PARTS][256];
 };
 
-// HALF the unit of rounding; OFFSET makes t not negative; RANGE of t leaves room for rounding; ZERO
-// is 0 in the first part.
+// HALF: half of the unit of rounding. OFFSET: makes t not negative. RANGE: of t, with room for
+// rounding. ZERO: is 0 in the first part.
 constexpr int HALF = 1 << 11, OFFSET = 1 << 29;
 constexpr float RANGE = static_cast<float>(OFFSET - 4096);
 constexpr int ZERO = 32;

@@ -45,7 +45,7 @@ def lower(model: ir.Model, store: CheckpointStore) -> None:
     found = next(((n, v) for n in lookups if (v := _stored(n.inputs[0])) is not None), None)
     if found is None:
         raise MoeccError(
-            "the graph doesn't look its input up in an embedding; export without --embeddings int8"
+            "the graph doesn't look its input up in an embedding; export with embeddings=float"
         )
     tables = _Tables(model, store)
     _lower_lookup(model, tables, ids, *found)
@@ -113,7 +113,7 @@ class _Tables:
             block = next((b for b in _BLOCKS if columns % b == 0), None)
             if block is None:
                 raise MoeccError(
-                    f"{name}: blocks of 16 don't divide {columns}; export without --embeddings int8"
+                    f"{name}: blocks of 16 don't divide {columns}; export with embeddings=float"
                 )
             shape, make = (rows, columns // block, block), partial(self._packed, name, block)
             packed = lazy(self.model, f"{name}.packed", shape, ir.DataType.UINT8, make)
