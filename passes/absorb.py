@@ -75,7 +75,12 @@ class AbsorbLora(Pass):
     def run(self, program: Program, ctx: Context) -> bool:
         assert ctx.reference is not None
         updates = Adapter.read(self.name, self.path).updates(ctx.reference)
-        experts = {w for moe in ctx.reference.moe_layers() for w in _sources(ctx.reference, moe)}
+        experts = {
+            weight
+            for moe in ctx.reference.moe_layers()
+            for projection in moe.projections
+            for weight in ctx.reference.parameters_of(projection, "")
+        }
         adapted = ctx.reference.copy()
         for weight, update in updates.items():
             if weight in experts:
@@ -170,14 +175,6 @@ def _rows_joined(old: Parts, new: Parts) -> Iterator[Parts]:
 def _sum(program: Program, weight: str, update: Update) -> Tensor:
     """The adapted weight, unrounded."""
     return program.read(weight).float() + update.delta()
-
-
-def _sources(program: Program, moe: MoE) -> tuple[str, ...]:
-    """The model's parameters behind an experts node's two matrices."""
-    nodes = [p.operand() for p in moe.projections]
-    return tuple(
-        s for n in nodes if n is not None for s in program.origins(program.weights[n.name].name)
-    )
 
 
 def _moments(layer: Layer, moe: MoE) -> dict[str, Tensor]:

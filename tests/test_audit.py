@@ -164,6 +164,45 @@ def test_recorded_values_are_in_the_rows_of_coded_experts(batches: list[Tensor])
     assert not [note for note in ctx.notes if "recorded, but" in note]
 
 
+@pytest.mark.parametrize(
+    ("passes", "name", "fate"),
+    [
+        ("vq{rounds=1,bits=3}", "model.layers.0.mlp.experts.gate_up_proj", "vq4 3 bit"),
+        (
+            "dense{bits=4,group=16}",
+            "model.layers.0.self_attn.q_proj.weight",
+            "4 bit, groups of 16",
+        ),
+    ],
+)
+def test_the_fate_of_a_weight_is_whole_if_its_pass_says_none(
+    passes: str, name: str, fate: str, batches: list[Tensor]
+) -> None:
+    program, ctx = trace(make("qwen2_moe"), dtype=torch.float32), Context()
+    original = program.copy()
+    run_passes(program, resolve(parse_passes(passes)[0])[0], ctx, batches)
+    for facts in ctx.audit.values():
+        facts.pop("fate", None)
+    row = next(r for r in plan(program, original, ctx).rows if r.name == name)
+    assert str(row.fate) == fate
+
+
+@pytest.mark.parametrize("passes", ["", "vq{rounds=1}"])
+def test_why_a_projection_stayed_float_is_in_each_of_its_rows(
+    passes: str, batches: list[Tensor]
+) -> None:
+    program, ctx = trace(make("gpt_oss"), dtype=torch.float32), Context()
+    original, path = program.copy(), "model.layers.0.mlp.experts"
+    if passes:
+        run_passes(program, resolve(parse_passes(passes)[0])[0], ctx, batches)
+    ctx.record(f"{path}.gate_up", fallback="too small")
+    found = {r.name: r.fallback for r in plan(program, original, ctx).rows}
+    assert [name for name, why in found.items() if why == "too small"] == [
+        f"{path}.gate_up_proj",
+        f"{path}.gate_up_proj_bias",
+    ]
+
+
 def test_summary_counts_whole_bits() -> None:
     rows = [
         Row("e", "routed experts", (4, 8, 8), Fate("coded", bits=2, format="vq4"), 96, 3.0),

@@ -11,12 +11,16 @@ import pytest
 import torch
 from families import ALL
 from made import checkpoint, load
+from pipelines import MY_PASS
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moecc import cli
+from moecc.artifact.decode import float_tensors
 from moecc.commands.compile import compile_model
 from moecc.commands.export import export_artifact
 from moecc.errors import MoeccError
+from moecc.frontend.trace import trace
 from moecc.target import TARGETS, parse_target
 
 torch.set_num_threads(1)
@@ -102,6 +106,32 @@ def test_offsets_without_a_place_are_refused_and_nothing_is_left(tmp_path: Path)
     (tmp_path / "float").mkdir()
     with pytest.raises(MoeccError, match="float exists; give another folder"):
         export_artifact(str(source), "dense", tmp_path / "float")
+
+
+def test_a_bias_that_a_pass_removed_is_exported_as_zeros(tmp_path: Path) -> None:
+    """The family declares it, and transformers would fill it with random numbers."""
+    source = checkpoint(tmp_path / "model", "gpt_oss")
+    passes = f"moments,vq{{rounds=1}},affine,fold,{MY_PASS}{{below=100}}"
+    compile_model(str(source), passes, tmp_path / "art", rows=4, length=16)
+    out = export_artifact(str(tmp_path / "art"), "dense{dtype=float32}", tmp_path / "float").out
+    assert out is not None
+    names = {name for name, _ in load(source).named_parameters()}
+    tensors = load_file(out / "model.safetensors")
+    assert names == tensors.keys()
+    biases = [t for name, t in tensors.items() if name.endswith(("up_proj_bias", "down_proj_bias"))]
+    assert biases and not any(bool(t.any()) for t in biases)
+    ids = torch.arange(16).view(1, 16)
+    with torch.no_grad():
+        want, got = (load(folder)(input_ids=ids).logits for folder in (tmp_path / "art", out))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_tensors_keep_the_order_of_the_model(tmp_path: Path) -> None:
+    """Shards, and so their bytes, are the same in every run."""
+    source = checkpoint(tmp_path / "model", "mixtral")
+    store = trace(source).store
+    assert store is not None
+    assert list(float_tensors(source)) == [n for n in store.names() if n not in store.tied]
 
 
 def test_an_export_touches_nothing_beside_it(tmp_path: Path) -> None:

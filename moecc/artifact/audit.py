@@ -85,6 +85,14 @@ class _Planner:
         self.store: Store = program.store
         self.found = Plan()
         self.taken: set[str] = set()  # parameters that something compressed stands for
+        # parameter -> why a pass left the projection that it is a part of in float
+        self.fallbacks: dict[str, str] = {
+            name: ctx.audit[projection.path]["fallback"]
+            for moe in original.moe_layers()
+            for projection in moe.projections
+            if "fallback" in ctx.audit.get(projection.path, {})
+            for name in original.parameters_of(projection, "", "bias")
+        }
 
     def run(self) -> Plan:
         for moe in self.program.moe_layers():
@@ -118,7 +126,7 @@ class _Planner:
             specs[projection.name] = {part: _spec(node) for part, node in stored.items()}
             for part, node in stored.items():
                 self.found.put(f"{projection.path}.{part}", self.held(node))
-            sources = origins(self.original, dense)
+            sources = self.original.parameters_of(dense, "", "bias")
             self.coded_rows(projection, dense, sources, stored)
             removed += [s for s in sources if s not in removed]
         self.taken.update(removed)
@@ -139,7 +147,8 @@ class _Planner:
         first, *others = sources
         parts = {part: _nbytes(node) for part, node in stored.items()}
         nbytes = sum(parts.values())
-        row = self.row(first, _fate(facts, Fate("coded", format="vq4")), nbytes, facts)
+        coded = Fate("coded", bits=projection.bits(), format="vq4")
+        row = self.row(first, _fate(facts, coded), nbytes, facts)
         row.bits = 8 * nbytes / dense.weights
         row.details = {"bytes": parts, "source_bits": self.source_bits(first)} | row.details
         self.place(row, projection)
@@ -179,7 +188,9 @@ class _Planner:
         bits, name = int(node.kwargs["bits"]), f"{path}.weight"  # type: ignore[arg-type]
         self.found.compression.linears[path] = StoredLinear(bits, specs)
         nbytes, facts = sum(map(_nbytes, stored.values())), self.ctx.audit.get(name, {})
-        row = self.row(name, _fate(facts, Fate("grouped", bits=bits)), nbytes, facts)
+        columns, groups = self.store.shape(name)[1], specs["scale"][0][1]
+        grouped = Fate("grouped", bits=bits, group=columns // groups)
+        row = self.row(name, _fate(facts, grouped), nbytes, facts)
         row.bits = 8 * nbytes / math.prod(row.shape)
         row.details = {"source_bits": self.source_bits(name)} | row.details
         self.add(row)
@@ -218,7 +229,7 @@ class _Planner:
     def dense_experts(self) -> dict[str, Projection]:
         """The projection of the first parameter behind each one that is left dense."""
         dense = [m for m in self.program.moe_layers() if m.node.target is ops.EXPERTS]
-        return {origins(self.program, p)[0]: p for m in dense for p in m.projections}
+        return {self.program.parameters_of(p, "")[0]: p for m in dense for p in m.projections}
 
     # ---- pieces
 
@@ -233,7 +244,7 @@ class _Planner:
             error=facts.get("error"),
             tokens=facts.get("tokens"),
             starved=facts.get("starved") or {},
-            fallback=facts.get("fallback", ""),
+            fallback=facts.get("fallback") or self.fallbacks.get(name, ""),
             details=_details(facts),
         )
 
@@ -261,15 +272,6 @@ class _Planner:
         dtype = program.stored_dtype(name) if name in program.rounded else program.dtype
         shape = tuple(self.store.shape(name))
         return LazyTensor(shape, dtype, lambda: program.tensors[name].to(dtype).contiguous())
-
-
-def origins(program: Program, projection: Projection) -> list[str]:
-    """The model's parameters behind a dense projection and its bias."""
-    names: list[str] = []
-    for part in ("", "bias"):
-        if (node := projection.operand(part)) is not None:
-            names += [s for s in program.origins(program.weights[node.name].name) if s not in names]
-    return names
 
 
 def _fate(facts: Json, default: Fate) -> Fate:

@@ -57,19 +57,21 @@ class _Decoder:
         if store is None:
             raise MoeccError(f"{self.program.source} has no weights; give a complete artifact")
         found: dict[str, LazyTensor] = {}
-        left = {name for name in store.names() if name not in store.tied}
+        coded: set[str] = set()
         dense = {m.path: m for m in self.plain.moe_layers()}
         for moe in self.program.moe_layers():
             if moe.node.target is ops.VQ_EXPERTS:
                 for ours, theirs in zip(moe.projections, dense[moe.path].projections, strict=True):
                     found |= self.projection(ours, theirs)
-                    left -= {f"{ours.path}.{part}" for part in vq4.TENSORS}
+                    coded |= {f"{ours.path}.{part}" for part in vq4.TENSORS}
         for node in self.program.graph.nodes:
             if node.op == "call_function" and node.target is ops.Q_LINEAR:
                 path, tensor = self.linear(node)
                 found[f"{path}.weight"] = tensor
-                left -= {f"{path}.{part}" for part in ("weight", "scale", "zero")}
-        for name in left:
+                coded |= {f"{path}.{part}" for part in ("weight", "scale", "zero")}
+        for name in store.names():
+            if name in coded or name in store.tied:
+                continue
             kept = store.dtype(name)
             if self.asked is not None and name in self.declared:
                 kept = kept_dtype(self.model, name, self.declared[name], self.asked)
@@ -78,30 +80,26 @@ class _Decoder:
         return found
 
     def projection(self, ours: Projection, theirs: Projection) -> dict[str, LazyTensor]:
-        """The parameters behind one projection and its bias."""
-        bias, place = ours.operand("bias"), theirs.operand("bias")
-        if bias is not None and place is None:
+        """The parameters behind one projection and its bias, zeros if a pass removed that."""
+        if ours.operand("bias") is not None and theirs.operand("bias") is None:
             raise MoeccError(
                 f"{ours.path}: offsets are stored, and its family has no biases to hold them; "
                 "compile it without offsets"
             )
         found = {}
-        for node in (theirs.operand(), place if bias is not None else None):
-            if node is None:
-                continue
-            weight = self.plain.weights[node.name]
-            for source in weight.sources or (weight.name,):
-                read = partial(self.parameter, node, source, ours, bias if node is place else None)
+        for part in ("", "bias"):
+            for source in self.plain.parameters_of(theirs, part):
+                read = partial(self.parameter, source, ours, theirs, part)
                 found[source] = LazyTensor(self.shapes[source], self.dtype, read)
         return found
 
-    def parameter(
-        self, node: fx.Node, source: str, ours: Projection, bias: fx.Node | None
-    ) -> Tensor:
-        """The parameter `source`, one of those that the float model computes the operand `node`
-        from.
+    def parameter(self, source: str, ours: Projection, theirs: Projection, part: str) -> Tensor:
+        """The parameter `source`, one of those that the float model computes a part of the
+        projection `theirs` from.
         """
-        canonical = self.program.value(bias) if bias is not None else self.dense(ours)
+        node = theirs.operand(part)
+        assert node is not None
+        canonical = self.bias(ours) if part else self.dense(ours)
         weight = self.plain.weights[node.name]
         if weight.recipe is None:
             return canonical.to(self.dtype).contiguous()
@@ -116,6 +114,11 @@ class _Decoder:
         flat[weight.recipe(*numbers).flatten()] = canonical.to(self.dtype).flatten()
         size = torch.Size(self.shapes[source])
         return flat[first : first + size.numel()].view(size).clone()
+
+    def bias(self, projection: Projection) -> Tensor:
+        """The bias [E, N] of a coded projection."""
+        node = projection.operand("bias")
+        return torch.zeros(projection.shape[:2]) if node is None else self.program.value(node)
 
     def dense(self, projection: Projection) -> Tensor:
         """The float32 matrices [E, N, K] of a coded projection."""

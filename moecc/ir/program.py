@@ -29,7 +29,7 @@ from torch.export import ExportedProgram
 from moecc.errors import MoeccError
 from moecc.ir import export, ops, text, verify
 from moecc.ir.graph import copy_module
-from moecc.ir.moe import MoE, router_logits
+from moecc.ir.moe import MoE, Projection, router_logits
 from moecc.ir.restriction import Restriction
 from moecc.ir.tensors import Held, Store, Weight
 from moecc.types import Config
@@ -123,6 +123,16 @@ class Program:
         """Return the model parameters that a weight is computed from; a plain one is its own."""
         derived = self._derived(name)
         return derived.sources if derived else (name,)
+
+    def parameters_of(self, projection: Projection, *parts: str) -> list[str]:
+        """Return the model parameters behind parts of a dense projection, each once.
+
+        parts: as `Projection.operand` takes them; one that is absent has none.
+        """
+        nodes = [n for part in parts if (n := projection.operand(part)) is not None]
+        return list(
+            dict.fromkeys(s for n in nodes for s in self.origins(self.weights[n.name].name))
+        )
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return a weight's type in the checkpoint; the program's own if it is not in there."""
