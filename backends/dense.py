@@ -15,7 +15,13 @@ from typing import ClassVar
 import torch
 
 from moecc.artifact.decode import float_tensors
-from moecc.artifact.write import copy_small_files, new_folder, write_kept, write_weights
+from moecc.artifact.write import (
+    copy_small_files,
+    float_config,
+    new_folder,
+    write_kept,
+    write_weights,
+)
 from moecc.checkpoint.files import size
 from moecc.options import option
 from moecc.target import Emitted, Target
@@ -39,8 +45,7 @@ class DenseTarget(Target):
             write_weights(draft, tensors)
             copy_small_files(artifact, draft)
             config = json.loads((artifact / "config.json").read_text())
-            config.pop("quantization_config", None)
-            config |= {} if dtype is None else {"dtype": self.dtype}
+            float_config(config, None if dtype is None else self.dtype)
             (draft / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
             write_kept(artifact, draft)
         nbytes = sum(t.nbytes for t in tensors.values())

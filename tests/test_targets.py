@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from moecc import cli
 from moecc.artifact.decode import float_tensors
 from moecc.commands.compile import compile_model
-from moecc.commands.export import export_artifact
+from moecc.commands.export import bench_export, export_artifact
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.target import TARGETS, parse_target
@@ -134,6 +134,23 @@ def test_tensors_keep_the_order_of_the_model(tmp_path: Path) -> None:
     assert list(float_tensors(source)) == [n for n in store.names() if n not in store.tied]
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_the_configuration_of_the_text_model_says_float_too(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, coded = tmp_path / "model", {"quant_method": "fp8"}
+    source.mkdir()
+    outer = {"quantization_config": coded, "torch_dtype": "bfloat16", "model_type": "outer"}
+    inner = {"quantization_config": coded, "dtype": "bfloat16", "model_type": "inner"}
+    (source / "config.json").write_text(json.dumps(outer | {"text_config": inner}))
+    monkeypatch.setattr("moecc.backends.dense.float_tensors", lambda folder, dtype: {})
+    TARGETS.find("dense")(dtype=dtype).emit(source, tmp_path / "float", print)
+    found = json.loads((tmp_path / "float" / "config.json").read_text())
+    want = {"torch_dtype": "bfloat16"} if dtype == "auto" else {"dtype": dtype}
+    text = {"dtype": "bfloat16" if dtype == "auto" else dtype, "model_type": "inner"}
+    assert found == want | {"model_type": "outer", "text_config": text}
+
+
 def test_an_export_touches_nothing_beside_it(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "model", "mixtral")
     (tmp_path / "float.partial").mkdir()
@@ -171,6 +188,12 @@ def test_a_target_s_own_fault_names_it(body: str, line: str, tmp_path: Path) -> 
     source = checkpoint(tmp_path / "model", "mixtral")
     with pytest.raises(MoeccError, match=re.escape(line)):
         export_artifact(str(source), str(file), tmp_path / "out")
+
+
+def test_a_folder_without_an_export_to_measure_is_one_line(tmp_path: Path) -> None:
+    """An export may lie in it, of a target that has no benchmark or is used by its path."""
+    with pytest.raises(MoeccError, match="holds no export that can be measured here; run "):
+        bench_export(tmp_path)
 
 
 def test_a_target_file_that_exits_is_one_line(tmp_path: Path) -> None:

@@ -160,10 +160,7 @@ def _config(program: Program, source: Path | None, found: Plan) -> Json:
         if source is not None
         else program.config.to_dict()
     )
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict):
-            # how the source's weights were stored (`moecc.checkpoint.low_bit`)
-            part.pop("quantization_config", None)
+    float_config(config)
     for path, value in program.config_edits.items():
         *outer, key = path.split(".")
         part = config
@@ -173,6 +170,20 @@ def _config(program: Program, source: Path | None, found: Plan) -> Json:
     if found.compression.experts or found.compression.linears:
         config["quantization_config"] = found.compression.as_config()
     return config
+
+
+def float_config(config: Json, dtype: str | None = None) -> None:
+    """Make `config`, as config.json has it, and its text_config those of plain float weights.
+
+    dtype: what they say of the weights from now on, such as "float16"; None leaves it as it is.
+    """
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            # how the weights were stored (`moecc.checkpoint.low_bit`, `moecc.checkpoint.schema`)
+            part.pop("quantization_config", None)
+            if dtype is not None:
+                part.pop("torch_dtype", None)  # the older name
+                part["dtype"] = dtype
 
 
 def _json(path: Path, value: Json) -> None:

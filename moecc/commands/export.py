@@ -37,8 +37,8 @@ def bench_export(
 ) -> tuple[Target, object]:
     """Measure an exported model here: return the target that wrote it and the rows of its `bench`.
 
-    folder: the export, or an artifact with the export in a subfolder of the target's name. Raise
-    MoeccError if there is no export.
+    Only targets that are found by name are asked. folder: the export, or an artifact with the
+    export in a subfolder of the target's name. Raise MoeccError if there is no export.
     """
     for name in TARGETS.names():
         target = TARGETS.find(name)()
@@ -50,7 +50,8 @@ def bench_export(
             )
             return target, rows
     raise MoeccError(
-        f"{folder} holds nothing that was exported; run `moecc export {folder} --to TARGET` first"
+        f"{folder} holds no export that can be measured here; "
+        f"run `moecc export {folder} --to TARGET` with a target that has a benchmark first"
     )
 
 
