@@ -30,6 +30,6 @@ class MergeAdapters(Pass):
 
     def run(self, program: Program, ctx: Context) -> bool:
         found = attached(program)
-        for adapter in found:
-            ctx.record(adapter.weight, adapter="merged", rounding=merge(program, adapter))
+        for adapted in found:
+            ctx.record(adapted.weight, adapter="merged", rounding=merge(program, adapted))
         return bool(found)

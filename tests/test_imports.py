@@ -21,6 +21,7 @@ RULE = "errors types < hook options < registry < target < ir < checkpoint < fron
 # What a pass sees besides the shared files of its own folder.
 PASSES_SEE = (
     "moecc.errors",
+    "moecc.types",
     "moecc.options",
     "moecc.ir",
     "moecc.pipeline",

@@ -42,12 +42,13 @@ def choose_rows(
     target: Tensor,
     codebook: Tensor,
     scale: Tensor,
-    finders: list[Nearest],
+    nearest: list[Nearest],
     block: int = 128,
 ) -> Coded:
     """Codes for some rows [E, n, K] that do not depend on each other.
 
-    block: columns after which the errors so far are carried over to all later ones at once.
+    nearest: as `finders` returns them. block: columns after which the errors so far are carried
+    over to all later ones at once.
     """
     experts, rows, columns = target.shape
     v, index = coder.v, coder.columns.unsqueeze(1).expand(-1, rows, -1)
@@ -61,7 +62,7 @@ def choose_rows(
         errors = torch.empty(experts, rows, stop - start, device=rest.device)
         for j in range(start, stop, v):
             t = rest[:, :, j : j + v]
-            find = finders[j // v]
+            find = nearest[j // v]
             code, sign, q = find(t)
             codes[:, :, j // v] = code
             if negative is not None and sign is not None:

@@ -17,9 +17,10 @@ from moecc.ir.moe import MoE
 from moecc.ir.program import Program
 from moecc.passes._tune.block import output_logits
 from moecc.passes._tune.routing import boundary_nearness, selection_scores, standardized
-from moecc.passes._tune.whole import Value, Values, Whole
+from moecc.passes._tune.whole import Values, Whole
 from moecc.pipeline.passes import Context, Kept
 from moecc.pipeline.stream import StageWeights
+from moecc.types import Value
 
 SHARPNESS = 4.0  # 1 / (standard deviations from the top-k boundary at which a score counts 1/e)
 

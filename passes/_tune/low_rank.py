@@ -17,8 +17,8 @@ _SUFFIX = ".adapted"
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """An adapted weight."""
+class AdaptedWeight:
+    """A weight W that stands for W + B A."""
 
     placeholder: str
     weight: str  # its own name
@@ -39,24 +39,24 @@ def attach(program: Program, placeholder: str, a: Tensor, b: Tensor) -> None:
     program.weights[placeholder] = Weight(name + _SUFFIX, derived, sources)
 
 
-def attached(program: Program) -> list[Adapter]:
-    """The adapters of a program, in the order of its placeholders."""
+def attached(program: Program) -> list[AdaptedWeight]:
+    """The adapted weights of a program, in the order of its placeholders."""
     return [
-        Adapter(placeholder, *weight.sources)
+        AdaptedWeight(placeholder, *weight.sources)
         for placeholder, weight in program.weights.items()
         if weight.recipe is not None and weight.name.endswith(_SUFFIX)
     ]
 
 
-def merge(program: Program, adapter: Adapter) -> float:
+def merge(program: Program, adapted: AdaptedWeight) -> float:
     """Make W + B A the plain weight again, rounded to the type that the checkpoint stores W in.
 
     Return the relative squared error of this rounding.
     """
-    value = program.read(adapter.weight + _SUFFIX)
-    program.weights[adapter.placeholder] = Weight(adapter.weight)
-    program.rewrite(adapter.weight, value)
-    for name in (adapter.a, adapter.b):
+    value = program.read(adapted.weight + _SUFFIX)
+    program.weights[adapted.placeholder] = Weight(adapted.weight)
+    program.rewrite(adapted.weight, value)
+    for name in (adapted.a, adapted.b):
         program.tensors.pop(name)
-    error = (program.read(adapter.weight) - value).square().sum()
+    error = (program.read(adapted.weight) - value).square().sum()
     return float(error / value.square().sum().clamp(min=1e-30))

@@ -14,7 +14,6 @@ come on top; they are taken when their layer runs backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,11 +21,11 @@ from torch import Tensor
 from moecc.ir.graph import descendants, run_nodes
 from moecc.ir.program import Program, output_node, stage_nodes
 from moecc.pipeline.stream import StageWeights, Stream, fits_in_memory
+from moecc.types import Value
 
-Value: TypeAlias = Any  # of a node: a tensor, a tuple of tensors, a number
 Values = dict[str, Value]  # by node name
 # placeholders of a stage -> their values, as functions of the parameters
-Trained = Callable[[set[str]], Mapping[str, Tensor]]
+TrainedValues = Callable[[set[str]], Mapping[str, Tensor]]
 Inner = Mapping[str, Callable[[Tensor], Tensor]]  # node name -> the loss of its value
 
 
@@ -59,7 +58,7 @@ class Whole:
             return StageWeights(self.program)
         return self._weights.setdefault(stage, StageWeights(self.program))
 
-    def run(self, stage: int, values: Values, trained: Trained) -> Values:
+    def run(self, stage: int, values: Values, trained: TrainedValues) -> Values:
         """Take the values before `stage` through it; return those alive after it or watched."""
         weights = StageWeights.sharing(self.weights(stage), trained(self.reads[stage]))
         return self.run_with(weights, stage, values)
@@ -78,7 +77,7 @@ class Whole:
         return {k: v for k, v in here.items() if k in wanted}
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, trained: Trained) -> list[Values]:
+    def forward(self, ids: Tensor, trained: TrainedValues) -> list[Values]:
         """The values alive before each stage, and those watched in the stage before it.
 
         The last entry holds the inputs of the head.
@@ -89,7 +88,7 @@ class Whole:
         return kept
 
     @torch.no_grad()
-    def head(self, values: Values, trained: Trained) -> Tensor:
+    def head(self, values: Values, trained: TrainedValues) -> Tensor:
         """The output, from the values alive before the last stage."""
         output: Tensor = self.run(self.program.layers - 1, values, trained)[self.output]
         return output
@@ -97,7 +96,7 @@ class Whole:
     def backward(
         self,
         ids: Tensor,
-        trained: Trained,
+        trained: TrainedValues,
         loss: Callable[[Values, Tensor], Tensor],
         inner: Inner | None = None,
     ) -> None:
