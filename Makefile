@@ -24,7 +24,7 @@ test: $(READY)
 	TRITON_INTERPRET=1 env -u MOECC_ALL_FAMILIES $(PYTEST) -m interp tests/test_triton_*.py
 
 test-all: $(READY)
-	MOECC_ALL_FAMILIES=1 $(PYTEST)
+	MOECC_ALL_FAMILIES=1 env -u TRITON_INTERPRET $(PYTEST)
 	MOECC_ALL_FAMILIES=1 TRITON_INTERPRET=1 $(PYTEST) -m interp tests/test_triton_*.py
 
 lint: $(READY)

@@ -1,4 +1,4 @@
-"""drop_bias: remove the bias of a compressed projection if it hardly moves the output.
+"""Removes the bias of a compressed projection if it hardly moves the output.
 
   1. Divide each row's bias by the row's norm, the size of its output for an input of unit variance.
   2. Take the root mean square of these shares over all rows and experts. If it is under `below`,

@@ -1,5 +1,4 @@
-"""prune: takes out the experts that do least, so that what stays can be compressed with the bits
-they took.
+"""Takes out the experts that do least and leaves their bits to the others.
 
   1. The calibration text runs through the float model. An expert's score is the mean over all
      tokens of w_e |y_e|, its routing weight times the norm of its output: how often it is chosen,

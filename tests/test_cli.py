@@ -49,6 +49,8 @@ BAD = {
     "generate with a negative temperature": "generate MODEL --temperature -1",
     "generate from an empty prompt": "generate MODEL --prompt ''",
     "generate more than there are positions for": "generate MODEL --max-new-tokens 100000",
+    "generate from bytes that are no text": "generate MODEL --prompt \udcff",
+    "a bar for a command that has none": "passes --progress",
     "passes with a misspelt name": "passes kbvqq",
     "passes of a missing file": "passes ./my_pass.py",
     "export of a profile with bits that it doesn't take": "export MODEL --to onnx --bits 8 -o OUT",

@@ -2,7 +2,7 @@
 
 Results go to stdout (with --json exactly one object), remarks and progress to stderr. Exit codes:
 0 done; 1 `diff` found a difference; 2 bad input, in one line; 3 a fault of moecc's own; 130
-interrupted; 143 terminated. MOECC_DEBUG=1 shows tracebacks.
+interrupted; 141 stdout was closed; 143 terminated. MOECC_DEBUG=1 shows tracebacks.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 @dataclass(frozen=True)
 class Command:
     """One command. arguments adds its own; tokenizer: whether it may run a tokenizer that is Python
-    code.
+    code; progress: whether it shows bars.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Command:
     help: str
     arguments: Add
     tokenizer: bool = False
+    progress: bool = False
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,11 +49,12 @@ def parser() -> argparse.ArgumentParser:
         )
         one.set_defaults(run=command.run)
         one.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        one.add_argument(
-            "--progress",
-            action=argparse.BooleanOptionalAction,
-            help="progress bars on stderr (default: on a terminal)",
-        )
+        if command.progress:
+            one.add_argument(
+                "--progress",
+                action=argparse.BooleanOptionalAction,
+                help="progress bars on stderr (default: on a terminal)",
+            )
         if command.tokenizer:
             one.add_argument(
                 "--trust-remote-code",
@@ -242,11 +244,21 @@ def _temperature(text: str) -> float:
 
 COMMANDS = (
     Command(
-        "compile", calls.compile, "compress a model into a new folder", _compile, tokenizer=True
+        "compile",
+        calls.compile,
+        "compress a model into a new folder",
+        _compile,
+        tokenizer=True,
+        progress=True,
     ),
     Command("inspect", calls.inspect, "MoE structure and sizes, without reading weights", _inspect),
     Command(
-        "eval", calls.eval, "perplexity, KL, experts chosen and output error", _eval, tokenizer=True
+        "eval",
+        calls.eval,
+        "perplexity, KL, experts chosen and output error",
+        _eval,
+        tokenizer=True,
+        progress=True,
     ),
     Command("generate", calls.generate, "continue a prompt", _generate, tokenizer=True),
     Command("export", calls.export, "an artifact as a folder for another runtime", _export),
@@ -271,5 +283,6 @@ COMMANDS = (
         calls.diff,
         "compare two artifacts or checkpoints; exit code 1 if they differ",
         _diff,
+        progress=True,
     ),
 )

@@ -38,6 +38,10 @@ def progress(options: argparse.Namespace) -> Progress:
 
 
 def compile(options: argparse.Namespace) -> Outcome:
+    """Compress a model: 0, what `compile_model` returns, the folder with its size and bits.
+
+    Raise MoeccError if the model, an option or the folder to write is refused.
+    """
     from moecc.checkpoint.files import size
     from moecc.commands.compile import compile_model
 
@@ -68,6 +72,10 @@ def compile(options: argparse.Namespace) -> Outcome:
 
 
 def inspect(options: argparse.Namespace) -> Outcome:
+    """Show a model's structure: 0, what `inspect_model` returns, its table.
+
+    Raise MoeccError if the model or a pass is refused, or if --bits is given without --passes.
+    """
     from moecc.commands.inspect import inspect_model, table
 
     if options.bits is not None and options.passes is None:
@@ -77,6 +85,10 @@ def inspect(options: argparse.Namespace) -> Outcome:
 
 
 def eval(options: argparse.Namespace) -> Outcome:
+    """Compare a model with its reference: 0, what `evaluate_models` returns, its table.
+
+    Raise MoeccError if a model or the text is refused, or if the two do not fit each other.
+    """
     from moecc.commands.evaluate import evaluate_models, table
 
     found = evaluate_models(
@@ -94,6 +106,10 @@ def eval(options: argparse.Namespace) -> Outcome:
 
 
 def generate(options: argparse.Namespace) -> Outcome:
+    """Continue a prompt: 0, what `generate` returns, the prompt with its continuation.
+
+    Raise MoeccError if the model or the prompt is refused.
+    """
     from moecc.commands.generate import generate
 
     found = generate(
@@ -108,6 +124,10 @@ def generate(options: argparse.Namespace) -> Outcome:
 
 
 def export(options: argparse.Namespace) -> Outcome:
+    """Write an artifact for a target: 0, the folder (None if none is needed) and facts, a summary.
+
+    Raise MoeccError if the target is unknown or cannot write the model.
+    """
     from moecc.commands.export import export_artifact
 
     found = export_artifact(options.model, options.to, options.out, say=say)
@@ -115,6 +135,10 @@ def export(options: argparse.Namespace) -> Outcome:
 
 
 def bench(options: argparse.Namespace) -> Outcome:
+    """Measure an export here: 0, the model and the rows of the target's `bench`, their table.
+
+    Raise MoeccError if the folder holds no export that can be measured.
+    """
     from moecc.commands.export import bench_export
 
     target, rows = bench_export(
@@ -128,6 +152,10 @@ def bench(options: argparse.Namespace) -> Outcome:
 
 
 def build_ops(options: argparse.Namespace) -> Outcome:
+    """Compile the native libraries of all targets: 0, their paths, a path per line.
+
+    Raise MoeccError if a compiler or a package is missing.
+    """
     from moecc.commands.export import build_libraries
 
     found = [str(path) for path in build_libraries(say)]
@@ -135,6 +163,10 @@ def build_ops(options: argparse.Namespace) -> Outcome:
 
 
 def diff(options: argparse.Namespace) -> Outcome:
+    """Compare two models: 1 if they differ, else 0; what `compare_models` returns, its table.
+
+    Raise MoeccError if one of them cannot be read.
+    """
     from moecc.commands.diff import compare_models, table
 
     found = compare_models(options.a, options.b, progress(options))
@@ -142,6 +174,10 @@ def diff(options: argparse.Namespace) -> Outcome:
 
 
 def passes(options: argparse.Namespace) -> Outcome:
+    """List the passes or describe one: 0, their facts and options, lines of text.
+
+    Raise MoeccError if no pass is called so.
+    """
     from moecc.commands.passes import describe_pass, describe_passes, pass_line, pass_text
 
     if options.name is not None:
@@ -152,6 +188,10 @@ def passes(options: argparse.Namespace) -> Outcome:
 
 
 def targets(options: argparse.Namespace) -> Outcome:
+    """List the targets or describe one: 0, their options, lines of text.
+
+    Raise MoeccError if no target is called so.
+    """
     from moecc.commands.targets import (
         describe_target,
         describe_targets,

@@ -30,8 +30,13 @@ def generate(
     """Return the prompt, the text that follows it and that text's token ids.
 
     model: folder or hub id. temperature: 0 is greedy; above 0, `seed` decides what is drawn. Raise
-    MoeccError if the model cannot be loaded, does not fit its tokenizer, or has too few positions.
+    MoeccError if the prompt is no text, or if the model cannot be loaded, does not fit its
+    tokenizer, or has too few positions.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # the command line makes surrogates of such bytes
+        raise MoeccError("the prompt has bytes that are no UTF-8 text; give text") from error
     folder = checkpoint_folder(model)
     tokenizer = tokenizer_of(folder, trust_remote_code=trust_remote_code)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

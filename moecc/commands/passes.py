@@ -15,12 +15,11 @@ _INDENT = " " * 12
 def describe_pass(name: str) -> Json:
     """Return the facts and options of the pass `name`; raise MoeccError if there is none."""
     cls = find_pass(name)
-    summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().split("\n")[0]
     composite = issubclass(cls, Composite)
     scope = "composite" if composite else "layer" if issubclass(cls, LayerPass) else "model"
     return {
         "name": cls.name,
-        "summary": summary,
+        "summary": summary_of(cls),
         "scope": scope,
         "needs": sorted(cls.requires),
         "after": sorted(cls.after),
@@ -36,6 +35,14 @@ def describe_pass(name: str) -> Json:
 def describe_passes() -> list[Json]:
     """Return every pass that can be named without a path."""
     return [describe_pass(name) for name in pass_names()]
+
+
+def summary_of(cls: type[Options]) -> str:
+    """Return the first line of the docstring of the file that defines a pass or a target.
+
+    If the file has none, it is that of the class.
+    """
+    return (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().split("\n")[0]
 
 
 def describe_options(cls: type[Options]) -> list[Json]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from moecc.commands.passes import describe_options, option_lines
+from moecc.commands.passes import describe_options, option_lines, summary_of
 from moecc.target import TARGETS
 from moecc.types import Json
 
@@ -12,8 +10,7 @@ from moecc.types import Json
 def describe_target(name: str) -> Json:
     """Return what the target `name` writes and its options; raise MoeccError if there is none."""
     cls = TARGETS.find(name)
-    summary = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip().split("\n")[0]
-    return {"name": cls.name, "summary": summary, "options": describe_options(cls)}
+    return {"name": cls.name, "summary": summary_of(cls), "options": describe_options(cls)}
 
 
 def describe_targets() -> list[Json]:
