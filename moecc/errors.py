@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MoeccError(ValueError):
     """Bad input, or a model that moecc cannot compile; the command line prints it, exit code 2."""
@@ -14,3 +17,18 @@ def reason(error: BaseException) -> str:
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")
+
+
+@contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Make any other error inside a MoeccError that says `what` failed.
+
+    A call of sys.exit is one too: the code inside is not moecc's, and its exit would end the
+    command as if it were done.
+    """
+    try:
+        yield
+    except MoeccError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise MoeccError(f"{what} failed: {type(error).__name__}: {reason(error)}") from error

@@ -79,6 +79,11 @@ class Options(ABC):
         return [f for f in fields(cls) if "help" in f.metadata]
 
     @classmethod
+    def option_names(cls) -> set[str]:
+        """Return the names that the text of an instance may give."""
+        return {f.name for f in cls.options()}
+
+    @classmethod
     def build_from(cls, text: str, defaults: Json | None = None) -> Self:
         """Build the instance that `text` describes, such as `bits=3,codebook=layer`.
 
@@ -102,8 +107,9 @@ class Options(ABC):
         """Return the option `key`; raise MoeccError, with the nearest name, if there is none."""
         known = {f.name: f for f in cls.options()}
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {sorted(known)}"
+            names = sorted(cls.option_names())
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {names}"
             raise MoeccError(f"{cls.name} has no option {key!r}; {hint}")
         return known[key]
 

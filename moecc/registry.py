@@ -5,20 +5,27 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import logging
 import pkgutil
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Generic, TypeVar
 
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, reason
 from moecc.options import Options
 
 T = TypeVar("T", bound=Options)
+
+
+@cache
+def _note_once(line: str) -> None:
+    logging.getLogger("moecc").warning("moecc: %s", line)
 
 
 def _any(cls: type[Options], where: str) -> None:
@@ -48,6 +55,22 @@ class Registry(Generic[T]):
         ]
         return sorted({*local, *(ep.name for ep in entry_points(group=self.package))})
 
+    def classes(self) -> dict[str, type[T]]:
+        """Return every class that needs no path, by name.
+
+        An entry point of another package that cannot be used is left out, with a note.
+        """
+        found = {}
+        installed = {ep.name for ep in entry_points(group=self.package)}
+        for name in self.names():
+            try:
+                found[name] = self.find(name)
+            except MoeccError as error:
+                if name not in installed:
+                    raise
+                _note_once(f"{error}; it is left out")
+        return found
+
     def find(self, name: str) -> type[T]:
         """Return the class called `name`.
 
@@ -63,11 +86,23 @@ class Registry(Generic[T]):
             loaded.file = name
             return loaded
         for ep in entry_points(group=self.package, name=name):
-            found: type[T] = ep.load()
-            return found
+            return self._installed(ep)
         if name not in self.names():
             raise MoeccError(self._unknown(name))
         return self._only(importlib.import_module(f"{self.package}.{name}"), name)
+
+    def _installed(self, ep: EntryPoint) -> type[T]:
+        """Return the class of another package's entry point."""
+        package = "" if ep.dist is None else f" of {ep.dist.name}"
+        where = f"the entry point {ep.name} = {ep.value}{package}"
+        try:
+            found: type[T] = ep.load()
+        except (Exception, SystemExit) as e:
+            why = f"can't be loaded: {type(e).__name__}: {reason(e)}"
+            raise MoeccError(f"{where} {why}; repair or uninstall its package") from e
+        if not isinstance(found, type) or not issubclass(found, self.kind):
+            raise MoeccError(f"{where} is {found!r}; it must be a subclass of {self.kind.__name__}")
+        return found
 
     def _unknown(self, name: str) -> str:
         if "/" in name or Path(name).is_file():

@@ -6,7 +6,9 @@ found by name in `moecc.backends`, by entry point, or by the path of a Python fi
 
 A target may also bring `Kernels` for a type of device. They want codes in an order of their own, in
 which a module keeps them while it is on such a device; what a module saves is always as
-`moecc.ir.vq4` says. They are looked for when tensors come to a device that is not the CPU.
+`moecc.ir.vq4` says. Packed codes run through one op, moecc::vq_experts_packed, which the target
+triton defines on the order of its tiles. So only that target brings kernels today; a second one
+needs an op of its own first. They are looked for when tensors come to a device that is not the CPU.
 MOECC_KERNELS=reference makes the reference run on every device; without it, a card that the kernels
 do not support is an error.
 """
@@ -17,10 +19,11 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecc.errors import MoeccError, reason
+from moecc.errors import MoeccError, naming
 from moecc.options import Options, items
 from moecc.registry import Registry
 from moecc.types import Say
@@ -36,7 +39,8 @@ _CHOICES = ("auto", "reference")
 class Emitted:
     """What a target wrote.
 
-    The folder (None where the artifact itself is what runs), facts that JSON holds, and a line.
+    out: the folder; None if the artifact itself is what runs. facts: values that JSON holds.
+    summary: one line for users.
     """
 
     out: Path | None = None
@@ -56,7 +60,7 @@ class Target(Options, ABC):
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
         """Write the artifact in the folder `artifact` as the new folder `out`.
 
-        Write all of it or nothing. `say` takes remarks.
+        Write all of it or nothing. say: takes remarks. Raise MoeccError if it can't be written.
         """
 
     def build(self, say: Say) -> list[Path]:
@@ -70,11 +74,14 @@ class Target(Options, ABC):
     def bench(
         self, folder: Path, *, threads: Sequence[int], prompt: int, new_tokens: int, say: Say
     ) -> Any:
-        """Measure what `emit` wrote on this machine: rows as JSON holds them."""
+        """Measure what `emit` wrote on this machine; return rows that JSON holds.
+
+        Raise MoeccError if there is no benchmark.
+        """
         raise MoeccError(f"{self.name} has no benchmark")
 
     def table(self, rows: Any) -> str:
-        """Return the rows of `bench` as text."""
+        """Return the rows of `bench` as text; raise MoeccError if there is no benchmark."""
         raise MoeccError(f"{self.name} has no benchmark")
 
     def kernels(self) -> Kernels | None:
@@ -83,7 +90,10 @@ class Target(Options, ABC):
 
 
 class Kernels(ABC):
-    """Code that runs compressed experts on one type of device."""
+    """Code that runs compressed experts on one type of device.
+
+    It prepares the operands of moecc::vq_experts_packed; see the module's docstring.
+    """
 
     device: str  # the type, as torch calls it: "cuda"
     name: str  # of the target
@@ -96,25 +106,28 @@ class Kernels(ABC):
     def pack(
         self, tensors: Mapping[str, Tensor | None], *, gated: bool
     ) -> dict[str, Tensor | None]:
-        """The tensors of `vq4.TENSORS` with codes and signs in the kernels' order.
+        """Return the tensors of `vq4.TENSORS` with codes and signs in the kernels' order.
 
-        gated: gate rows, then as many up rows.
+        gated: the rows are gate rows, then as many up rows.
         """
 
     @abstractmethod
     def unpack(
         self, tensors: Mapping[str, Tensor | None], columns: int, *, gated: bool
     ) -> dict[str, Tensor | None]:
-        """The way back; `columns` is the K of the stored codes."""
+        """Return packed tensors in the stored order again.
+
+        columns: K of the stored codes. gated: as for `pack`.
+        """
 
 
 TARGETS: Registry[Target] = Registry(Target, "moecc.backends", "target", "targets")  # type: ignore[type-abstract]
 
 
 def parse_target(text: str) -> Target:
-    """The target that `text` names, such as `onnx{profile=native}`.
+    """Return the target that `text` names, such as `onnx{profile=native}`.
 
-    MoeccError where it can't be had.
+    Raise MoeccError if there is none, an option is wrong, or a package that it needs is missing.
     """
     found = items(text, "target")
     if len(found) != 1:
@@ -123,43 +136,53 @@ def parse_target(text: str) -> Target:
         )
     name, options = found[0]
     target = TARGETS.find(name).build_from(options)
-    target.require()
+    with naming(target):
+        target.require()
     return target
 
 
 def emit(target: Target, artifact: Path, out: Path, say: Say) -> Emitted:
-    """Let `target` write the artifact; whatever goes wrong in it is a MoeccError that names it."""
-    try:
+    """Let `target` write the artifact, and return what it wrote.
+
+    Raise its own MoeccError, or one that names the target if it fails otherwise.
+    """
+    with naming(target):
         found = target.emit(artifact, out, say)
-    except MoeccError:
-        raise
-    except Exception as error:
-        raise MoeccError(f"{target} failed: {type(error).__name__}: {reason(error)}") from error
     if not isinstance(found, Emitted):
         raise MoeccError(f"{target} returned {found!r}; its emit returns an Emitted")
     return found
 
 
 def kernels_for(device: str) -> Kernels | None:
-    """The kernels for tensors on a type of device; None where the reference runs.
+    """Return the kernels for tensors on a type of device; None if the reference runs there.
 
-    MoeccError in one line where a target has kernels for it but the machine lacks what they need.
+    Raise MoeccError if a target has kernels for it but the machine lacks what they need.
     """
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in _CHOICES:
         raise MoeccError(f"{VARIABLE} is {choice!r}; it takes {' or '.join(_CHOICES)}")
     if device in ("cpu", "meta") or choice == "reference":
         return None
-    for name in TARGETS.names():
-        found = TARGETS.find(name)().kernels()
-        if found is not None and found.device == device:
-            found.require_device()
-            return found
-    return None
+    found = next((k for k in _all_kernels() if k.device == device), None)
+    if found is not None:
+        found.require_device()
+    return found
 
 
 def kernels_called(name: str) -> Kernels:
-    """The kernels of the target `name`, in whose order a module's codes are."""
-    found = TARGETS.find(name)().kernels()
-    assert found is not None, f"{name} has no kernels"
-    return found
+    """Return the kernels of the target `name`, in whose order a module's codes are."""
+    return next(k for k in _all_kernels() if k.name == name)
+
+
+@cache
+def _all_kernels() -> tuple[Kernels, ...]:
+    """Return the kernels of all targets.
+
+    Every projection asks at every move, and a search reads the metadata of all installed packages.
+    """
+    found: list[Kernels] = []
+    for name, cls in TARGETS.classes().items():
+        with naming(name):
+            kernels = cls().kernels()
+        found += [] if kernels is None else [kernels]
+    return tuple(found)

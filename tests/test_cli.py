@@ -150,6 +150,8 @@ def test_each_kind_of_error_has_its_exit_code(
         (KeyboardInterrupt(), 130, "interrupted"),
         (MoeccError("two\nlines"), 2, "error: two lines"),
         (RuntimeError("a fault"), 3, "internal error: RuntimeError: a fault"),
+        (SystemExit(0), 3, "internal error: SystemExit: 0"),
+        (SystemExit("a text"), 3, "internal error: SystemExit: a text"),
     ]
     for error, code, line in cases:
         monkeypatch.setattr("moecc.commands.inspect.inspect_model", raising(error))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import Field, dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pipelines import MY_PASS, order, refusal
 
+from moecc import registry
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.options import accepted, option
-from moecc.pipeline.parse import find_pass, parse_passes, pass_names
-from moecc.pipeline.passes import Context, Pass
+from moecc.pipeline.parse import find_pass, parse_passes, pass_classes, pass_names
+from moecc.pipeline.passes import Composite, Context, Pass
 
 # ---- text
 
@@ -75,8 +78,10 @@ UNREADABLE = {
     "kbvqq": "no pass 'kbvqq'; did you mean 'kbvq'?",
     "vq{bitz=3}": "vq has no option 'bitz'; did you mean 'bits'?",
     "kbvq{zzz=3}": (
-        "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'mean', 'offset', 'rank']"
+        "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'feedback', 'mean', 'min_tokens', "
+        "'offset', 'rank', 'rounds', 'routing', 'tokens']"
     ),
+    "kbvq{round=8}": "kbvq has no option 'round'; did you mean 'rounds'?",
     "vq{bits=2,bits=3}": "vq: option 'bits' is there twice; leave one out",
     "vq{bits}": "vq: option 'bits' lacks a value; write bits=VALUE",
     "vq klt": f"can't read the pipeline at column 1: 'vq klt'; {EXPECTED}",
@@ -107,6 +112,14 @@ def test_a_pass_that_does_not_take_the_bits_keeps_its_own_and_says_so() -> None:
     parsed, remarks = parse_passes("dense,kbvq", bits=8)
     assert [str(p) for p in parsed] == ["dense", "kbvq"]
     assert remarks == ["kbvq keeps bits=2 (it takes 2 <= number <= 4, not 8)"]
+
+
+@pytest.mark.parametrize("bits", [math.inf, -math.inf, math.nan])
+def test_bits_that_are_no_finite_number_are_refused(bits: float) -> None:
+    assert (
+        refusal("kbvq", bits=bits)
+        == f"bits={bits} is no number that a pass takes; give a finite one"
+    )
 
 
 def test_bits_that_no_pass_takes_are_refused() -> None:
@@ -197,38 +210,67 @@ class Fake(Pass):
         return False
 
 
-class EntryPoint:
-    """An entry point as importlib.metadata gives it."""
+class Bad(Composite):
+    """It doesn't say which passes it stands for."""
 
-    def __init__(self, cls: type[Pass]):
-        self.name, self.cls = cls.name, cls
+    name: ClassVar[str] = "bad"
 
-    def load(self) -> type[Pass]:
-        return self.cls
+    def stands_for(self) -> list[Pass]:
+        return [Fake()]
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> list[type[Pass]]:
+def installed(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     """A list of the passes that other packages have installed; a test appends to it."""
-    found: list[type[Pass]] = []
+    found: list[EntryPoint] = []
 
     def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
         assert group == "moecc.passes"
-        return [EntryPoint(c) for c in found if name in (None, c.name)]
+        return [ep for ep in found if name in (None, ep.name)]
 
     monkeypatch.setattr("moecc.registry.entry_points", entry_points)
     return found
 
 
-def test_a_pass_is_found_by_its_entry_point(installed: list[type[Pass]]) -> None:
-    installed.append(Fake)
+def entry(name: str, value: str) -> EntryPoint:
+    return EntryPoint(name, value, "moecc.passes")
+
+
+FAKE = entry("fake", f"{__name__}:Fake")
+BROKEN = {
+    "absent_package_xyz:Pass": (
+        "can't be loaded: ModuleNotFoundError: No module named 'absent_package_xyz'; "
+        "repair or uninstall its package"
+    ),
+    f"{__name__}:BROKEN": "it must be a subclass of Pass",
+    "pathlib:Path": "it must be a subclass of Pass",
+    f"{__name__}:Bad": "Bad.parts is None; give a tuple of the passes that it may stand for",
+}
+
+
+@pytest.mark.parametrize(("value", "why"), BROKEN.items())
+def test_a_broken_entry_point_breaks_only_what_asks_for_it(
+    value: str, why: str, installed: list[EntryPoint], caplog: pytest.LogCaptureFixture
+) -> None:
+    installed += [FAKE, entry("broken", value)]
+    assert refusal("broken").endswith(why)
+    registry._note_once.cache_clear()
+    for _ in range(2):
+        assert "fake" in pass_classes() and "broken" not in pass_classes()
+    (note,) = caplog.messages
+    assert note.endswith(f"{why}; it is left out")
+    assert order("affine,vq,fake")
+
+
+def test_a_pass_is_found_by_its_entry_point(installed: list[EntryPoint]) -> None:
+    installed.append(FAKE)
     assert "fake" in pass_names()
     assert parse_passes("fake{bits=3}")[0] == [Fake(bits=3)]
     assert refusal("fakee") == "no pass 'fakee'; did you mean 'fake'?"
 
 
-def test_with_two_providers_the_user_must_choose(installed: list[type[Pass]]) -> None:
-    installed.append(Fake)
+def test_with_two_providers_the_user_must_choose(installed: list[EntryPoint]) -> None:
+    installed.append(FAKE)
     assert (
         refusal("vq") == "vq requires 'moments'; provided by ['fake', 'moments']; name one of them"
     )

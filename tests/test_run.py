@@ -27,7 +27,7 @@ class Touch(LayerPass):
     name: ClassVar[str] = "touch"
     fail_in: int = option(-1, help="stage", low=-1, high=100)
     how: str = option(
-        "raise", help="what goes wrong", choices=("raise", "moecc", "break", "interrupt")
+        "raise", help="what goes wrong", choices=("raise", "moecc", "break", "interrupt", "exit")
     )
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
@@ -40,6 +40,8 @@ class Touch(LayerPass):
                 raise MoeccError("it does not fit")
             if self.how == "interrupt":
                 raise KeyboardInterrupt
+            if self.how == "exit":
+                raise SystemExit(0)
             next(n for n in layer.program.graph.nodes if n.name == "tanh").meta.pop("layer")
         return False
 
@@ -59,6 +61,19 @@ def test_a_failure_names_pass_and_layer_and_the_passes_before_it(
     assert message == "touch{fail_in=2} failed in layer 1 (after moments): RuntimeError: boom"
     assert failure(tiny("MD"), batches, Touch(fail_in=1, how="moecc")) == (
         "touch{fail_in=1,how=moecc} failed in layer 0: it does not fit"
+    )
+
+
+def test_a_pass_that_exits_fails_and_is_named(tiny: Tiny, batches: list[Tensor]) -> None:
+    assert failure(tiny("M"), batches, Touch(fail_in=1, how="exit")) == (
+        "touch{fail_in=1,how=exit} failed in layer 0: SystemExit: 0"
+    )
+
+    def leave(self: Pass, program: Program) -> None:
+        raise SystemExit
+
+    assert failure(tiny("M"), [], derive(Pass, "left", run=leave, check=leave)) == (
+        "left failed: SystemExit: SystemExit"
     )
 
 

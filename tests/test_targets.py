@@ -174,6 +174,7 @@ def test_an_export_touches_nothing_beside_it(tmp_path: Path) -> None:
     ("body", "line"),
     [
         ("raise ValueError('no luck')", "failed: ValueError: no luck"),
+        ("raise SystemExit(0)", "failed: SystemExit: 0"),
         ("return None", "returned None; its emit returns an Emitted"),
         ("return Emitted()", "writes nothing, the artifact runs as it is; leave -o"),
     ],

@@ -217,6 +217,8 @@ def test_the_kernels_for_a_device_are_found(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv(target.VARIABLE, raising=False)
     monkeypatch.setattr(backend, "require_device", lambda: None)
     assert target.kernels_for("cuda") is backend.KERNELS
+    monkeypatch.setattr("moecc.registry.entry_points", None)  # found once, not at every move
+    assert target.kernels_for("cuda") is target.kernels_called("triton") is backend.KERNELS
     assert target.kernels_for("cpu") is None and target.kernels_for("xpu") is None
     monkeypatch.setenv(target.VARIABLE, "reference")
     assert target.kernels_for("cuda") is None

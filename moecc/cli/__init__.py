@@ -27,9 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("MOECC_DEBUG", "0") not in ("", "0")
     try:
         with _termination():
-            return _run(parser().parse_args(argv), debug)
-    except SystemExit as stop:  # --help and --version
-        return int(stop.code or 0)
+            try:
+                options = parser().parse_args(argv)
+            except SystemExit as stop:  # --help and --version
+                return int(stop.code or 0)
+            return _run(options, debug)
     except Terminated:
         return _fail("terminated", 143, False)
     except KeyboardInterrupt:
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except MoeccError as error:
         return _fail(f"error: {error}", 2, debug)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a library's exit is no success of the command
         hint = "" if debug else "; MOECC_DEBUG=1 shows where"
         return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 3, debug)
 

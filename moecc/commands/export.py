@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moecc.checkpoint.source import checkpoint_folder
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, naming
 from moecc.target import TARGETS, Emitted, Target, emit, parse_target
 from moecc.types import Say
 
@@ -40,15 +40,16 @@ def bench_export(
     Only targets that are found by name are asked. folder: the export, or an artifact with the
     export in a subfolder of the target's name. Raise MoeccError if there is no export.
     """
-    for name in TARGETS.names():
-        target = TARGETS.find(name)()
-        found = next((f for f in (folder, folder / name) if target.exported(f)), None)
-        if found is not None:
-            target.require()
-            rows = target.bench(
-                found, threads=threads, prompt=prompt, new_tokens=new_tokens, say=say
-            )
-            return target, rows
+    for name, cls in TARGETS.classes().items():
+        with naming(name):
+            target = cls()
+            found = next((f for f in (folder, folder / name) if target.exported(f)), None)
+            if found is not None:
+                target.require()
+                rows = target.bench(
+                    found, threads=threads, prompt=prompt, new_tokens=new_tokens, say=say
+                )
+                return target, rows
     raise MoeccError(
         f"{folder} holds no export that can be measured here; "
         f"run `moecc export {folder} --to TARGET` with a target that has a benchmark first"
@@ -58,9 +59,9 @@ def bench_export(
 def build_libraries(say: Say = lambda line: None) -> list[Path]:
     """Compile the native libraries of all targets that have any; return their paths."""
     found: list[Path] = []
-    for name in TARGETS.names():
-        cls = TARGETS.find(name)
+    for name, cls in TARGETS.classes().items():
         if cls.build is not Target.build:
-            cls().require()
-            found += cls().build(say)
+            with naming(name):
+                cls().require()
+                found += cls().build(say)
     return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from moecc.options import Options, accepted
-from moecc.pipeline.parse import find_pass, pass_names
-from moecc.pipeline.passes import Composite, LayerPass
+from moecc.pipeline.parse import find_pass, pass_classes
+from moecc.pipeline.passes import Composite, LayerPass, Pass
 from moecc.types import Json
 
 _INDENT = " " * 12
@@ -14,7 +14,15 @@ _INDENT = " " * 12
 
 def describe_pass(name: str) -> Json:
     """Return the facts and options of the pass `name`; raise MoeccError if there is none."""
-    cls = find_pass(name)
+    return _described(find_pass(name))
+
+
+def describe_passes() -> list[Json]:
+    """Describe every pass that can be named without a path; skip broken ones with a note."""
+    return [_described(cls) for cls in pass_classes().values()]
+
+
+def _described(cls: type[Pass]) -> Json:
     composite = issubclass(cls, Composite)
     scope = "composite" if composite else "layer" if issubclass(cls, LayerPass) else "model"
     return {
@@ -30,11 +38,6 @@ def describe_pass(name: str) -> Json:
         "passes_on": _passed_on(cls) if issubclass(cls, Composite) else [],
         "expands": ",".join(map(str, cls().expand())) if issubclass(cls, Composite) else None,
     }
-
-
-def describe_passes() -> list[Json]:
-    """Return every pass that can be named without a path."""
-    return [describe_pass(name) for name in pass_names()]
 
 
 def summary_of(cls: type[Options]) -> str:

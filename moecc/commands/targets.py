@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from moecc.commands.passes import describe_options, option_lines, summary_of
-from moecc.target import TARGETS
+from moecc.target import TARGETS, Target
 from moecc.types import Json
 
 
 def describe_target(name: str) -> Json:
     """Return what the target `name` writes and its options; raise MoeccError if there is none."""
-    cls = TARGETS.find(name)
-    return {"name": cls.name, "summary": summary_of(cls), "options": describe_options(cls)}
+    return _described(TARGETS.find(name))
 
 
 def describe_targets() -> list[Json]:
-    """Describe every target that can be named without a path."""
-    return [describe_target(name) for name in TARGETS.names()]
+    """Describe every target that can be named without a path; skip broken ones with a note."""
+    return [_described(cls) for cls in TARGETS.classes().values()]
+
+
+def _described(cls: type[Target]) -> Json:
+    return {"name": cls.name, "summary": summary_of(cls), "options": describe_options(cls)}
 
 
 def target_line(target: Json) -> str:

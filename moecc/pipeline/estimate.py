@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, naming
 from moecc.pipeline.bits import per_weight
 
 
@@ -77,7 +77,8 @@ class Estimate:
         Raise MoeccError if a pass allows fewer bits than the others need.
         """
         for p in passes:
-            p.estimate(self)
+            with naming(p):
+                p.estimate(self)
         if self.most is not None and any(p.coded for p in self.projections):
             name, bits = self.most
             least = per_weight(sum(p.low for p in self.projections), self.weights)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import networkx as nx
 
 from moecc.errors import MoeccError
-from moecc.pipeline.parse import find_pass, pass_names
+from moecc.pipeline.parse import pass_classes
 from moecc.pipeline.passes import Composite, LayerPass, Pass
 
 
@@ -26,7 +26,7 @@ def resolve(passes: Sequence[Pass], facts: Iterable[str] = ()) -> tuple[list[Pas
         provider = _provider(user, fact)
         flat.insert(flat.index(user), provider)
         remarks.append(f"{user.name} requires {fact!r}; inserted {provider.name!r} before it")
-    return _renewed(_sort(flat, set(facts)), remarks), remarks
+    return _renewed(_sort(flat), remarks), remarks
 
 
 def _once_if_renewed(passes: Sequence[Pass]) -> list[Pass]:
@@ -81,7 +81,7 @@ def require_whole(passes: Sequence[Pass]) -> None:
     for i, p in enumerate(passes):
         lack = sorted(p.leads_to.difference(*(q.provides for q in passes[i + 1 :])))
         if lack:
-            makers = [n for n in pass_names() if lack[0] in find_pass(n).provides]
+            makers = [n for n, c in pass_classes().items() if lack[0] in c.provides]
             advice = f"add one of {makers} to the pipeline"
             raise MoeccError(f"{p.name} leaves what can't be stored before {lack[0]!r}; {advice}")
 
@@ -93,7 +93,7 @@ def _first_lack(passes: list[Pass], facts: set[str]) -> tuple[Pass, str] | None:
 
 def _provider(user: Pass, fact: str) -> Pass:
     """Return the one pass that provides `fact`, with its default options."""
-    found = {n: find_pass(n) for n in pass_names()}
+    found = pass_classes()
     makers = [n for n, c in found.items() if fact in c.provides and not issubclass(c, Composite)]
     if len(makers) != 1:
         given = f"provided by {makers or 'no known pass'}"
@@ -101,7 +101,7 @@ def _provider(user: Pass, fact: str) -> Pass:
     return found[makers[0]]()
 
 
-def _sort(passes: list[Pass], facts: set[str]) -> list[Pass]:
+def _sort(passes: list[Pass]) -> list[Pass]:
     graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
     for i, a in enumerate(passes):

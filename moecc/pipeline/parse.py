@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from moecc.errors import MoeccError
 from moecc.options import accepted, accepts, items
-from moecc.pipeline.passes import Pass
+from moecc.pipeline.passes import Composite, Pass
 from moecc.registry import Registry
 from moecc.types import Json
 
@@ -20,6 +21,13 @@ def _require_facts(cls: type[Pass], where: str) -> None:
             raise MoeccError(
                 f"{where}: {cls.__name__}.{kind} is {facts!r}; give a frozenset of facts"
             )
+    if issubclass(cls, Composite):
+        parts = getattr(cls, "parts", None)
+        if not isinstance(parts, tuple) or not all(
+            isinstance(p, type) and issubclass(p, Pass) for p in parts
+        ):
+            advice = "give a tuple of the passes that it may stand for"
+            raise MoeccError(f"{where}: {cls.__name__}.parts is {parts!r}; {advice}")
 
 
 PASSES: Registry[Pass] = Registry(
@@ -29,6 +37,11 @@ PASSES: Registry[Pass] = Registry(
     "passes",
     _require_facts,
 )
+
+
+def pass_classes() -> dict[str, type[Pass]]:
+    """Return every pass that needs no path, by name; one that is broken is left out with a note."""
+    return PASSES.classes()
 
 
 def pass_names() -> list[str]:
@@ -52,6 +65,9 @@ def parse_passes(text: str, **defaults: object) -> tuple[list[Pass], list[str]]:
     """
     if not text.strip():
         raise MoeccError("no passes given; `moecc passes` lists what there is")
+    for key, value in defaults.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise MoeccError(f"{key}={value} is no number that a pass takes; give a finite one")
     wanted = {
         k: int(v) if isinstance(v, float) and v == int(v) else v
         for k, v in defaults.items()

@@ -89,7 +89,7 @@ class LayerPass(Pass):
         """Rewrite the nodes and tensors of `layer`; return whether anything changed."""
 
     def run(self, program: Program, ctx: Context) -> bool:
-        raise MoeccError(f"{self.name} is a layer pass; run it with moecc.pipeline.run")
+        raise MoeccError(f"{self.name} is a layer pass; run it with moecc.pipeline.run.run_passes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,10 @@ class Composite(Pass):
         kept = {k: v for k, v in given.items() if k in own}
         passed_on = tuple((k, v) for k, v in given.items() if k not in own)
         return cls(**{**(defaults or {}), **kept}, passed_on=passed_on)
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        return super().option_names().union(*(p.option_names() for p in cls.parts))
 
     @classmethod
     def option_called(cls, key: str) -> Field[object]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moecc.errors import MoeccError, reason
+from moecc.errors import MoeccError, naming, reason
 from moecc.ir.program import Program
 from moecc.pipeline import storable
 from moecc.pipeline.bits import per_weight, stored_bits
@@ -75,7 +75,8 @@ def run_passes(
     if not batches and (needy := next((p for p in passes if p.needs_data), None)) is not None:
         raise MoeccError(f"{needy.name} needs calibration text; give --calib FILE")
     for p in passes:
-        p.check(program)
+        with naming(p):
+            p.check(program)
     run = _Run(program, ctx, hooks or Hooks())
     return [report for group in groups(passes) for report in run.group(group)]
 
@@ -210,7 +211,7 @@ def _naming(p: Pass, done: Sequence[Pass], stage: int | None) -> Iterator[None]:
     """Add the pass, the layer and the earlier passes to any error inside."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = "" if stage is None else f" in layer {stage - 1}"
         after = f" (after {', '.join(q.name for q in done)})" if done else ""
         ours = isinstance(error, MoeccError)
