@@ -10,8 +10,10 @@ import pytest
 import torch
 from families import ALL, FAMILIES
 from made import checkpoint, load
+from pipelines import compiled
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from moecc.checkpoint.cut import Cut
 from moecc.commands.compile import compile_model
@@ -152,6 +154,44 @@ def test_what_is_possible_is_said_before_any_pass_runs(qwen: Path, tmp_path: Pat
     paths = [m.path for m in grouped.moe_layers()]
     with pytest.raises(MoeccError, match="its router chooses from 2 groups, so multiples of 2"):
         grouped.require_experts({p: grouped.moe_layers()[0].sizes[0] - 1 for p in paths})
+
+
+@pytest.mark.parametrize(
+    ("passes", "became"),
+    [("dense{group=16}", "moecc.q_linear"), ("vq{rounds=1,feedback=false}", "moecc.vq_experts")],
+)
+def test_experts_that_are_coded_or_beside_coded_linears_stay(
+    passes: str, became: str, qwen: Path
+) -> None:
+    program = compiled(traced(qwen), passes).program
+    before, facts = program.text(), set(program.facts)
+    with pytest.raises(MoeccError) as error:
+        program.keep_experts({m.path: [0, 1, 3] for m in program.moe_layers()})
+    assert f"a pass made it {became} already, which would be lost" in str(error.value)
+    assert program.text() == before and program.facts == facts
+
+
+def test_experts_of_a_program_without_weights_stay(qwen: Path) -> None:
+    program = trace(AutoConfig.from_pretrained(qwen))
+    program.resizer.found = traced(qwen).resizer.found  # type: ignore[union-attr]
+    with pytest.raises(MoeccError, match="it was traced without weights; give a checkpoint"):
+        program.keep_experts({m.path: [0, 1, 3] for m in program.moe_layers()})
+
+
+def test_experts_taken_out_twice_are_numbered_as_in_the_source(qwen: Path) -> None:
+    program, source = traced(qwen), traced(qwen)
+    first, second = (m.path for m in program.moe_layers())
+    program.keep_experts({first: [0, 2, 3], second: [1, 2, 3]})
+    program.keep_experts({first: [0, 1, 2]})  # all of one layer, and none of the other
+    assert program.kept == {first: (0, 2, 3), second: (1, 2, 3)}
+    program.keep_experts({first: [1, 2], second: [0, 2]})
+    assert program.kept == {first: (2, 3), second: (1, 3)}
+    for moe, whole in zip(program.moe_layers(), source.moe_layers(), strict=True):
+        for ours, theirs in zip(moe.projections, whole.projections, strict=True):
+            node, other = ours.operand(), theirs.operand()
+            assert node is not None and other is not None
+            rows = list(program.kept[moe.path])
+            assert torch.equal(program.value(node), source.value(other)[rows])
 
 
 def test_a_pass_that_makes_the_reference_runs_first() -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from pipelines import Tiny, derive, idle, resolved
 from torch import Tensor
+from torch._ops import OpOverload
 
 from moecc.errors import MoeccError
+from moecc.ir import ops
 from moecc.ir.program import Program
 from moecc.options import option
 from moecc.pipeline.bits import experts_bits
@@ -103,6 +105,24 @@ def test_a_recorded_value_must_be_json(tiny: Tiny, batches: list[Tensor], value:
     message = failure(tiny("M"), batches, derive(LayerPass, "tell", run_layer=run_layer))
     assert message.startswith("tell failed in layer 0: some.weight: can't record ['share'] (")
     assert message.endswith("give finite numbers, text, lists or dicts")
+
+
+@pytest.mark.parametrize(
+    ("was", "became"), [("tanh", ops.Q_LINEAR), ("tanh", ops.VQ_EXPERTS), ("experts", ops.Q_LINEAR)]
+)
+def test_only_linears_and_experts_may_be_coded(
+    was: str, became: OpOverload, tiny: Tiny, batches: list[Tensor]
+) -> None:
+    """Other nodes can't, not even if they read the same."""
+
+    def code(self: Pass, program: Program, ctx: Context) -> bool:
+        next(n for n in program.graph.nodes if n.name == was).target = became
+        return True
+
+    program = tiny("MD")
+    program.verify = lambda: None  # type: ignore[method-assign]
+    message = failure(program, batches, derive(Pass, "coder", run=code))
+    assert message.startswith(f"coder failed: a pass made %{was} ")
 
 
 def test_a_layer_that_no_longer_runs_names_the_passes_that_ran(

@@ -1,5 +1,4 @@
-"""A model with fewer experts: its configuration, its graph and its weights, as if it had been made
-so.
+"""Make a model with fewer experts: its configuration, graph and weights, as if it were made so.
 
   1. the family's configuration gets the new number; transformers' families have one for all layers
   2. the model is traced again from it: the graph, router included, is what the family's code does
@@ -14,18 +13,20 @@ experts up in a table, or whose parameters change otherwise, is refused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from moecc.checkpoint.cut import Cut, CutStore
 from moecc.errors import MoeccError
 from moecc.frontend.config import text_config
 from moecc.frontend.skeleton import EXPERT_COUNTS, Skeleton
+from moecc.ir import ops
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program
+from moecc.ir.text import target_text
 from moecc.types import Config
 
 _GROUPS = ("n_group", "num_expert_group", "num_expert_groups")
@@ -37,8 +38,9 @@ Build = Callable[[Config], tuple[Program, nn.Module]]
 
 @dataclass(frozen=True)
 class Remade:
-    """The graph for another number of experts, the shapes of its parameters, and what changed in
-    the configuration.
+    """The graph for another number of experts.
+
+    shapes: of its parameters. edits: entries of the configuration that changed, by dotted name.
     """
 
     program: Program
@@ -54,33 +56,45 @@ class Resizer:
         self.made: dict[tuple[int, ...], Remade] = {}  # by the number of experts in each layer
 
     def groups(self, program: Program) -> int:
-        """Groups from which the router chooses first; equally many experts must stay in each."""
+        """Return the number of groups from which the router chooses first.
+
+        Equally many experts must stay in each.
+        """
         part = text_config(program.config)
         return next((n for key in _GROUPS if (n := getattr(part, key, None))), 1)
 
     def require(self, program: Program, counts: Mapping[str, int]) -> None:
-        """MoeccError, which says what is possible, if the model can't have this many experts in the
-        layers named by path.
+        """Raise MoeccError, with the possible numbers, if the model can't have so many experts.
+
+        counts: number of experts by the layer's path.
         """
         self._remade(program, counts)
 
     def resize(self, program: Program, keep: Mapping[str, Sequence[int]]) -> Program:
-        """The program whose layers named by path have the experts `keep` (ascending) alone."""
+        """Return the program whose layers have only the experts `keep` (ascending), by path.
+
+        Raise MoeccError as `require` does, if the program has no weights, or if passes have coded
+        some already: the graph is traced again, and their nodes would be lost.
+        """
         counts = {path: len(rows) for path, rows in keep.items()}
         remade, store = self._remade(program, counts), program.store
-        assert store is not None
+        if store is None:
+            raise MoeccError(
+                f"{self.found.name}: no experts can be taken out, it was traced without weights; "
+                "give a checkpoint folder or hub id"
+            )
+        _require_uncoded(program, remade.program)
         made, cuts = remade.program.copy(), _cuts(program, remade.shapes, keep)
         made.store, made.source = CutStore(store, cuts), program.source
         made.config_edits = {**program.config_edits, **remade.edits}
-        made.kept = {
-            path: tuple(program.kept.get(path, range(10**9))[e] for e in rows)
-            for path, rows in keep.items()
+        numbers = {m.path: range(m.sizes[0]) for m in program.moe_layers()} | program.kept
+        made.kept = program.kept | {
+            path: tuple(numbers[path][e] for e in rows) for path, rows in keep.items()
         }
         made.resizer = self
         parameters = set(store.names())
-        for name in (
-            parameters & made.tensors.keys()
-        ):  # a constructor's buffer; the checkpoint's counts
+        # a buffer that the constructor computed; the checkpoint's counts
+        for name in parameters & made.tensors.keys():
             made.tensors.pop(name)
         for name in program.tensors:  # rewritten before, such as by a merged adapter
             if name in parameters:
@@ -91,7 +105,7 @@ class Resizer:
         return made
 
     def _remade(self, program: Program, counts: Mapping[str, int]) -> Remade:
-        """The graph for so many experts in each layer, without weights."""
+        """Return the graph for so many experts in each layer, without weights."""
         if self.found.folder is None and self.found.mode is None:
             raise MoeccError(
                 f"{self.found.name}: the number of experts of a module in memory can't change; "
@@ -127,8 +141,26 @@ def _read_cut(read: Callable[[], Tensor], cut: Cut) -> Tensor:
     return cut.apply(read())
 
 
+def _require_uncoded(program: Program, remade: Program) -> None:
+    """Raise MoeccError if passes have made nodes of `program` other than the trace has them."""
+    traced = set(_codable(remade))
+    for path, target in _codable(program):
+        if (path, target) not in traced:
+            raise MoeccError(
+                f"{path}: a pass made it {target_text(target)} already, which would be lost; "
+                "take experts out before that, in a pass with makes_reference = True"
+            )
+
+
+def _codable(program: Program) -> Iterator[tuple[str, fx.node.Target]]:
+    """Yield path and op of the nodes that passes make coded ones, or have made so."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in ops.MOE_OPS | {ops.Q_LINEAR}:
+            yield node.meta["path"], node.target
+
+
 def _require_choice(name: str, program: Program, wanted: Mapping[str, int], groups: int) -> None:
-    """MoeccError if a token could not choose its experts any more."""
+    """Raise MoeccError if a token could not choose its experts any more."""
     part = text_config(program.config)
     for moe in program.moe_layers():
         count, before = wanted[moe.path], moe.sizes[0]
@@ -151,7 +183,7 @@ def _require_choice(name: str, program: Program, wanted: Mapping[str, int], grou
 def _edited(
     name: str, program: Program, wanted: Mapping[str, int]
 ) -> tuple[Config, dict[str, object]]:
-    """The configuration for so many experts, and what changed in it by dotted entry."""
+    """Return the configuration for so many experts, and what changed in it by dotted entry."""
     config = copy.deepcopy(program.config)
     before = {m.path: m.sizes[0] for m in program.moe_layers()}
     part, prefix = text_config(config), ""
@@ -175,7 +207,7 @@ def _edited(
 
 
 def _require_no_table(name: str, program: Program, model: nn.Module) -> None:
-    """MoeccError if numbers of experts may be stored as numbers.
+    """Raise MoeccError if numbers of experts may be stored as numbers.
 
     Taking experts out would change what they mean.
     """
@@ -192,7 +224,7 @@ def _require_no_table(name: str, program: Program, model: nn.Module) -> None:
 def _cuts(
     program: Program, shapes: Mapping[str, tuple[int, ...]], keep: Mapping[str, Sequence[int]]
 ) -> dict[str, Cut]:
-    """How each parameter of `program` gets to its new shape."""
+    """Return the cut of each parameter of `program` whose shape changes."""
     assert program.store is not None
     moes = {m.path: m for m in program.moe_layers()}
     cuts = {}
@@ -212,10 +244,7 @@ def _cuts(
 
 
 def _layer_of(name: str, moes: Sequence[MoE]) -> MoE | None:
-    """The MoE layer that a parameter belongs to.
-
-    The one that shares most of its path, if that is one alone.
-    """
+    """Return the MoE layer whose path shares most with a parameter's name; None if several do."""
     parts = name.split(".")
 
     def shared(moe: MoE) -> int:
@@ -233,9 +262,9 @@ def _layer_of(name: str, moes: Sequence[MoE]) -> MoE | None:
 def _cut(
     old: tuple[int, ...], new: tuple[int, ...], experts: int, keep: Sequence[int]
 ) -> Cut | None:
-    """The cut from one shape to another if the experts `keep` of so many stay.
+    """Return the cut from one shape to another if the experts `keep` of so many stay.
 
-    None if it isn't one.
+    None if there is no such cut.
     """
     differ = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
     if len(old) != len(new) or len(differ) != 1:

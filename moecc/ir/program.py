@@ -40,9 +40,14 @@ __all__ = ["Program", "Resizer", "Weight", "output_node", "stage_nodes"]
 class Resizer(Protocol):
     """Makes programs of the same model with fewer experts (`moecc.frontend.resize`)."""
 
-    def groups(self, program: Program) -> int: ...
-    def require(self, program: Program, counts: Mapping[str, int]) -> None: ...
-    def resize(self, program: Program, keep: Mapping[str, Sequence[int]]) -> Program: ...
+    def groups(self, program: Program) -> int:
+        """Return the number of groups from which the router chooses first."""
+
+    def require(self, program: Program, counts: Mapping[str, int]) -> None:
+        """Raise MoeccError if a layer cannot have so many experts (`counts`, by path)."""
+
+    def resize(self, program: Program, keep: Mapping[str, Sequence[int]]) -> Program:
+        """Return the program with only the experts `keep` (ascending) of layers, by path."""
 
 
 @dataclass(eq=False)
@@ -243,7 +248,8 @@ class Program:
         """Keep only the experts `keep` (ascending) of the layers named by path.
 
         Router, configuration and stored shapes follow: the program becomes the trace of the smaller
-        model. Rewritten weights keep their new values. Raise MoeccError as `require_experts` does.
+        model. Rewritten weights keep their new values. Raise MoeccError as `require_experts` does,
+        and if a pass has coded experts or linears already.
         """
         experts = {m.path: m.sizes[0] for m in self.moe_layers()}
         for path, rows in keep.items():

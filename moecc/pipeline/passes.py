@@ -207,7 +207,8 @@ class Context:
     def keep_experts(self, program: Program, keep: Mapping[str, Sequence[int]]) -> None:
         """Keep only the experts `keep` (ascending) of layers, by path.
 
-        For passes that make the reference. Raise MoeccError if a layer cannot have so many experts.
+        For passes that make the reference. Raise MoeccError if a layer cannot have so many experts,
+        or if a pass has coded experts or linears already.
         """
         program.keep_experts(keep)
         self.traced = program.copy()

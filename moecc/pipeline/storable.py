@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import fx
 
 from moecc.errors import MoeccError
@@ -17,6 +18,10 @@ from moecc.ir.program import Program
 
 # op -> the number of leading operands that must be the model's own
 _OWN_OPERANDS: dict[object, int] = {op: 3 for op in ops.MOE_OPS - {ops.EXPERTS}} | {ops.Q_LINEAR: 1}
+# op -> the ops of the traced model in whose place it may be
+_REPLACES: dict[object, frozenset[object]] = dict.fromkeys(_OWN_OPERANDS, ops.MOE_OPS) | {
+    ops.Q_LINEAR: frozenset({torch.ops.aten.linear.default, ops.Q_LINEAR})
+}
 _SAY_IT_IN_WEIGHTS = (
     "a compiled model runs its family's code for all but coded experts and quantized linears, "
     "so say it in weights"
@@ -34,7 +39,7 @@ def require_nodes(program: Program, traced: Program, stage: int | None = None) -
         was = before.pop(node.name, None)
         if was is None:
             changed.append(f"added {program.line(node)}")
-        elif _own_part(node, node.target) != _own_part(was, node.target):
+        elif not _replaces(node, was):
             changed.append(f"made {traced.line(was)} to {program.line(node)}")
     changed += [f"removed {traced.line(node)}" for node in before.values()]
     if changed:
@@ -73,6 +78,13 @@ def _operands(program: Program) -> Iterable[str]:
             for i in node.all_input_nodes:
                 if i.name in program.weights:
                     yield program.weights[i.name].name
+
+
+def _replaces(node: fx.Node, was: fx.Node) -> bool:
+    """Return whether an artifact can hold `node` where the trace has `was`."""
+    became = node.target
+    fits = was.target in _REPLACES.get(became, {became})
+    return fits and _own_part(node, became) == _own_part(was, became)
 
 
 def _own_part(node: fx.Node, became: fx.node.Target) -> object:
