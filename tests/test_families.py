@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from moecc.errors import MoeccError
 from moecc.frontend import experts
 from moecc.frontend.capture import capture
-from moecc.frontend.families import adapted
+from moecc.frontend.families import methods_replaced
 from moecc.frontend.skeleton import Skeleton, skeleton
 from moecc.ir import ops
 from moecc.ir.gates import rows_per_unit
@@ -88,7 +88,7 @@ def test_the_op_equals_the_loop_over_experts(case: Case) -> None:
     expected = first(model(input_ids=tokens((3, 21))))
     experts.register()
     dispatch = model._can_set_experts_implementation()
-    with adapted(model):
+    with methods_replaced(model):
         if dispatch:
             model.set_experts_implementation("moecc")
         got = first(model(input_ids=tokens((3, 21))))

@@ -42,14 +42,14 @@ class DenseOperands(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Adapted:
+class ExpertsClass:
     """The operands and the gate of an experts class outside transformers' interface."""
 
     operands: Callable[[nn.Module], DenseOperands]
     layout: Callable[[nn.Module], Layout]
 
 
-ADAPTED: dict[str, Adapted] = {}  # by class name; `moecc.frontend.families` fills it
+EXPERTS_CLASSES: dict[str, ExpertsClass] = {}  # by class name; `moecc.frontend.families` fills it
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -59,7 +59,7 @@ def is_experts(module: nn.Module) -> bool:
         and hasattr(module, "has_gate")
         and hasattr(module, "is_transposed")
     )
-    return interface or type(module).__name__ in ADAPTED
+    return interface or type(module).__name__ in EXPERTS_CLASSES
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -74,8 +74,8 @@ def layout_of(module: nn.Module) -> Layout:
     """
     layout: Layout | None = module.__dict__.get("_moecc_layout")
     if layout is None:
-        adapted = ADAPTED.get(type(module).__name__)
-        layout = adapted.layout(module) if adapted else probe_gate(module)
+        known = EXPERTS_CLASSES.get(type(module).__name__)
+        layout = known.layout(module) if known else probe_gate(module)
         module.__dict__["_moecc_layout"] = layout
     return layout
 
@@ -90,8 +90,8 @@ def dense_operands(module: FamilyModule) -> DenseOperands:
 
     Only plain tensor ops are used, so that a trace records them.
     """
-    if adapted := ADAPTED.get(type(module).__name__):
-        return adapted.operands(module)
+    if known := EXPERTS_CLASSES.get(type(module).__name__):
+        return known.operands(module)
     layout = layout_of(module)
     prefix = "gate_up_proj" if module.has_gate else "up_proj"
     gate_up, down = getattr(module, prefix), module.down_proj

@@ -5,8 +5,8 @@ loops, on the modules of one model. The new method routes with ATen ops and leav
 `moecc.frontend.experts.run_experts`. It must compute the same as transformers' own;
 tests/test_families.py compares the two.
 
-  adapted(model)          a context, for a trace
-  apply_adapters(model)   permanent, for a model that is loaded for inference
+  methods_replaced(model)   a context, for a trace
+  replace_methods(model)    permanent, for a model that is loaded for inference
 
 Shapes: T tokens, B batch, S sequence, D hidden, k experts per token, E experts, F intermediate.
 """
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moecc.frontend.experts import ADAPTED, Adapted, DenseOperands, run_experts
+from moecc.frontend.experts import EXPERTS_CLASSES, DenseOperands, ExpertsClass, run_experts
 from moecc.frontend.probe import Layout, plain_layout, probe_gate
 from moecc.types import FamilyModule
 
@@ -67,12 +67,12 @@ def _glu(activation: str, *, transposed: bool = False) -> Callable[[nn.Module], 
     return layout
 
 
-ADAPTED.update(
-    Llama4TextExperts=Adapted(_llama4_operands, _glu("act_fn", transposed=True)),
-    DbrxExperts=Adapted(_dbrx_operands, _glu("mlp.activation_fn")),
-    LongcatFlashExperts=Adapted(_longcat_operands, _glu("act_fn")),
-    JetMoeMoE=Adapted(_jetmoe_operands, _glu("activation")),
-    Step3p7Experts=Adapted(_step3p7_operands, probe_gate),
+EXPERTS_CLASSES.update(
+    Llama4TextExperts=ExpertsClass(_llama4_operands, _glu("act_fn", transposed=True)),
+    DbrxExperts=ExpertsClass(_dbrx_operands, _glu("mlp.activation_fn")),
+    LongcatFlashExperts=ExpertsClass(_longcat_operands, _glu("act_fn")),
+    JetMoeMoE=ExpertsClass(_jetmoe_operands, _glu("activation")),
+    Step3p7Experts=ExpertsClass(_step3p7_operands, probe_gate),
 )
 
 # ---------------------------------------------------------------- methods
@@ -174,7 +174,7 @@ METHODS: dict[str, dict[str, Callable[..., object]]] = {
 }
 
 
-def apply_adapters(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def replace_methods(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Replace the methods of every module of `model` that needs it.
 
     Return the pairs (module, method) that were not replaced before.
@@ -189,9 +189,9 @@ def apply_adapters(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 @contextmanager
-def adapted(model: nn.Module) -> Iterator[None]:
-    """Apply the adapters for the time of a trace."""
-    replaced = apply_adapters(model)
+def methods_replaced(model: nn.Module) -> Iterator[None]:
+    """Replace the methods for the time of a trace."""
+    replaced = replace_methods(model)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ def prepare(model: nn.Module, found: Compression) -> None:
     Raise MoeccError if the model lacks such a module.
     """
     experts.register()
-    families.apply_adapters(model)
+    families.replace_methods(model)
     for path, entry in found.experts.items():
         module = _submodule(model, path)
         compress_module(module, entry.gate_up, entry.down, entry.attributes, entry.remove)

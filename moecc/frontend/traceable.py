@@ -1,6 +1,6 @@
 """What a model needs in place while torch.export traces it; afterwards it is as it was.
 
-`traceable`         evaluation mode, moecc's experts, adapted families, opaque scans, plain masks
+`traceable`         evaluation mode, moecc's experts and methods, opaque scans, plain masks
 `no_cache`          use_cache off
 `only_input_ids`    a forward that takes input_ids and nothing else
 """
@@ -17,7 +17,7 @@ from torch import nn
 
 from moecc.errors import MoeccError, reason
 from moecc.frontend import experts
-from moecc.frontend.families import adapted
+from moecc.frontend.families import methods_replaced
 from moecc.frontend.scans import opaque_scans
 from moecc.frontend.skeleton import Skeleton
 from moecc.types import Config, FamilyModule
@@ -35,7 +35,7 @@ def traceable(found: Skeleton) -> Iterator[None]:
             # differentiable.
             torch.no_grad(),
             _moecc_experts(model),
-            adapted(model),
+            methods_replaced(model),
             opaque_scans(model),
             _broadcast_masks(),
             _one_line(),
