@@ -50,7 +50,7 @@ class PruneExperts(Pass):
         program.require_experts({m.path: self.count(program, m) for m in program.moe_layers()})
 
     def count(self, program: Program, moe: MoE) -> int:
-        """Experts that a layer keeps: the same number of each group."""
+        """Return the number of experts that a layer keeps, the same of each group."""
         groups, experts = program.expert_groups(), moe.sizes[0]
         each = max(1, math.floor(self.keep * experts / groups + 0.5))
         return max(each, math.ceil(moe.top_k / groups)) * groups
@@ -72,7 +72,7 @@ class PruneExperts(Pass):
         return True
 
     def choose(self, program: Program, ctx: Context) -> dict[str, list[int]]:
-        """Steps 1 and 2: the experts that stay, ascending, by path."""
+        """Steps 1 and 2: return the experts that stay, ascending, by path."""
         stream, keep = Stream(program, first_tokens(ctx.batches, self.tokens)), {}
         last = max((m.layer for m in program.moe_layers()), default=0)
         for stage in ctx.progress(range(last + 1), "prune"):
@@ -85,15 +85,14 @@ class PruneExperts(Pass):
 
 
 def expert_scores(layer: Layer, moe: MoE) -> Tensor:
-    """Step 1 for one layer: [E]."""
+    """Step 1 for one layer: return the scores [E]."""
     names = [n.name for n in moe.node.args[:3] if isinstance(n, fx.Node)]
     tapped = layer.tap(names)
     x, index, weight = (torch.cat([v.flatten(0, -2) for v in tapped[n]]) for n in names)
     operands = [None if n is None else layer.program.value(n) for n in moe.node.args[3:]]
     scores = torch.zeros(moe.sizes[0], dtype=torch.float64)
-    for slot in range(
-        index.shape[1]
-    ):  # one expert per token at a time, so that each output is its own
+    # one expert per token at a time, so that each output is its own
+    for slot in range(index.shape[1]):
         chosen, one = index[:, slot : slot + 1], torch.ones_like(weight[:, slot : slot + 1])
         y = EXPERTS(x, chosen, one, *operands, **moe.attributes)
         norms = y.double().norm(dim=-1) * weight[:, slot].double().abs()
@@ -102,8 +101,9 @@ def expert_scores(layer: Layer, moe: MoE) -> Tensor:
 
 
 def highest(scores: Tensor, count: int, groups: int = 1) -> list[int]:
-    """The `count` experts of highest score, equally many of each of `groups` neighbouring groups,
-    ascending.
+    """Return the `count` experts of highest score, ascending.
+
+    groups: of neighbouring experts; equally many are taken of each.
     """
     each = scores.view(groups, -1)
     best = each.argsort(dim=-1, descending=True, stable=True)[:, : count // groups]

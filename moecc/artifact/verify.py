@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moecc.artifact import hf
 from moecc.checkpoint.memory import free_memory
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, reason
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program
 from moecc.pipeline.stream import run_program
@@ -65,9 +65,9 @@ def _reloaded(folder: Path, batches: Sequence[Tensor], by_transformers: bool) ->
     except MoeccError:
         raise
     except Exception as error:  # whatever the family's code makes of weights that don't fit it
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MoeccError(
-            f"{folder.name}: what was written can't be loaded again: {why}; nothing was kept"
+            f"{folder.name}: what was written can't be loaded again: {reason(error)}; "
+            "nothing was kept"
         ) from error
 
 

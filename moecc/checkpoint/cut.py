@@ -1,4 +1,4 @@
-"""A checkpoint seen with fewer experts: the store of a model from which a pass has taken some out.
+"""A checkpoint with fewer experts: the store of a model from which a pass has taken some out.
 
 Shapes: E experts before, E' kept. A parameter that has an entry per expert has a dimension of E, of
 E * m (m rows for each expert, dbrx), or of E + z (a router's z experts that do nothing come last,
@@ -24,7 +24,7 @@ class Cut:
     rows: tuple[int, ...]
 
     def apply(self, tensor: Tensor) -> Tensor:
-        """The rows that stay, in a tensor of its own."""
+        """Return the rows that stay, in a tensor of its own."""
         return tensor.index_select(self.dim, torch.tensor(self.rows, device=tensor.device))
 
 
@@ -80,9 +80,10 @@ class CutStore:
         dtype: torch.dtype | None = None,
         experts: Sequence[int] | None = None,
     ) -> Tensor:
-        """As the store reads it.
+        """Return the tensor as the store does, without the experts that were taken out.
 
-        Only the experts that stay are read where each is a row of its own.
+        Only the experts that stay are read if each is a row of its own. Raise MoeccError as the
+        store does.
         """
         cut = self._cut(name)
         if cut is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moecc.checkpoint.low_bit import Entry
 from moecc.checkpoint.recipes import Recipe, Recipes
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, reason
 
 CHECK_CONFIG = "check that config.json belongs to these weights"
 
@@ -60,9 +60,9 @@ class Fit:
             made = recipe.make(self.recipes.model, self._without_storage)
         # Converters check little, so torch may raise anything for shapes they don't expect.
         except Exception as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
             raise MoeccError(
-                f"{what} and doesn't merge into '{recipe.target}' with its siblings: {why}"
+                f"{what} and doesn't merge into '{recipe.target}' with its siblings: "
+                f"{reason(error)}"
             ) from error
         for name in names:
             got = list(made[name].shape) if name in made else None

@@ -58,7 +58,6 @@ class ModuleStore:
         *,
         dtype: torch.dtype | None = None,
         experts: Sequence[int] | None = None,
-        device: torch.device | str = "cpu",
     ) -> Tensor:
         """Return a copy, so that a pass that writes to it leaves the module alone.
 
@@ -67,7 +66,7 @@ class ModuleStore:
         to = tensor.dtype if dtype is None else kept_dtype(self.model, name, tensor, dtype)
         rows = tensor.detach() if experts is None else tensor.detach()[list(experts)]
         require_finite(rows, f"'{name}' of the {type(self.model).__name__}")
-        return rows.to(device=device, dtype=to, copy=True)
+        return rows.to(device="cpu", dtype=to, copy=True)
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self:

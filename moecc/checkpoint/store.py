@@ -87,7 +87,6 @@ class CheckpointStore:
         *,
         dtype: torch.dtype | None = None,
         experts: Sequence[int] | None = None,
-        device: torch.device | str = "cpu",
     ) -> Tensor:
         """Return the tensor of `name`, as a copy that the caller owns.
 
@@ -101,7 +100,7 @@ class CheckpointStore:
             if dtype is None
             else kept_dtype(self.model, name, self._recipes.declared[name], dtype)
         )
-        load = partial(self._load, dtype=to, device=torch.device(device))
+        load = partial(self._load, dtype=to)
         if experts is None:
             return recipe.make(self.model, load)[self.tied.get(name, name)]
         if recipe.converter is None:
@@ -122,12 +121,11 @@ class CheckpointStore:
         rows: Sequence[int] | None = None,
         *,
         dtype: torch.dtype,
-        device: torch.device,
     ) -> Tensor:
         entry = self.entries[key]
         tensor = entry.read(rows)
         require_finite(tensor, f"'{key}' in {entry.file}")
-        return tensor.to(device=device, dtype=dtype)
+        return tensor.to(dtype)
 
     def check(self) -> None:
         """Raise MoeccError if the checkpoint doesn't fit the model; no weight is read."""

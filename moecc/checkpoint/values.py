@@ -21,15 +21,23 @@ def kept_dtype(model: FamilyModule, name: str, declared: Tensor, dtype: torch.dt
     """
     if not declared.is_floating_point():
         return declared.dtype
-    plan: dict[str, torch.dtype] = (
-        model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
-    )
-    for pattern, kept in plan.items():
-        if re.search(pattern.replace("*", ".*"), name):
-            return kept
+    if (planned := planned_dtype(model, name, dtype)) is not None:
+        return planned
     is_buffer = not isinstance(_attribute(model, name), nn.Parameter)
     usual = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
     return declared.dtype if is_buffer or declared.dtype != usual else dtype
+
+
+def planned_dtype(model: FamilyModule, name: str, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype that transformers keeps the tensor `name` in, if it makes an exception.
+
+    dtype: of the whole model.
+    """
+    plan: dict[str, torch.dtype] = (
+        model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    )
+    found = (kept for p, kept in plan.items() if re.search(p.replace("*", ".*"), name))
+    return next(found, None)
 
 
 def _attribute(model: nn.Module, name: str) -> object:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moecc.checkpoint.source import has_code
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, reason
 from moecc.frontend import shapes
 from moecc.frontend.config import longest_row, text_config
 from moecc.ir.program import Program, output_node
@@ -140,7 +140,7 @@ def tokenizer_of(folder: str | Path, *, trust_remote_code: bool = False) -> Toke
 
 def _no_tokenizer(folder: str | Path, error: Exception, trust_remote_code: bool) -> str:
     """Return the message for a tokenizer that cannot be loaded."""
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    why = reason(error)
     if has_code(Path(folder)) and not trust_remote_code:
         return f"{folder}: its tokenizer is Python code; read it, then --trust-remote-code"
     if Path(folder, "tokenizer.json").is_file():

@@ -7,7 +7,6 @@ that no checkpoint holds.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from moecc.checkpoint.values import planned_dtype
 from moecc.errors import MoeccError, reason
 from moecc.frontend import experts
 from moecc.frontend.config import text_config
@@ -95,9 +95,7 @@ def _unbuilt(config: Config, error: Exception) -> str:
 
 def _keep_float32(model: FamilyModule, dtype: torch.dtype) -> None:
     """Give the parameters that transformers keeps in float32 that dtype, as loading would."""
-    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
-    rules = [(re.compile(pattern), wanted) for pattern, wanted in plan.items()]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        wanted = next((w for rule, w in rules if rule.search(name)), None)
+        wanted = planned_dtype(model, name, dtype)
         if wanted is not None and tensor.is_floating_point() and tensor.dtype != wanted:
             tensor.data = tensor.data.to(wanted)

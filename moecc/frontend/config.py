@@ -17,6 +17,7 @@ from moecc.types import Config, FamilyModule
 
 
 def source_name(source: object) -> str:
+    """Return the folder or hub id that was given, or the class of a module or configuration."""
     return str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
 

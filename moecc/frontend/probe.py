@@ -47,6 +47,7 @@ class Layout:
     transposed: bool = False
 
     def gate_attributes(self) -> GateAttributes:
+        """Return the gate without the storage order, as the ops take it."""
         return GateAttributes(act=self.act, gate=self.gate, alpha=self.alpha, limit=self.limit)
 
     def apply(self, rows: Tensor) -> Tensor:

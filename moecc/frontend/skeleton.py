@@ -83,6 +83,7 @@ class Skeleton:
 
     @property
     def model_type(self) -> str:
+        """The family, as the configuration names it."""
         return str(getattr(self.config, "model_type", type(self.model).__name__))
 
 

@@ -31,7 +31,7 @@ from moecc.ir.reference import (
     q_linear_reference,
     vq_experts_reference,
 )
-from moecc.ir.register import define, library
+from moecc.ir.register import define
 
 __all__ = [
     "ATTRIBUTES",
@@ -44,7 +44,6 @@ __all__ = [
     "VQ_EXPERTS",
     "define",
     "dequantize_linear",
-    "library",
     "operands_of",
     "same_shape",
     "vq_experts_reference",

@@ -9,10 +9,10 @@ from moecc.types import Json
 
 @dataclass(frozen=True)
 class Restriction:
-    """The sequence lengths S that a program holds for: low <= S <= high (None: no bound) but the
-    excluded ones.
+    """The sequence lengths S that a program holds for.
 
-    It is false if the program holds for every length.
+    They are low <= S <= high (None: no bound) without the excluded ones. A restriction is false if
+    the program holds for every length.
     """
 
     low: int = 1
@@ -23,7 +23,7 @@ class Restriction:
         return self != Restriction()
 
     def holds(self, sequence: int) -> bool:
-        """Whether the program holds for sequences of this length."""
+        """Return whether the program holds for sequences of this length."""
         bounded = self.high is None or sequence <= self.high
         return self.low <= sequence and bounded and sequence not in self.excluded
 
@@ -35,10 +35,10 @@ class Restriction:
         return f"{low}sequence{high}" if self else ""
 
     def as_json(self) -> Json | None:
-        """Its fields, None if it is false."""
+        """Return the fields, or None if the program holds for every length."""
         return {**asdict(self), "excluded": list(self.excluded)} if self else None
 
     @classmethod
     def of_json(cls, value: Json) -> Restriction:
-        """The restriction that `as_json` wrote."""
+        """Return the restriction that `as_json` wrote."""
         return cls(**{**value, "excluded": tuple(value["excluded"])})

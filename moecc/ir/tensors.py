@@ -40,17 +40,37 @@ class Store(Protocol):
     @property
     def ignored(self) -> Sequence[str]: ...
     @property
-    def nbytes(self) -> int: ...
-    def names(self) -> list[str]: ...
+    def nbytes(self) -> int:
+        """Bytes of the weights as they are stored."""
+
+    def names(self) -> list[str]:
+        """Return every name that can be read, tied ones included, in the model's order."""
+
     def __contains__(self, name: object) -> bool: ...
-    def sources(self, name: str) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
+
+    def sources(self, name: str) -> list[str]:
+        """Return the names of the stored tensors that make `name`."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that the model has for `name`."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that `name` is stored in."""
+
     def read(
         self, name: str, *, dtype: torch.dtype | None = None, experts: Sequence[int] | None = None
-    ) -> Tensor: ...
-    def check(self) -> None: ...
-    def digest(self) -> str: ...
+    ) -> Tensor:
+        """Return the tensor of `name`, as a copy that the caller owns.
+
+        dtype: by default the stored one. experts: rows of [E, ...] to read, in that order. Raise
+        MoeccError for a name without a tensor, and for NaN or infinity.
+        """
+
+    def check(self) -> None:
+        """Raise MoeccError if the weights don't fit the model; no weight is read."""
+
+    def digest(self) -> str:
+        """Return a SHA-256 that tells the weights from others."""
 
 
 class Held(MutableMapping[str, Tensor]):
@@ -110,9 +130,8 @@ class Held(MutableMapping[str, Tensor]):
 
 def digest(tensor: Tensor) -> str:
     """Return the first eight hexadecimal digits of the SHA-256 of a tensor's bytes."""
-    flat = (
-        tensor.detach().cpu().contiguous().reshape(-1)
-    )  # torch 2.11 cannot view a scalar as bytes
+    # torch 2.11 cannot view a scalar as bytes
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy()
     return hashlib.sha256(raw.tobytes()).hexdigest()[:8]
 
