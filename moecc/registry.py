@@ -10,7 +10,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -154,7 +154,7 @@ class Registry(Generic[T]):
             raise MoeccError(
                 f"{where}: {cls.__name__} lacks {' and '.join(sorted(cls.__abstractmethods__))}"
             )
-        if bare := next((f.name for f in fields(cls) if f.default is MISSING), None):
-            raise MoeccError(
-                f"{where}: the option {bare!r} has no default; write option(DEFAULT, help=...)"
-            )
+        # a field that is no option would be missing in the text that builds the instance again
+        for f in fields(cls):
+            if f not in cls.options() and "printed" not in f.metadata:
+                raise MoeccError(f"{where}: write {f.name} as option(DEFAULT, help=...)")

@@ -24,7 +24,8 @@ from moecc.types import FamilyModule, Json
 EVERYTHING = "kbvq{rank=4,mean=2},vsraq{steps=3},dense{group=16}"
 QUICK = "vq{rounds=1,codebook=layer}"
 ROWS = ("--rows", "8", "--length", "32")
-TINYMOE = Path(__file__).parents[1] / "examples" / "tinymoe"
+ROOT = Path(__file__).parents[1]
+TINYMOE = ROOT / "examples" / "tinymoe"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from families import ALL
-from made import checkpoint, load
+from made import ROOT, checkpoint, load
 from pipelines import MY_PASS
+from refusals import listing
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +25,6 @@ from moecc.target import TARGETS, parse_target
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
-ROOT = Path(__file__).parents[1]
 DENSE = str(ROOT / "backends" / "dense.py")
 # transposed and interleaved with biases, rows that no expert reads; all experts in one matrix
 LAYOUTS = ("gpt_oss", "longcat_flash", *(("qwen2_moe", "dbrx", "nemotron_h") if ALL else ()))
@@ -38,10 +37,19 @@ def test_every_target_s_text_builds_it_again(name: str) -> None:
     for option in target.options():
         assert option.metadata["help"]
         for value in option.metadata["choices"]:
-            if option.name == "bits":  # of one profile alone
-                continue
-            other = TARGETS.find(name)(**{option.name: value})
+            profile = {"profile": "qmoe"} if option.name == "bits" else {}  # of that one alone
+            other = TARGETS.find(name)(**{option.name: value, **profile})
             assert TARGETS.find(name).build_from(str(other)[len(name) + 1 : -1]) == other
+
+
+@pytest.mark.parametrize("name", TARGETS.names())
+def test_a_target_takes_only_the_choices_of_its_options(name: str) -> None:
+    cls = TARGETS.find(name)
+    for option in (o for o in cls.options() if o.metadata["choices"]):
+        with pytest.raises(MoeccError, match=f"^{name}: {option.name}=none is out of range; it ta"):
+            cls(**{option.name: "none"})
+        with pytest.raises(MoeccError, match=f"^{name}: {option.name}='none' is out of range; it"):
+            cls.build_from(f"{option.name}=none")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +86,7 @@ def test_the_float_checkpoint_computes_what_the_artifact_does(family: str, tmp_p
     """In every layout, loaded by transformers alone; the target is used by its path."""
     source = checkpoint(tmp_path / "model", family)
     passes = "kbvq{rounds=1,feedback=false,rank=2,mean=2,offset=off},dense{group=16}"
-    compile_model(str(source), passes, tmp_path / "art", rows=4, length=16, say=print)
+    compile_model(str(source), passes, tmp_path / "art", rows=4, length=16)
     made = export_artifact(str(tmp_path / "art"), DENSE + "{dtype=float32}", tmp_path / "float")
     assert made.out == tmp_path / "float" and made.facts["bytes"] > 0
     config = json.loads((made.out / "config.json").read_text())
@@ -98,7 +106,6 @@ def test_offsets_without_a_place_are_refused_and_nothing_is_left(tmp_path: Path)
         tmp_path / "art",
         rows=4,
         length=16,
-        say=print,
     )
     with pytest.raises(MoeccError, match="offsets are stored, and its family has no biases"):
         export_artifact(str(tmp_path / "art"), "dense", tmp_path / "float")
@@ -170,25 +177,59 @@ def test_an_export_touches_nothing_beside_it(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [*names[:2], "link", "model"]
 
 
-@pytest.mark.parametrize(
-    ("body", "line"),
-    [
-        ("raise ValueError('no luck')", "failed: ValueError: no luck"),
-        ("raise SystemExit(0)", "failed: SystemExit: 0"),
-        ("return None", "returned None; its emit returns an Emitted"),
-        ("return Emitted()", "writes nothing, the artifact runs as it is; leave -o"),
-    ],
-)
-def test_a_target_s_own_fault_names_it(body: str, line: str, tmp_path: Path) -> None:
-    file = tmp_path / "mine.py"
+def emitting(folder: Path, body: str) -> str:
+    """Write a target of a user's own whose `emit` is `body`; return its path."""
+    file = folder / "mine.py"
     file.write_text(
-        "from dataclasses import dataclass\nfrom moecc.target import Emitted, Target\n\n"
+        "from dataclasses import dataclass\nfrom moecc.errors import MoeccError\n"
+        "from moecc.target import Emitted, Target\n\n"
         "@dataclass(frozen=True, kw_only=True)\nclass Mine(Target):\n    name = 'mine'\n\n"
         f"    def emit(self, artifact, out, say):\n        {body}\n"
     )
+    return str(file)
+
+
+FAULTS = [
+    ("raise ValueError('no luck')", "failed: ValueError: no luck"),
+    ("raise MoeccError('no luck')", "no luck"),
+    ("raise SystemExit(0)", "failed: SystemExit: 0"),
+    ("return None", "returned None; its emit returns an Emitted"),
+    ("return Emitted()", "writes nothing, the artifact runs as it is; leave -o {} out"),
+]
+
+
+@pytest.mark.parametrize(("body", "line"), FAULTS)
+def test_a_target_s_own_fault_names_it(body: str, line: str, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "model", "mixtral")
-    with pytest.raises(MoeccError, match=re.escape(line)):
-        export_artifact(str(source), str(file), tmp_path / "out")
+    target, out, there = emitting(tmp_path, body), tmp_path / "out", tmp_path / "there"
+    there.mkdir()
+    before = listing(tmp_path)
+    for folder in (out, there):
+        with pytest.raises(MoeccError) as error:
+            export_artifact(str(source), target, folder)
+        assert str(error.value).endswith(line.format(folder))
+        assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(("body", "line"), FAULTS)
+def test_what_a_faulty_target_leaves_is_named(body: str, line: str, tmp_path: Path) -> None:
+    """It is not removed: another process may have put it there."""
+    source = checkpoint(tmp_path / "model", "mixtral")
+    target, out = emitting(tmp_path, f"out.mkdir(); {body}"), tmp_path / "out"
+    before = listing(tmp_path)
+    with pytest.raises(MoeccError) as error:
+        export_artifact(str(source), target, out)
+    left = f"{line.format(out)}; a part of the export may lie in {out}; remove it"
+    assert str(error.value).endswith(left)
+    assert listing(tmp_path) == {**before, "out": None}
+
+
+def test_a_field_of_a_target_that_is_no_option_is_refused(tmp_path: Path) -> None:
+    file = Path(emitting(tmp_path, "return Emitted()"))
+    file.write_text(file.read_text().replace("name = 'mine'", "name = 'mine'\n    level: int = 3"))
+    with pytest.raises(MoeccError) as error:
+        parse_target(str(file))
+    assert str(error.value) == "mine.py: write level as option(DEFAULT, help=...)"
 
 
 def test_a_folder_without_an_export_to_measure_is_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,13 +18,22 @@ def export_artifact(
     """Write the artifact or checkpoint `model` (folder or hub id) in the form that `to` names.
 
     to: a target with its options, such as `onnx{profile=native}`. out: the new folder, by default
-    the target's name inside the model's folder. Raise MoeccError, and leave nothing behind, if the
-    target cannot write the model.
+    the target's name inside the model's folder. Raise MoeccError if the target cannot write the
+    model. moecc's own targets then leave nothing behind; if another has left a part of the folder,
+    the error says so: only the user knows that nobody else has put it there.
     """
     target, folder = parse_target(to), checkpoint_folder(model)
-    found = emit(target, folder, out or folder / target.name, say)
-    if out is not None and found.out is None:
-        raise MoeccError(f"{target} writes nothing, the artifact runs as it is; leave -o {out} out")
+    where = out or folder / target.name
+    before = os.path.lexists(where)
+    try:
+        found = emit(target, folder, where, say)
+        if out is not None and found.out is None:
+            why = "writes nothing, the artifact runs as it is"
+            raise MoeccError(f"{target} {why}; leave -o {out} out")
+    except MoeccError as error:
+        if before or not os.path.lexists(where):
+            raise
+        raise MoeccError(f"{error}; a part of the export may lie in {where}; remove it") from error
     return found
 
 

@@ -100,7 +100,8 @@ class Composite(Pass):
     """
 
     parts: ClassVar[tuple[type[Pass], ...]]
-    passed_on: tuple[tuple[str, object], ...] = ()  # option of a part -> value
+    # option of a part -> value; printed as if it were an option of the composite
+    passed_on: tuple[tuple[str, object], ...] = field(default=(), metadata={"printed": True})
 
     @abstractmethod
     def stands_for(self) -> list[Pass]:
