@@ -47,17 +47,22 @@ class PruneExperts(Pass):
     )
 
     def check(self, program: Program) -> None:
-        program.require_experts({m.path: self.count(program, m) for m in program.moe_layers()})
+        groups = program.expert_groups()
+        program.require_experts(
+            {m.path: self.count(m.sizes[0], m.top_k, groups) for m in program.moe_layers()}
+        )
 
-    def count(self, program: Program, moe: MoE) -> int:
-        """Return the number of experts that a layer keeps, the same of each group."""
-        groups, experts = program.expert_groups(), moe.sizes[0]
+    def count(self, experts: int, top_k: int, groups: int) -> int:
+        """Return the number of experts that a layer keeps, the same of each group.
+
+        A token can still take `top_k`.
+        """
         each = max(1, math.floor(self.keep * experts / groups + 0.5))
-        return max(each, math.ceil(moe.top_k / groups)) * groups
+        return max(each, math.ceil(top_k / groups)) * groups
 
     def estimate(self, found: Estimate) -> None:
         for p in found.projections:
-            kept = max(1, math.floor(self.keep * p.experts + 0.5))
+            kept = self.count(p.experts, p.top_k, p.groups)
             p.low, p.high = p.low * kept / p.experts, p.high * kept / p.experts
             p.experts = kept
 
@@ -74,12 +79,13 @@ class PruneExperts(Pass):
     def choose(self, program: Program, ctx: Context) -> dict[str, list[int]]:
         """Steps 1 and 2: return the experts that stay, ascending, by path."""
         stream, keep = Stream(program, first_tokens(ctx.batches, self.tokens)), {}
+        groups = program.expert_groups()
         last = max((m.layer for m in program.moe_layers()), default=0)
         for stage in ctx.progress(range(last + 1), "prune"):
             layer = Layer(stage, program, program, stream, stream)
             for moe in layer.moe:
-                scores = expert_scores(layer, moe)
-                keep[moe.path] = highest(scores, self.count(program, moe), program.expert_groups())
+                count = self.count(moe.sizes[0], moe.top_k, groups)
+                keep[moe.path] = highest(expert_scores(layer, moe), count, groups)
             stream.advance()
         return keep
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families import ALL, FAMILIES
-from made import checkpoint, load
+from made import ROOT, Command, checkpoint, load
 from pipelines import compiled
+from refusals import edit_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
@@ -18,32 +21,35 @@ from transformers import AutoConfig
 from moecc.checkpoint.cut import Cut
 from moecc.commands.compile import compile_model
 from moecc.commands.evaluate import evaluate_models
+from moecc.commands.rows import token_rows, tokenizer_of
 from moecc.errors import MoeccError
 from moecc.frontend.skeleton import EXPERT_COUNTS
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program
 from moecc.pipeline.order import resolve
 from moecc.pipeline.parse import parse_passes
-from moecc.pipeline.stream import run_program
+from moecc.pipeline.passes import Layer
+from moecc.pipeline.stream import Stream, run_program
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
-PRUNE = str(Path(__file__).parents[1] / "examples" / "prune.py")
-# groups and a router's bias, transposed with biases, experts that do nothing
+PRUNE = str(ROOT / "examples" / "prune.py")
+# In this order, they have groups and a router's bias, transposed weights with biases, and experts
+# that do nothing.
 SAMPLE = ("deepseek_v3", "gpt_oss", "longcat_flash")
-# routers that choose from groups; four experts would not do
+# Their routers choose from groups first, so a quarter of four experts cannot go.
 GROUPED = ("glm4_moe", "deepseek_v3")
-# whole numbers that may stand for experts
+# Its checkpoint holds whole numbers that may stand for experts.
 TABLES = ("deepseek_v4",)
 
 
-def traced(folder: Path) -> Program:
+def trace_of(folder: Path) -> Program:
     return trace(folder, dtype=torch.float32)
 
 
 def pruned(source: Path, out: Path, passes: str) -> Program:
-    compile_model(str(source), passes, out, rows=4, length=16, say=lambda line: None)
-    return traced(out)
+    compile_model(str(source), passes, out, rows=4, length=16)
+    return trace_of(out)
 
 
 @pytest.mark.family
@@ -58,7 +64,7 @@ def test_prune_composes_with_coding_in_every_family(family: str, tmp_path: Path)
             pruned(source, tmp_path / "out", passes)
         assert not (tmp_path / "out").exists()
         return
-    before = {m.path: (m.sizes[0], m.top_k) for m in traced(source).moe_layers()}
+    before = {m.path: (m.sizes[0], m.top_k) for m in trace_of(source).moe_layers()}
     program = pruned(source, tmp_path / "out", passes)
     for moe in program.moe_layers():
         experts, top_k = before[moe.path]
@@ -78,17 +84,15 @@ def test_the_experts_that_stay_are_the_same_and_so_are_their_routers_rows(
     kept = json.loads((tmp_path / "out" / "moecc.json").read_text())["experts_kept"]
     before, after = (load_file(p / "model.safetensors") for p in (qwen, tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts"] == 2
-    for path, rows in kept.items():
-        router = path.replace("experts", "gate.weight")
+    source, stored = trace_of(qwen), trace_of(tmp_path / "out")
+    assert kept.keys() == {m.path for m in source.moe_layers()}
+    for moe, original in zip(stored.moe_layers(), source.moe_layers(), strict=True):
+        rows, router = kept[moe.path], moe.path.replace("experts", "gate.weight")
         assert torch.equal(after[router], before[router][rows])
-        stored = traced(tmp_path / "out")
-        for moe, original in zip(stored.moe_layers(), traced(qwen).moe_layers(), strict=True):
-            if moe.path == path:
-                for ours, theirs in zip(moe.projections, original.projections, strict=True):
-                    node, other = ours.operand(), theirs.operand()
-                    assert node is not None and other is not None
-                    want = traced(qwen).value(other)[rows]
-                    assert torch.equal(stored.value(node), want)
+        for ours, theirs in zip(moe.projections, original.projections, strict=True):
+            node, other = ours.operand(), theirs.operand()
+            assert node is not None and other is not None
+            assert torch.equal(stored.value(node), source.value(other)[rows])
 
 
 def test_keeping_all_experts_changes_nothing(qwen: Path, tmp_path: Path) -> None:
@@ -97,7 +101,7 @@ def test_keeping_all_experts_changes_nothing(qwen: Path, tmp_path: Path) -> None
     assert "experts_kept" not in manifest
     before, after = (load_file(p / "model.safetensors") for p in (qwen, tmp_path / "out"))
     ids = torch.arange(32).view(2, 16)
-    logits = [run_program(traced(p), [ids])[0] for p in (qwen, tmp_path / "out")]
+    logits = [run_program(trace_of(p), [ids])[0] for p in (qwen, tmp_path / "out")]
     assert torch.equal(*logits) and sum(t.numel() for t in before.values()) == sum(
         t.numel() for t in after.values()
     )
@@ -105,26 +109,28 @@ def test_keeping_all_experts_changes_nothing(qwen: Path, tmp_path: Path) -> None
 
 def test_experts_that_nothing_chooses_go_first(qwen: Path, tmp_path: Path) -> None:
     """Without them the model computes what it did: the router never chose them."""
-    tensors = load_file(qwen / "model.safetensors")
-    from safetensors.torch import save_file
 
-    for name, tensor in tensors.items():
-        if name.endswith("mlp.gate.weight"):
-            tensor[3] = 0  # in the middle; 1 would be below all others if the rest were positive
-            tensor[1] = tensor[0] * 2
-            tensor[2] = tensor[0] * 1.5
-            tensor[3] = -tensor[0] * 0  # scores 0
-    save_file(tensors, qwen / "model.safetensors", {"format": "pt"})
-    program = traced(qwen)
-    (first, *_) = parse_passes(f"{PRUNE}{{keep=0.75}}")[0]
-    first.check(program)
-    out = pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.75}}")
-    assert {m.sizes[0] for m in out.moe_layers()} == {3}
+    def leave_out_expert_1(tensors: dict[str, Tensor]) -> None:
+        """Let the first entry of every token be positive, and only expert 1 look at it."""
+        tensors["model.embed_tokens.weight"][:, 0] = 1.0
+        for name, tensor in tensors.items():
+            if name.endswith("mlp.gate.weight"):
+                tensor[:, 0] = 0.0
+                tensor[1] = 0.0
+                tensor[1, 0] = -1000.0
+
+    edit_tensors(qwen, leave_out_expert_1)
+    before, after = trace_of(qwen), pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.75}}")
+    kept = json.loads((tmp_path / "out" / "moecc.json").read_text())["experts_kept"]
+    assert kept == {m.path: [0, 2, 3] for m in before.moe_layers()}
+    rows = token_rows(tokenizer_of(qwen), count=4, length=16)
+    want, got = (run_program(program, [rows])[0] for program in (before, after))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 def test_eval_numbers_experts_as_in_the_source(qwen: Path, tmp_path: Path) -> None:
     pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.75}}")
-    found = evaluate_models(str(tmp_path / "out"), str(qwen), rows=2, length=16, say=print)
+    found = evaluate_models(str(tmp_path / "out"), str(qwen), rows=2, length=16)
     first = found["per_layer"][0]
     # before the first experts both see the same: what differs is what was taken out
     assert 0.4 < first["agreement"] < 1
@@ -134,11 +140,11 @@ def test_eval_numbers_experts_as_in_the_source(qwen: Path, tmp_path: Path) -> No
     with pytest.raises(
         MoeccError, match="the reference has 4 experts, the compiled program 3, and"
     ):
-        evaluate_models(str(tmp_path / "out"), str(qwen), rows=2, length=16, say=print)
+        evaluate_models(str(tmp_path / "out"), str(qwen), rows=2, length=16)
 
 
 def test_what_is_possible_is_said_before_any_pass_runs(qwen: Path, tmp_path: Path) -> None:
-    program = traced(qwen)
+    program = trace_of(qwen)
     paths = [m.path for m in program.moe_layers()]
     for counts, line in (
         ({p: 1 for p in paths}, "a token takes 2, so 2 to 4 are possible"),
@@ -150,7 +156,7 @@ def test_what_is_possible_is_said_before_any_pass_runs(qwen: Path, tmp_path: Pat
     for rows in ([1, 1], [3, 1], [-2, -1], [1, 9]):
         with pytest.raises(MoeccError, match="give ascending numbers of its 4 experts"):
             program.keep_experts(dict.fromkeys(paths, rows))
-    grouped = traced(checkpoint(tmp_path / "grouped", "deepseek_v3"))
+    grouped = trace_of(checkpoint(tmp_path / "grouped", "deepseek_v3"))
     paths = [m.path for m in grouped.moe_layers()]
     with pytest.raises(MoeccError, match="its router chooses from 2 groups, so multiples of 2"):
         grouped.require_experts({p: grouped.moe_layers()[0].sizes[0] - 1 for p in paths})
@@ -163,7 +169,7 @@ def test_what_is_possible_is_said_before_any_pass_runs(qwen: Path, tmp_path: Pat
 def test_experts_that_are_coded_or_beside_coded_linears_stay(
     passes: str, became: str, qwen: Path
 ) -> None:
-    program = compiled(traced(qwen), passes).program
+    program = compiled(trace_of(qwen), passes).program
     before, facts = program.text(), set(program.facts)
     with pytest.raises(MoeccError) as error:
         program.keep_experts({m.path: [0, 1, 3] for m in program.moe_layers()})
@@ -173,13 +179,13 @@ def test_experts_that_are_coded_or_beside_coded_linears_stay(
 
 def test_experts_of_a_program_without_weights_stay(qwen: Path) -> None:
     program = trace(AutoConfig.from_pretrained(qwen))
-    program.resizer.found = traced(qwen).resizer.found  # type: ignore[union-attr]
+    program.resizer.found = trace_of(qwen).resizer.found  # type: ignore[union-attr]
     with pytest.raises(MoeccError, match="it was traced without weights; give a checkpoint"):
         program.keep_experts({m.path: [0, 1, 3] for m in program.moe_layers()})
 
 
 def test_experts_taken_out_twice_are_numbered_as_in_the_source(qwen: Path) -> None:
-    program, source = traced(qwen), traced(qwen)
+    program, source = trace_of(qwen), trace_of(qwen)
     first, second = (m.path for m in program.moe_layers())
     program.keep_experts({first: [0, 2, 3], second: [1, 2, 3]})
     program.keep_experts({first: [0, 1, 2]})  # all of one layer, and none of the other
@@ -192,6 +198,23 @@ def test_experts_taken_out_twice_are_numbered_as_in_the_source(qwen: Path) -> No
             assert node is not None and other is not None
             rows = list(program.kept[moe.path])
             assert torch.equal(program.value(node), source.value(other)[rows])
+
+
+@pytest.mark.parametrize(
+    ("family", "keep"), [("qwen2_moe", 0.01), ("qwen2_moe", 0.75), ("deepseek_v3", 0.6)]
+)
+def test_inspect_estimates_as_many_experts_as_prune_keeps(
+    moecc: Command, family: str, keep: float, tmp_path: Path
+) -> None:
+    """A token takes 2 of qwen2_moe's, and deepseek_v3 keeps as many of each of 2 groups."""
+    more = dict.fromkeys(EXPERT_COUNTS, 8) if family in GROUPED else {}
+    source = checkpoint(tmp_path / "model", family, **more)
+    passes = f"{PRUNE}{{keep={keep}}}"
+    found = moecc("inspect", source, "--passes", passes, "--json").json
+    (before,) = {layer["experts"] for layer in found["moe_layers"]}
+    (after,) = {m.sizes[0] for m in pruned(source, tmp_path / "out", passes).moe_layers()}
+    routed = found["sizes"]["routed experts"]["bytes"]
+    assert found["estimate"]["bytes"] == [found["bytes"] - routed * (before - after) // before] * 2
 
 
 def test_a_pass_that_makes_the_reference_runs_first() -> None:
@@ -211,22 +234,16 @@ def test_a_cut_keeps_its_rows_in_order(cut: Cut, want: list[list[int]]) -> None:
     assert cut.apply(torch.arange(8).view(4, 2)).tolist() == want
 
 
-def test_scores_are_the_mean_of_weighted_norms(qwen: Path) -> None:
+def test_scores_are_the_mean_of_weighted_norms(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a loop over tokens in float64."""
-    import importlib.util
-    import sys
-
     spec = importlib.util.spec_from_file_location("prune_example", PRUNE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["prune_example"] = module
+    monkeypatch.setitem(sys.modules, "prune_example", module)
     spec.loader.exec_module(module)
     assert module.highest(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2) == [0, 2]
     assert module.highest(torch.tensor([3.0, 1.0, 0.5, 0.0]), 2, groups=2) == [0, 2]
-    from moecc.pipeline.passes import Layer
-    from moecc.pipeline.stream import Stream
-
-    program = traced(qwen)
+    program = trace_of(qwen)
     stream = Stream(program, [torch.arange(12).view(2, 6)])
     stream.advance()
     moe = next(m for m in program.moe_layers() if m.layer == 1)

@@ -23,6 +23,7 @@ from moecc.checkpoint.roles import ROUTED, role_of
 from moecc.checkpoint.schema import Compression
 from moecc.errors import MoeccError
 from moecc.frontend.capture import capture
+from moecc.frontend.resize import expert_groups
 from moecc.frontend.skeleton import skeleton
 from moecc.frontend.trace import program_of
 from moecc.ir import ops
@@ -229,8 +230,17 @@ def _estimate(program: Program, model: nn.Module | None, passes: Sequence[Pass])
             others[name] = Matrix(shape, role, 8 * math.prod(shape) * itemsize)
     projections = [p for moe in program.moe_layers() for p in moe.projections]
     share = per_weight(routed, sum(p.weights for p in projections))  # biases count with the weights
+    groups = expert_groups(program.config)
     outlooks = [
-        Outlook(p.path, *p.shape, p.input_side, share * p.weights, share * p.weights)
+        Outlook(
+            p.path,
+            *p.shape,
+            p.input_side,
+            low=share * p.weights,
+            high=share * p.weights,
+            top_k=p.moe.top_k,
+            groups=groups,
+        )
         for p in projections
     ]
     return Estimate(outlooks, others).run(passes)

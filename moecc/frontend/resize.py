@@ -48,6 +48,12 @@ class Remade:
     edits: Mapping[str, object]
 
 
+def expert_groups(config: Config) -> int:
+    """Return the number of groups of neighbouring experts from which the router chooses first."""
+    part = text_config(config)
+    return next((n for key in _GROUPS if (n := getattr(part, key, None))), 1)
+
+
 class Resizer:
     """Makes programs of one traced model that have fewer experts."""
 
@@ -60,8 +66,7 @@ class Resizer:
 
         Equally many experts must stay in each.
         """
-        part = text_config(program.config)
-        return next((n for key in _GROUPS if (n := getattr(part, key, None))), 1)
+        return expert_groups(program.config)
 
     def require(self, program: Program, counts: Mapping[str, int]) -> None:
         """Raise MoeccError, with the possible numbers, if the model can't have so many experts.

@@ -31,6 +31,8 @@ class Outlook:
     input_side: bool  # gate_up, which reads the residual stream
     low: float
     high: float
+    top_k: int  # experts per token
+    groups: int  # of neighbouring experts, from which the router chooses first
     on_top: float = 0.0  # bits that may come on top, outside any budget
     coded: bool = False
 
