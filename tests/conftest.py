@@ -10,7 +10,7 @@ import copy
 import os
 
 # Set before transformers is imported. A test that needs a hub model must undo this itself.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import re

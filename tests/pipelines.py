@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
+from made import ROOT
 from torch import Tensor
 
 from moecc.errors import MoeccError
@@ -19,9 +19,6 @@ from moecc.pipeline.run import Hooks, PassReport, run_passes
 from moecc.pipeline.stream import run_program
 
 Tiny = Callable[[str], Program]
-
-
-ROOT = Path(__file__).parents[1]
 
 
 MY_PASS = str(ROOT / "examples" / "my_pass.py")

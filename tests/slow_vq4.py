@@ -265,3 +265,12 @@ def draw_routing(
 def tensors(p: Projection) -> dict[str, Tensor | None]:
     """Return a projection's arrays as tensors."""
     return {name: None if value is None else torch.from_numpy(value) for name, value in p.items()}
+
+
+def arrays(p: dict[str, Tensor | None]) -> Projection:
+    """Return a projection's tensors as arrays, floats in float64: numpy has no bfloat16."""
+
+    def array(t: Tensor) -> np.ndarray:
+        return np.asarray((t.double() if t.is_floating_point() else t).numpy())
+
+    return {k: None if t is None else array(t) for k, t in p.items()}

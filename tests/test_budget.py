@@ -13,6 +13,7 @@ from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.passes.budget import Planned, spend
 from moecc.pipeline.bits import experts_bits
+from moecc.pipeline.fate import Fate
 from moecc.pipeline.order import resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context
@@ -87,9 +88,10 @@ def test_bits_go_where_errors_cost_and_stay_within_the_budget(
     weights = {p: (512 if p.endswith("gate_up") else 256) * 4 for p in ctx.data["budget"]}
     spent = sum(w * ctx.data["budget"][p].bits for p, w in weights.items()) / sum(weights.values())
     assert 2.4 < spent <= 2.5
-    assert {v["fate"]["bits"] for v in ctx.audit.values()} == {2, 3}
+    fates = {p: str(Fate.of_json(v["fate"])) for p, v in ctx.audit.items()}
+    assert set(fates.values()) == {"vq4 2 bit", "vq4 3 bit"}
     for p, planned in ctx.data["budget"].items():
-        assert ctx.audit[p]["fate"]["bits"] == planned.bits
+        assert fates[p] == f"vq4 {planned.bits} bit"
     placeholders = [n.name for n in program.graph.nodes if n.op == "placeholder"]
     signed = {name.rpartition("_")[0] for name in placeholders if name.endswith("signs")}
     assert len(signed) == sum(planned.bits == 3 for planned in ctx.data["budget"].values())

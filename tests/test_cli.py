@@ -12,13 +12,12 @@ from typing import NoReturn
 import pytest
 import torch
 from families import config, make
-from made import TINYMOE, Command, copy_tokenizer
+from made import ROOT, TINYMOE, Command, copy_tokenizer
 
 from moecc.errors import MoeccError
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
-ROOT = Path(__file__).parents[1]
 
 
 # ---- bad input
@@ -53,7 +52,7 @@ BAD = {
     "a bar for a command that has none": "passes --progress",
     "passes with a misspelt name": "passes kbvqq",
     "passes of a missing file": "passes ./my_pass.py",
-    "export of a profile with bits that it doesn't take": "export MODEL --to onnx --bits 8 -o OUT",
+    "export of a profile with bits that it doesn't take": "export MODEL --to onnx{bits=8} -o OUT",
     "diff with one model": "diff MODEL",
     "diff with a missing model": "diff MODEL ./nothing",
 }

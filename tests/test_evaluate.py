@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from families import ALL, SAMPLE, make
+from made import TINYMOE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralModel
 
@@ -21,7 +21,6 @@ from moecc.pipeline.bits import everything_bits, experts_bits
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
-TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
 
 
 def tokens(count: int, length: int, vocabulary: int = 64) -> Tensor:

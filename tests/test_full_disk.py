@@ -98,11 +98,7 @@ def test_an_artifact_that_does_not_load_is_not_kept(
 
 
 def test_a_resumed_run_that_fails_keeps_the_work_of_the_first(
-    refused: Refused,
-    mixtral: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused, mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ["compile", str(mixtral), "--passes", QUICK, "-o", "out", *SHORT, "--json"]
     monkeypatch.chdir(tmp_path)

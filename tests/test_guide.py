@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from families import make
-from pipelines import MY_PASS, ROOT, compiled
+from made import ROOT
+from pipelines import MY_PASS, compiled
 
 from moecc.ir.program import Program
 

@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from made import ROOT
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 

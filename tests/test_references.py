@@ -137,10 +137,6 @@ def test_experts_against_the_loop(gate: str, optional: bool) -> None:
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
-def arrays(p: dict[str, Tensor | None]) -> slow.Projection:
-    return {name: None if t is None else t.numpy() for name, t in p.items()}
-
-
 def undone(args: list[Any]) -> list[Any]:
     """Return the arguments of `experts` that equal those of a klt_experts call."""
     r, weights, rest = args[:3], [args[3].clone(), args[4].clone()], args[19:]
@@ -152,7 +148,7 @@ def undone(args: list[Any]) -> list[Any]:
                 low = coef[e].double() * coef_scale[e][:, None]
                 weight[e] += low @ base if input_side else base.T @ low
             if coded[0] is not None:
-                p = arrays(dict(zip(slow.CODED, coded, strict=True)))
+                p = slow.arrays(dict(zip(slow.CODED, coded, strict=True)))
                 own = torch.from_numpy(slow.unscaled(p, weight.shape[2])[0])
                 weight[e] += own * coded[3][0][:, None]
     return [*r, *weights, *rest]
@@ -177,7 +173,7 @@ def test_vq_experts_with_slope_and_offset_against_the_loop(bits: int) -> None:
         p = dict(zip(slow.NAMES, args[start : start + count], strict=True))
         slope, offset = args[start + count : start + count + 2]
         p["scale"] = p["scale"] * slope
-        weights.append(torch.from_numpy(slow.dense(arrays(p), columns, input_side=input_side)))
+        weights.append(torch.from_numpy(slow.dense(slow.arrays(p), columns, input_side=input_side)))
         biases.append(p["bias"] + offset)
     want = slow_experts([*args[:3], *weights, *biases, args[-1]], ATTRIBUTES)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)

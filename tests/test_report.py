@@ -209,6 +209,7 @@ def test_starved_experts_are_marked() -> None:
     assert report.starved_of(experts(2)[0]) == {3, 5}
     text = report.page(FACTS, audit())
     assert text.count("starved: 3, 5") == 2 and "expert 3: 9 tokens, starved" in text
+    assert "experts [3, 5] saw too few tokens; calibrated on tokens sent to them" in text
     assert all(note in text for note in FACTS["notes"])
 
 

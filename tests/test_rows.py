@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import TINYMOE
 
 from moecc.commands import rows
 from moecc.commands.rows import default_text, rows_digest, token_rows, tokenizer_of
 from moecc.errors import MoeccError
 from moecc.ir.restriction import Restriction
 from moecc.types import Tokenizer
-
-TINYMOE = Path(__file__).parent.parent / "examples" / "tinymoe"
 
 
 class Letters:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made import ROOT
 
 pytestmark = pytest.mark.interp
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -20,7 +21,7 @@ pytest.importorskip("triton")
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The benchmark's module, with arguments that make it write to tmp_path."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", str(tmp_path)])
     import gpu
 

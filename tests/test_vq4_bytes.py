@@ -43,15 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def arrays(p: dict[str, Tensor | None]) -> slow.Projection:
-    """Return a projection's tensors as arrays, floats in float64: numpy has no bfloat16."""
-
-    def array(t: Tensor) -> np.ndarray:
-        return np.asarray((t.double() if t.is_floating_point() else t).numpy())
-
-    return {k: None if t is None else array(t) for k, t in p.items()}
-
-
 def golden_case(
     name: str,
 ) -> tuple[slow.Projection, slow.Projection, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -96,7 +87,7 @@ def hidden_units(gate_up: slow.Projection) -> int:
 
 def read(stored: dict[str, Tensor], case: str, side: str) -> slow.Projection:
     """Return one projection of the golden file, which keeps the floats of `down` as bfloat16."""
-    return arrays({n: stored.get(f"{case}.{side}.{n}") for n in slow.NAMES})
+    return slow.arrays({n: stored.get(f"{case}.{side}.{n}") for n in slow.NAMES})
 
 
 def golden_tensors() -> dict[str, Tensor]:

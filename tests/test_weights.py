@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import FAMILIES, NORM, assert_same, edit, fails, saved, skeleton, tiny
+from made import TINYMOE
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -16,8 +17,6 @@ from moecc.checkpoint.files import TensorEntry, write_safetensors
 from moecc.checkpoint.module import ModuleStore
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "tinymoe"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -141,9 +140,8 @@ def test_digest_follows_the_configuration(tmp_path: Path) -> None:
     assert store.digest() != before
 
 
-@pytest.mark.skipif(not (EXAMPLE / "config.json").exists(), reason="no example model")
 def test_the_example_model_is_read_whole() -> None:
-    folder = checkpoint_folder(str(EXAMPLE))
+    folder = checkpoint_folder(str(TINYMOE))
     store = CheckpointStore(folder, skeleton(folder))
     store.check()
     want = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
