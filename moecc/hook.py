@@ -21,8 +21,8 @@ def register_when_needed() -> None:
     """Register now or when the quantizers are imported; a second call does nothing."""
     if _QUANTIZERS in sys.modules:
         _register()
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    elif WAITING not in sys.meta_path:
+        sys.meta_path.insert(0, WAITING)
 
 
 def _register() -> None:
@@ -59,3 +59,6 @@ def _register_after(loader: Loader, waiting: _Waiting) -> None:
         _register()
 
     loader.exec_module = exec_module  # type: ignore[method-assign]
+
+
+WAITING = _Waiting()

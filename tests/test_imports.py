@@ -21,7 +21,7 @@ from moecc.target import TARGETS
 # A room sees the rooms to its left; those between two < do not see each other. Nothing outside
 # backends sees them, and no target sees another.
 RULE = (
-    "errors types < hook options < registry < target < ir < checkpoint"
+    "errors types < hook options < registry startup < target < ir < checkpoint"
     " < frontend pipeline < artifact < backends commands < cli"
 )
 # What a pass sees.

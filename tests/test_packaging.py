@@ -1,20 +1,21 @@
-"""Installing: every package is listed, no file is two modules, a wheel from the sdist is whole."""
+"""Installing: no file is two modules, a wheel from the sdist is whole, transformers knows moecc."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-from made import ROOT
+import torch
+from made import QUICK, ROOT, ROWS, checkpoint, load
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SETUPTOOLS = PROJECT["tool"]["setuptools"]
+from moecc import cli
 
 
 def folders() -> dict[str, str]:
@@ -27,12 +28,6 @@ def folders() -> dict[str, str]:
             if inner.parts[:1] not in (("passes",), ("backends",)):  # the two links inside moecc
                 found[".".join([package, *inner.parts])] = str(Path(top) / inner)
     return found
-
-
-def test_every_package_is_listed() -> None:
-    assert sorted(SETUPTOOLS["packages"]) == sorted(folders())
-    for package, folder in SETUPTOOLS["package-dir"].items():
-        assert folders()[package] == folder
 
 
 @pytest.mark.parametrize("name", ["passes", "backends"])
@@ -52,18 +47,17 @@ def test_a_folder_is_not_imported_under_its_own_name(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Build an sdist of the sources and a wheel from it, with the installed setuptools, offline."""
+    """Build an sdist of the sources and a wheel from it, with the installed hatchling, offline."""
     place = tmp_path_factory.mktemp("build")
     source = place / "source"
     source.mkdir()
     for name in ("moecc", "passes", "backends"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
-    for file in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / file).is_file():
             shutil.copy(ROOT / file, source / file)
-    code = "import setuptools.build_meta as b; b.build_sdist('../dist')"
-    run([sys.executable, "-c", code], source)
+    run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", "../dist"], source)
     sdist = next((place / "dist").glob("moecc-*.tar.gz"))
     offline = ["--no-build-isolation", "--no-deps", "--no-index"]
     run([sys.executable, "-m", "pip", "wheel", *offline, "-w", "wheels", str(sdist)], place)
@@ -81,7 +75,7 @@ def wanted() -> set[str]:
         "/".join([*package.split("."), path.name])
         for package, folder in folders().items()
         for path in (ROOT / folder).glob("*.py")
-    }
+    } - {"moecc/startup.py"} | {"_moecc_startup.py"}
 
 
 def test_a_wheel_through_the_sdist_holds_every_module_once(built: tuple[Path, Path]) -> None:
@@ -115,3 +109,110 @@ print(moecc.__file__, *pass_names(), find_pass("kbvq").__module__)
     where, *names, module = done.stdout.split()
     assert Path(where).is_relative_to(tmp_path)
     assert {"klt", "vq", "kbvq"} <= set(names) and module == "moecc.passes.kbvq"
+
+
+# ---------------------------------------------------------------- transformers alone
+
+SCRIPT = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **eval(sys.argv[2])).eval()
+with torch.no_grad():
+    print(*model(input_ids=torch.tensor([[5, 9, 12, 20]])).logits[0, -1].tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def pythons(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two environments that see the packages of this one but its moecc: with the wheel, without."""
+    place, found = tmp_path_factory.mktemp("environments"), {}
+    for name in ("with", "without"):
+        venv.create(place / name, with_pip=False)
+        found[name] = place / name / "bin" / "python"
+        site = next((place / name / "lib").glob("python3*/site-packages"))
+        # only its own site-packages runs .pth files, so an editable moecc is not seen
+        (site / "packages.pth").write_text("\n".join(site_packages()) + "\n")
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", str(built[1])]
+    run([sys.executable, "-m", "pip", "--python", str(found["with"]), "install", *options], place)
+    return found
+
+
+def site_packages() -> list[str]:
+    return [path for path in sys.path if path.endswith("site-packages")]
+
+
+@pytest.fixture(scope="module", params=["1GB", "40KB"], ids=["one file", "shards"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact")
+    made, out = checkpoint(folder / "model", "qwen2_moe"), folder / "out"
+    assert cli.main(["compile", str(made), "--passes", QUICK, "-o", str(out), *ROWS]) == 0
+    if request.param == "1GB":
+        return out
+    load(out).save_pretrained(folder / "shards", max_shard_size=request.param)
+    assert (folder / "shards" / "model.safetensors.index.json").exists()
+    return folder / "shards"
+
+
+def script(
+    python: Path, code: str, *args: str | Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run code in another environment, which sees nothing of this one but its packages."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MOECC_STARTUP")}
+    return subprocess.run(
+        [str(python), "-c", code, *map(str, args)],
+        cwd=python.parent,  # the current folder is on the path, too
+        env=kept | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_where_moecc_is_installed_transformers_opens_artifacts_without_an_import(
+    pythons: dict[str, Path], artifact: Path
+) -> None:
+    done = script(pythons["with"], SCRIPT, artifact, "{}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    ids = torch.tensor([[5, 9, 12, 20]])
+    with torch.no_grad():
+        want = load(artifact)(input_ids=ids).logits[0, -1]
+    assert torch.equal(torch.tensor([float(x) for x in done.stdout.split()]), want)
+    assert "UNEXPECTED" not in done.stderr and "MISSING" not in done.stderr
+
+
+@pytest.mark.parametrize("options", ["{}", "{'experts_implementation': 'eager'}"])
+def test_without_moecc_transformers_stops_and_says_what_to_install(
+    pythons: dict[str, Path], artifact: Path, options: str
+) -> None:
+    for python, variables in ((pythons["without"], {}), (pythons["with"], {"MOECC_STARTUP": "0"})):
+        done = script(python, SCRIPT, artifact, options, **variables)
+        assert done.returncode != 0 and "pip install moecc" in done.stderr
+        assert "Error" in done.stderr.splitlines()[-1] and not done.stdout
+
+
+def test_every_python_that_has_moecc_still_starts_quickly(pythons: dict[str, Path]) -> None:
+    code = "import sys; print(*sorted(m for m in sys.modules if 'moecc' in m))"
+    done = script(pythons["with"], code)
+    assert done.stdout.split() == ["_moecc_startup"] and not done.stderr
+
+
+def test_a_broken_moecc_does_not_break_transformers(pythons: dict[str, Path]) -> None:
+    site = next(pythons["with"].parents[1].glob("lib/python3*/site-packages"))
+    away = site / "moecc.away"
+    (site / "moecc").rename(away)
+    try:
+        code = "import transformers.quantizers.auto as a; print(len(a.AUTO_QUANTIZER_MAPPING) > 5)"
+        done = script(pythons["with"], code)
+    finally:
+        away.rename(site / "moecc")
+    assert done.stdout.strip() == "True"
+    assert "moecc: artifacts can't be opened: No module named 'moecc'" in done.stderr
+
+
+def test_uninstalling_takes_the_startup_file_away(built: tuple[Path, Path]) -> None:
+    archive = zipfile.ZipFile(built[1])
+    record = next(n for n in archive.namelist() if n.endswith("RECORD"))
+    lines = archive.read(record).decode().splitlines()
+    assert {"moecc.pth", "_moecc_startup.py"} <= {line.split(",")[0] for line in lines}

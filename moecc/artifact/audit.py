@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +19,14 @@ from torch import Tensor, fx
 from moecc.artifact.schema import Row
 from moecc.checkpoint.files import LazyTensor
 from moecc.checkpoint.roles import ROUTED, role_of
-from moecc.checkpoint.schema import Compression, StoredExperts, StoredLinear
+from moecc.checkpoint.schema import (
+    Compression,
+    DType,
+    StoredExperts,
+    StoredLinear,
+    TensorSpec,
+    TensorSpecs,
+)
 from moecc.errors import MoeccError
 from moecc.ir import ops, vq4
 from moecc.ir.moe import MoE, Projection, operand
@@ -106,6 +114,7 @@ class _Planner:
             if node.op == "call_function" and node.target is ops.Q_LINEAR:
                 self.linear(node)
         self.rest()
+        self.guard()
         for name in (*self.store.unexpected, *self.store.ignored):
             reason = "no parameter of the model takes it"
             self.add(Row(name, "not part of the model", (), UNUSED, 0, fallback=reason))
@@ -118,7 +127,8 @@ class _Planner:
 
     def experts(self, moe: MoE) -> None:
         before = next(m for m in self.original.moe_layers() if m.path == moe.path)
-        specs, removed = {}, []
+        specs: dict[str, TensorSpecs] = {}
+        removed: list[str] = []
         for projection, dense in zip(moe.projections, before.projections, strict=True):
             stored = {
                 part: node for part in vq4.TENSORS if (node := projection.operand(part)) is not None
@@ -170,12 +180,11 @@ class _Planner:
     def linear(self, node: fx.Node) -> None:
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
-        # held as <path>.codes, stored as the module's own `weight`
         path = self.program.weights[weight.name].name.rpartition(".")[0]
         stored = {
             part: found
-            for part in ("weight", "scale", "zero")
-            if (found := operand(node, part)) is not None
+            for part, name in (("codes", "weight"), ("scale", "scale"), ("zero", "zero"))
+            if (found := operand(node, name)) is not None
         }
         for part, found in stored.items():
             self.found.put(f"{path}.{part}", self.held(found))
@@ -184,8 +193,8 @@ class _Planner:
             bias := operand(node, "bias")
         ) is not None:  # stored with the rest, in the source's type
             name = self.program.weights[bias.name].name
-            specs["bias"] = (list(bias.meta["val"].shape), _dtype_name(self.store.dtype(name)))
-        bits, name = int(node.kwargs["bits"]), f"{path}.weight"  # type: ignore[arg-type]
+            specs["bias"] = _spec(bias, self.store.dtype(name))
+        bits, name = cast(Literal[4, 8], node.kwargs["bits"]), f"{path}.weight"
         self.found.compression.linears[path] = StoredLinear(bits, specs)
         nbytes, facts = sum(map(_nbytes, stored.values())), self.ctx.audit.get(name, {})
         columns, groups = self.store.shape(name)[1], specs["scale"][0][1]
@@ -195,6 +204,15 @@ class _Planner:
         row.details = {"source_bits": self.source_bits(name)} | row.details
         self.add(row)
         self.taken.add(name)
+
+    def guard(self) -> None:
+        """Put an empty tensor where programs that don't know moecc look for a dense one."""
+        compression = self.found.compression
+        replaced = [f"{path}.{e.remove[0]}" for path, e in compression.experts.items()]
+        replaced += [f"{path}.weight" for path in compression.linears]
+        for name in replaced[:1]:
+            self.found.put(name, LazyTensor((0,), torch.uint8, _nothing))
+            compression.guard.append(name)
 
     # ---- everything else
 
@@ -274,6 +292,10 @@ class _Planner:
         return LazyTensor(shape, dtype, lambda: program.tensors[name].to(dtype).contiguous())
 
 
+def _nothing() -> Tensor:
+    return torch.empty(0, dtype=torch.uint8)
+
+
 def _fate(facts: Json, default: Fate) -> Fate:
     return Fate.of_json(facts["fate"]) if "fate" in facts else default
 
@@ -288,9 +310,6 @@ def _nbytes(node: fx.Node) -> int:
     return int(val.numel() * val.element_size())
 
 
-def _spec(node: fx.Node) -> tuple[list[int], str]:
-    return list(node.meta["val"].shape), _dtype_name(node.meta["val"].dtype)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _spec(node: fx.Node, dtype: torch.dtype | None = None) -> TensorSpec:
+    val: Tensor = node.meta["val"]
+    return tuple(val.shape), cast(DType, str(dtype or val.dtype).removeprefix("torch."))

@@ -68,7 +68,7 @@ class _Decoder:
             if node.op == "call_function" and node.target is ops.Q_LINEAR:
                 path, tensor = self.linear(node)
                 found[f"{path}.weight"] = tensor
-                coded |= {f"{path}.{part}" for part in ("weight", "scale", "zero")}
+                coded |= {f"{path}.{part}" for part in ("codes", "weight", "scale", "zero")}
         for name in store.names():
             if name in coded or name in store.tied:
                 continue

@@ -7,7 +7,8 @@ config.json of an artifact tells the constructor which modules are compressed an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,34 +21,26 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moecc.checkpoint.schema import METHOD, Compression, require_version
+from moecc.checkpoint.files import read_header
+from moecc.checkpoint.schema import METHOD, METHODS, Compression
+from moecc.frontend import experts
 from moecc.frontend.compressed import settle
 from moecc.frontend.config import model_class, read_config
 from moecc.frontend.prepare import prepare
-from moecc.ir import vq4
 
 
 class MoeccConfig(QuantizationConfigMixin):
-    """The quantization_config of an artifact."""
+    """The quantization_config of an artifact.
 
-    def __init__(
-        self,
-        version: int = vq4.VERSION,
-        experts: Mapping[str, Any] | None = None,
-        linears: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ):
-        require_version(version)
+    Raise MoeccError if it is none that moecc writes (`moecc.checkpoint.schema`).
+    """
+
+    def __init__(self, **settings: Any):
         self.quant_method: Any = METHOD
-        self.version, self.experts, self.linears = version, dict(experts or {}), dict(linears or {})
+        self.compression = Compression.of(settings)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "quant_method": METHOD,
-            "version": self.version,
-            "experts": self.experts,
-            "linears": self.linears,
-        }
+        return self.compression.as_config()
 
 
 class MoeccQuantizer(HfQuantizer):
@@ -58,13 +51,26 @@ class MoeccQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: MoeccConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        prepare(model, Compression.of(self.quantization_config))
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        prepare(model, self.quantization_config.compression)
+        # transformers fills in what files lack, and only says so
+        stored = {n: e for f in checkpoint_files or () for n, e in read_header(Path(f))[0].items()}
+        if checkpoint_files:
+            self.quantization_config.compression.require(stored)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         settle(model)
         return model
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        # transformers splits what it merged when it loaded, so the guard has a size to split
+        guard = self.quantization_config.compression.guard
+        return model.state_dict() | {name: torch.zeros(1, 2, 2) for name in guard}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -85,6 +91,8 @@ def load(folder: str, dtype: torch.dtype | None = None) -> Any:
     return model.eval()
 
 
-if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-    register_quantization_config(METHOD)(MoeccConfig)
-    register_quantizer(METHOD)(MoeccQuantizer)
+experts.register()  # config.json asks for this implementation before a quantizer is asked
+for method in METHODS:
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(method)(MoeccConfig)
+        register_quantizer(method)(MoeccQuantizer)

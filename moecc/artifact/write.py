@@ -23,6 +23,7 @@ from uuid import uuid4
 from moecc.artifact.audit import Plan
 from moecc.artifact.schema import Row, read_manifest, summary
 from moecc.checkpoint.files import INDEX, SINGLE, LazyTensor, free_space, write_safetensors
+from moecc.checkpoint.schema import REFUSALS
 from moecc.checkpoint.source import SMALL_FILES, has_code
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
@@ -169,6 +170,7 @@ def _config(program: Program, source: Path | None, found: Plan) -> Json:
         part[key] = value
     if found.compression.experts or found.compression.linears:
         config["quantization_config"] = found.compression.as_config()
+        config |= REFUSALS
     return config
 
 
@@ -181,6 +183,9 @@ def float_config(config: Json, dtype: str | None = None) -> None:
         if isinstance(part, dict):
             # how the weights were stored (`moecc.checkpoint.low_bit`, `moecc.checkpoint.schema`)
             part.pop("quantization_config", None)
+            for key, value in REFUSALS.items():
+                if part.get(key) == value:
+                    del part[key]
             if dtype is not None:
                 part.pop("torch_dtype", None)  # the older name
                 part["dtype"] = dtype

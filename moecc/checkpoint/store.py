@@ -25,6 +25,7 @@ from moecc.checkpoint.files import checkpoint_entries
 from moecc.checkpoint.fit import Fit
 from moecc.checkpoint.low_bit import block_size, decoded
 from moecc.checkpoint.recipes import Recipe, Recipes
+from moecc.checkpoint.schema import Compression
 from moecc.checkpoint.values import kept_dtype, require_finite
 from moecc.errors import MoeccError
 
@@ -129,6 +130,7 @@ class CheckpointStore:
 
     def check(self) -> None:
         """Raise MoeccError if the checkpoint doesn't fit the model; no weight is read."""
+        Compression.of(self.model.config).require(self.stored)
         Fit(self.folder, self.entries, self._recipes).check()
 
     def digest(self) -> str:

@@ -142,6 +142,11 @@ def _traced(folder: Path, say: Say) -> Program:
     program.store.check()
     kept = read_manifest(folder).get("experts_kept", {})
     program.kept = {path: tuple(rows) for path, rows in kept.items()}
+    sizes = {moe.path: moe.sizes[0] for moe in program.moe_layers()}
+    for path, rows in program.kept.items():
+        if list(rows) != sorted(set(rows)) or len(rows) != sizes.get(path):
+            what = f"experts_kept of {path!r} isn't one ascending number for each expert there"
+            raise MoeccError(f"{folder / 'moecc.json'}: {what}; compile the model again")
     return program
 
 

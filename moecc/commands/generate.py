@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moecc.checkpoint.schema import METHOD
+from moecc.checkpoint.schema import METHODS
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
 from moecc.checkpoint.values import require_finite
@@ -81,7 +81,7 @@ def _checked_store(folder: Path) -> CheckpointStore | None:
     transformers fills a missing tensor with random numbers and says so only in a log. Return None
     if only transformers knows how to read the files.
     """
-    if quantization_method(read_config(folder)[0]) not in (None, METHOD):
+    if quantization_method(read_config(folder)[0]) not in (None, *METHODS):
         return None
     found = bare(folder)
     if not found.experts:

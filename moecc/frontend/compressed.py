@@ -17,18 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from moecc import target
-from moecc.checkpoint.schema import TensorSpecs
+from moecc.checkpoint.schema import ATTRIBUTES, StoredLinear, TensorSpecs
 from moecc.errors import MoeccError
 from moecc.ir import ops as ops  # defines the op that QuantizedLinear calls
 from moecc.ir import vq4
 from moecc.target import Kernels
 
-ATTRIBUTES = ("act", "gate", "alpha", "limit", "eps")
-
 
 def _register_buffers(module: nn.Module, names: Sequence[str], specs: TensorSpecs) -> None:
-    if unknown := set(specs) - set(names):
-        raise MoeccError(f"compressed tensor {sorted(unknown)[0]!r} isn't one of {list(names)}")
     for name in names:
         tensor = None
         if name in specs:
@@ -43,7 +39,7 @@ class CompressedProjection(nn.Module):
     A tensor that the projection lacks is None. On a device for which a target has kernels
     (`moecc.target`), codes and signs lie in the order of those kernels; saving and loading convert,
     so a checkpoint always has the stored order. gated: the rows are all gate rows, then as many up
-    rows. Raise MoeccError for a tensor that the format lacks.
+    rows.
     """
 
     codes: Tensor
@@ -126,19 +122,17 @@ class CompressedProjection(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A group-quantized nn.Linear: moecc::q_linear on stored weight, scale, zero and maybe bias."""
+    """A group-quantized nn.Linear: moecc::q_linear on stored codes, scale, zero and maybe bias."""
 
-    TENSORS = ("weight", "scale", "zero", "bias")
-
-    def __init__(self, specs: TensorSpecs, bits: int):
+    def __init__(self, stored: StoredLinear):
         super().__init__()
-        self.bits = bits
-        _register_buffers(self, self.TENSORS, specs)
+        self.bits, self.codes_name = stored.bits, stored.codes
+        _register_buffers(self, (stored.codes, "scale", "zero", "bias"), stored.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
         y: Tensor = torch.ops.moecc.q_linear(
-            x, self.weight, self.scale, self.zero, self.bias, bits=self.bits
+            x, getattr(self, self.codes_name), self.scale, self.zero, self.bias, bits=self.bits
         )
         return y
 

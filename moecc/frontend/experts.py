@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moecc import target
+from moecc.checkpoint.schema import METHOD
 from moecc.errors import MoeccError
 from moecc.frontend.compressed import compressed_attributes
 from moecc.frontend.probe import GateAttributes, Layout, probe_gate, probe_post_norm
@@ -168,8 +169,10 @@ def experts_forward(
 def register() -> None:
     """Make "moecc" an experts implementation of transformers.
 
-    `from_pretrained(..., experts_implementation="moecc")` then takes it.
+    `from_pretrained(..., experts_implementation="moecc")` then takes it, and so does the name that
+    an artifact's config.json asks for (`moecc.checkpoint.schema`).
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    for name in (IMPLEMENTATION, METHOD):
+        ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moecc.checkpoint import low_bit
-from moecc.checkpoint.schema import METHOD, Compression
+from moecc.checkpoint.schema import METHODS, Compression
 from moecc.errors import MoeccError
 from moecc.frontend import experts
 from moecc.frontend import families as families  # makes its classes known to experts.is_experts
@@ -106,7 +106,7 @@ def bare(source: str | Path | nn.Module | Config, dtype: torch.dtype | None = No
     method = quantization_method(config)
     if method in low_bit.METHODS:
         config = as_if_plain(config)
-    elif method not in (None, METHOD):
+    elif method not in (None, *METHODS):
         raise MoeccError(
             f"{source_name(source)}: its weights are quantized already ({method}); "
             f"give the unquantized checkpoint, or one of {' or '.join(low_bit.METHODS)}"
@@ -118,7 +118,7 @@ def bare(source: str | Path | nn.Module | Config, dtype: torch.dtype | None = No
         model = build(cls, config, dtype or config_dtype(config), mode)
     except MoeccError as error:
         raise MoeccError(f"{_where(given, _family(config))}: {error}{_advice(given)}") from error
-    if method == METHOD:
+    if method in METHODS:
         _prepare_compressed(model, config, mode)
     return Skeleton(model, config, mode, experts.experts_modules(model), folder, given)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import fx
 
 from moecc.errors import MoeccError
 from moecc.ir import ops, vq4
-from moecc.ir.moe import MoE, Projection, operand, operand_names
+from moecc.ir.moe import MoE, operand, operand_names
 from moecc.ir.tensors import Held, Weight, nonfinite
 from moecc.ir.text import SHORT, node_text, type_text
-
-Shape = tuple[int, ...]
 
 
 def verify(graph: fx.Graph, weights: Mapping[str, Weight], tensors: Held) -> None:
@@ -81,9 +79,11 @@ def _verify_operands(node: fx.Node) -> None:
     for projection in moe.projections:
         names = {t: projection.operand_name(t) for t in vq4.TENSORS}
         own = {t: shapes[name] for t, name in names.items() if name in shapes}
-        _require_whole(node, projection, own)
-        stored = _stored_shapes(own, projection.shape, projection.input_side)
-        wanted.update({projection.operand_name(t): s for t, s in stored.items()})
+        found = vq4.fault(
+            own, projection.shape, input_side=projection.input_side, called=names.__getitem__
+        )
+        if found:
+            raise MoeccError(f"{node_text(node)}: {found}")
     for name, want in wanted.items():
         if name in shapes and shapes[name] != want:
             raise MoeccError(f"{node_text(node)}: {name} is {shapes[name]}, expected {want}")
@@ -91,50 +91,12 @@ def _verify_operands(node: fx.Node) -> None:
         _verify_types(node, given)
 
 
-def _plain_shapes(moe: MoE) -> dict[str, Shape]:
+def _plain_shapes(moe: MoE) -> dict[str, vq4.Shape]:
     """Return the shapes of the operands that depend on the layer's sizes alone."""
-    wanted: dict[str, Shape] = {p.name: p.shape for p in moe.projections}
-    for part in ("bias", "scale", "slope", "offset"):  # one value per row
+    wanted: dict[str, vq4.Shape] = {p.name: p.shape for p in moe.projections}
+    for part in ("bias", "slope", "offset"):  # one value per row
         wanted.update({p.operand_name(part): p.shape[:2] for p in moe.projections})
     wanted["post_norm"] = moe.sizes[2:3]
-    return wanted
-
-
-def _require_whole(node: fx.Node, projection: Projection, own: Iterable[str]) -> None:
-    """Raise MoeccError if the node has only some tensors of a basis or of a mean."""
-    present = set(own)
-    for whole in (vq4.SHARED[:3], [vq4.MEAN + t for t in vq4.CODED if t != "signs"]):
-        there = [projection.operand_name(t) for t in whole if t in present]
-        missing = [projection.operand_name(t) for t in whole if t not in present]
-        if there and missing:
-            raise MoeccError(f"{node_text(node)}: {there[0]} without {missing[0]}")
-
-
-def _stored_shapes(
-    own: Mapping[str, Shape], sizes: tuple[int, int, int], input_side: bool
-) -> dict[str, Shape]:
-    """Return the shapes that codes, signs, codebook, basis and coefficients of a projection need.
-
-    own: the shapes as they are; codebook and basis fix the group size and the rank. sizes: E, N, K.
-    """
-    experts, rows, columns = sizes
-    wanted: dict[str, Shape] = {}
-    if "codebook" in own:
-        books, v = own["codebook"][0], own["codebook"][-1]
-        books = books if books in (1, experts) else experts
-        wanted["codebook"] = (books, vq4.CODEBOOK_SIZE, v if v in (2, 4) else 4)
-        wanted["codes"] = (experts, rows, vq4.padded(columns) // wanted["codebook"][2])
-        wanted["signs"] = (experts, rows, vq4.padded(columns) // 8)
-    if "basis" in own:
-        rank = own["basis"][0]
-        wanted["basis"] = (rank, columns if input_side else rows)
-        wanted["coef"] = (experts, rows, rank) if input_side else (experts, rank, columns)
-        wanted["coef_scale"] = wanted["coef"][:2]
-    mean = {t.removeprefix(vq4.MEAN): s for t, s in own.items() if t.startswith(vq4.MEAN)}
-    if mean:
-        wanted[vq4.MEAN + "scale"] = (1, rows)
-        stored = _stored_shapes(mean, (1, rows, columns), input_side)
-        wanted.update({vq4.MEAN + t: s for t, s in stored.items()})
     return wanted
 
 

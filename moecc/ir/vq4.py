@@ -35,11 +35,13 @@ output before the sum, the shared parts of down are applied per expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+Shape: TypeAlias = tuple[int, ...]
 VERSION = 1
 CODEBOOK_SIZE = 256
 # The suffixes of one projection's tensors, in the order of the op's operands: a coded matrix per
@@ -60,6 +62,57 @@ DTYPES = {
     "coef": (torch.int8,),
     "coef_scale": _HALF,
 }
+
+
+def fault(
+    shapes: Mapping[str, Shape],
+    sizes: tuple[int, int, int],
+    *,
+    input_side: bool,
+    called: Callable[[str], str] = str,
+) -> str | None:
+    """Return what is wrong with a projection's stored tensors, None if they fit each other.
+
+    shapes: by names of TENSORS; codebook and basis fix the group size and the rank. sizes: E, N, K.
+    called: what a tensor is called in the text.
+    """
+    for whole in (SHARED[:3], [MEAN + t for t in CODED if t != "signs"]):
+        there = [t for t in whole if t in shapes]
+        missing = [t for t in whole if t not in shapes]
+        if there and missing:
+            return f"{called(there[0])} without {called(missing[0])}"
+    if odd := next((t for t, s in shapes.items() if len(s) != _axes(t)), None):
+        return f"{called(odd)} is {shapes[odd]}, expected {_axes(odd)} axes"
+    for name, want in _wanted(shapes, sizes, input_side).items():
+        if name in shapes and shapes[name] != want:
+            return f"{called(name)} is {shapes[name]}, expected {want}"
+    return None
+
+
+def _axes(tensor: str) -> int:
+    return 2 if tensor.removeprefix(MEAN) in ("scale", "bias", "basis", "coef_scale") else 3
+
+
+def _wanted(
+    shapes: Mapping[str, Shape], sizes: tuple[int, int, int], input_side: bool
+) -> dict[str, Shape]:
+    experts, rows, columns = sizes
+    wanted: dict[str, Shape] = {"scale": (experts, rows), "bias": (experts, rows)}
+    if "codebook" in shapes:
+        books, v = shapes["codebook"][0], shapes["codebook"][-1]
+        books = books if books in (1, experts) else experts
+        wanted["codebook"] = (books, CODEBOOK_SIZE, v if v in (2, 4) else 4)
+        wanted["codes"] = (experts, rows, padded(columns) // wanted["codebook"][2])
+        wanted["signs"] = (experts, rows, padded(columns) // 8)
+    if "basis" in shapes:
+        rank = shapes["basis"][0]
+        wanted["basis"] = (rank, columns if input_side else rows)
+        wanted["coef"] = (experts, rows, rank) if input_side else (experts, rank, columns)
+        wanted["coef_scale"] = wanted["coef"][:2]
+    if mean := {t.removeprefix(MEAN): s for t, s in shapes.items() if t.startswith(MEAN)}:
+        stored = _wanted(mean, (1, rows, columns), input_side)
+        wanted |= {MEAN + t: s for t, s in stored.items() if t in CODED}
+    return wanted
 
 
 def group_size(bits: int) -> int:
