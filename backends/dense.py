@@ -15,10 +15,11 @@ from typing import ClassVar
 import torch
 
 from moecc.artifact.decode import float_tensors
+from moecc.artifact.draft import new_folder
 from moecc.artifact.write import (
     copy_small_files,
     float_config,
-    new_folder,
+    source_config,
     write_kept,
     write_weights,
 )
@@ -41,12 +42,13 @@ class DenseTarget(Target):
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         tensors = float_tensors(artifact, dtype)
         with new_folder(out) as draft:
+            copy_small_files(artifact, draft, say)
+            config = source_config(artifact)
+            float_config(config, None if dtype is None else self.dtype)
+            text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+            (draft / "config.json").write_text(text, encoding="utf-8")
+            write_kept(artifact, draft)
             say("writing")
             write_weights(draft, tensors)
-            copy_small_files(artifact, draft)
-            config = json.loads((artifact / "config.json").read_text())
-            float_config(config, None if dtype is None else self.dtype)
-            (draft / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-            write_kept(artifact, draft)
         nbytes = sum(t.nbytes for t in tensors.values())
         return Emitted(out, {"bytes": nbytes}, f"{out}: {size(nbytes)}, float weights")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# torch raises RuntimeError where memory is short
+_SHORT = re.compile("out of memory|can't allocate memory|cannot allocate memory|bad_alloc", re.I)
 
 
 class MoeccError(ValueError):
@@ -32,3 +36,22 @@ def naming(what: object) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         raise MoeccError(f"{what} failed: {type(error).__name__}: {reason(error)}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory was too short."""
+    short = isinstance(error, RuntimeError) and _SHORT.search(str(error))
+    return isinstance(error, MemoryError) or bool(short)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether the same command can succeed later: not the input failed but the machine.
+
+    That is an OSError, as of a full disk, or too little memory, anywhere among an error's causes.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError | EOFError) or out_of_memory(cause):
+            return True
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return False

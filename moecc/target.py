@@ -56,6 +56,10 @@ class Target(Options, ABC):
         """Raise MoeccError, before any work, if a package that `emit` needs is not installed."""
         return None
 
+    def check(self, source: Path) -> None:
+        """Raise MoeccError, before any pass runs, if what comes of the model can't be written."""
+        return None
+
     @abstractmethod
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
         """Write the artifact in the folder `artifact` as the new folder `out`.

@@ -17,7 +17,7 @@ from refusals import edit_config, edit_tensors
 from safetensors.torch import load_file
 
 from moecc.artifact import hf
-from moecc.artifact.write import new_folder
+from moecc.artifact.draft import new_folder
 from moecc.checkpoint.files import TensorFile
 from moecc.errors import MoeccError
 from moecc.pipeline.fate import Fate

@@ -1,22 +1,25 @@
-"""A disk that is full or fills up, and artifacts that do not load: nothing is left behind."""
+"""A disk that is full or fills up, too little memory, artifacts that do not load: the input's fault
+leaves nothing behind, the machine's leaves what is finished.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
-from made import QUICK, interrupt, stop
+from made import QUICK, ROWS, Compile, content, interrupt, stop
 from refusals import SHORT, Refused, Usage, full
 
 from moecc import cli
-from moecc.artifact import verify
-from moecc.checkpoint import files
-from moecc.pipeline import journal
+from moecc.artifact import draft, verify
+from moecc.passes.vq import VectorQuantize
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -39,48 +42,128 @@ def test_the_space_asked_for_first_is_the_space_used_at_the_end(
     monkeypatch.setattr(
         "moecc.commands.compile.free_space", lambda path, count: asked.append(count)
     )
-    remove, held = journal.Journal.remove, []
+    finish, held = draft.Draft.finish, []
 
-    def removing(self: journal.Journal) -> None:
-        held.extend(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
-        remove(self)
+    def finishing(self: draft.Draft) -> None:
+        held.extend(f.stat().st_size for f in self.journal.rglob("*.safetensors"))
+        finish(self)
 
-    monkeypatch.setattr(journal.Journal, "remove", removing)
+    monkeypatch.setattr(draft.Draft, "finish", finishing)
     args = ("compile", mixtral, "--passes", passes, "-o", tmp_path / "out", *SHORT)
     assert cli.main([str(a) for a in args]) == 0
     written = (tmp_path / "out" / "model.safetensors").stat().st_size + sum(held)
     assert 0.8 * written < asked[0] <= written
 
 
-def test_a_disk_that_fills_up_before_the_artifact_is_an_error(
+@pytest.fixture(scope="module")
+def whole(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a run that nothing stops."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert cli.main(["compile", str(mixtral), "--passes", QUICK, "-o", str(out), *ROWS]) == 0
+    return content(out)
+
+
+def small_space(patch: pytest.MonkeyPatch) -> None:
+    """Fill the disk after the first time that somebody looks."""
+    left = iter([1 << 30])
+    patch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 30, 0, next(left, 1000)))
+
+
+def no_sync(calls: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """Fill the disk when the `calls`-th file is synced."""
+
+    def fill(patch: pytest.MonkeyPatch) -> None:
+        counted, sync = iter(range(calls)), os.fsync
+        patch.setattr(os, "fsync", lambda fd: full() if next(counted, None) is None else sync(fd))
+
+    return fill
+
+
+def failing(name: str, how: Callable[..., object]) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(name, how)
+
+
+def too_large(*args: object, **kwargs: object) -> NoReturn:
+    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+def no_memory(*args: object, **kwargs: object) -> NoReturn:
+    raise MemoryError
+
+
+def no_tensor(*args: object, **kwargs: object) -> NoReturn:
+    torch.empty(1 << 60)
+    raise AssertionError
+
+
+def second_layer(patch: pytest.MonkeyPatch) -> None:
+    run = VectorQuantize.run_layer
+    patch.setattr(
+        VectorQuantize,
+        "run_layer",
+        lambda self, layer, ctx: no_memory() if layer.index == 2 else run(self, layer, ctx),
+    )
+
+
+FULL = "No space left on device"
+# the fault, what the line says, and the stages that are finished when it happens
+FAULTS = {
+    "before the weights": (
+        small_space,
+        r"output needs 1\.\d\d MB and its disk has 1\.00 kB free",
+        3,
+    ),
+    "the first layer": (no_sync(1), f"layer-0-0001.safetensors .* {FULL}; free some space", 0),
+    "the second layer": (no_sync(4), f"layer-0-0002.safetensors .* {FULL}; free some space", 1),
+    "the weights": (no_sync(10), f"output/model.safetensors .* {FULL}; free some space", 3),
+    "the small files": (
+        failing("moecc.artifact.write._json", full),
+        f"writing .*out failed: {FULL}; make room or choose another place",
+        3,
+    ),
+    "a limit on sizes": (
+        failing("moecc.artifact.write._json", too_large),
+        r"out failed: File too large; raise the limit on file sizes \(ulimit -f\)",
+        3,
+    ),
+    "a failing disk": (
+        failing("moecc.commands.compile.write_report", lambda *_: os.read(-1, 1)),
+        "out failed: Bad file descriptor",
+        3,
+    ),
+    "memory of Python": (
+        failing("moecc.commands.compile.plan", no_memory),
+        "out of memory; end",
+        3,
+    ),
+    "memory of torch": (failing("moecc.commands.compile.plan", no_tensor), "out of memory; end", 3),
+    "memory of a pass": (second_layer, "failed in layer 1 .* MemoryError", 1),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_that_the_machine_stops_goes_on_to_the_same_bytes(
+    fault: str, mixtral: Path, compile: Compile, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    happen, says, stages = FAULTS[fault]
+    with pytest.MonkeyPatch.context() as patch:
+        happen(patch)
+        got = compile(mixtral, tmp_path / "out")
+    last = got.err.splitlines()[-1]
+    assert got.code == 2 and last.startswith("moecc: error: ") and re.search(says, last)
+    kept = f"; {stages} finished stages are kept in {tmp_path}/out.partial: run the same command"
+    assert (kept in last) == (stages > 0)
+    assert [p.name for p in tmp_path.iterdir()] == (["out.partial"] if stages else [])
+    again = compile(mixtral, tmp_path / "out")
+    assert again.code == 0 and (f"{stages} stages of it are finished" in again.err) == (stages > 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and content(tmp_path / "out") == whole
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_nothing(
     refused: Refused, mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = iter([1 << 30])
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 30, 0, next(left, 1000)))
-    assert re.search(r"artifact needs 1\.\d\d MB and its disk has 1\.00 kB free", refused(mixtral))
-
-
-@pytest.mark.parametrize("calls", [0, 1, 3])
-def test_a_disk_that_fills_up_while_writing_is_an_error(
-    calls: int, refused: Refused, mixtral: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fail at the first layer of the journal, at the second, and at the artifact's weights."""
-    counted = iter(range(calls))
-    sync = os.fsync
-    monkeypatch.setattr(
-        files.os, "fsync", lambda fd: sync(fd) if next(counted, None) is not None else full()
-    )
-    line = refused(mixtral)
-    assert "No space left on device" in line and "free some space or write elsewhere" in line
-
-
-@pytest.mark.parametrize("name", ["_json", "copy_small_files"])
-def test_a_disk_that_fills_up_at_the_small_files_is_an_error(
-    name: str, refused: Refused, mixtral: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(f"moecc.artifact.write.{name}", full)
-    line = refused(mixtral)
-    assert "writing out failed: No space left on device; make room or choose another place" in line
+    monkeypatch.setattr("moecc.commands.compile.copy_small_files", full)
+    assert "writing out failed: No space left on device; make room" in refused(mixtral)
 
 
 @pytest.mark.parametrize("fits", [True, False])
@@ -93,8 +176,8 @@ def test_an_artifact_that_does_not_load_is_not_kept(
     monkeypatch.setattr(verify, "free_memory", lambda: 1 << 40 if fits else 0)
     monkeypatch.setattr(verify.hf, "load", broken)
     monkeypatch.setattr(verify, "trace", broken)
-    says = "artifact: what was written can't be loaded again: size mismatch; nothing was kept"
-    assert says in refused(mixtral)
+    says = "output: what was written can't be loaded again: size mismatch"
+    assert refused(mixtral).endswith(says)
 
 
 def test_a_resumed_run_that_fails_keeps_the_work_of_the_first(

@@ -84,6 +84,11 @@ class OnnxTarget(Target):
 
             qmoe.require()
 
+    def check(self, source: Path) -> None:
+        from moecc.backends.onnx.exporter import require_exportable
+
+        require_exportable(source, self)
+
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
         from moecc.backends.onnx.exporter import export, summary
 

@@ -110,7 +110,9 @@ def _compile(
 def run(command: list[str]) -> str:
     """Return what a compiler prints. Raise MoeccError with its first complaint if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
     except OSError as error:
         raise MoeccError(
             f"can't run the compiler {command[0]}: {error.strerror}; set CXX to another one"

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from moecc import __version__
-from moecc.artifact.write import copy_small_files, new_folder
+from moecc.artifact.draft import new_folder
+from moecc.artifact.write import copy_small_files
 from moecc.backends.onnx import OPSETS, OnnxTarget, build, genai, run
 from moecc.backends.onnx.cached import Cached, capture_cached
 from moecc.backends.onnx.rewrites import embeddings, joined, qmoe
@@ -66,24 +67,33 @@ def export(
         return _export(folder, draft, options, say)
 
 
+def require_exportable(folder: Path, options: OnnxTarget) -> None:
+    """Raise MoeccError if no export of the checkpoint or of its artifact can be written."""
+    cached = capture_cached(skeleton(folder, DTYPES[options.dtype]))
+    if options.profile == "qmoe":
+        qmoe.require_known(cached.program.graph)
+
+
 def _export(folder: Path, partial: Path, options: OnnxTarget, say: Say) -> Json:
     """Write and compare all of it in the folder `partial`."""
     found = skeleton(folder, DTYPES[options.dtype])
     store = CheckpointStore(folder, found.model)
     store.check()
     free_space(partial, 2 * store.nbytes)  # bfloat16 of the artifact becomes float32
+    copy_small_files(folder, partial, say)
     say(f"tracing {folder}")
     cached = capture_cached(found)
+    library = _write_beside(folder, partial, found, cached, options, say)
     model = _lowered(cached, store, options)
     say("writing")
     ir.save(model, partial / MODEL, external_data=DATA, alignment=4096)
     onnx.checker.check_model(str(partial / MODEL))
-    library = _write_beside(folder, partial, found, cached, options, say)
     vocabulary = text_config(found.config).vocab_size
     record = _compare(folder, partial, vocabulary, _rounding(model, options), library)
     record |= _facts(model, store, options, library)
     record["bytes"] = sum((partial / f).stat().st_size for f in (MODEL, DATA))
-    (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    (partial / RECORD).write_text(text, encoding="utf-8")
     return record
 
 
@@ -104,14 +114,14 @@ def _lowered(cached: Cached, store: CheckpointStore, options: OnnxTarget) -> ir.
 def _write_beside(
     folder: Path, partial: Path, found: Skeleton, cached: Cached, options: OnnxTarget, say: Say
 ) -> Path | None:
-    """Write what goes with the model: tokenizer, op library, genai's configuration.
+    """Write what goes with the model: op library, genai's configuration.
 
     Return the op library, None if the profile has none or it cannot be built.
     """
-    copy_small_files(folder, partial)
     library = _library(partial, say) if options.profile == "native" else None
     settings = genai.config(found, cached, folder, library)
-    (partial / genai.FILE).write_text(json.dumps(settings, indent=1) + "\n")
+    text = json.dumps(settings, indent=1) + "\n"
+    (partial / genai.FILE).write_text(text, encoding="utf-8")
     return library
 
 

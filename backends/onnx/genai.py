@@ -70,6 +70,6 @@ def _token(part: Config, folder: Path, name: str) -> int | list[int] | None:
     generation_config.json comes before the configuration, as it does for `generate`.
     """
     file = folder / "generation_config.json"
-    given = json.loads(file.read_text()) if file.exists() else {}
+    given = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     token: int | list[int] | None = given.get(name, getattr(part, name, None))
     return token

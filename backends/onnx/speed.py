@@ -59,7 +59,7 @@ def _require_positions(folder: Path, length: int) -> None:
     config = folder / "genai_config.json"
     if not config.is_file():
         return
-    limit = int(json.loads(config.read_text())["model"]["context_length"])
+    limit = int(json.loads(config.read_text(encoding="utf-8"))["model"]["context_length"])
     if length > limit:
         raise MoeccError(
             f"{length} tokens, but {config} says that the model has {limit} positions; "
@@ -71,7 +71,9 @@ def _apart(model: Path, library: Path | None, threads: int, prompt: int, new_tok
     """Return the row that `measure` finds in a new process."""
     arguments = [str(model), str(library or ""), str(threads), str(prompt), str(new_tokens)]
     command = [sys.executable, "-m", __name__, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         known = lines[-1].partition("MoeccError: ")[2]
@@ -120,7 +122,7 @@ def private_bytes() -> int:
     0 if the system does not say.
     """
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)

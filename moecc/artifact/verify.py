@@ -66,8 +66,7 @@ def _reloaded(folder: Path, batches: Sequence[Tensor], by_transformers: bool) ->
         raise
     except Exception as error:  # whatever the family's code makes of weights that don't fit it
         raise MoeccError(
-            f"{folder.name}: what was written can't be loaded again: {reason(error)}; "
-            "nothing was kept"
+            f"{folder.name}: what was written can't be loaded again: {reason(error)}"
         ) from error
 
 

@@ -12,23 +12,21 @@ Writing fails if the bytes of the audit's rows are not those of the weight files
 
 from __future__ import annotations
 
+import copy
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from uuid import uuid4
 
 from moecc.artifact.audit import Plan
 from moecc.artifact.schema import Row, read_manifest, summary
-from moecc.checkpoint.files import INDEX, SINGLE, LazyTensor, free_space, write_safetensors
+from moecc.checkpoint.files import INDEX, SINGLE, LazyTensor, free_space, size, write_safetensors
 from moecc.checkpoint.schema import REFUSALS
 from moecc.checkpoint.source import SMALL_FILES, has_code
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.pipeline.fate import HEADER
-from moecc.types import Json, Progress
+from moecc.types import Json, Progress, Say
 
 SHARD_BYTES = 4 << 30
 _LARGEST_SMALL_FILE = 64 << 20  # bytes
@@ -39,22 +37,20 @@ def write_artifact(
     folder: Path,
     found: Plan,
     program: Program,
-    source: Path | None,
+    config: Json,
     facts: Json,
     progress: Progress = lambda items, label: items,
 ) -> list[Row]:
-    """Write the artifact into the existing folder `folder`, and return the complete audit.
+    """Write the artifact into `folder`, which has the small files; return the complete audit.
 
-    source: the folder that the model came from, None for a model in memory. facts: what moecc.json
-    says besides the audit.
+    config: of the source (`source_config`). facts: what moecc.json says besides the audit.
     """
     files = write_weights(folder, found.tensors, progress)
     on_disk = sum((folder / name).stat().st_size for name in files)
     header = Row("(safetensors headers)", "file format", (), HEADER, on_disk - found.nbytes)
     rows = [*found.rows, header]
     _require_total(rows, on_disk)
-    copy_small_files(source, folder)
-    _json(folder / "config.json", _config(program, source, found))
+    _json(folder / "config.json", _config(program, config, found), allow_nan=True)
     audit = [row.as_json() for row in rows]
     _json(folder / "moecc.json", {**facts, "summary": summary(rows), "audit": audit})
     return rows
@@ -100,51 +96,17 @@ def _require_total(rows: Sequence[Row], on_disk: int) -> None:
         raise MoeccError(f"{what}; this is a fault of moecc")
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Give a folder to write in, which becomes `out` if nothing fails and is gone otherwise.
-
-    It has a name of its own beside `out`, so that nothing that lies there is touched. Raise
-    MoeccError if `out` exists or can't be made.
-    """
-    if os.path.lexists(out):
-        raise MoeccError(f"{out} exists; give another folder or remove it")
-    draft = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise MoeccError(f"{out} can't be made: {why}; give another folder") from error
-    try:
-        yield draft
-        draft.rename(out)
-    except OSError as error:
-        raise _failed(out, draft, error) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)  # nothing is there if it was renamed
-
-
-def _failed(out: Path, draft: Path, error: OSError) -> MoeccError:
-    """Return what to say of a failure while `out` was written: of its file, if another's is named.
-
-    Where writing fails, as on a full disk, the system names no file.
-    """
-    why, file = error.strerror or error, error.filename
-    if isinstance(file, str) and not Path(file).is_relative_to(draft):
-        return MoeccError(f"can't read {file}: {why}; mend it and run again")
-    return MoeccError(f"writing {out} failed: {why}; make room or choose another place")
-
-
-def copy_small_files(source: Path | None, folder: Path) -> None:
-    """Copy the tokenizer, generation settings and the like of a model's folder."""
-    if source is None:
-        return
+def copy_small_files(source: Path, folder: Path, say: Say) -> None:
+    """Copy the tokenizer, generation settings and the like of a model's folder; say what isn't."""
     for pattern in (*SMALL_FILES, *(["*.py"] if has_code(source) else [])):
         for file in sorted(source.glob(pattern)):
             if file.name in _NOT_COPIED or file.name.endswith(".index.json"):
                 continue
-            if file.stat().st_size < _LARGEST_SMALL_FILE:
+            if not file.is_file():
+                say(f"note: {file} is no file, or a link to none, and is left out")
+            elif file.stat().st_size >= _LARGEST_SMALL_FILE:
+                say(f"note: {file} has more than {size(_LARGEST_SMALL_FILE)} and is left out")
+            else:
                 shutil.copyfile(file, folder / file.name)
 
 
@@ -155,12 +117,20 @@ def write_kept(artifact: Path, folder: Path) -> None:
         _json(folder / "moecc.json", {"experts_kept": kept})
 
 
-def _config(program: Program, source: Path | None, found: Plan) -> Json:
-    config: Json = (
-        json.loads((source / "config.json").read_text())
-        if source is not None
-        else program.config.to_dict()
-    )
+def source_config(source: Path) -> Json:
+    """Return the content of a model's config.json; raise MoeccError if it is no JSON object."""
+    file = source / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MoeccError(f"can't read {file}: {error}; fetch it again") from error
+    if not isinstance(found, dict):
+        raise MoeccError(f"{file} holds no JSON object; fetch it again")
+    return found
+
+
+def _config(program: Program, source: Json, found: Plan) -> Json:
+    config = copy.deepcopy(source)
     float_config(config)
     for path, value in program.config_edits.items():
         *outer, key = path.split(".")
@@ -191,5 +161,7 @@ def float_config(config: Json, dtype: str | None = None) -> None:
                 part["dtype"] = dtype
 
 
-def _json(path: Path, value: Json) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+def _json(path: Path, value: Json, *, allow_nan: bool = False) -> None:
+    """Write JSON as a text. allow_nan: as transformers writes and reads it, with Infinity."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=allow_nan)
+    path.write_text(text + "\n", encoding="utf-8")

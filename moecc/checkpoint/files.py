@@ -6,6 +6,7 @@ it is touched. One that shrinks or sits on a failing disk kills the process inst
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -92,7 +93,7 @@ class TensorEntry:
                 raise MoeccError(
                     f"{self.file} ends inside '{self.name}'; it was cut while in use: "
                     "fetch it again"
-                )
+                ) from EOFError()
             view = view[got:]
 
 
@@ -239,7 +240,7 @@ def free_space(path: Path, needed_bytes: int) -> None:
         raise MoeccError(
             f"{path} needs {size(needed_bytes)} and its disk has {size(free)} free; "
             "free some or write elsewhere"
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def size(count: float) -> str:
@@ -304,7 +305,7 @@ def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
 def read_index(file: Path) -> dict[str, str]:
     """Return the file name of each tensor in a shard index; raise MoeccError if it is invalid."""
     try:
-        where = json.loads(file.read_text())["weight_map"]
+        where = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MoeccError(f"{file} isn't a valid index (no 'weight_map'): fetch it again") from error
     if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):

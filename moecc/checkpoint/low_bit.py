@@ -100,7 +100,7 @@ def decoded(entries: Mapping[str, Entry], block: tuple[int, int] | None) -> dict
 def block_size(folder: Path) -> tuple[int, int] | None:
     """Return weight_block_size from a checkpoint's config.json, or None if it has none."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # read_config reports the fault
     for part in (config, config.get("text_config") or {}):

@@ -80,6 +80,8 @@ def _require_safetensors(folder: Path, source: str) -> Path:
 def has_code(folder: Path) -> bool:
     """Return whether the folder's tokenizer brings Python code."""
     try:
-        return "auto_map" in json.loads((folder / "tokenizer_config.json").read_text())
+        return "auto_map" in json.loads(
+            (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+        )
     except (OSError, ValueError, TypeError):
         return False

@@ -1,16 +1,17 @@
 """`moecc compile`: read the passes, trace the model, run, write, reload, compare, rename.
 
 Nothing is called done before the written folder has been loaded again and its logits compared with
-the program's. Until then all of it lives in OUT.partial. A run that is killed leaves that folder
-and goes on from it; a run that fails removes it.
+the program's. Until then all of it lives in OUT.partial. All that is needed at the end is read or
+tried before the first pass. A run that is stopped, by a signal or by a full disk or too little
+memory, leaves OUT.partial and goes on from it; a run that would fail again removes it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,22 +21,23 @@ from torch import Tensor
 import moecc
 from moecc.artifact import verify
 from moecc.artifact.audit import plan
+from moecc.artifact.draft import Draft, failure
 from moecc.artifact.schema import summary
-from moecc.artifact.write import write_artifact
+from moecc.artifact.write import copy_small_files, source_config, write_artifact
 from moecc.checkpoint.files import free_space
 from moecc.checkpoint.low_bit import Decoded
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
-from moecc.commands import draft
+from moecc.commands.dump import Dump
 from moecc.commands.inspect import least_bytes
 from moecc.commands.report import write_report
 from moecc.commands.rows import longest, require_rows, rows_digest, token_rows, tokenizer_of
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, may_pass, out_of_memory
 from moecc.frontend.config import read_config
 from moecc.frontend.trace import trace
 from moecc.ir import vq4
 from moecc.ir.program import Program
-from moecc.pipeline.journal import Busy, Journal
+from moecc.pipeline.journal import Journal, finished, has_work
 from moecc.pipeline.order import require_whole, resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context, Pass
@@ -65,8 +67,15 @@ class Job:
     versions: dict[str, str]
 
     def identity(self) -> Json:
-        """What a resumed run must share: all but how the model was typed, for its digest tells."""
-        return {k: v for k, v in vars(self).items() if k != "source"}
+        """What a resumed run must share.
+
+        The digest tells what model it is, however it was typed; no pass depends on the backend.
+        """
+        return {k: v for k, v in vars(self).items() if k not in ("source", "backend")}
+
+
+class _NotLowered(MoeccError):
+    """The artifact is written and checked, and its target failed."""
 
 
 def compile_model(
@@ -90,35 +99,81 @@ def compile_model(
     bits: the default of every pass option called bits. calib: a text file, by default text that
     comes with Python; rows x length of its tokens are taken. backend: a target whose form is
     written too. dump: a folder for the program's text after every pass. Return a summary of what
-    was written. Raise MoeccError, in one line and with nothing left behind, for bad input.
+    was written. Raise MoeccError, in one line and with nothing left behind, for bad input. If the
+    machine fails instead, finished work stays and the line says so.
     """
-    partial = draft.draft_of(out)
-    draft.require_dump(dump, resumes=(partial / "journal").is_dir())
-    target = None if backend is None else parse_target(backend)
-    resolved = _pipeline(passes, bits, say)
-    read_config(folder := checkpoint_folder(model))  # a broken one looks like a broken tokenizer
-    ids = _calibration(folder, calib, rows, length, resolved, trust_remote_code)
-    say(f"tracing {model}")
-    program = trace(folder, dtype=torch.float32)
-    digest = _require_fresh(program, model, say)
-    if ids is not None:
-        require_rows(program, ids)
-    if program.restriction:
-        say(f"note: the trace holds for {program.restriction} only")
-    job = Job(
-        source=str(model),
-        source_digest=digest,
-        passes=",".join(map(str, resolved)),
-        pass_files=_pass_files(resolved),
-        calibration="" if ids is None else rows_digest(ids),
-        seed=seed,
-        threads=torch.get_num_threads(),
-        backend="" if target is None else str(target),
-        versions=versions(),
-    )
-    batches = [] if ids is None else list(ids.split(BATCH))
-    run = _Run(job, program, resolved, batches, target, folder, out, partial, dump, progress, say)
-    return run.guarded()
+    with Draft(out, "partial") as draft, _outlived(draft, say):
+        texts = Dump(dump)
+        target = None if backend is None else parse_target(backend)
+        resolved = _pipeline(passes, bits, say)
+        read_config(folder := checkpoint_folder(model))  # broken, it looks like a broken tokenizer
+        config = source_config(folder)
+        draft.start()
+        copy_small_files(folder, draft.output, say)
+        ids = _calibration(folder, calib, rows, length, resolved, trust_remote_code)
+        say(f"tracing {model}")
+        program = trace(folder, dtype=torch.float32)
+        digest = _require_fresh(program, model, say)
+        if ids is not None:
+            require_rows(program, ids)
+        if target is not None:
+            target.check(folder)
+        if program.restriction:
+            say(f"note: the trace holds for {program.restriction} only")
+        job = Job(
+            source=str(model),
+            source_digest=digest,
+            passes=",".join(map(str, resolved)),
+            pass_files=_pass_files(resolved),
+            calibration="" if ids is None else rows_digest(ids),
+            seed=seed,
+            threads=torch.get_num_threads(),
+            backend="" if target is None else str(target),
+            versions=versions(),
+        )
+        batches = [] if ids is None else list(ids.split(BATCH))
+        run = _Run(job, program, resolved, batches, target, config, draft, texts, progress, say)
+        return run.run()
+
+
+@contextmanager
+def _outlived(draft: Draft, say: Say) -> Iterator[None]:
+    """Keep what is finished if the run can go on after it failed inside, and say so.
+
+    Otherwise remove what this run has made.
+    """
+    before = has_work(draft.journal)  # of a run that was stopped
+    try:
+        yield
+    except BaseException as error:
+        stopped = not isinstance(error, Exception)
+        again = stopped or isinstance(error, _NotLowered) or may_pass(error)
+        how = ""
+        if not has_work(draft.journal) or draft.out.exists():  # killed after its last step
+            draft.remove()
+        elif again:
+            how = f"{finished(draft.journal)} finished stages are kept in {draft.folder}"
+            how = f"; {how}: run the same command again to go on"
+        elif not before:
+            draft.remove()
+        if stopped and how:
+            with suppress(OSError):
+                say(f"note{how.replace(';', ':', 1)}")
+        said = _one_line(draft, error)
+        if stopped or said is None or (not how and isinstance(error, MoeccError)):
+            raise
+        raise MoeccError(said + how) from error
+
+
+def _one_line(draft: Draft, error: BaseException) -> str | None:
+    """Return the line for a failure of the input or the machine, None for any other error."""
+    if isinstance(error, MoeccError):
+        return str(error)
+    if out_of_memory(error):
+        return f"{draft.out} was not finished: out of memory; end other programs or give fewer rows"
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return failure(draft.out, draft.folder, error)
+    return None
 
 
 @dataclass
@@ -130,82 +185,55 @@ class _Run:
     passes: list[Pass]
     batches: list[Tensor]
     target: Target | None
-    source: Path
-    out: Path
-    partial: Path
-    dump: Path | None
+    config: Json  # config.json of the source
+    draft: Draft
+    texts: Dump
     progress: Progress
     say: Say
 
-    def guarded(self) -> Json:
-        """Run it in OUT.partial, and return the summary.
-
-        An error removes what this run has made; an interrupt leaves it to be resumed.
-        """
-        partial = self.partial
-        if draft.is_empty(partial):  # of a run that was killed at its first step or its last
-            partial.rmdir()
-        made, journal = draft.missing_folders(partial), None
-        try:
-            self.require_space()
-            journal = Journal(partial / "journal", self.job.identity())
-            result = self.run(journal)
-            (partial / "artifact").rename(self.out)
-            journal.remove()
-            shutil.rmtree(partial, ignore_errors=True)
-            return result
-        except Exception as e:
-            if not isinstance(e, Busy):
-                draft.remove_made(made, partial)
-            if not isinstance(e, OSError):
-                raise
-            what = f"writing {e.filename or self.out} failed: {e.strerror or e}"
-            raise MoeccError(f"{what}; make room or choose another place") from e
-        finally:  # after an interrupt too, so that the same process can go on
-            if journal is not None:
-                journal.close()
-
     def require_space(self) -> None:
         """Raise MoeccError if the disk is too small for the result: now, not hours later."""
-        held = sum(f.stat().st_size for f in self.partial.rglob("*") if f.is_file())
-        free_space(self.partial, least_bytes(self.program, self.passes) - held)
+        held = sum(f.stat().st_size for f in self.draft.journal.rglob("*") if f.is_file())
+        free_space(self.draft.folder, least_bytes(self.program, self.passes) - held)
 
-    def run(self, journal: Journal) -> Json:
+    def run(self) -> Json:
         """Run the passes, write the folder, load it again and compare; return the summary."""
+        self.require_space()
+        journal = Journal(self.draft.journal, self.job.identity(), self.say)
         ctx = Context(
             seed=self.job.seed, progress=self.progress, keep=journal.keep, kept=journal.kept
         )
         if journal.found:
-            done = f"{journal.finished()} stages of it are finished"
-            self.say(f"going on with the run that {journal.folder.parent} holds; {done}")
-        dumper = _dumper(self.dump)
-        dumper("00-traced", self.program, None)
+            done = f"{finished(journal.folder)} stages of it are finished"
+            self.say(f"going on with the run that {self.draft.folder} holds; {done}")
+        self.texts.start(resumes=journal.found)
+        self.texts.write("00-traced", self.program, None)
         hooks = Hooks(
             after_pass=lambda report, now: self.say(report.line()),
             after_layer=journal.save,
             restore_layer=journal.restore,
-            dump=dumper,
+            dump=self.texts.write,
         )
         reports = run_passes(self.program, self.passes, ctx, self.batches, hooks)
-        return self.write(ctx, reports)
+        result = self.write(ctx, reports)
+        self.draft.finish()
+        self.texts.finish()
+        return result
 
     def write(self, ctx: Context, reports: list[PassReport]) -> Json:
-        """Write OUT.partial/artifact, check it, and return its summary."""
+        """Write the output, check it, and return its summary."""
         assert ctx.traced is not None
         planned = plan(self.program, ctx.traced, ctx)
         for note in ctx.notes:
             self.say(f"note: {note}")
-        artifact = self.partial / "artifact"
-        shutil.rmtree(artifact, ignore_errors=True)
-        artifact.mkdir(parents=True)
-        facts = self.facts(ctx, reports)
-        rows = write_artifact(artifact, planned, self.program, self.source, facts, self.progress)
+        artifact, facts = self.draft.output, self.facts(ctx, reports)
+        rows = write_artifact(artifact, planned, self.program, self.config, facts, self.progress)
         check = verify.reload_and_compare(artifact, self.program, self.check_ids())
         self.say(check.line())
         lowered = None if self.target is None else _lower(self.target, artifact, self.say)
         write_report(artifact, facts, rows)
         return {
-            "out": str(self.out),
+            "out": str(self.draft.out),
             "passes": self.job.passes,
             **summary(rows),
             "reload_difference": check.difference,
@@ -243,7 +271,10 @@ class _Run:
 
 def _lower(target: Target, artifact: Path, say: Say) -> Json:
     """Write the artifact in the form of `target` into a folder of its own; return what it is."""
-    emitted = emit(target, artifact, artifact / target.name, say)
+    try:
+        emitted = emit(target, artifact, artifact / target.name, say)
+    except MoeccError as error:
+        raise _NotLowered(f"{error}; --backend may be left out or be another") from error
     files = [] if emitted.out is None else sorted(emitted.out.rglob("*"))
     return {
         "name": target.name,
@@ -321,15 +352,3 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def _dumper(folder: Path | None) -> Callable[[str, Program, int | None], None]:
-    """Return what writes the text of a program, or of one stage, under a name into `folder`."""
-    if folder is None:
-        return lambda name, program, stage: None
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write(name: str, program: Program, stage: int | None) -> None:
-        (folder / f"{name}.txt").write_text(program.text(stage))
-
-    return write

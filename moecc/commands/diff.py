@@ -160,7 +160,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _json(file: Path) -> object:
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MoeccError(f"can't read {file}: {error}; fetch it again") from error
 

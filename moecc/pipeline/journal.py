@@ -1,25 +1,28 @@
-"""The journal of a run: every finished layer is on disk, so that an interrupted run can go on.
+"""The journal of a run: every finished layer is on disk, so that a stopped run can go on.
 
-A resumed run ends with the same result. The journal is one folder next to the output:
+A resumed run ends with the same result. The journal is one folder in the output's draft:
   run.json                  describes the run; another run's journal is never used
   layer-R-S.safetensors     the tensors that passes made in stage S of round R
   layer-R-S.json            the nodes that use them (`moecc.pipeline.record`)
   kept-KEY.safetensors      work that a pass over the whole model kept (`Context.keep`)
+  digests                   the SHA-256 of every file that was written, as sha256sum prints it
 Layer passes that a pass over the whole model separates go through the layers once each, in rounds.
 A layer that cannot be restored is done again; a pass over the whole model runs again, and finds the
-work that it kept.
+work that it kept. What does not match its digest is done again too, and this is said.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
+from torch import Tensor
 
 from moecc.checkpoint.files import TensorFile, write_safetensors
 from moecc.errors import MoeccError
@@ -27,67 +30,57 @@ from moecc.ir.program import Program
 from moecc.ir.tensors import Held
 from moecc.pipeline import record
 from moecc.pipeline.passes import Context, Kept
-from moecc.types import Json
+from moecc.types import Json, Say
+
+_DIGESTS = "digests"
 
 
-class Busy(MoeccError):
-    """Another process writes the journal."""
+def finished(folder: Path) -> int:
+    """Return the number of finished stages in a journal's folder, over all rounds."""
+    return len(list(folder.glob("layer-*.json")))
+
+
+def has_work(folder: Path) -> bool:
+    """Return whether a run could go on from anything in a journal's folder."""
+    return finished(folder) > 0 or any(folder.glob("kept-*.safetensors"))
 
 
 class Journal:
     """The journal in `folder` of the run that `identity`, as JSON holds it, describes.
 
-    Raise Busy if another process writes it, MoeccError if it is another run's.
+    One process at a time may write it. `say` takes remarks on files that are damaged. Raise
+    MoeccError if it holds the work of another run.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, object]):
-        self.folder, self.identity = folder, dict(identity)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / "lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout as e:
-            advice = "wait for it, or choose another output folder"
-            raise Busy(f"{folder.parent} is in use by another run; {advice}") from e
-        # a run that was killed while it made the folder leaves only the lock and drafts in it
-        self.found = any(f.name != "lock" and not f.name.startswith(".") for f in folder.iterdir())
-        self.resuming = self.found
+    def __init__(self, folder: Path, identity: Mapping[str, object], say: Say):
+        self.folder, self.identity, self._say = folder, dict(identity), say
+        self.found = self.resuming = has_work(folder)
         self._round = self._stage = 0
         self._before = Held()  # the tensors held before the layer's passes ran
-        try:
-            if self.found:
-                self._require_same_run()
-            else:
-                self._write("run.json", self.identity)
-        except BaseException:
-            self.close()
-            raise
+        if self.found:
+            self._require_same_run()
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        self._write("run.json", self.identity)
 
     def _require_same_run(self) -> None:
-        try:
-            before = json.loads((self.folder / "run.json").read_text())
-        except (OSError, ValueError):
-            before = None
+        before = self._read("run.json") if self._is_whole("run.json") else None
         now = json.loads(json.dumps(self.identity))
         if before != now:
-            unreadable = "its run.json can't be read"
-            why = _differences(before, now) if isinstance(before, dict) else unreadable
+            why = "its run.json is damaged" if before is None else _differences(before, now)
             advice = f"remove {self.folder.parent}, or choose another output folder"
             raise MoeccError(f"{self.folder.parent} belongs to another run ({why}); {advice}")
-
-    def finished(self) -> int:
-        """Return the number of finished stages, over all rounds."""
-        return len(list(self.folder.glob("layer-*.json")))
 
     def save(self, stage: int, program: Program, ctx: Context) -> None:
         """Note a finished layer and spill its tensors; called after the last pass of the layer."""
         tensors = record.made(program, stage, self._before)
         self._before = Held()
-        write_safetensors(self._file(stage, "safetensors"), tensors)
+        self._write_tensors(self._name(stage, "safetensors"), tensors)
         noted = record.describe(program, stage, tensors)
         noted |= {"audit": ctx.audit, "notes": ctx.notes, "ledger": ctx.ledger}
-        self._write(self._file(stage, "json").name, noted)
-        record.spill(program, tensors, TensorFile(self._file(stage, "safetensors")))
+        self._write(self._name(stage, "json"), noted)
+        record.spill(program, tensors, TensorFile(self.folder / self._name(stage, "safetensors")))
 
     def restore(self, stage: int, program: Program, ctx: Context) -> bool:
         """Put a finished layer back into `program` and `ctx`; called before a layer's passes.
@@ -109,11 +102,13 @@ class Journal:
 
     def _restored(self, stage: int, program: Program) -> Json | None:
         """Restore a layer and return its record; if that fails, change nothing and return None."""
+        names = [self._name(stage, kind) for kind in ("json", "safetensors")]
+        if not (self.folder / names[0]).exists() or not all(map(self._is_whole, names)):
+            return None
+        noted, tensors = self._read(names[0]), TensorFile(self.folder / names[1])
         try:
-            noted: Json = json.loads(self._file(stage, "json").read_text())
-            tensors = TensorFile(self._file(stage, "safetensors"))
             copy = record.restore(program, stage, noted, tensors)
-        except (OSError, ValueError, KeyError, MoeccError):
+        except (KeyError, MoeccError):  # the program is another one than when it was written
             return None
         if copy is None:
             return None
@@ -127,35 +122,69 @@ class Journal:
 
         Earlier work under the same key is replaced.
         """
-        write_safetensors(self._kept(key), work.tensors, {"facts": json.dumps(work.facts)})
-        return Kept(TensorFile(self._kept(key)), work.facts)
+        facts = {"facts": json.dumps(work.facts)}
+        return Kept(self._write_tensors(_kept(key), work.tensors, facts), work.facts)
 
     def kept(self, key: str) -> Kept | None:
-        """Return the work kept under `key`; None if there is none or its file cannot be read."""
-        try:
-            file = TensorFile(self._kept(key))
-            return Kept(file, json.loads(file.metadata["facts"]))
-        except (MoeccError, ValueError, KeyError):
+        """Return the work kept under `key`; None if there is none or its file is damaged."""
+        if not (self.folder / _kept(key)).exists() or not self._is_whole(_kept(key)):
             return None
+        file = TensorFile(self.folder / _kept(key))
+        return Kept(file, json.loads(file.metadata["facts"]))
 
-    def _kept(self, key: str) -> Path:
-        return self.folder / f"kept-{quote(key, safe='')}.safetensors"
+    def _name(self, stage: int, kind: str) -> str:
+        return f"layer-{self._round}-{stage:04d}.{kind}"
 
-    def _file(self, stage: int, kind: str) -> Path:
-        return self.folder / f"layer-{self._round}-{stage:04d}.{kind}"
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def close(self) -> None:
-        """Release the folder for other runs."""
-        self._lock.release()
+    def _read(self, name: str) -> Json:
+        found: Json = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        return found
 
     def _write(self, name: str, value: Mapping[str, object]) -> None:
         draft = self.folder / f".{name}.part"
-        draft.write_text(json.dumps(value))
+        draft.write_text(json.dumps(value), encoding="utf-8")
+        self._put(draft, name)
+
+    def _write_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> TensorFile:
+        draft = self.folder / f".new-{name}"
+        write_safetensors(draft, tensors, metadata)
+        self._put(draft, name)
+        return TensorFile(self.folder / name)
+
+    def _put(self, draft: Path, name: str) -> None:
+        """Note the digest of a file, then give it its name.
+
+        A run that is killed in between leaves the earlier file of that name, whose digest is noted
+        as well. A line that a full disk has cut must not swallow the next one, so that each begins
+        with a line break.
+        """
+        with open(self.folder / _DIGESTS, "a", encoding="utf-8") as log:
+            log.write(f"\n{_digest(draft)}  {name}\n")
+            log.flush()
+            os.fsync(log.fileno())
         draft.replace(self.folder / name)
+
+    def _is_whole(self, name: str) -> bool:
+        """Return whether a file is as it was written; say so if it is not."""
+        try:
+            log = (self.folder / _DIGESTS).read_text(encoding="utf-8", errors="replace")
+            if f"{_digest(self.folder / name)}  {name}" in log.splitlines():
+                return True
+            why = "does not match its digest"
+        except OSError as error:
+            why = f"can't be read ({error.strerror})"
+        self._say(f"note: {self.folder / name} {why}; its work is done again")
+        return False
+
+
+def _kept(key: str) -> str:
+    return f"kept-{quote(key, safe='')}.safetensors"
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:

@@ -156,7 +156,7 @@ class Adapter:
 def _read_config(folder: Path) -> Config:
     file = folder / _CONFIG
     try:
-        config: Config = json.loads(file.read_text())
+        config: Config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise MoeccError(f"{file}: not JSON ({error}); save the adapter again") from None
     return config

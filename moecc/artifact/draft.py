@@ -1,0 +1,206 @@
+"""The draft of an output: OUT.partial of `compile`, OUT.export of an export.
+
+  moecc.lock   held by the process that writes the output
+  journal/     what a stopped run goes on from (`moecc.pipeline.journal`)
+  output/      becomes OUT once all of it is written and checked
+  over         from then on nothing in the draft is needed
+
+A draft whose lock is free belongs to nobody: the next run goes on with it or removes it. A folder
+of that name that holds anything else is the user's and is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from filelock import FileLock, Timeout
+
+from moecc.errors import MoeccError
+
+_LOCK, _JOURNAL, _OUTPUT, _OVER = "moecc.lock", "journal", "output", "over"
+_PARTS = {_LOCK, _JOURNAL, _OUTPUT, _OVER}
+
+
+class Busy(MoeccError):
+    """Another process writes the output."""
+
+
+class Draft:
+    """The draft of the new folder `out`, locked until it is closed. suffix: of the draft's name.
+
+    Raise MoeccError if `out` exists or can't be made, or if the draft's name is taken; Busy if
+    another process writes it.
+    """
+
+    def __init__(self, out: Path, suffix: str):
+        self.out = out
+        if not out.name or out.name == "..":
+            raise MoeccError(f"{out} exists; choose another output folder")
+        self.folder = out.with_name(f"{out.name}.{suffix}")
+        self.journal, self.output = self.folder / _JOURNAL, self.folder / _OUTPUT
+        self._lock = FileLock(self.folder / _LOCK, timeout=0)
+        if os.path.lexists(out):
+            advice = "choose another output folder or remove it"
+            raise MoeccError(f"{out} exists{self._remnant()}; {advice}")
+        self._require_own()
+        _require_possible(out)
+        around = (self.folder, *self.folder.parents)
+        self._made = [p for p in around if not os.path.lexists(p)] or [self.folder]
+        try:
+            self._acquire()
+        except Busy:
+            raise
+        except (OSError, ValueError) as error:
+            self._remove_made(*self._made)
+            raise _impossible(out, getattr(error, "strerror", None) or str(error)) from error
+        if self._is_over():
+            self._empty()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+    def start(self) -> None:
+        """Make `output` an empty folder."""
+        (self.folder / _OVER).unlink(missing_ok=True)  # first: else the journal would be over too
+        shutil.rmtree(self.output, ignore_errors=True)
+        self.output.mkdir(parents=True)
+
+    def finish(self) -> None:
+        """Give the output its name and remove the draft."""
+        (self.folder / _OVER).touch()
+        self.output.rename(self.out)
+        self._empty()
+        self._remove_made(self.folder)
+
+    def remove(self) -> None:
+        """Remove the draft, and the folders around it that were made for it."""
+        with contextlib.suppress(OSError):
+            (self.folder / _OVER).touch()
+        self._empty()
+        self._remove_made(*self._made)
+
+    def _acquire(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as e:
+            advice = "wait for it, or choose another output folder"
+            raise Busy(f"{self.folder} is in use by another run; {advice}") from e
+        if os.path.lexists(self.out) or not (self.folder / _LOCK).exists():
+            # the run that held the lock has just ended
+            self._lock.release()
+            self._remove_made(*self._made)
+            raise Busy(f"{self.folder} was in use by another run; run again")
+
+    def _remnant(self) -> str:
+        """Remove what is left of the run that made OUT; return what to say of it."""
+        if not (self._foreign() is None and self._is_over()):
+            return ""
+        try:
+            with self._lock:
+                self._empty()
+                self._remove_made(self.folder)
+        except OSError:  # it is in use, or the disk refuses
+            return ""
+        return f" and is complete: the rest of its run in {self.folder} is removed now"
+
+    def _names(self) -> set[str]:
+        return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+
+    def _is_over(self) -> bool:
+        names = self._names()
+        return bool(names) and _OUTPUT not in names and (_OVER in names or _JOURNAL not in names)
+
+    def _foreign(self) -> str | None:
+        """Return why the draft's name is taken, None if it is free or a draft has it."""
+        if not os.path.lexists(self.folder):
+            return None
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            return "is no folder"
+        try:
+            names = self._names()
+        except OSError as error:
+            return f"can't be read ({error.strerror})"
+        if names and not names & {_LOCK, _OVER}:
+            return "holds no interrupted run"
+        other = sorted(names - _PARTS)
+        return f"holds {other[0]!r}, which moecc did not write" if other else None
+
+    def _require_own(self) -> None:
+        why = self._foreign()
+        if why is not None:
+            advice = "move it away or choose another output folder"
+            raise MoeccError(f"{self.folder} is there and {why}; {advice}")
+
+    def _empty(self) -> None:
+        for part in (self.output, self.journal):
+            shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.folder / _OVER).unlink(missing_ok=True)
+
+    def _remove_made(self, *folders: Path) -> None:
+        """Remove these folders, the innermost first, if they hold no more than the lock."""
+        with contextlib.suppress(OSError):
+            if self._names() == {_LOCK}:
+                (self.folder / _LOCK).unlink()
+            for folder in folders:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give a folder to write in, which becomes `out` if nothing fails and is gone otherwise.
+
+    It lies in a draft of its own beside `out`, and nothing else that lies there is touched. Raise
+    MoeccError if `out` exists, can't be made or is written by another process.
+    """
+    with Draft(out, "export") as draft:
+        try:
+            draft.start()  # what a killed export left goes
+            yield draft.output
+            draft.finish()
+        except OSError as error:
+            raise MoeccError(failure(out, draft.folder, error)) from error
+        finally:
+            draft.remove()
+
+
+def failure(out: Path, draft: Path, error: OSError) -> str:
+    """Return what to say of an OSError while `out` was written.
+
+    It names the file at fault if that lies outside the draft. Where writing fails, as on a full
+    disk, the system names no file.
+    """
+    why, file = error.strerror or error, error.filename
+    if isinstance(file, str) and not Path(file).is_relative_to(draft):
+        return f"can't read {file}: {why}; mend it and run again"
+    if error.errno == errno.EFBIG:
+        return f"writing {out} failed: {why}; raise the limit on file sizes (ulimit -f)"
+    return f"writing {out} failed: {why}; make room or choose another place"
+
+
+def _require_possible(out: Path) -> None:
+    above = next(p for p in out.absolute().parents if os.path.lexists(p))
+    if not above.is_dir():
+        raise _impossible(out, f"{above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise _impossible(out, f"no permission to write in {above}")
+
+
+def _impossible(out: Path, why: str) -> MoeccError:
+    return MoeccError(f"{out} can't be made: {why}; choose another output folder")
