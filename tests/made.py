@@ -156,6 +156,19 @@ def stop(patch: pytest.MonkeyPatch, where: str, stage: int, how: Callable[[], ob
     )
 
 
+def watch(patch: pytest.MonkeyPatch) -> list[bool]:
+    """Record for each stage of the next run whether it is restored."""
+    restored: list[bool] = []
+    original = journal.Journal.restore
+
+    def restore(self: journal.Journal, *rest: Any) -> bool:
+        restored.append(original(self, *rest))
+        return restored[-1]
+
+    patch.setattr(journal.Journal, "restore", restore)
+    return restored
+
+
 def interrupt() -> None:
     """Interrupt a run as Ctrl-C does."""
     raise KeyboardInterrupt
@@ -181,3 +194,18 @@ class Shrink(LayerPass):
         layer.program.add(weight, layer.program.read(weight) / self.by)
         return True
 '''
+
+
+def flip(data: bytes) -> bytes:
+    """Change one bit in the last quarter: of a safetensors file, one of its tensors."""
+    at = len(data) * 3 // 4
+    return data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[:-1],
+    "a bit": flip,
+    "empty": lambda data: b"",
+    "a list": lambda data: b"[]",
+    "null": lambda data: b"null",
+}

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources, and that the core names no pass and no target."""
+"""What the sources say: who may import whom, by rooms and for passes; how text is encoded."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def room(name: str) -> str:
 def imports(path: Path) -> set[str]:
     """The moecc modules that a file imports, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -136,7 +136,11 @@ def test_no_modules_import_each_other() -> None:
 
 
 def is_composite(path: Path) -> bool:
-    classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    classes = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    ]
     return any(
         isinstance(base, ast.Name) and base.id == "Composite" for c in classes for base in c.bases
     )
@@ -148,12 +152,29 @@ def test_only_kbvq_is_a_name_for_several_passes() -> None:
 
 @pytest.mark.parametrize("name", sorted(n for n in MODULES if not n.startswith("moecc.backends.")))
 def test_what_a_target_needs_is_imported_by_that_target_alone(name: str) -> None:
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = (
                 [a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)]
             )
             assert not {n.split(".")[0] for n in names} & HEAVY
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_text_file_is_read_and_written_as_utf_8(name: str) -> None:
+    """Never as the locale says."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and opens_text(node):
+            said = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert said.get("encoding") == "'utf-8'", f"{name}, line {node.lineno}"
+
+
+def opens_text(node: ast.Call) -> bool:
+    """Whether a call opens a file, or reads or writes the whole of it, as text."""
+    called = ast.unparse(node.func).split(".")[-1]
+    if called != "open" or ast.unparse(node.func) == "os.open":
+        return called in ("read_text", "write_text")
+    return not any("b" in str(a.value) for a in node.args if isinstance(a, ast.Constant))
 
 
 def words() -> tuple[set[str], set[str]]:
@@ -195,7 +216,7 @@ def known(source: str) -> list[tuple[int, str]]:
 )
 def test_the_core_names_no_pass_and_no_target(name: str) -> None:
     """Neither by name nor by fact nor by option; both are found when they are asked for."""
-    assert known(MODULES[name].read_text()) == []
+    assert known(MODULES[name].read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(

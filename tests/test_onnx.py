@@ -650,8 +650,12 @@ def test_a_wrong_file_is_not_kept(
 @pytest.mark.family
 @pytest.mark.parametrize("family", REFUSED if ALL else ("nemotron_h", "openai_privacy_filter"))
 def test_layers_with_a_state_of_their_own_are_refused(
-    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A compilation that is to export them is refused before its first pass."""
     model = checkpoint(tmp_path / "model", family)
     got = Run(capsys, "export", model, "--to", "onnx", "-o", tmp_path / "onnx")
     why = (
@@ -660,6 +664,10 @@ def test_layers_with_a_state_of_their_own_are_refused(
         else "keep a state of their own"
     )
     assert got.code == 2 and why in got.err and not (tmp_path / "onnx").exists()
+    monkeypatch.setattr("moecc.commands.compile.run_passes", lambda *_: pytest.fail("passes ran"))
+    args = ("--passes", "vq", "--backend", "onnx", "-o", tmp_path / "out", "--length", "32")
+    got = Run(capsys, "compile", model, *args)
+    assert got.code == 2 and why in got.err and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_genai_generates_what_transformers_does(qwen: Path, exported: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,11 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from made import (
+    DAMAGES,
     EVERYTHING,
     MY_PASS,
     QUICK,
@@ -26,6 +25,7 @@ from made import (
     content,
     interrupt,
     stop,
+    watch,
 )
 
 from moecc import cli
@@ -60,19 +60,6 @@ def whole(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     out = tmp_path_factory.mktemp("whole") / "out"
     assert cli.main(["compile", str(mixtral), "--passes", EVERYTHING, "-o", str(out), *ROWS]) == 0
     return content(out)
-
-
-def watch(patch: pytest.MonkeyPatch) -> list[bool]:
-    """Record for each stage of the next run whether it is restored."""
-    restored: list[bool] = []
-    original = journal.Journal.restore
-
-    def restore(self: journal.Journal, *rest: Any) -> bool:
-        restored.append(original(self, *rest))
-        return restored[-1]
-
-    patch.setattr(journal.Journal, "restore", restore)
-    return restored
 
 
 @pytest.mark.parametrize(
@@ -172,21 +159,6 @@ def test_model_passes_take_up_the_work_of_an_interrupted_run(
     assert content(tmp_path / "out") == whole_model
 
 
-def flip(data: bytes) -> bytes:
-    """Change one bit in the last quarter: of a safetensors file, one of its tensors."""
-    at = len(data) * 3 // 4
-    return data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :]
-
-
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "cut": lambda data: data[:-1],
-    "a bit": flip,
-    "empty": lambda data: b"",
-    "a list": lambda data: b"[]",
-    "null": lambda data: b"null",
-}
-
-
 @pytest.mark.parametrize("damage", ["cut", "a bit"])
 def test_kept_work_that_is_damaged_is_done_again_and_said(
     damage: str,
@@ -207,79 +179,6 @@ def test_kept_work_that_is_damaged_is_done_again_and_said(
     for file in files:
         assert f"{file} does not match its digest; its work is done again" in again.err
     assert content(tmp_path / "out") == whole_model
-
-
-@pytest.mark.parametrize("kind", ["json", "safetensors"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_finished_layer_that_is_damaged_is_done_again_and_said(
-    damage: str, kind: str, mixtral: Path, compile: Compile, tmp_path: Path
-) -> None:
-    assert compile(mixtral, tmp_path / "whole").code == 0
-    with pytest.MonkeyPatch.context() as patch:
-        stop(patch, "after saving", 2, interrupt)
-        assert compile(mixtral, tmp_path / "out").code == 130
-    file = tmp_path / "out.partial" / "journal" / f"layer-0-0002.{kind}"
-    file.write_bytes(DAMAGES[damage](file.read_bytes()))
-    with pytest.MonkeyPatch.context() as patch:
-        restored = watch(patch)
-        again = compile(mixtral, tmp_path / "out")
-    assert again.code == 0, again.err
-    assert f"{file} does not match its digest; its work is done again" in again.err
-    assert restored == [True, False, False]
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-
-
-def test_an_audit_that_was_altered_is_not_taken_up(
-    mixtral: Path, compile: Compile, tmp_path: Path
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop(patch, "after saving", 1, interrupt)
-        assert compile(mixtral, tmp_path / "out").code == 130
-    file = tmp_path / "out.partial" / "journal" / "layer-0-0001.json"
-    noted = json.loads(file.read_text(encoding="utf-8"))
-    for facts in noted["audit"].values():
-        facts["error"] = 0.0
-    file.write_text(json.dumps(noted), encoding="utf-8")
-    assert compile(mixtral, tmp_path / "out").code == 0
-    manifest = json.loads((tmp_path / "out" / "moecc.json").read_text(encoding="utf-8"))
-    errors = [row["error"] for row in manifest["audit"] if row["role"] == "routed experts"]
-    assert len(errors) == 4 and min(errors) > 0
-
-
-def test_files_replaced_when_the_run_was_killed_are_taken_up(
-    mixtral: Path, compile: Compile, tmp_path: Path
-) -> None:
-    """The digest of the new file is noted first, then it gets its name."""
-    folder = tmp_path / "out.partial" / "journal"
-    with pytest.MonkeyPatch.context() as patch:
-        stop(patch, "after saving", 1, interrupt)
-        assert compile(mixtral, tmp_path / "out").code == 130
-    cut = "0" * 30
-    with open(folder / "digests", "a", encoding="utf-8") as log:
-        log.write(f"\n{cut * 2}0000  layer-0-0001.json\n{cut}")
-    with pytest.MonkeyPatch.context() as patch:
-        stop(patch, "after saving", 2, interrupt)
-        restored = watch(patch)
-        got = compile(mixtral, tmp_path / "out")
-    assert restored == [True, False] and "digest" not in got.err
-    with pytest.MonkeyPatch.context() as patch:
-        restored = watch(patch)
-        assert compile(mixtral, tmp_path / "out").code == 0
-    assert restored == [True, True, False]
-
-
-def test_a_damaged_description_of_the_run_is_said_and_nothing_is_touched(
-    mixtral: Path, compile: Compile, tmp_path: Path
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop(patch, "after saving", 1, interrupt)
-        assert compile(mixtral, tmp_path / "out").code == 130
-    file = tmp_path / "out.partial" / "journal" / "run.json"
-    file.write_bytes(flip(file.read_bytes()))
-    before = content(tmp_path)
-    got = compile(mixtral, tmp_path / "out")
-    assert got.code == 2 and content(tmp_path) == before
-    assert "belongs to another run (its run.json is damaged); remove" in got.err
 
 
 def test_a_terminated_run_goes_on_too(

@@ -103,9 +103,9 @@ def copy_small_files(source: Path, folder: Path, say: Say) -> None:
             if file.name in _NOT_COPIED or file.name.endswith(".index.json"):
                 continue
             if not file.is_file():
-                say(f"note: {file} is no file, or a link to none, and is left out")
+                say(f"note: {file} is left out: it is no file, or a link to none")
             elif file.stat().st_size >= _LARGEST_SMALL_FILE:
-                say(f"note: {file} has more than {size(_LARGEST_SMALL_FILE)} and is left out")
+                say(f"note: {file} is left out: it has more than {size(_LARGEST_SMALL_FILE)}")
             else:
                 shutil.copyfile(file, folder / file.name)
 

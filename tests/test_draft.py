@@ -1,0 +1,200 @@
+"""The draft of an output: who may write it, what is removed of it, and what never is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from made import QUICK, Compile, content, interrupt, stop
+
+from moecc.artifact import draft
+from moecc.artifact.draft import Busy, Draft, new_folder
+from moecc.commands.compile import compile_model
+from moecc.errors import MoeccError
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("traced_once")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def killed(out: Path, suffix: str = "partial", *, after: str = "") -> Draft:
+    """Leave a draft as a killed process does that has got as far as `after`."""
+    with Draft(out, suffix) as made:
+        made.start()
+        made.journal.mkdir()
+        (made.journal / "layer-0-0001.json").write_text("{}", encoding="utf-8")
+        (made.output / "config.json").write_text("{}", encoding="utf-8")
+        if after:
+            (made.folder / "over").touch()
+        if after == "rename":
+            made.output.rename(out)
+    return made
+
+
+def test_the_rest_of_a_run_that_made_its_output_is_removed_and_said(
+    mixtral: Path, compile: Compile, tmp_path: Path
+) -> None:
+    killed(tmp_path / "out", after="rename")
+    got = compile(mixtral, tmp_path / "out")
+    left = f"the rest of its run in {tmp_path}/out.partial is removed now"
+    says = f"out exists and is complete: {left}; choose another output folder or remove it\n"
+    assert got.code == 2 and got.err.endswith(says)
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["config.json"]
+
+
+def test_a_run_killed_before_the_rename_goes_on(
+    mixtral: Path, compile: Compile, tmp_path: Path
+) -> None:
+    def half(self: Draft) -> None:
+        (self.folder / "over").touch()
+        interrupt()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Draft, "finish", half)
+        assert compile(mixtral, tmp_path / "out").code == 130
+    again = compile(mixtral, tmp_path / "out")
+    assert again.code == 0 and "3 stages of it are finished" in again.err
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_run_interrupted_after_the_rename_has_made_its_output(
+    mixtral: Path, compile: Compile, tmp_path: Path
+) -> None:
+    finish = Draft.finish
+
+    def late(self: Draft) -> None:
+        finish(self)
+        interrupt()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Draft, "finish", late)
+        got = compile(mixtral, tmp_path / "out")
+    assert got.code == 130 and "kept" not in got.err and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("after", ["", "mark"])
+def test_unfinished_work_beside_an_output_of_the_users_stays(after: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed(out, after=after)
+    out.mkdir()
+    before = content(tmp_path)
+    with pytest.raises(MoeccError, match="out exists; choose another output folder or remove it"):
+        Draft(out, "partial")
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("after", ["", "mark"])
+def test_what_a_killed_export_left_is_removed_by_the_next(after: str, tmp_path: Path) -> None:
+    killed(tmp_path / "out", "export", after=after)
+    with new_folder(tmp_path / "out") as folder:
+        assert names(folder) == []
+        (folder / "new").touch()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["new"]
+
+
+def test_an_output_has_one_writer(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with new_folder(out) as folder:
+        (folder / "mine").touch()
+        with pytest.raises(Busy, match=r"out\.export is in use by another run"), new_folder(out):
+            pass
+        with new_folder(tmp_path / "other"), Draft(out, "partial") as other:
+            other.remove()
+    assert names(tmp_path) == ["other", "out"] and names(out) == ["mine"]
+
+
+def test_an_output_that_is_made_while_its_lock_is_waited_for_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = draft.FileLock.acquire
+
+    def late(self: draft.FileLock) -> object:
+        (tmp_path / "out").mkdir()
+        return acquire(self)
+
+    monkeypatch.setattr(draft.FileLock, "acquire", late)
+    with pytest.raises(Busy, match="was in use by another run; run again"):
+        Draft(tmp_path / "out", "partial")
+    assert names(tmp_path) == ["out"]
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "file": (lambda p: p.write_text("mine", encoding="utf-8"), "is no folder"),
+    "link": (lambda p: p.symlink_to(p.parent), "is no folder"),
+    "folder": (lambda p: (p / "output").mkdir(parents=True), "holds no interrupted run"),
+    "more": (
+        lambda p: [killed(p.with_suffix(""), p.suffix[1:]), (p / "notes.txt").touch()],
+        "holds 'notes.txt', which moecc did not write",
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", ["partial", "export"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_lies_under_the_draft_s_name_is_never_removed(
+    kind: str, suffix: str, tmp_path: Path
+) -> None:
+    make, says = FOREIGN[kind]
+    make(tmp_path / f"out.{suffix}")
+    before = content(tmp_path)
+    with pytest.raises(MoeccError, match=f"out.{suffix} is there and {says}; move it away"):
+        Draft(tmp_path / "out", suffix)
+    assert content(tmp_path) == before
+
+
+def test_what_a_user_puts_into_a_draft_outlives_it(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out"):
+        (tmp_path / "out.export" / "notes.txt").write_text("mine", encoding="utf-8")
+    assert names(tmp_path / "out.export") == ["moecc.lock", "notes.txt"]
+
+
+@pytest.mark.parametrize("out", ["..", "new/..", "x" * 300, "a\0b", "\ud800"])
+def test_a_name_that_no_folder_can_have_is_refused(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MoeccError, match=r"exists|can't be made: "), new_folder(Path(out)):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_failed_export_removes_the_folders_that_were_made_for_it(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "new" / "deeper" / "out"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+def test_a_pipe_that_nobody_reads_leaves_finished_work(mixtral: Path, tmp_path: Path) -> None:
+    """A program that calls compile_model may say lines to anything."""
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("reloaded"):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        compile_model(str(mixtral), QUICK, tmp_path / "out", rows=8, length=32, say=say)
+    assert names(tmp_path) == ["out.partial"]
+    got = compile_model(str(mixtral), QUICK, tmp_path / "out", rows=8, length=32, say=lines.append)
+    assert any("3 stages of it are finished" in line for line in lines)
+    assert got["out"] == str(tmp_path / "out") and names(tmp_path) == ["out"]
+
+
+def test_a_run_that_is_stopped_says_what_it_keeps(
+    mixtral: Path, compile: Compile, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, "after saving", 2, interrupt)
+        got = compile(mixtral, tmp_path / "out")
+    kept = f"2 finished stages are kept in {tmp_path}/out.partial: run the same command again"
+    assert got.code == 130 and kept in got.err and names(tmp_path) == ["out.partial"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, "before saving", 1, interrupt)
+        got = compile(mixtral, tmp_path / "new")
+    assert got.code == 130 and "kept" not in got.err and names(tmp_path) == ["out.partial"]
