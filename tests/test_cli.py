@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from families import config, make
 from made import ROOT, TINYMOE, Command, copy_tokenizer
 
+from moecc.cli import calls
 from moecc.errors import MoeccError
 
 torch.set_num_threads(1)
@@ -160,6 +162,48 @@ def test_each_kind_of_error_has_its_exit_code(
         monkeypatch.setenv("MOECC_DEBUG", "1")
         assert ("Traceback" in moecc("inspect", TINYMOE).err) == (code != 130)
         monkeypatch.delenv("MOECC_DEBUG")
+
+
+def test_too_little_memory_is_one_line(moecc: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr("moecc.commands.inspect.inspect_model", raising(error))
+        got = moecc("inspect", TINYMOE)
+        assert got.code == 2 and got.err.splitlines()[-1].startswith("moecc: error: out of memory (")
+
+
+class Closed(io.StringIO):
+    """A stream that nobody reads any more."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_a_closed_stderr_ends_no_run(moecc: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[int] = []
+
+    def inspecting(*args: object, **kwargs: object) -> NoReturn:
+        for line in ("a remark", "another"):
+            calls.say(line)
+            print("a library's chatter", flush=True)
+            said.append(1)
+        raise MoeccError("no model")
+
+    monkeypatch.setattr("moecc.commands.inspect.inspect_model", inspecting)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert moecc("inspect", TINYMOE).code == 2 and said == [1, 1]
+
+
+def test_a_process_without_stderr_writes_remarks_into_no_other_file(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.close(2); sys.stderr = None\n"
+        "from moecc import cli; cli.main(['passes', 'x'])\n"
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); assert file.fileno() > 2\n"
+        "os.write(2, b'a remark'); file.close(); print(open(file.name).read())"
+    )
+    assert process("-c", code) == (0, "\n", "")
 
 
 def test_help_and_version_go_to_stdout(moecc: Command) -> None:

@@ -15,16 +15,21 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TextIO
 
 from moecc.cli.arguments import parser
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, out_of_memory, reason
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    debug = os.environ.get("MOECC_DEBUG", "0") not in ("", "0")
+    _open_streams()
+    with contextlib.redirect_stderr(_Remarks(sys.stderr)):
+        return _main(argv, os.environ.get("MOECC_DEBUG", "0") not in ("", "0"))
+
+
+def _main(argv: Sequence[str] | None, debug: bool) -> int:
     try:
         with _termination():
             try:
@@ -43,8 +48,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoeccError as error:
         return _fail(f"error: {error}", 2, debug)
     except (Exception, SystemExit) as error:  # a library's exit is no success of the command
+        if out_of_memory(error):
+            why = f"out of memory ({reason(error)}); end other programs or give fewer rows"
+            return _fail(f"error: {why}", 2, debug)
         hint = "" if debug else "; MOECC_DEBUG=1 shows where"
         return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 3, debug)
+
+
+def _open_streams() -> None:
+    """Open what the caller has closed of stdin, stdout and stderr, to read and write nothing.
+
+    Else the next file to be opened, such as one of weights, would have that number, and a
+    library that prints would write into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, number)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8"))
+
+
+class _Remarks:
+    """stderr, whose closing ends no run: what nobody reads is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except OSError:
+            # what is still in buffers must not fail at exit
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 class Terminated(KeyboardInterrupt):
