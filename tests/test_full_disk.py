@@ -118,7 +118,7 @@ FAULTS = {
     "the weights": (no_sync(10), f"output/model.safetensors .* {FULL}; free some space", 3),
     "the small files": (
         failing("moecc.artifact.write._json", full),
-        f"writing .*out failed: {FULL}; make room or choose another place",
+        f"writing .*out failed: {FULL}; free some space or write elsewhere",
         3,
     ),
     "a limit on sizes": (
@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing(
     refused: Refused, mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moecc.commands.compile.copy_small_files", full)
-    assert "writing out failed: No space left on device; make room" in refused(mixtral)
+    assert "writing out failed: No space left on device; free some space" in refused(mixtral)
 
 
 @pytest.mark.parametrize("fits", [True, False])

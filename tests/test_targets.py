@@ -111,7 +111,7 @@ def test_offsets_without_a_place_are_refused_and_nothing_is_left(tmp_path: Path)
         export_artifact(str(tmp_path / "art"), "dense", tmp_path / "float")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["art", "model"]
     (tmp_path / "float").mkdir()
-    with pytest.raises(MoeccError, match="float exists; give another folder"):
+    with pytest.raises(MoeccError, match="float exists; choose another output folder"):
         export_artifact(str(source), "dense", tmp_path / "float")
 
 
@@ -168,7 +168,7 @@ def test_an_export_touches_nothing_beside_it(tmp_path: Path) -> None:
     assert names == ["float", "float.partial", "model"]
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for out, why in (
-        (tmp_path / "link", "exists; give another folder"),
+        (tmp_path / "link", "exists; choose another output folder"),
         (source / "config.json" / "deeper", "can't be made: "),
         (tmp_path / ("x" * 300), "can't be made: File name too long"),
     ):

@@ -12,7 +12,6 @@ of that name that holds anything else is the user's and is left alone.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
+from moecc.checkpoint.files import make_room
 from moecc.errors import MoeccError
 
 _LOCK, _JOURNAL, _OUTPUT, _OVER = "moecc.lock", "journal", "output", "over"
@@ -189,9 +189,7 @@ def failure(out: Path, draft: Path, error: OSError) -> str:
     why, file = error.strerror or error, error.filename
     if isinstance(file, str) and not Path(file).is_relative_to(draft):
         return f"can't read {file}: {why}; mend it and run again"
-    if error.errno == errno.EFBIG:
-        return f"writing {out} failed: {why}; raise the limit on file sizes (ulimit -f)"
-    return f"writing {out} failed: {why}; make room or choose another place"
+    return f"writing {out} failed: {why}; {make_room(error)}"
 
 
 def _require_possible(out: Path) -> None:

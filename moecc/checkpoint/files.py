@@ -199,7 +199,7 @@ def write_safetensors(
     except OSError as error:
         raise MoeccError(
             f"can't write {path} ({8 + len(head) + end} bytes): {error.strerror or error}; "
-            "free some space or write elsewhere"
+            f"{make_room(error)}"
         ) from error
     finally:
         part.unlink(missing_ok=True)
@@ -241,6 +241,13 @@ def free_space(path: Path, needed_bytes: int) -> None:
             f"{path} needs {size(needed_bytes)} and its disk has {size(free)} free; "
             "free some or write elsewhere"
         ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def make_room(error: OSError) -> str:
+    """Return what to do about a failed write."""
+    if error.errno == errno.EFBIG:
+        return "raise the limit on file sizes (ulimit -f)"
+    return "free some space or write elsewhere"
 
 
 def size(count: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moecc.checkpoint.files import make_room
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 
@@ -62,5 +63,5 @@ class Dump:
         try:
             yield self.folder
         except OSError as error:
-            why = error.strerror or error
-            raise MoeccError(f"can't write to --dump {self.folder}: {why}; make room") from error
+            why = f"{error.strerror or error}; {make_room(error)}"
+            raise MoeccError(f"can't write to --dump {self.folder}: {why}") from error
