@@ -168,7 +168,8 @@ def test_too_little_memory_is_one_line(moecc: Command, monkeypatch: pytest.Monke
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         monkeypatch.setattr("moecc.commands.inspect.inspect_model", raising(error))
         got = moecc("inspect", TINYMOE)
-        assert got.code == 2 and got.err.splitlines()[-1].startswith("moecc: error: out of memory (")
+        line = got.err.splitlines()[-1]
+        assert got.code == 2 and line.startswith("moecc: error: out of memory (")
 
 
 class Closed(io.StringIO):

@@ -32,7 +32,7 @@ from moecc.commands.dump import Dump
 from moecc.commands.inspect import least_bytes
 from moecc.commands.report import write_report
 from moecc.commands.rows import longest, require_rows, rows_digest, token_rows, tokenizer_of
-from moecc.errors import MoeccError, may_pass, out_of_memory
+from moecc.errors import MoeccError, may_pass, naming, out_of_memory
 from moecc.frontend.config import read_config
 from moecc.frontend.trace import trace
 from moecc.ir import vq4
@@ -117,7 +117,8 @@ def compile_model(
         if ids is not None:
             require_rows(program, ids)
         if target is not None:
-            target.check(folder)
+            with naming(target):
+                target.check(folder)
         if program.restriction:
             say(f"note: the trace holds for {program.restriction} only")
         job = Job(
