@@ -19,7 +19,7 @@ def moecc_command(*args: str | Path) -> tuple[Json, float, int]:
 
     Raise MoeccError, with the command's last line of output, if it fails.
     """
-    command = [sys.executable, "-m", "moecc.cli", *map(str, args), "--json"]
+    command = [sys.executable, "-P", "-m", "moecc.cli", *map(str, args), "--json"]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)

@@ -98,6 +98,46 @@ def test_an_unwritable_cache_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         build.library()
 
 
+@pytest.mark.parametrize("what", ["cache", "cache/ops", "cache/ops/library"])
+def test_a_library_that_others_could_replace_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[list[str]], what: str
+) -> None:
+    monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "cache"))
+    library = build.library()
+    count, part = len(calls), library if what.endswith("library") else tmp_path / what
+    for mode in (0o775, 0o757):
+        part.chmod(mode)
+        with pytest.raises(MoeccError, match=rf"others may write to {part}; chmod go-w"):
+            build.library()
+        part.chmod(0o755)
+    assert build.library() == library and len(calls) == count
+
+
+def test_a_library_that_belongs_to_another_user_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[list[str]]
+) -> None:
+    build.library()
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    if owner == 0:
+        os.chown(tmp_path / "ops", 4711, -1)
+    with pytest.raises(MoeccError, match="belongs to another user; set MOECC_CACHE"):
+        build.library()
+
+
+def test_nobody_else_may_write_to_a_new_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[list[str]]
+) -> None:
+    monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "a" / "b"))
+    before = os.umask(0)
+    try:
+        library = build.library()
+    finally:
+        os.umask(before)
+    for part in (library, *library.parents[:3]):
+        assert not part.stat().st_mode & 0o022, part
+
+
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_kernels_compute_what_plain_loops_do(
     machine: str,

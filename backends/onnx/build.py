@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from moecc.backends.onnx.owned import make_own, require_own
 from moecc.errors import MoeccError
 
 NATIVE = Path(__file__).with_name("native")
@@ -57,7 +58,8 @@ def library(*, sanitize: bool = False) -> Path:
 
     It is compiled unless the cache has it: $MOECC_CACHE/ops, else ~/.cache/moecc/ops. Its name has
     a digest of sources, flags and compiler. sanitize: with address and undefined-behaviour checks,
-    for tests. Raise MoeccError if there is no compiler or if it fails.
+    for tests. Raise MoeccError if there is no compiler, if it fails, or if someone else may write
+    to the cache: a library is code that runs.
     """
     return compiled(compiler(), platform.machine(), SANITIZE if sanitize else ())
 
@@ -71,15 +73,17 @@ def compiled(cxx: tuple[str, ...], machine: str, flags: tuple[str, ...] = ()) ->
     digest = hashlib.sha256(repr((_version(cxx), machine, FLAGS, flags, own)).encode())
     for path in sorted((*NATIVE.glob("*.h"), *NATIVE.glob("*.cc"))):
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
-    folder = Path(os.environ.get("MOECC_CACHE") or "~/.cache/moecc").expanduser() / "ops"
+    folder = Path(os.environ.get("MOECC_CACHE") or "~/.cache/moecc").expanduser().resolve() / "ops"
     result = folder / f"moecc_ops-{digest.hexdigest()[:16]}.so"
-    if result.is_file():
-        return result
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            made = _compile(cxx, sources, own, flags, Path(place))
-            made.replace(result)  # at once: another process finds all of the file or none
+        make_own(folder)
+        require_own(folder)
+        if not result.is_file():
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                made = _compile(cxx, sources, own, flags, Path(place))
+                made.chmod(0o755)
+                made.replace(result)  # at once: another process finds all of the file or none
+        require_own(result)
     except OSError as error:
         raise MoeccError(
             f"can't write the op library to {folder}: {error.strerror}; set MOECC_CACHE"
@@ -108,10 +112,19 @@ def _compile(
 
 
 def run(command: list[str]) -> str:
-    """Return what a compiler prints. Raise MoeccError with its first complaint if it fails."""
+    """Return what a compiler prints. Raise MoeccError with its first complaint if it fails.
+
+    It runs in the folder of the sources. In the current one, which may have been downloaded, files
+    could pass for its headers (an empty entry in CPATH) or its modules (CXX="python -m ...").
+    """
     try:
         done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", check=False
+            command,
+            cwd=NATIVE,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
         )
     except OSError as error:
         raise MoeccError(
@@ -133,12 +146,12 @@ def compiler() -> tuple[str, ...]:
     Raise MoeccError if there is none.
     """
     if chosen := shlex.split(os.environ.get("CXX", "")):
-        if not shutil.which(chosen[0]):
+        if not (found := shutil.which(chosen[0])):
             raise MoeccError(f"CXX is '{chosen[0]}', which is not installed")
-        return tuple(chosen)
+        return (os.path.abspath(found), *chosen[1:])  # for `run`, which is in another folder
     for name in COMPILERS:
-        if shutil.which(name):
-            return (name,)
+        if found := shutil.which(name):
+            return (os.path.abspath(found),)
     raise MoeccError("the op library needs a C++17 compiler: install g++ or clang++, or set CXX")
 
 

@@ -116,25 +116,28 @@ def _write_beside(
 ) -> Path | None:
     """Write what goes with the model: op library, genai's configuration.
 
-    Return the op library, None if the profile has none or it cannot be built.
+    Return the op library in the cache, None if the profile has none or it cannot be built.
     """
     library = _library(partial, say) if options.profile == "native" else None
-    settings = genai.config(found, cached, folder, library)
+    beside = None if library is None else partial / LIBRARY
+    settings = genai.config(found, cached, folder, beside)
     text = json.dumps(settings, indent=1) + "\n"
     (partial / genai.FILE).write_text(text, encoding="utf-8")
     return library
 
 
 def _library(partial: Path, say: Say) -> Path | None:
-    """Copy the op library beside the model.
+    """Copy the op library beside the model; return the one in the cache.
 
     Return None if it cannot be built: the functions in the file run everywhere.
     """
     try:
-        return shutil.copyfile(build.library(), partial / LIBRARY)
+        library = build.library()
     except MoeccError as error:
         say(f"no op library: {error}. The model runs by its portable functions")
         return None
+    shutil.copyfile(library, partial / LIBRARY)
+    return library
 
 
 def _rounding(model: ir.Model, options: OnnxTarget) -> str:

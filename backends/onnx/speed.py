@@ -70,7 +70,8 @@ def _require_positions(folder: Path, length: int) -> None:
 def _apart(model: Path, library: Path | None, threads: int, prompt: int, new_tokens: int) -> Json:
     """Return the row that `measure` finds in a new process."""
     arguments = [str(model), str(library or ""), str(threads), str(prompt), str(new_tokens)]
-    command = [sys.executable, "-m", __name__, *arguments]
+    # -P: without it, a statistics.py in the current folder would be imported, and run
+    command = [sys.executable, "-P", "-m", __name__, *arguments]
     done = subprocess.run(
         command, capture_output=True, encoding="utf-8", errors="replace", check=False
     )
