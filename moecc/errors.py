@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +25,19 @@ def reason(error: BaseException) -> str:
     return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")
 
 
+def fault(error: BaseException, owner: object) -> str:
+    """Return the type and message of an error in a pass or a target, and the line that raised it.
+
+    owner: the pass or target, or what to call it. The line is the last one of its own file, else
+    of any.
+    """
+    cls = owner if isinstance(owner, type) else type(owner)
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    last = [*frames, *(f for f in frames if f.filename == file)][-1]
+    return f"{type(error).__name__}: {reason(error)} ({last.filename}, line {last.lineno})"
+
+
 @contextmanager
 def naming(what: object) -> Iterator[None]:
     """Make any other error inside a MoeccError that says `what` failed.
@@ -35,7 +50,7 @@ def naming(what: object) -> Iterator[None]:
     except MoeccError:
         raise
     except (Exception, SystemExit) as error:
-        raise MoeccError(f"{what} failed: {type(error).__name__}: {reason(error)}") from error
+        raise MoeccError(f"{what} failed: {fault(error, what)}") from error
 
 
 def out_of_memory(error: BaseException) -> bool:

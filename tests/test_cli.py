@@ -15,6 +15,7 @@ import torch
 from families import config, make
 from made import ROOT, TINYMOE, Command, copy_tokenizer
 
+from moecc import cli
 from moecc.cli import calls
 from moecc.errors import MoeccError
 
@@ -223,6 +224,29 @@ def process(*args: str) -> tuple[int, str, str]:
 def test_a_process_ends_with_the_exit_code() -> None:
     line = "moecc: error: no pass 'kbvqq'; did you mean 'kbvq'?\n"
     assert process("-m", "moecc.cli", "passes", "kbvqq") == (2, "", line)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_text_that_a_stream_cannot_encode_is_escaped(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lone surrogate, of bytes in an argument that are no text, fits no encoding."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, errors="strict") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    made = {"prompt": "日本", "text": "né\udcff"}
+
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
+        raise MoeccError("no 日本")
+
+    monkeypatch.setattr("moecc.commands.generate.generate", lambda *args, **kwargs: made)
+    assert cli.main(["generate", "MODEL"]) == 0
+    monkeypatch.setattr("moecc.commands.generate.generate", refuse)
+    assert cli.main(["generate", "MODEL"]) == 2
+    assert out.errors == err.errors == "strict"
+    said, complained = (stream.buffer.getvalue() for stream in (out, err))  # type: ignore[attr-defined]
+    assert said == "日本né\udcff\n".encode(encoding, "backslashreplace")
+    assert complained == "moecc: error: no 日本\n".encode(encoding, "backslashreplace")
 
 
 def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from pipelines import Tiny, derive, idle, resolved
 from torch import Tensor
 from torch._ops import OpOverload
 
+from moecc.commands.compile import compile_model
+from moecc.commands.inspect import inspect_model
 from moecc.errors import MoeccError
 from moecc.ir import ops
 from moecc.ir.program import Program
@@ -48,6 +51,22 @@ class Touch(LayerPass):
         return False
 
 
+OWN = """from collections import ChainMap
+from dataclasses import dataclass
+from moecc.pipeline.passes import Pass
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Pass):
+    name = "own"
+
+    def run(self, program, ctx):
+        return False
+
+    def METHOD(self, *args):
+        ChainMap()["nothing"]
+"""
+
+
 def failure(program: Program, batches: list[Tensor], *passes: Pass) -> str:
     """Return the message with which a run of these passes fails."""
     with pytest.raises(MoeccError) as found:
@@ -60,7 +79,9 @@ def test_a_failure_names_pass_and_layer_and_the_passes_before_it(
 ) -> None:
     moments = find_pass("moments")()
     message = failure(tiny("MD"), batches, moments, Touch(fail_in=2))
-    assert message == "touch{fail_in=2} failed in layer 1 (after moments): RuntimeError: boom"
+    where = "touch{fail_in=2} failed in layer 1 (after moments): RuntimeError: boom"
+    line = Touch.run_layer.__code__.co_firstlineno + 5
+    assert message == f"{where} ({__file__}, line {line})"
     assert failure(tiny("MD"), batches, Touch(fail_in=1, how="moecc")) == (
         "touch{fail_in=1,how=moecc} failed in layer 0: it does not fit"
     )
@@ -151,7 +172,26 @@ def test_a_model_pass_that_fails_names_no_layer(tiny: Tiny) -> None:
         raise ValueError("no luck")
 
     broken = derive(Pass, "broken", run=run)
-    assert failure(tiny("M"), [], broken) == "broken failed: ValueError: no luck"
+    line = run.__code__.co_firstlineno + 1
+    said = f"broken failed: ValueError: no luck ({__file__}, line {line})"
+    assert failure(tiny("M"), [], broken) == said
+
+
+@pytest.mark.parametrize("method", ["check", "run", "estimate", "files"])
+def test_a_fault_in_a_pass_of_ones_own_names_its_file_and_line(
+    method: str, model: Path, tmp_path: Path
+) -> None:
+    """A library's line would not say which line of the pass to look at."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN.replace("METHOD", method))
+    with pytest.raises(MoeccError) as found:
+        if method == "estimate":
+            inspect_model(str(model), passes=str(file))
+        else:
+            options: dict[str, Any] = {"rows": 1, "length": 16, "say": lambda line: None}
+            compile_model(str(model), str(file), tmp_path / "out", **options)
+    assert str(found.value) == f"{file} failed: KeyError: 'nothing' ({file}, line 13)"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pass_that_needs_data_asks_for_it(tiny: Tiny) -> None:

@@ -1,14 +1,16 @@
 """The command line: it reads its arguments first, and imports what a command needs after.
 
-Results go to stdout (with --json exactly one object), remarks and progress to stderr. Exit codes:
-0 done; 1 `diff` found a difference; 2 bad input, in one line; 3 a fault of moecc's own; 130
-interrupted; 141 stdout was closed; 143 terminated. MOECC_DEBUG=1 shows tracebacks.
+Results go to stdout (with --json exactly one object), remarks and progress to stderr, and what an
+encoding lacks goes there as escapes. Exit codes: 0 done; 1 `diff` found a difference; 2 bad input,
+in one line; 3 a fault of moecc's own; 130 interrupted; 141 stdout was closed; 143 terminated.
+MOECC_DEBUG=1 shows tracebacks.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
@@ -25,7 +27,11 @@ from moecc.errors import MoeccError, out_of_memory, reason
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     _open_streams()
-    with contextlib.redirect_stderr(_Remarks(sys.stderr)):
+    with (
+        _escaping(sys.stdout),
+        _escaping(sys.stderr),
+        contextlib.redirect_stderr(_Remarks(sys.stderr)),
+    ):
         return _main(argv, os.environ.get("MOECC_DEBUG", "0") not in ("", "0"))
 
 
@@ -93,6 +99,24 @@ class _Remarks:
             # what is still in buffers must not fail at exit
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def _escaping(stream: TextIO) -> Iterator[None]:
+    """Let a stream write a character that its encoding lacks as an escape, instead of failing.
+
+    Windows gives a pipe one of 256 characters, and a locale of C gives ASCII.
+    """
+    if not isinstance(stream, io.TextIOWrapper):  # in memory: it holds any text
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it flushes, but the reader may have gone
+            stream.reconfigure(errors=before)
 
 
 class Terminated(KeyboardInterrupt):

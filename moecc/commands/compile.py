@@ -335,7 +335,10 @@ def _require_fresh(program: Program, model: str, say: Say) -> str:
 
 
 def _pass_files(passes: list[Pass]) -> dict[str, str]:
-    files = [file for p in passes for file in p.files()]
+    files: list[Path] = []
+    for p in passes:
+        with naming(p):
+            files += p.files()
     missing = next((f for f in files if not f.is_file()), None)
     if missing is not None:
         raise MoeccError(f"no file {missing}, which a pass needs; check its path")

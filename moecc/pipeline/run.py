@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moecc.errors import MoeccError, naming, reason
+from moecc.errors import MoeccError, fault, naming
 from moecc.ir.program import Program
 from moecc.pipeline import storable
 from moecc.pipeline.bits import per_weight, stored_bits
@@ -214,8 +214,7 @@ def _naming(p: Pass, done: Sequence[Pass], stage: int | None) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         where = "" if stage is None else f" in layer {stage - 1}"
         after = f" (after {', '.join(q.name for q in done)})" if done else ""
-        ours = isinstance(error, MoeccError)
-        why = str(error) if ours else f"{type(error).__name__}: {reason(error)}"
+        why = str(error) if isinstance(error, MoeccError) else fault(error, p)
         raise MoeccError(f"{p} failed{where}{after}: {why}") from error
 
 
