@@ -88,7 +88,7 @@ class Case:
         }
 
     def expected(self, given: Tensors) -> Tensor:
-        """Output, keys and values, one after the other in one row."""
+        """Output, keys and values with the room behind them, one after the other in one row."""
         t = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
         parts = t["rows"].split(self.attributes()["parts"], -1)
         widths = (self.width, self.width, self.value_width)
@@ -98,15 +98,20 @@ class Case:
         q, k = (
             self._turned(self._normed(x, t.get(f"{n}_norm")), t) for n, x in (("q", q), ("k", k))
         )
+        total = self.past + self.tokens
         keys = torch.cat(
             [t["past_key"][:, :, : self.past], k.half().double() if self.half else k], 2
         )
         values = torch.cat([t["past_value"][:, :, : self.past], v], 2)
+        present = [
+            torch.cat([new, t[n][:, :, total:]], 2)
+            for n, new in (("past_key", keys), ("past_value", values))
+        ]
         repeat = self.heads // self.groups
         scores = q @ keys.repeat_interleave(repeat, 1).mT * self.attributes()["scale"]
         shares = scores.masked_fill(~t["mask"], -torch.inf).softmax(-1).nan_to_num()
         y = (shares @ values.repeat_interleave(repeat, 1)).transpose(1, 2)
-        return torch.cat([x.flatten() for x in (y, keys, values)])
+        return torch.cat([x.flatten() for x in (y, *present)])
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         return (
@@ -156,13 +161,13 @@ LIBRARY_ONLY = {"few angles", "blind"}
 
 def write(folder: Path, name: str, case: Case, given: Tensors, *, functions: bool = False) -> None:
     h, kind = onnx.helper, TYPES[torch.float16 if case.half else torch.float32]
-    total = case.past + case.tokens
+    total = case.past + max(case.tokens, case.room)
     nodes = [
         h.make_node(
             case.name, list(given), ["y", "key", "value"], domain="moecc", **case.attributes()
         )
     ]
-    # Cut off the room of the cache.
+    # An output of another size is cut, and then of another shape than expected.
     for n, size in (("y", case.tokens), ("key", total), ("value", total)):
         axis = 1 if n == "y" else 2
         nodes += [h.make_node("Slice", [n, "zero", f"{n}_size", f"{n}_axis"], [f"{n}_cut"])]

@@ -25,7 +25,7 @@ from moecc.errors import MoeccError
 from moecc.frontend.config import text_config
 from moecc.frontend.simplify import simplify
 from moecc.frontend.skeleton import Skeleton
-from moecc.frontend.traceable import traceable
+from moecc.frontend.traceable import logits_alone, traceable
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -112,7 +112,7 @@ def capture_cached(found: Skeleton) -> Cached:
     """
     _require_plain_cache(found)
     dynamic, batch = Dim.DYNAMIC, {0: Dim.DYNAMIC}
-    with traceable(found):
+    with traceable(found), logits_alone(found.model):
         cache = _cache_shapes(found)
         with found.mode or nullcontext():
             example = _example(found, cache)

@@ -13,6 +13,7 @@ from moecc.artifact import hf
 from moecc.checkpoint.memory import free_memory
 from moecc.errors import MoeccError, reason
 from moecc.frontend.trace import trace
+from moecc.frontend.traceable import logits_alone
 from moecc.ir.program import Program
 from moecc.pipeline.stream import run_program
 
@@ -73,5 +74,5 @@ def _reloaded(folder: Path, batches: Sequence[Tensor], by_transformers: bool) ->
 @torch.no_grad()
 def _by_transformers(folder: Path, batches: Sequence[Tensor]) -> list[Tensor]:
     model = hf.load(str(folder), torch.float32)
-    model.config.use_cache = False
-    return [model(input_ids=ids)[0].float() for ids in batches]
+    with logits_alone(model):
+        return [model(input_ids=ids)[0].float() for ids in batches]

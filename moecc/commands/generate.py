@@ -14,6 +14,7 @@ from moecc.commands.rows import tokenizer_of
 from moecc.errors import MoeccError, reason
 from moecc.frontend.config import longest_row, quantization_method, read_config
 from moecc.frontend.skeleton import bare
+from moecc.frontend.traceable import logits_alone
 from moecc.types import FamilyModule, Json
 
 
@@ -63,13 +64,14 @@ def generate(
     if temperature > 0:
         settings["temperature"] = temperature
         torch.manual_seed(seed)
-    made = loaded.generate(
-        input_ids=ids.long(),
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        pad_token_id=tokenizer.eos_token_id if padding is None else padding,
-        **settings,
-    )
+    with logits_alone(loaded):  # generate() decides about the cache by itself
+        made = loaded.generate(
+            input_ids=ids.long(),
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            pad_token_id=tokenizer.eos_token_id if padding is None else padding,
+            **settings,
+        )
     tokens = made[0, length:]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return {"model": model, "prompt": prompt, "text": text, "tokens": tokens.tolist()}

@@ -31,7 +31,7 @@ from moecc.errors import MoeccError
 from moecc.frontend import shapes, stages
 from moecc.frontend.simplify import simplify
 from moecc.frontend.skeleton import Skeleton
-from moecc.frontend.traceable import no_cache, only_input_ids, traceable
+from moecc.frontend.traceable import logits_alone, only_input_ids, traceable
 from moecc.ir import ops
 from moecc.ir.restriction import Restriction
 
@@ -62,7 +62,7 @@ def _export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
     with found.mode or nullcontext():
         ids = torch.zeros(batch, sequence, dtype=torch.long)
     dynamic = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
-    with traceable(found), no_cache(found.model), only_input_ids(found.model):
+    with traceable(found), logits_alone(found.model), only_input_ids(found.model):
         return torch.export.export(
             found.model, (), {"input_ids": ids}, dynamic_shapes=dynamic, strict=False
         )

@@ -1,7 +1,7 @@
 """What a model needs in place while torch.export traces it; afterwards it is as it was.
 
 `traceable`         evaluation mode, moecc's experts and methods, opaque scans, plain masks
-`no_cache`          use_cache off
+`logits_alone`      no cache, no auxiliary loss and no inner states beside the logits
 `only_input_ids`    a forward that takes input_ids and nothing else
 """
 
@@ -49,22 +49,32 @@ def traceable(found: Skeleton) -> Iterator[None]:
         ) from error
 
 
+# Switches of a configuration that give a model more outputs, or the same ones in another form.
+_OUTPUTS = {
+    "use_cache": False,
+    "output_router_logits": False,  # puts the auxiliary loss in front of the logits
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
+
+
 @contextmanager
-def no_cache(model: nn.Module) -> Iterator[None]:
-    """Switch use_cache off in every configuration: a cache would be an output of the program."""
-    configs: dict[int, Config] = {
-        id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None
-    }
-    before = [
-        (config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")
-    ]
-    for config, _ in before:
-        config.use_cache = False
+def logits_alone(model: nn.Module) -> Iterator[None]:
+    """Set the switches of every configuration so that logits are the model's only output."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs: list[Config] = list(found.values())
+    before = [dict(vars(c)) for c in configs]
+    for config in configs:
+        for name, value in _OUTPUTS.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
     try:
         yield
     finally:
-        for config, value in before:
-            config.use_cache = value
+        for config, values in zip(configs, before, strict=True):
+            vars(config).clear()
+            vars(config).update(values)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 // The steps of attention:
 //
-//   1. the past is copied, and the new keys and values behind it; queries and keys are normed and
-//      rotated
+//   1. the past is copied, with the room behind it, and the new keys and values are written behind
+//      it; queries and keys are normed and rotated
 //   2. the queries of one group of heads share its keys: ROWS of them at a time are scored, masked
 //      and mixed. Keys that none of them may see are left out
 #include "attention.h"
@@ -89,12 +89,20 @@ class Run {
     }
   }
 
+  // Copies one group of the past but for the place of the new tokens: room behind them too, so that
+  // no output holds what was in memory before.
+  void copy(const void* past, void* present, int64_t channels) const {
+    const int64_t token = channels * bytes(), total = a_.total();
+    memcpy(present, past, a_.past * token);
+    if (a_.present_room > total) memcpy(at(present, total * token), at(past, total * token), (a_.present_room - total) * token);
+  }
+
   // Prepares one group: appends to its cache, makes its queries.
   void append(int64_t row, int64_t group) const {
     const int64_t i = row * a_.groups + group, d = a_.width, e = a_.value_width, past = a_.past, total = a_.total();
     void *key = key_of(i), *value = value_of(i);
-    if (key_ != a_.past_key) memcpy(key, at(a_.past_key, i * a_.past_room * d * bytes()), past * d * bytes());
-    if (value_ != a_.past_value) memcpy(value, at(a_.past_value, i * a_.past_room * e * bytes()), past * e * bytes());
+    if (key_ != a_.past_key) copy(at(a_.past_key, i * a_.past_room * d * bytes()), key, d);
+    if (value_ != a_.past_value) copy(at(a_.past_value, i * a_.past_room * e * bytes()), value, e);
     float* q = q_.at(i * per_group_ * a_.tokens * d);
     float* one = one_.at(i * d);
     for (int64_t t = 0; t < a_.tokens; t++) {

@@ -35,8 +35,8 @@ struct Attention {
 };
 
 // Computes y [batch, tokens, heads value_width], and present_key and present_value [batch, groups,
-// present_room, ...]: the past with the new keys and values behind it. They may be the memory of
-// the past; then nothing is copied.
+// present_room, ...]: the past with the new keys and values behind it, and the past's own numbers in
+// the room that is left. They may be the memory of the past; then nothing is copied.
 void attend(const Attention& a, const Kernels& kernels, const Parallel& parallel, void* y, void* present_key, void* present_value);
 
 }  // namespace moecc

@@ -5,8 +5,9 @@
   2. one node takes the place of all of it. Its function has the same operators, but does not
      repeat keys and values for grouped heads
   3. the op library has a kernel for the node, so a token costs one node instead of twenty. The
-     kernel takes a cache with room for more tokens than the mask has; it writes the new keys and
-     values into that cache and returns the same memory
+     kernel takes a cache with room for more tokens than the mask has (the function does not: ONNX
+     Runtime refuses it). If the outputs are the same memory, it writes the new keys and values into
+     that cache; else it copies the cache, with what lies in the room behind them
 
 ONNX Runtime ignores a function's overload, so the name says what a function does: it is
 CachedAttention, with Norm if each query and key is normed, with Rope if they are rotated.
