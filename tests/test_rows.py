@@ -10,7 +10,7 @@ import pytest
 import torch
 from made import TINYMOE
 
-from moecc.commands import rows
+from moecc.commands import rows, texts
 from moecc.commands.rows import default_text, rows_digest, token_rows, tokenizer_of
 from moecc.errors import MoeccError
 from moecc.ir.restriction import Restriction
@@ -85,7 +85,7 @@ def test_nul_separates_documents(tmp_path: Path, end: int | None) -> None:
 def test_only_slices_of_a_huge_file_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "_WHOLE", 4000)
+    monkeypatch.setattr(texts, "_WHOLE", 4000)
     for line in ("0123456789\n", "日本語テキスト"):
         file, tokenizer = written(tmp_path, line * 5000), Letters()
         got = token_rows(tokenizer, file, count=4, length=20)

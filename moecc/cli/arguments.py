@@ -103,9 +103,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="folder to write; must not exist",
     )
-    parser.add_argument(
-        "--calib", type=Path, metavar="FILE", help="calibration text (default: text of this Python)"
-    )
+    _text(parser, "--calib", "calibration")
     _rows(parser)
     parser.add_argument(
         "--backend",
@@ -134,9 +132,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", required=True, metavar="MODEL", help="the model it was compiled from"
     )
-    parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="evaluation text (default: text of this Python)"
-    )
+    _text(parser, "--text", "evaluation")
     _rows(parser)
     parser.add_argument(
         "--batch",
@@ -204,6 +200,17 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         default=64,
         metavar="N",
         help="decoded one by one (default: 64)",
+    )
+
+
+def _text(parser: argparse.ArgumentParser, option: str, purpose: str) -> None:
+    parser.add_argument(
+        option,
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help=f"{purpose} text, or .jsonl of texts or chats; several are read as one "
+        "(default: text of this Python)",
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ def compile_model(
     out: Path,
     *,
     bits: float | None = None,
-    calib: Path | None = None,
+    calib: Path | Sequence[Path] | None = None,
     rows: int = 64,
     length: int = 512,
     backend: str | None = None,
@@ -96,11 +96,11 @@ def compile_model(
 ) -> Json:
     """Compile `model` (folder or hub id) with the pipeline `passes` into the new folder `out`.
 
-    bits: the default of every pass option called bits. calib: a text file, by default text that
-    comes with Python; rows x length of its tokens are taken. backend: a target whose form is
-    written too. dump: a folder for the program's text after every pass. Return a summary of what
-    was written. Raise MoeccError, in one line and with nothing left behind, for bad input. If the
-    machine fails instead, finished work stays and the line says so.
+    bits: the default of every pass option called bits. calib: text files (`texts`), by default
+    text that comes with Python; rows x length of their tokens are taken. backend: a target whose
+    form is written too. dump: a folder for the program's text after every pass. Return a summary of
+    what was written. Raise MoeccError, in one line and with nothing left behind, for bad input. If
+    the machine fails instead, finished work stays and the line says so.
     """
     with Draft(out, "partial") as draft, _outlived(draft, say):
         texts = Dump(dump)
@@ -298,7 +298,7 @@ def _pipeline(passes: str, bits: float | None, say: Say) -> list[Pass]:
 
 def _calibration(
     folder: Path,
-    calib: Path | None,
+    calib: Path | Sequence[Path] | None,
     rows: int,
     length: int,
     passes: list[Pass],

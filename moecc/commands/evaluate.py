@@ -16,6 +16,7 @@ KL(reference || program) at the same S - 1 positions, mean, in nats.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -99,7 +100,7 @@ def evaluate_models(
     model: str,
     reference: str,
     *,
-    text: Path | None = None,
+    text: Path | Sequence[Path] | None = None,
     rows: int = 64,
     length: int = 512,
     batch: int = 8,
@@ -109,7 +110,8 @@ def evaluate_models(
 ) -> Json:
     """Return what `moecc eval --json` prints of the artifact or checkpoint `model`.
 
-    model, reference: folders or hub ids. text: a file; the default is text that comes with Python.
+    model, reference: folders or hub ids. text: files (`texts`); the default is text that comes with
+    Python.
     rows, length: the rows that are taken and the tokens of each. batch: rows computed together.
     Raise MoeccError if the two cannot be compared.
     """

@@ -1,7 +1,7 @@
 """Token rows for calibration and for evaluation.
 
-  1. A text file is tokenized whole, a huge one in evenly spaced slices, and cut into consecutive
-     rows of equal length. `count` evenly spaced rows are taken. NUL characters separate documents.
+  1. The documents of a text file (`texts`), or of several as if they were one, are tokenized and
+     cut into consecutive rows of equal length. `count` evenly spaced rows are taken.
   2. Without a file the text is what comes with the running Python: standard-library sources and
      `pydoc_data.topics`. A hash of a document's name decides whether it is for calibration or for
      evaluation, so that no compression is judged on the text it was made with.
@@ -13,11 +13,11 @@ The same text, tokenizer, count and length give the same rows.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
+import itertools
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from moecc.checkpoint.source import has_code
+from moecc.commands.texts import documents
 from moecc.errors import MoeccError, reason
 from moecc.frontend import shapes
 from moecc.frontend.config import longest_row, text_config
@@ -34,25 +35,22 @@ from moecc.types import Say, Tokenizer
 Purpose = Literal["calibration", "evaluation"]
 # characters taken of one document of the default text, so that a few long ones don't fill it
 _EXCERPT = 8192
-_WHOLE = 8 << 20  # bytes; a smaller file is always read whole
 # tables and test suites; pydoc_data's topics are taken by name
 _NOT_TEXT = {"encodings", "idlelib", "pydoc_data", "test"}
 _COPY = "copy the model's tokenizer files (tokenizer.json, tokenizer_config.json) into it"
 _UNBOUNDED = 1 << 30
-# bytes read of a huge file for each wanted token; tokenizers make one token of 2 to 6 bytes
-_SLICE = 16
 
 
 def token_rows(
     tokenizer: Tokenizer,
-    file: Path | None = None,
+    files: Path | Sequence[Path] | None = None,
     *,
     count: int = 64,
     length: int = 512,
     purpose: Purpose = "calibration",
     say: Say = lambda line: print(line, file=sys.stderr),
 ) -> Tensor:
-    """Return token ids i64 [count, length] of the text file, or of the default text of `purpose`.
+    """Return token ids i64 [count, length] of text files, or of the default text of `purpose`.
 
     A text that is too short for `count` rows gives fewer, and `say` gets a remark. Raise MoeccError
     if it is too short for one row, or is no text.
@@ -61,20 +59,23 @@ def token_rows(
         raise MoeccError(f"{count} rows of {length} tokens; give at least 1 row of 2 tokens")
     start = _beginning(tokenizer)
     body = length - len(start)
-    if file is None:
-        stream = _default_stream(tokenizer, purpose, count * body)
+    given = [Path(f) for f in ([files] if isinstance(files, str | Path) else files or ())]
+    name = ", ".join(map(str, given))
+    if given:
+        parts = [documents(file, tokenizer, count, length) for file in given]
+        stream = _tokens(tokenizer, itertools.chain(*parts))
     else:
-        stream = _tokens(tokenizer, _read(Path(file), count, length).split("\0"))
+        stream = _default_stream(tokenizer, purpose, count * body)
     found = len(stream) // body
     if found == 0:
         shorter = f"--length {len(stream)}" if len(stream) > 1 else "a smaller --length"
         raise MoeccError(
-            f"{file or 'the text that comes with Python'} has {len(stream)} tokens, "
+            f"{name or 'the text that comes with Python'} has {len(stream)} tokens, "
             f"fewer than one row of {length}; give a longer text or {shorter}"
         )
     if found < count:
         rows = f"{found} rows of {length} tokens, not {count}"
-        say(f"note: {file or 'the default text'} has {rows}; all are taken")
+        say(f"note: {name or 'the default text'} has {rows}; all are taken")
     take = min(count, found)
     cut = torch.tensor(stream[: found * body], dtype=torch.int64).view(found, body)
     picked = cut[torch.tensor([i * found // take for i in range(take)])]
@@ -176,58 +177,6 @@ def _tokens(tokenizer: Tokenizer, documents: Iterable[str], enough: int | None =
         if document:
             stream += (separator if stream else []) + _ids(tokenizer, document)
     return stream
-
-
-# ---------------------------------------------------------------- a file
-
-
-def _read(file: Path, count: int, length: int) -> str:
-    """Return the text of a file, or slices from all over a file that is much too long.
-
-    There is a slice for each of `count` rows, and a NUL between two. Raise MoeccError if the file
-    is no text.
-    """
-    if file.is_dir():
-        raise MoeccError(f"{file} is a folder; give a text file")
-    if not file.is_file():
-        wanted = "a UTF-8 text" + (" file" if not file.exists() else "")
-        raise MoeccError(f"no text file {file}; give the path of {wanted}")
-    try:
-        size = file.stat().st_size
-        whole = size <= max(_WHOLE, 2 * _SLICE * count * length)
-        raw = [file.read_bytes()] if whole else list(_slices(file, size, count, _SLICE * length))
-    except OSError as error:
-        raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
-    text = "\0".join(_decode(part, file) for part in raw).removeprefix("\ufeff")
-    if text.count("\0") > 16 + len(text) // 100:
-        raise MoeccError(f"{file} is binary; give a UTF-8 text file")
-    if not text.strip("\0 \t\r\n"):
-        raise MoeccError(f"{file} is empty; give a text file with some paragraphs")
-    return text.replace("\r\n", "\n")
-
-
-def _slices(file: Path, size: int, parts: int, each: int) -> Iterator[bytes]:
-    """Yield `parts` evenly spaced slices of `each` bytes, each from its first line break on."""
-    with open(file, "rb") as f:
-        for i in range(parts):
-            f.seek(i * size // parts)
-            part = f.read(each)
-            if i:
-                cut = part.find(b"\n") + 1
-                # without a line break, drop at least the rest of a character that was cut in two
-                part = part[cut:] if cut else part.lstrip(bytes(range(0x80, 0xC0)))
-            yield part
-
-
-def _decode(raw: bytes, file: Path) -> str:
-    try:
-        # an incremental decoder allows that the last character is cut off
-        return codecs.getincrementaldecoder("utf-8")().decode(raw)
-    except UnicodeDecodeError as error:
-        raise MoeccError(
-            f"{file} is no UTF-8 text (byte {error.start}: {error.reason}); "
-            "convert it (iconv -t utf-8) or give another"
-        ) from error
 
 
 # ---------------------------------------------------------------- the text that comes with Python
