@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, fx
 
 from moecc.artifact.schema import read_manifest
+from moecc.checkpoint.schema import METHOD
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.commands.agreement import LayerAgreement, LayerSums, Totals
 from moecc.commands.rows import require_rows, rows_digest, token_rows, tokenizer_of
 from moecc.errors import MoeccError
-from moecc.frontend.config import text_config
+from moecc.frontend.config import as_if_plain, quantization_method, text_config
+from moecc.frontend.skeleton import bare
 from moecc.frontend.trace import trace
 from moecc.ir.graph import run_nodes
 from moecc.ir.moe import MoE
@@ -192,9 +194,17 @@ def _evaluation(
         exact_agreement=sum(s.exact for s in layers) / sum(s.tokens for s in layers),
         tokens=totals.tokens,
         bits_per_weight_experts=experts_bits(program, reference),
-        bits_per_weight=everything_bits(program, reference),
+        bits_per_weight=everything_bits(program, reference, _weights(reference)),
         per_layer=tuple(s.layer() for s in layers),
     )
+
+
+def _weights(reference: Program) -> int | None:
+    """Return the number of weights that a compressed reference stands for; None for another."""
+    if reference.store is None or quantization_method(reference.config) != METHOD:
+        return None
+    plain = bare(as_if_plain(reference.config)).model.state_dict()
+    return sum(int(t.numel()) for name, t in plain.items() if name not in reference.store.tied)
 
 
 def _exp(x: float) -> float:

@@ -65,17 +65,18 @@ def experts_bits(program: Program, reference: Program | None = None) -> float:
     return per_weight(stored, sum(m.weights for m in (reference or program).moe_layers()))
 
 
-def everything_bits(program: Program, reference: Program) -> float:
+def everything_bits(program: Program, reference: Program, weights: int | None = None) -> float:
     """Return the bits that `program` stores per weight of `reference`.
 
-    A tied tensor counts once; parameters that no traced path reads count too.
+    A tied tensor counts once; parameters that no traced path reads count too. weights: of the
+    reference, by default those that it stores; a compressed one stores codes.
     """
     # the checkpoint still has the parameters that a pass replaced
     gone = _live(reference) - _live(program)
     stored = {n for n in _stored(program) if n not in gone} | _made(program)
     return per_weight(
         sum(_size(program, n) * _dtype_bits(program, n) for n in stored),
-        sum(_size(reference, n) for n in _stored(reference)),
+        weights or sum(_size(reference, n) for n in _stored(reference)),
     )
 
 
