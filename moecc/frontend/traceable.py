@@ -73,8 +73,8 @@ def logits_alone(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for config, values in zip(configs, before, strict=True):
-            vars(config).clear()
-            vars(config).update(values)
+            config.__dict__.clear()
+            config.__dict__.update(values)
 
 
 @contextmanager
