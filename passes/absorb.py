@@ -32,6 +32,7 @@ from moecc.ir import vq4
 from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import VQ_EXPERTS
 from moecc.ir.program import Program
+from moecc.ir.relative import relative
 from moecc.options import option
 from moecc.passes._code.basis import factorize
 from moecc.passes._code.half import compact
@@ -135,12 +136,13 @@ class AbsorbLora(Pass):
             before = vq4.basis_part(old[1], old[2], old[0], torch.float32, input_side=side)
             join = _rows_joined if side else _columns_joined
             ways = list(join((old[0], old[1], old[2]), new))
-        whole = weighted_error(update, moment).sum().clamp(min=1e-30)
+        whole = weighted_error(update, moment).sum()
         best, lost = ways[0], torch.inf
         for way in ways:
             stored = compact(way[0]), way[1].to(torch.int8), compact(way[2])
             after = vq4.basis_part(stored[1], stored[2], stored[0], torch.float32, input_side=side)
-            error = float(weighted_error(update - (after - before), moment).sum() / whole)
+            left = weighted_error(update - (after - before), moment).sum()
+            error = float(relative(left, whole))
             best, lost = (stored, error) if error < lost else (best, lost)
         parts = zip(_PARTS, best, strict=True)
         projection.set_operands(

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from moecc.ir.ops import Q_LINEAR, dequantize_linear
 from moecc.ir.program import Program
+from moecc.ir.relative import relative
 from moecc.options import option
 from moecc.passes._code.half import compact
 from moecc.passes._tune.linears import FEWEST_OUTPUTS, linears
@@ -65,7 +66,7 @@ class QuantizeDense(LayerPass):
         ctx.record(
             name,
             fate=Fate("grouped", bits=self.bits, group=self.group),
-            error=float(error.square().sum() / weight.square().sum().clamp(min=1e-30)),
+            error=float(relative(error.square().sum(), weight.square().sum())),
         )
         path = name.removesuffix(".weight")
         operands = [program.add(f"{path}.{k}", t) for k, t in (("scale", scale), ("zero", zero))]

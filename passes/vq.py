@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from moecc.ir import vq4
 from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
+from moecc.ir.relative import relative
 from moecc.options import option
 from moecc.passes._code.coded import Coded, pad_columns
 from moecc.passes._code.coding import encode_in_parts
@@ -105,13 +106,16 @@ class VectorQuantize(LayerPass):
         side = projection.input_side
         shared = vq4.shared_part(held, weight.shape[-1], torch.float32, input_side=side)
         original = weight if shared is None else weight + shared
-        relative = weighted_error(error, moment) / weighted_error(original, moment).clamp(min=1e-20)
+        # With a shared part the error of an expert that is next to nothing can be many times it.
+        lost = relative(weighted_error(error, moment), weighted_error(original, moment)).clamp(
+            max=1
+        )
         ctx.record(
             projection.path,
             fate=Fate("coded", bits=self.bits, format="vq4"),
             codebook="layer" if shared_book else "expert",
-            error=float(relative.mean()),
-            expert_error=[round(float(r), 6) for r in relative],
+            in_sample_error=float(lost.mean()),
+            expert_in_sample_error=[round(float(r), 6) for r in lost],
         )
         bias = layer.weight(projection, "bias")
         return {**coded.stored(), "bias": None if bias is None else compact(bias), **held}

@@ -128,4 +128,8 @@ def compiled(
 def expert_errors(run: Run) -> dict[str, list[float]]:
     """Return the error of each expert [E], by the path of its projection."""
     audit = run.ctx.audit.items()
-    return {path: row["expert_error"] for path, row in audit if "expert_error" in row}
+    return {
+        path: row["expert_in_sample_error"]
+        for path, row in audit
+        if "expert_in_sample_error" in row
+    }

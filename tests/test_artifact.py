@@ -105,7 +105,7 @@ def test_rows_of_compressed_experts_give_fate_bytes_error_and_tokens(build: Buil
         assert "mean_signs" not in parts
         assert row["bits"] == pytest.approx(8 * row["nbytes"] / torch.Size(row["shape"]).numel())
         assert became(row) == "vq4 3 bit"
-        assert 0 < row["error"] < 1
+        assert 0 < row["in_sample_error"] < 1
         assert sum(row["tokens"]) == 8 * 32 * 2
     shared = [r for n, r in got.rows.items() if ".shared_expert." in n]
     assert shared and all(r["role"] == "shared expert" for r in shared)

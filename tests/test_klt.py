@@ -63,7 +63,7 @@ def test_experts_of_one_parent_get_a_mean_if_it_is_worth_its_bits(
     for path in ("layers.0.gate_up", "layers.0.down"):
         assert alike[path]["mean"] in ("2 bit", "3 bit", "4 bit")
         assert [audit[path]["mean"] for audit in (off, independent, few)] == ["none"] * 3
-        assert alike[path]["error"] < off[path]["error"] / 5
+        assert alike[path]["in_sample_error"] < off[path]["in_sample_error"] / 5
 
 
 def test_mean_codebook_and_scale_are_trained_and_stored_in_the_types_of_the_format(

@@ -199,7 +199,7 @@ def test_an_expert_with_no_routed_token_works_and_is_named(starved: Program, tex
     row = run.ctx.audit[f"{path}.gate_up"]
     assert row["tokens"][3] == 0 and "3" in {str(e) for e in row["starved"]}
     for projection in ("gate_up", "down"):
-        errors = run.ctx.audit[f"{path}.{projection}"]["expert_error"]
+        errors = run.ctx.audit[f"{path}.{projection}"]["expert_in_sample_error"]
         assert all(math.isfinite(e) and e < 0.5 for e in errors)
     assert bool(torch.isfinite(run.output()).all())
 

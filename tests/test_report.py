@@ -30,8 +30,8 @@ FACTS: Json = {
         for n in (2, 10)
     ],
     "passes": [
-        {"pass": "klt{rank=32}", "bits": 16.2, "nodes": 40, "error": None},
-        {"pass": "vq{bits=2}", "bits": 2.1, "nodes": 40, "error": 0.07},
+        {"pass": "klt{rank=32}", "bits": 16.2, "nodes": 40, "in_sample_error": None},
+        {"pass": "vq{bits=2}", "bits": 2.1, "nodes": 40, "in_sample_error": 0.07},
     ],
 }
 
@@ -49,7 +49,7 @@ def experts(layer: int) -> list[Row]:
         details = dict(bytes=parts, rank=32 * i, codebook="layer", affine="slope", tuned=tuned)
         nbytes = sum(parts.values())
         row = Row(f"{path}.{projection}_proj", ROUTED, shape, CODED, nbytes)
-        row.bits, row.error = 8 * nbytes / math.prod(shape), error + layer / 200
+        row.bits, row.in_sample_error = 8 * nbytes / math.prod(shape), error + layer / 200
         row.tokens, row.starved = [60, 120, 500, 9, 75, 0, 300, 64 + layer], {"3": 64, "5": 64}
         row.experts, row.projection, row.layer = path, projection, layer
         row.details = {**details, "errors": "all channels alike"}
@@ -217,6 +217,7 @@ def test_a_page_can_be_empty_or_nearly_so() -> None:
     assert not Cells(report.page({}, [])).open
     name, details = "model.layers.0.experts.w", {"bytes": {}}
     blank = Row(name, ROUTED, (4, 4), CODED, 8, 2.0, math.nan, [0, 0], details=details)
+    blank.in_sample_error = math.nan
     assert not Cells(report.page({}, [blank])).open
 
 

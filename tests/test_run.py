@@ -117,6 +117,48 @@ def test_a_pass_must_return_whether_it_changed_the_program(
     )
 
 
+ODD = {
+    "bytes": (5, "can't record bytes, which moecc counts; take another name"),
+    "source_bits": ("many", "can't record source_bits, which moecc counts; take another name"),
+    "fate": ("coded", "can't record fate='coded'; give a Fate"),
+    "error": ("small", "can't record error='small'; give a number"),
+    "in_sample_error": (True, "can't record in_sample_error=True; give a number"),
+    "tokens": ([1, -1], "can't record tokens=[1, -1]; give a list of counts"),
+    "starved": ({"e": 1}, "can't record starved={'e': 1}; give a dict of counts by expert"),
+    "fallback": (["float"], "can't record fallback=['float']; give text"),
+    "loss": (
+        {"before": 1, "after": {"kl": 2}},
+        "can't record loss={'before': 1, 'after': {'kl': 2}}; "
+        "give a dict of numbers for both before and after",
+    ),
+}
+
+
+@pytest.mark.parametrize(("key", "value", "why"), [(k, *v) for k, v in ODD.items()], ids=ODD.keys())
+def test_a_value_that_the_report_cannot_show_is_refused_when_it_is_recorded(
+    tiny: Tiny, batches: list[Tensor], key: str, value: object, why: str
+) -> None:
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        ctx.record("some.weight", **{key: value})
+        return False
+
+    message = failure(tiny("M"), batches, derive(LayerPass, "tell", run_layer=run_layer))
+    assert message == f"tell failed in layer 0: some.weight: {why}"
+
+
+@pytest.mark.parametrize("notes", [["fine", 5], "text", None])
+def test_a_note_that_is_no_text_is_refused_behind_its_pass(
+    tiny: Tiny, batches: list[Tensor], notes: Any
+) -> None:
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        ctx.notes = notes
+        return False
+
+    message = failure(tiny("M"), batches, derive(LayerPass, "tell", run_layer=run_layer))
+    odd = notes[1] if isinstance(notes, list) else notes
+    assert message == f"tell failed in layer 0: it noted {odd!r}; ctx.notes is a list of texts"
+
+
 @pytest.mark.parametrize("value", [torch.ones(3), float("nan"), {1: {2}}])
 def test_a_recorded_value_must_be_json(tiny: Tiny, batches: list[Tensor], value: object) -> None:
     def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
@@ -280,7 +322,7 @@ def test_a_report_gives_change_bits_and_error_of_each_pass(
     assert lines[0].startswith("moments: ")
     assert "nothing changed" in lines[0]
     assert "nothing changed" not in lines[2]
-    assert "bits/weight, error 0." in lines[2]
+    assert "bits/weight, in-sample error 0." in lines[2]
     assert result[0].bits == 32.0 and len({r.bits for r in result}) == 3  # each pass its own
 
 

@@ -192,7 +192,7 @@ def emitting(folder: Path, body: str) -> str:
 
 def without_line(message: str) -> str:
     """Return the message of a fault without the file and the line of the target that raised it."""
-    line = r"( failed: \w+: .*?) \(\S*mine\.py, line 9\)"
+    line = r"( failed: \w+: .*?) \(\S*mine\.py, line 10\)"
     assert (" failed: " in message) == bool(re.search(line, message))
     return re.sub(line, r"\1", message)
 

@@ -36,6 +36,7 @@ from moecc.errors import MoeccError
 from moecc.frontend.config import text_config
 from moecc.frontend.skeleton import Skeleton, skeleton
 from moecc.frontend.trace import trace
+from moecc.ir.relative import relative
 from moecc.pipeline.stream import run_program
 from moecc.types import Json, Say
 
@@ -220,6 +221,6 @@ def differences(got: Tensor, want: Tensor) -> tuple[float, float]:
     error = (got - want).abs()
     if not bool(error.isfinite().all()):
         return math.inf, math.inf
-    each, size = error.amax(-1).flatten(), want.abs().amax(-1).flatten().clamp(min=1e-12)
-    within = (each / size).sort().values[math.ceil(_MOST * len(each)) - 1]
-    return float(each.max() / size.max()), float(within)
+    each, size = error.amax(-1).flatten(), want.abs().amax(-1).flatten()
+    within = relative(each, size).sort().values[math.ceil(_MOST * len(each)) - 1]
+    return float(relative(each.max(), size.max())), float(within)

@@ -38,7 +38,7 @@ from moecc.pipeline.passes import Context
 from moecc.types import Json
 
 # facts that a row has a field of its own for
-_FIELDS = ("fate", "error", "tokens", "starved", "fallback")
+_FIELDS = ("fate", "error", "in_sample_error", "tokens", "starved", "fallback")
 
 
 @dataclass
@@ -167,6 +167,7 @@ class _Planner:
         for name in others:
             part = self.row(name, Fate("part", of=first), 0, self.ctx.audit.get(name, {}))
             self.place(part, projection)
+            part.in_sample_error = row.in_sample_error
             part.error, part.tokens, part.starved = row.error, row.tokens, row.starved
             self.add(part)
 
@@ -260,6 +261,7 @@ class _Planner:
             fate,
             nbytes,
             error=facts.get("error"),
+            in_sample_error=facts.get("in_sample_error"),
             tokens=facts.get("tokens"),
             starved=facts.get("starved") or {},
             fallback=facts.get("fallback") or self.fallbacks.get(name, ""),

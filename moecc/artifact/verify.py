@@ -15,6 +15,7 @@ from moecc.errors import MoeccError, reason
 from moecc.frontend.trace import trace
 from moecc.frontend.traceable import logits_alone
 from moecc.ir.program import Program
+from moecc.ir.relative import relative
 from moecc.pipeline.stream import run_program
 
 TOLERANCE = 1e-3  # of the largest logit; both sides compute in float32, in another order
@@ -48,9 +49,8 @@ def reload_and_compare(
     fits = size * _EXPANSION < (free_memory() if memory is None else memory)
     got = _reloaded(folder, batches, fits)
     largest = max(float(w.abs().max()) for w in want)
-    difference = max(float((w - g).abs().max()) for w, g in zip(want, got, strict=True)) / max(
-        largest, 1e-12
-    )
+    off = max(float((w - g).abs().max()) for w, g in zip(want, got, strict=True))
+    difference = float(relative(off, largest))
     found = Comparison(difference, "transformers" if fits else "moecc, layer by layer")
     if not difference <= TOLERANCE:
         what = f"the reloaded model's logits differ by {difference:.2g} of the largest"

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moecc.ir.relative import relative
+
 _PROBABILITIES_AT_ONCE = 1 << 24  # log-probabilities of one program that are held together
 
 
@@ -51,8 +53,8 @@ class LayerSums:
             self.norm += float(reference_y.float().square().sum(dtype=torch.float64))
 
     def layer(self) -> LayerAgreement:
-        """Return the sums as shares. An error against a reference of zeros counts as 1."""
-        error = self.error / self.norm if self.norm else float(self.error > 0)
+        """Return the sums as shares."""
+        error = float(relative(self.error, self.norm))
         return LayerAgreement(self.path, self.same / self.slots, self.exact / self.tokens, error)
 
 

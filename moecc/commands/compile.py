@@ -251,7 +251,13 @@ class _Run:
         told = vars(self.job) | {"pipeline": self.job.passes}
         told["calibration_digest"] = told.pop("calibration")
         passes = [
-            {"pass": r.text, "bits": r.bits, "nodes": r.nodes, "error": r.error} for r in reports
+            {
+                "pass": r.text,
+                "bits": r.bits,
+                "nodes": r.nodes,
+                "in_sample_error": r.in_sample_error,
+            }
+            for r in reports
         ]
         kept = {path: list(rows) for path, rows in self.program.kept.items()}
         facts = told | {"format": vq4.VERSION, "notes": ctx.notes, "passes": passes}

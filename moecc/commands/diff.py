@@ -25,6 +25,7 @@ from moecc.artifact.schema import read_manifest
 from moecc.checkpoint.files import INDEX, SINGLE, TensorEntry, read_header, read_index, size
 from moecc.checkpoint.source import SMALL_FILES, checkpoint_folder
 from moecc.errors import MoeccError
+from moecc.ir.relative import relative
 from moecc.types import Json, Progress
 
 _AT_ONCE = 64 << 20  # bytes of a tensor that are compared together
@@ -108,7 +109,7 @@ def compare(a: TensorEntry, b: TensorEntry) -> Json | None:
     if same:
         return None
     if floating:
-        return {**kinds, "relative_error": math.sqrt(error / norm) if norm else None}
+        return {**kinds, "relative_error": float(relative(error, norm).sqrt())}
     return {**kinds, "unequal": unequal / math.prod(a.shape)}
 
 
@@ -232,6 +233,4 @@ def _difference(row: Json) -> str:
         return f"{kind}, {100 * row['unequal']:.3g} % of the entries"
     if "relative_error" not in row:
         return str(kind)
-    error = row["relative_error"]
-    known = "not defined (A is zero)" if error is None else f"{error:.3g}"
-    return f"{kind}, relative error {known}"
+    return f"{kind}, relative error {row['relative_error']:.3g}"

@@ -31,7 +31,7 @@ _HEAT = (
 )
 _AUDIT = (
     *("name", "role", "shape", "became", "bytes"),
-    *("bits/weight", "error", "tokens min / median", "fallback"),
+    *("bits/weight", "error", "in-sample error", "tokens min / median", "fallback"),
 )
 
 
@@ -52,7 +52,7 @@ def page(facts: Json, rows: Sequence[Row]) -> str:
         ("Notes", _notes(facts, rows)),
         ("Pipeline", _pipeline(facts)),
         ("Bytes by role", _roles(rows)),
-        ("Coding error", _errors(layers)),
+        ("In-sample coding error", _errors(layers)),
         ("Tokens per expert", _heat(layers)),
         ("Per projection", _projections(layers)),
         ("Losses", _losses(layers)),
@@ -157,7 +157,7 @@ def _notes(facts: Json, rows: Sequence[Row]) -> str:
 def _pipeline(facts: Json) -> str:
     passes = []
     for p in facts.get("passes") or ():
-        figures = [_number(p.get("bits"), 3), _number(p.get("error"), 4)]
+        figures = [_number(p.get("bits"), 3), _number(p.get("in_sample_error"), 4)]
         passes.append([escape(p["pass"]), *figures, str(p.get("nodes", ""))])
     # the format is among the versions
     about = ("source", "source_digest", "calibration_digest", "seed", "backend")
@@ -166,7 +166,9 @@ def _pipeline(facts: Json) -> str:
     listed = "".join(
         f"<dt>{escape(str(k))}</dt><dd>{escape(str(v)) or 'none'}</dd>" for k, v in known
     )
-    table = html.table(["pass", "bits/weight", "error", "nodes"], passes) if passes else ""
+    table = (
+        html.table(["pass", "bits/weight", "in-sample error", "nodes"], passes) if passes else ""
+    )
     text = escape(str(facts.get("pipeline", "")))
     return f'<pre class="copy">{text}</pre>{table}<dl>{listed}</dl>'
 
@@ -195,7 +197,8 @@ def _roles(rows: Sequence[Row]) -> str:
 
 
 def _errors(layers: Mapping[str, list[Row]]) -> str:
-    known = [r.error for rows in layers.values() for r in rows if _finite(r.error)]
+    errors = (r.in_sample_error for rows in layers.values() for r in rows)
+    known = [e for e in errors if _finite(e)]
     if not known:
         return _NOTHING
     worst, lines = max(*(float(e or 0) for e in known), 1e-12), ""
@@ -203,14 +206,19 @@ def _errors(layers: Mapping[str, list[Row]]) -> str:
     for label, rows in layers.items():
         parts = []
         for i, r in enumerate(rows):
-            width = 100 * min(r.error, worst) / worst if r.error and _finite(r.error) else 0
-            color, title = names.index(r.projection), f"{r.projection}: {_number(r.error, 4)}"
+            error, color = r.in_sample_error, names.index(r.projection)
+            width = 100 * min(error, worst) / worst if error and _finite(error) else 0
+            title = f"{r.projection}: {_number(error, 4)}"
             parts.append(html.rect(0, 5 * i, width, 4.4, html.SERIES[color], title))
-        said = " · ".join(_number(r.error, 4) for r in rows)
+        said = " · ".join(_number(r.in_sample_error, 4) for r in rows)
         drawing = html.svg(100, 5 * len(rows), parts)
         lines += html.line(f"layer {label}", drawing, said, "pair")
     keys = " ".join(html.key(html.SERIES[i]) + name for i, name in enumerate(names))
-    note = "Relative output error as coded, mean over experts, before correction and tuning:"
+    note = (
+        "Relative output error as coded, mean over experts, before correction and tuning, on the "
+        "calibration tokens that the codes were fitted to. It falls with fewer tokens: "
+        "<code>moecc eval</code> measures quality."
+    )
     return f'<p class="dim">{note} {keys}</p>{lines}'
 
 
@@ -254,9 +262,9 @@ def _projections(layers: Mapping[str, list[Row]]) -> str:
             chosen = [_value(r.details.get(k)) for k in shown]
             parts = sorted(r.details["bytes"].items())
             stored = ", ".join(f"{escape(str(k))} {size(v)}" for k, v in parts)
-            figures = [escape(str(r.fate)), _number(r.bits, 3), _number(r.error, 4)]
+            figures = [escape(str(r.fate)), _number(r.bits, 3), _number(r.in_sample_error, 4)]
             lines.append([label, r.projection, *figures, *chosen, stored])
-    head = ["layer", "projection", "became", "bits/weight", "error"]
+    head = ["layer", "projection", "became", "bits/weight", "in-sample error"]
     names = [escape(k.replace("_", " ")) for k in shown]
     return html.table([*head, *names, "stored"], lines) if lines else _NOTHING
 
@@ -289,7 +297,8 @@ def _audit(rows: Sequence[Row]) -> str:
         shape, bits = "×".join(map(str, r.shape)) or "–", _number(r.bits, 3) if r.bits else "–"
         tokens = f"{min(r.tokens):,} / {median(r.tokens):,.0f}" if r.tokens else "–"
         texts = [f"<code>{escape(r.name)}</code>", escape(r.role), shape, escape(str(r.fate))]
-        figures = [f"{r.nbytes:,}", bits, _number(r.error, 4), tokens]
+        errors = [_number(r.error, 4), _number(r.in_sample_error, 4)]
+        figures = [f"{r.nbytes:,}", bits, *errors, tokens]
         lines.append([*texts, *figures, escape(fallback_of(r))])
     total = ["total", "", "", f"{len(rows):,} rows", f"{sum(r.nbytes for r in rows):,}"]
     return html.table(_AUDIT, lines, [*total, *[""] * (len(_AUDIT) - len(total))])

@@ -32,6 +32,7 @@ from moecc.ir import vq4
 from moecc.ir.moe import MoE, Projection
 from moecc.ir.program import Program
 from moecc.options import Options, option
+from moecc.pipeline import recorded
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.fate import Fate
 from moecc.pipeline.stream import Stream
@@ -218,12 +219,9 @@ class Context:
         """Add facts to a weight's row of the audit.
 
         name: of coded experts, `path.gate_up` or `path.down`. facts: fates, or values that JSON
-        holds; raise MoeccError for any other.
+        holds; raise MoeccError for any other, and for one that report.html can't show.
         """
-        if "fate" in facts and not isinstance(facts["fate"], Fate):
-            raise MoeccError(f"{name}: can't record fate={facts['fate']!r}; give a Fate")
-        if not isinstance(facts.get("error", 0.0), int | float):
-            raise MoeccError(f"{name}: can't record error={facts['error']!r}; give a number")
+        recorded.require(name, facts)
         try:
             plain = json.dumps(facts, allow_nan=False, default=_fate_as_json)
             self.audit.setdefault(name, {}).update(json.loads(plain))

@@ -34,11 +34,14 @@ class PassReport:
     seconds: float = 0.0
     nodes: int = 0
     bits: float = 0.0  # bits per weight of the routed experts after this pass
-    error: float | None = None  # mean relative output error of the projections coded so far
+    # Relative output error on the calibration tokens, mean over the projections coded so far. Codes
+    # fit these tokens, so it falls with fewer of them and is no measure of quality.
+    in_sample_error: float | None = None
 
     def line(self) -> str:
         """Return the line that users see."""
-        error = "" if self.error is None else f", error {self.error:.4f}"
+        found = self.in_sample_error
+        error = "" if found is None else f", in-sample error {found:.4f}"
         state = "" if self.changed else ", nothing changed"
         size = f"{self.nodes} nodes, {self.bits:.3f} bits/weight"
         return f"{self.text}: {size}{error}{state}, {self.seconds:.1f} s"
@@ -115,6 +118,7 @@ class _Run:
         report, start = self.report(p, len(self.done)), time.perf_counter()
         with _naming(p, self.done, None):
             report.changed = _whether_changed(p.run(self.program, self.ctx))
+            _require_text(self.ctx.notes)
             self.program.verify()
             self.require_storable([p])
             stages = range(self.program.layers)
@@ -151,6 +155,7 @@ class _Run:
             before, start = [*self.done, *passes[:i]], time.perf_counter()
             with _naming(p, before, stage):
                 changed = _whether_changed(p.run_layer(layer, self.ctx))
+                _require_text(self.ctx.notes)
                 self.program.verify()
                 self.require_storable(passes[: i + 1], stage)
                 entries = self.ctx.ledger.setdefault(report.key, {})
@@ -195,7 +200,7 @@ class _Run:
             "nodes": sum(n.op == "call_function" for n in self.program.graph.nodes),
             "stored": sum(stored_bits(self.program, m) for m in found),
             "weights": sum(m.weights for m in found),
-            "errors": [facts["error"] for facts in recorded if "error" in facts],
+            "errors": [f["in_sample_error"] for f in recorded if "in_sample_error" in f],
         }
 
 
@@ -204,6 +209,12 @@ def _whether_changed(returned: object) -> bool:
         advice = "return True or False, whether it changed the program"
         raise MoeccError(f"it returned {returned!r}; {advice}")
     return returned
+
+
+def _require_text(notes: object) -> None:
+    odd = [n for n in notes if not isinstance(n, str)] if isinstance(notes, list) else [notes]
+    if odd:
+        raise MoeccError(f"it noted {odd[0]!r}; ctx.notes is a list of texts")
 
 
 @contextmanager
@@ -225,4 +236,4 @@ def _finish(report: PassReport, ctx: Context) -> None:
     report.nodes = entries[-1]["nodes"] if entries else 0
     report.bits = per_weight(sum(e["stored"] for e in entries), sum(e["weights"] for e in entries))
     errors = [error for e in entries for error in e["errors"]]
-    report.error = sum(errors) / len(errors) if errors else None
+    report.in_sample_error = sum(errors) / len(errors) if errors else None

@@ -80,7 +80,8 @@ def encode(
     found = _refined(coder, start, rounds, shared=shared, fixed_book=given)
     if order is not None:
         found = found.rows(order.argsort(dim=1))
-    return replace(found, scale=found.scale * size.squeeze(-1))
+    # a row of zeros stays exactly that
+    return replace(found, scale=found.scale * size.squeeze(-1) * weight.any(-1))
 
 
 def encode_in_parts(

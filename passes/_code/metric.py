@@ -11,15 +11,16 @@ from torch import Tensor
 AT_ONCE = 1 << 26  # numbers of one kind in memory if experts are worked on in turn
 # Least cost of an output error in any direction, as a share of the mean: 0.1 to 0.2 was best.
 OUTPUT_DAMPING = 0.2
+_LEAST = 1e-30
 
 
 def damped(moment: Tensor, share: float = 0.01) -> Tensor:
     """Add `share` of the mean diagonal to second moments [E, K, K], so that they can be inverted.
 
-    Zero ones become the identity.
+    Zero ones become the identity; so do those that are so small that products of them are zero.
     """
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    added = torch.where(mean > 0, share * mean, 1.0)
+    added = torch.where(mean > _LEAST, share * mean, 1.0)
     return moment + torch.eye(moment.shape[-1], device=moment.device) * added
 
 

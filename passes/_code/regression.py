@@ -15,6 +15,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from moecc.ir.relative import relative
 from moecc.passes._code.metric import OUTPUT_DAMPING, damped
 
 _PRIOR = 32.0
@@ -149,6 +150,6 @@ def shift(
             total = s.w.clamp(min=1e-30)
             mean += float(((slope * s.v + offset * s.w - s.t).square() / total).sum())
             variance += float((slope * slope * (s.vv - s.v.square() / total)).sum())
-        found["mean"].append(mean / max(wanted, 1e-30))
-        found["variance"].append(variance / max(wanted, 1e-30))
+        found["mean"].append(float(relative(mean, wanted)))
+        found["variance"].append(float(relative(variance, wanted)))
     return found

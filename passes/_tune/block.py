@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from moecc.ir.graph import descendants, needed_for, run_nodes, written
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program, output_node, stage_nodes
+from moecc.ir.relative import relative
 from moecc.passes._code.metric import damped
 from moecc.passes._tune.routing import (
     boundary_loss,
@@ -140,7 +141,8 @@ class Block:
         for _ in run_nodes(self.body, values, weights):
             pass
         errors = [
-            self._cost(n, values[n] - self.targets[row][n]) / self.spread[n] for n in self.outputs
+            relative(self._cost(n, values[n] - self.targets[row][n]), self.spread[n])
+            for n in self.outputs
         ]
         found = {"reconstruction": torch.stack(errors).sum()}
         if self.head is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from moecc.ir.program import Program, Weight
+from moecc.ir.relative import relative
 
 _SUFFIX = ".adapted"
 
@@ -59,4 +60,4 @@ def merge(program: Program, adapted: AdaptedWeight) -> float:
     for name in (adapted.a, adapted.b):
         program.tensors.pop(name)
     error = (program.read(adapted.weight) - value).square().sum()
-    return float(error / value.square().sum().clamp(min=1e-30))
+    return float(relative(error, value.square().sum()))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moecc.ir.program import Program
+from moecc.ir.relative import relative
 from moecc.passes._tune.routing import boundary_loss, selection_scores, standardized, value_loss
 from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.tuned import split
@@ -110,7 +111,9 @@ class ModelLoss:
         target = self._target(row)
         moving = [k for k in values if k in self.whole.moving and k not in self.routers]
         hidden = [
-            (values[k] - target[k]).float().square().sum() / target[k].float().square().sum()
+            relative(
+                (values[k] - target[k]).float().square().sum(), target[k].float().square().sum()
+            )
             for k in moving
         ]
         found = {"hidden": torch.stack(hidden).mean()}
