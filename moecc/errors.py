@@ -10,10 +10,33 @@ from contextlib import contextmanager
 
 # torch raises RuntimeError where memory is short
 _SHORT = re.compile("out of memory|can't allocate memory|cannot allocate memory|bad_alloc", re.I)
+_LONGEST = 200  # characters that are shown of a name
 
 
 class MoeccError(ValueError):
-    """Bad input, or a model that moecc cannot compile; the command line prints it, exit code 2."""
+    """Bad input, or a model that moecc cannot compile; the command line prints it, exit code 2.
+
+    The message is one line of printable characters, whatever names of files and tensors are in it.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(" ".join(message.split())))
+
+
+def printable(text: str) -> str:
+    """Return `text` with every character escaped that a terminal would obey and not show."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return `text` with its lines as they are, and each of them `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def quoted(name: object) -> str:
+    """Return a name that a file gives as messages show it: in quotes, and cut if it is long."""
+    text = str(name)
+    return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 
 def reason(error: BaseException) -> str:

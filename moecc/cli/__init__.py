@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from moecc.cli.arguments import parser
-from moecc.errors import MoeccError, out_of_memory, reason
+from moecc.errors import MoeccError, out_of_memory, printable, quoted, reason
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None, debug: bool) -> int:
     try:
         with _termination():
+            _require_text(sys.argv[1:] if argv is None else argv)
             try:
                 options = parser().parse_args(argv)
             except SystemExit as stop:  # --help and --version
@@ -53,12 +55,22 @@ def _main(argv: Sequence[str] | None, debug: bool) -> int:
         return 141
     except MoeccError as error:
         return _fail(f"error: {error}", 2, debug)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return _internal(error, debug)
+        return _fail(f"error: {quoted(error.filename)}: the path is too long", 2, debug)
     except (Exception, SystemExit) as error:  # a library's exit is no success of the command
         if out_of_memory(error):
             why = f"out of memory ({reason(error)}); end other programs or give fewer rows"
             return _fail(f"error: {why}", 2, debug)
-        hint = "" if debug else "; MOECC_DEBUG=1 shows where"
-        return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 3, debug)
+        return _internal(error, debug)
+
+
+def _require_text(arguments: Sequence[str]) -> None:
+    """Raise MoeccError for an argument that is no path and no text that can be written again."""
+    for argument in arguments:
+        if "\0" in argument or any("\ud800" <= c <= "\udfff" for c in argument):
+            raise MoeccError(f"{quoted(argument)} isn't UTF-8 text, or has a NUL in it")
 
 
 def _open_streams() -> None:
@@ -150,10 +162,15 @@ def _run(options: argparse.Namespace, debug: bool) -> int:
     return int(code)
 
 
+def _internal(error: BaseException, debug: bool) -> int:
+    hint = "" if debug else "; MOECC_DEBUG=1 shows where"
+    return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 3, debug)
+
+
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print("moecc: " + " ".join(message.split()), file=sys.stderr)
+    print("moecc: " + printable(" ".join(message.split())), file=sys.stderr)
     return code
 
 
