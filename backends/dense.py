@@ -16,14 +16,9 @@ import torch
 
 from moecc.artifact.decode import float_tensors
 from moecc.artifact.draft import new_folder
-from moecc.artifact.write import (
-    copy_small_files,
-    float_config,
-    source_config,
-    write_kept,
-    write_weights,
-)
+from moecc.artifact.write import copy_small_files, float_config, write_kept, write_weights
 from moecc.checkpoint.files import size
+from moecc.checkpoint.reading import read_json
 from moecc.options import option
 from moecc.target import Emitted, Target
 from moecc.types import Say
@@ -43,7 +38,7 @@ class DenseTarget(Target):
         tensors = float_tensors(artifact, dtype)
         with new_folder(out) as draft:
             copy_small_files(artifact, draft, say)
-            config = source_config(artifact)
+            config = read_json(artifact / "config.json")
             float_config(config, None if dtype is None else self.dtype)
             text = json.dumps(config, indent=1, sort_keys=True) + "\n"
             (draft / "config.json").write_text(text, encoding="utf-8")

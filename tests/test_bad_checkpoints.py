@@ -161,13 +161,18 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_hub_ids_ask_for_safetensors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+    asked: list[dict[str, Any]] = []
+    commit = tmp_path / "snapshots" / "0123abcd"
 
     def download(repo: str, **options: Any) -> str:
-        asked.update(options, repo=repo)
-        return str(saved(tmp_path))
+        asked.append({**options, "repo": repo})
+        return str(saved(commit))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert checkpoint_folder("some/model", revision="v1") == tmp_path
-    assert (asked["repo"], asked["revision"]) == ("some/model", "v1")
-    assert not any(".bin" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
+    assert checkpoint_folder("some/model", revision="v1") == commit
+    assert [(a["repo"], a["revision"]) for a in asked] == [
+        ("some/model", "v1"),
+        ("some/model", "0123abcd"),
+    ]
+    patterns = [pattern for a in asked for pattern in a["allow_patterns"]]
+    assert not any(".bin" in pattern or pattern == "*" for pattern in patterns)

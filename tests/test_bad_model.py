@@ -78,7 +78,7 @@ def test_pickled_weights_are_refused(refused: Refused, model: Path) -> None:
     (model / "model.safetensors").unlink()
     assert "no *.safetensors weights" in refused(model)
     (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    assert "pickled weights (pytorch_model.bin)" in refused(model)
+    assert "pickled weights ('pytorch_model.bin')" in refused(model)
 
 
 # ---------------------------------------------------------------- tensors
@@ -104,7 +104,7 @@ def test_missing_shards_and_bad_indices_are_named(refused: Refused, model: Path)
     index = {n: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, n in enumerate(names)}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     line = refused(model)
-    assert "lacks model-00002-of-00002.safetensors" in line and "fetch it again" in line
+    assert "lacks 'model-00002-of-00002.safetensors'" in line and "fetch it again" in line
     (model / "model.safetensors.index.json").write_text("{}")
     assert "isn't a valid index" in refused(model)
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": 3}}')
@@ -198,6 +198,7 @@ def test_a_config_that_makes_no_model_is_named_with_its_entry(
     entry: str, value: object, says: str, refused: Refused, model: Path
 ) -> None:
     edit_config(model, **{entry: value})
+    (model / "model.safetensors").unlink()  # else they are what doesn't fit
     line = refused(model)
     assert line.startswith(str(model)) and says in line and line.endswith("; check config.json")
 
@@ -205,6 +206,7 @@ def test_a_config_that_makes_no_model_is_named_with_its_entry(
 def test_a_process_prints_one_line_too(model: Path, tmp_path: Path) -> None:
     """torch logs a traceback for an op that can't be traced, which capsys does not see."""
     edit_config(model, num_attention_heads=3)
+    (model / "model.safetensors").unlink()
     args = ("compile", model, "--passes", QUICK, "-o", tmp_path / "out", "--json")
     got = subprocess.run([sys.executable, "-m", "moecc.cli", *args], capture_output=True, text=True)
     assert (got.returncode, got.stdout) == (2, "")

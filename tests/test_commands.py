@@ -158,9 +158,9 @@ def test_diff_compares_names_shapes_codes_and_files(moecc: Command, tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"pipeline": ', "can't read {file}: "),
-        (b"\xff", "can't read {file}: 'utf-8' codec"),
-        (b"[]", "{file} isn't what moecc writes"),
+        (b'{"pipeline": ', "{file} isn't valid JSON"),
+        (b"\xff", "{file} isn't valid JSON ('utf-8' codec"),
+        (b"[]", "{file} isn't valid JSON (it holds no object)"),
         (b'{"summary": 1}', "{file} isn't what moecc writes"),
         (b'{"experts_kept": {"model.layers.0.mlp.experts": 3}}', "{file} isn't what moecc writes"),
     ],

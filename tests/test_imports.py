@@ -26,7 +26,8 @@ RULE = (
 )
 # What a pass sees.
 PASSES_SEE = (
-    *("moecc.errors", "moecc.types", "moecc.options", "moecc.ir", "moecc.checkpoint.memory"),
+    *("moecc.errors", "moecc.types", "moecc.options", "moecc.ir"),
+    *(f"moecc.checkpoint.{part}" for part in ("memory", "files", "reading")),
     *(f"moecc.pipeline.{part}" for part in ("passes", "estimate", "stream", "bits", "fate")),
     *("moecc.passes._code", "moecc.passes._tune"),
 )

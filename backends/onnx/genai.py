@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from moecc.backends.onnx.cached import Cached
+from moecc.checkpoint.reading import read_json_if_there
 from moecc.frontend.config import longest_row, text_config
 from moecc.frontend.skeleton import Skeleton
 from moecc.types import Config, Json
@@ -69,7 +69,6 @@ def _token(part: Config, folder: Path, name: str) -> int | list[int] | None:
 
     generation_config.json comes before the configuration, as it does for `generate`.
     """
-    file = folder / "generation_config.json"
-    given = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    given = read_json_if_there(folder / "generation_config.json")
     token: int | list[int] | None = given.get(name, getattr(part, name, None))
     return token

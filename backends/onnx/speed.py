@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from moecc.checkpoint.reading import read_json
 from moecc.errors import MoeccError
 from moecc.types import Json, Say
 
@@ -59,7 +60,10 @@ def _require_positions(folder: Path, length: int) -> None:
     config = folder / "genai_config.json"
     if not config.is_file():
         return
-    limit = int(json.loads(config.read_text(encoding="utf-8"))["model"]["context_length"])
+    try:
+        limit = int(read_json(config)["model"]["context_length"])
+    except (KeyError, TypeError) as error:
+        raise MoeccError(f"{config} gives no context_length of its model; export again") from error
     if length > limit:
         raise MoeccError(
             f"{length} tokens, but {config} says that the model has {limit} positions; "

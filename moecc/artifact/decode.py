@@ -36,7 +36,7 @@ def float_tensors(folder: Path, dtype: torch.dtype | None = None) -> dict[str, L
     """
     program = trace(folder)
     found = skeleton(as_if_plain(read_config(folder)[0]))
-    plain = program_of(capture(found), found, str(folder))
+    plain = program_of(capture(found), found, str(folder), store=None)
     return _Decoder(program, plain, found.model, dtype).tensors()
 
 

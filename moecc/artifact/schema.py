@@ -5,12 +5,12 @@ What config.json says is in `moecc.checkpoint.schema`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from moecc.checkpoint.reading import read_json_if_there
 from moecc.checkpoint.roles import ROUTED
 from moecc.errors import MoeccError
 from moecc.pipeline.bits import per_weight
@@ -99,14 +99,8 @@ def read_manifest(folder: Path) -> Json:
     writes.
     """
     file = folder / "moecc.json"
-    try:
-        found: Json = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise MoeccError(f"can't read {file}: {error}; compile the model again") from error
-    whole = isinstance(found, dict) and isinstance(found.get("summary", {}), dict)
-    if not (whole and _kept(found)):
+    found = read_json_if_there(file, "compile the model again")
+    if not (isinstance(found.get("summary", {}), dict) and _kept(found)):
         raise MoeccError(f"{file} isn't what moecc writes; compile the model again")
     return found
 

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moecc.artifact.audit import Plan
 from moecc.artifact.schema import Row, read_manifest, summary
-from moecc.checkpoint.files import INDEX, SINGLE, LazyTensor, free_space, size, write_safetensors
+from moecc.checkpoint.files import LazyTensor, free_space, size, write_safetensors
+from moecc.checkpoint.reading import opened
 from moecc.checkpoint.schema import REFUSALS
-from moecc.checkpoint.source import SMALL_FILES, has_code
+from moecc.checkpoint.shards import INDEX, SINGLE
+from moecc.checkpoint.source import small_files
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.pipeline.fate import HEADER
@@ -43,7 +44,7 @@ def write_artifact(
 ) -> list[Row]:
     """Write the artifact into `folder`, which has the small files; return the complete audit.
 
-    config: of the source (`source_config`). facts: what moecc.json says besides the audit.
+    config: the content of the source's config.json. facts: what moecc.json says besides the audit.
     """
     files = write_weights(folder, found.tensors, progress)
     on_disk = sum((folder / name).stat().st_size for name in files)
@@ -97,17 +98,20 @@ def _require_total(rows: Sequence[Row], on_disk: int) -> None:
 
 
 def copy_small_files(source: Path, folder: Path, say: Say) -> None:
-    """Copy the tokenizer, generation settings and the like of a model's folder; say what isn't."""
-    for pattern in (*SMALL_FILES, *(["*.py"] if has_code(source) else [])):
-        for file in sorted(source.glob(pattern)):
-            if file.name in _NOT_COPIED or file.name.endswith(".index.json"):
-                continue
-            if not file.is_file():
-                say(f"note: {file} is left out: it is no file, or a link to none")
-            elif file.stat().st_size >= _LARGEST_SMALL_FILE:
-                say(f"note: {file} is left out: it has more than {size(_LARGEST_SMALL_FILE)}")
-            else:
-                shutil.copyfile(file, folder / file.name)
+    """Copy tokenizer, chat templates, licence and the like of a model's folder; say what isn't."""
+    for name in small_files(source):
+        if name in _NOT_COPIED or name.endswith(".index.json"):
+            continue
+        if not (source / name).is_file():
+            say(f"note: {source / name} is left out: it is no file, or a link to none")
+            continue
+        with opened(source / name) as file:
+            content = file.read(_LARGEST_SMALL_FILE)
+        if len(content) == _LARGEST_SMALL_FILE:
+            say(f"note: {source / name} is left out: it has {size(_LARGEST_SMALL_FILE)} or more")
+            continue
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def write_kept(artifact: Path, folder: Path) -> None:
@@ -117,21 +121,10 @@ def write_kept(artifact: Path, folder: Path) -> None:
         _json(folder / "moecc.json", {"experts_kept": kept})
 
 
-def source_config(source: Path) -> Json:
-    """Return the content of a model's config.json; raise MoeccError if it is no JSON object."""
-    file = source / "config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MoeccError(f"can't read {file}: {error}; fetch it again") from error
-    if not isinstance(found, dict):
-        raise MoeccError(f"{file} holds no JSON object; fetch it again")
-    return found
-
-
 def _config(program: Program, source: Json, found: Plan) -> Json:
     config = copy.deepcopy(source)
     float_config(config)
+    config.pop("return_dict", None)  # transformers runs no model whose outputs are tuples
     for path, value in program.config_edits.items():
         *outer, key = path.split(".")
         part = config

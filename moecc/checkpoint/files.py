@@ -13,18 +13,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from moecc.errors import MoeccError
+from moecc.checkpoint.reading import JSON_LIMIT, opened, parse_json
+from moecc.errors import MoeccError, quoted
 from moecc.types import Json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEADER_LIMIT = 100 << 20  # safetensors' own
+_DIMENSIONS = 64  # of one tensor; more make no tensor in torch
 
 DTYPES = {
     "F64": torch.float64,
@@ -75,23 +75,23 @@ class TensorEntry:
                 for i, row in enumerate(at)
             ]
         try:
-            with open(self.file, "rb", buffering=0) as file:
+            with opened(self.file) as file:
                 for part, start in parts:
                     self._fill(file, part, start)
         except OSError as error:
             raise MoeccError(
-                f"can't read '{self.name}' from {self.file}: {error.strerror or error}"
+                f"can't read {quoted(self.name)} from {self.file}: {error.strerror or error}"
             ) from error
         return out
 
-    def _fill(self, file: FileIO, part: Tensor, start: int) -> None:
+    def _fill(self, file: BufferedReader, part: Tensor, start: int) -> None:
         view = as_bytes(part)
         file.seek(start)
         while len(view):  # one call reads at most 2 GiB
             got = file.readinto(view)
             if not got:
                 raise MoeccError(
-                    f"{self.file} ends inside '{self.name}'; it was cut while in use: "
+                    f"{self.file} ends inside {quoted(self.name)}; it was cut while in use: "
                     "fetch it again"
                 ) from EOFError()
             view = view[got:]
@@ -109,15 +109,17 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     Raise MoeccError if the header is invalid or the file isn't as long as the header says.
     """
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as f:
+        with opened(file) as f:
+            size = os.fstat(f.fileno()).st_size
             length = int.from_bytes(f.read(8), "little")
-            head = f.read(length) if length <= min(size - 8, HEADER_LIMIT) else b""
+            head = f.read(length) if length <= min(size - 8, JSON_LIMIT) else b""
     except OSError as error:
         raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
     try:
-        table: Json = json.loads(head)
+        table = parse_json(head)
         metadata = table.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__")
         entries = {name: _entry(name, file, 8 + length, item) for name, item in table.items()}
     except MoeccError:
         raise
@@ -142,7 +144,7 @@ def _end_of_data(file: Path, entries: Iterable[TensorEntry], start: int) -> int:
                 "overlaps the tensor before it" if entry.start < start else "leaves a gap before it"
             )
             raise MoeccError(
-                f"'{entry.name}' in {file} {fault} (corrupt data_offsets): fetch it again"
+                f"{quoted(entry.name)} in {file} {fault} (corrupt data_offsets): fetch it again"
             )
         start += entry.nbytes
     return start
@@ -151,12 +153,12 @@ def _end_of_data(file: Path, entries: Iterable[TensorEntry], start: int) -> int:
 def _entry(name: str, file: Path, base: int, item: Json) -> TensorEntry:
     if item["dtype"] not in DTYPES:
         raise MoeccError(
-            f"'{name}' in {file} has dtype {item['dtype']}, which torch can't hold; "
+            f"{quoted(name)} in {file} has dtype {quoted(item['dtype'])}, which torch can't hold; "
             "use a bf16 checkpoint"
         )
     dtype, shape, (start, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
-    whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
-    if not whole or end - start != math.prod(shape) * dtype.itemsize:
+    whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (start, end, *shape))
+    if not whole or len(shape) > _DIMENSIONS or end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(name)
     return TensorEntry(name, file, dtype, shape, base + start, end - start)
 
@@ -276,47 +278,3 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].read()
-
-
-def checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Return every tensor of a checkpoint, from its single file or from its index's shards.
-
-    Raise MoeccError if a file is missing or corrupt, or if the index names a tensor that its shard
-    lacks.
-    """
-    if (folder / SINGLE).exists():
-        return read_header(folder / SINGLE)[0]
-    if not (folder / INDEX).exists():
-        raise MoeccError(
-            f"{folder} has neither {SINGLE} nor {INDEX}; moecc reads safetensors checkpoints only"
-        )
-    where = read_index(folder / INDEX)
-    shards = sorted(set(where.values()))
-    for shard in shards:
-        if not (folder / shard).is_file():
-            raise MoeccError(
-                f"{folder} lacks {shard}, one of the {len(shards)} files its index names: "
-                "fetch it again"
-            )
-    entries: dict[str, TensorEntry] = {}
-    for shard in shards:
-        entries.update(read_header(folder / shard)[0])
-    for name, shard in where.items():
-        if name not in entries:
-            raise MoeccError(
-                f"{folder / shard} has no '{name}', which {INDEX} says it has: fetch both again"
-            )
-    return entries
-
-
-def read_index(file: Path) -> dict[str, str]:
-    """Return the file name of each tensor in a shard index; raise MoeccError if it is invalid."""
-    try:
-        where = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MoeccError(f"{file} isn't a valid index (no 'weight_map'): fetch it again") from error
-    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
-        raise MoeccError(
-            f"{file} isn't a valid index ('weight_map' must give file names): fetch it again"
-        )
-    return where

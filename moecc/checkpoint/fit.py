@@ -16,8 +16,9 @@ from torch import Tensor
 
 from moecc.checkpoint.low_bit import Entry
 from moecc.checkpoint.recipes import Recipe, Recipes
-from moecc.errors import MoeccError, reason
+from moecc.errors import MoeccError, quoted, reason
 
+_MOST_LEFT_OUT = 100_000  # tensors: those of the largest models would do, with one layer configured
 CHECK_CONFIG = "check that config.json belongs to these weights"
 
 
@@ -33,13 +34,20 @@ class Fit:
         """Raise MoeccError for a missing or quantized tensor, or for a shape that doesn't fit."""
         if self.recipes.missing:
             raise self._missing()
+        if len(self.recipes.unexpected) > _MOST_LEFT_OUT:
+            raise MoeccError(
+                f"{self.folder} has {len(self.recipes.unexpected)} tensors that fit nothing in the "
+                f"model, more than moecc leaves out; {CHECK_CONFIG}"
+            )
         for recipe, names in self.recipes.groups():
             self._check_recipe(recipe, names)
 
     def _missing(self) -> MoeccError:
         missing, unexpected = self.recipes.missing, self.recipes.unexpected
         lost = f"{len(missing)} of {len(self.recipes.declared)} missing"
-        hint = f", {len(unexpected)} fit nothing, e.g. '{unexpected[0]}'" if unexpected else ""
+        hint = (
+            f", {len(unexpected)} fit nothing, e.g. {quoted(unexpected[0])}" if unexpected else ""
+        )
         todo = self._quantized() or f"{CHECK_CONFIG}, or fetch them again"
         return MoeccError(f"{self.folder} has no tensor for '{missing[0]}' ({lost}{hint}); {todo}")
 
@@ -55,7 +63,7 @@ class Fit:
         if recipe.per_expert:
             self._check_experts(recipe)
         first = self.entries[recipe.keys[0]]
-        what = f"'{first.name}' in {first.file} is {list(first.shape)}"
+        what = f"{quoted(first.name)} in {first.file} is {list(first.shape)}"
         try:
             made = recipe.make(self.recipes.model, self._without_storage)
         # Converters check little, so torch may raise anything for shapes they don't expect.
@@ -85,7 +93,7 @@ class Fit:
             fits, todo = torch.promote_types(entry.dtype, declared.dtype) == declared.dtype, ""
         if not fits:
             raise MoeccError(
-                f"'{entry.name}' in {entry.file} is {entry.dtype}, but the model has "
+                f"{quoted(entry.name)} in {entry.file} is {entry.dtype}, but the model has "
                 f"{declared.dtype} there; {todo or CHECK_CONFIG}"
             )
 
@@ -102,11 +110,11 @@ class Fit:
             if len(keys) > experts:
                 raise MoeccError(f"{what}; {CHECK_CONFIG}")
             if absent := _absent_expert(keys, experts) or len(keys) < experts:
-                which = f" ('{absent}' is missing)" if isinstance(absent, str) else ""
+                which = f" ({quoted(absent)} is missing)" if isinstance(absent, str) else ""
                 raise MoeccError(f"{what}{which}; fetch it again")
             usual = Counter(self.entries[key].shape for key in keys).most_common(1)[0][0]
             for entry in (self.entries[key] for key in keys if self.entries[key].shape != usual):
-                what = f"'{entry.name}' in {entry.file} is {list(entry.shape)}"
+                what = f"{quoted(entry.name)} in {entry.file} is {list(entry.shape)}"
                 raise MoeccError(
                     f"{what}, but the other experts have {list(usual)}; fetch it again"
                 )
@@ -119,7 +127,7 @@ def _absent_expert(keys: list[str], experts: int) -> str | None:
     """
     parts = [key.split(".") for key in keys]
     for at, column in enumerate(zip(*parts, strict=False)):
-        numbers = {int(part) for part in column if part.isdigit()}
+        numbers = {int(part) for part in column if part.isdecimal() and len(part) < 10}
         if len(numbers) > 1:
             gap = min(set(range(experts)) - numbers, default=None)
             return (

@@ -14,7 +14,6 @@ MXFP4 exactly. The product of an FP8 value and its scale is rounded to bfloat16.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moecc.errors import MoeccError
+from moecc.checkpoint.reading import read_json
+from moecc.errors import MoeccError, quoted
 
 METHODS = ("fp8", "mxfp4")  # the values of quant_method that this module reads
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -99,12 +99,10 @@ def decoded(entries: Mapping[str, Entry], block: tuple[int, int] | None) -> dict
 
 def block_size(folder: Path) -> tuple[int, int] | None:
     """Return weight_block_size from a checkpoint's config.json, or None if it has none."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # read_config reports the fault
-    for part in (config, config.get("text_config") or {}):
-        size = (part.get("quantization_config") or {}).get("weight_block_size")
+    config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config")):
+        quantization = part.get("quantization_config") if isinstance(part, dict) else None
+        size = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
         if (
             isinstance(size, list)
             and len(size) == 2
@@ -153,6 +151,6 @@ def _mxfp4(name: str, codes: Entry, scale: Entry) -> Decoded:
 
 def _no_scales(codes: Entry, scale: Entry, how: str = "") -> MoeccError:
     return MoeccError(
-        f"'{scale.name}' in {scale.file} is {list(scale.shape)}, which are no scales of "
-        f"'{codes.name}' {list(codes.shape)}{how}; fetch both again"
+        f"{quoted(scale.name)} in {scale.file} is {list(scale.shape)}, which are no scales of "
+        f"{quoted(codes.name)} {list(codes.shape)}{how}; fetch both again"
     )

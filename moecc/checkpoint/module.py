@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from moecc.checkpoint.files import as_bytes
-from moecc.checkpoint.values import kept_dtype, require_finite
+from moecc.checkpoint.values import kept_dtype, require_finite, require_squares
 from moecc.errors import MoeccError
 
 
@@ -65,7 +65,8 @@ class ModuleStore:
         tensor = self._tensor(name)
         to = tensor.dtype if dtype is None else kept_dtype(self.model, name, tensor, dtype)
         rows = tensor.detach() if experts is None else tensor.detach()[list(experts)]
-        require_finite(rows, f"'{name}' of the {type(self.model).__name__}")
+        for require in (require_finite, require_squares):
+            require(rows, f"'{name}' of the {type(self.model).__name__}")
         return rows.to(device="cpu", dtype=to, copy=True)
 
     def _tensor(self, name: str) -> Tensor:

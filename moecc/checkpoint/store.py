@@ -21,13 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moecc.checkpoint.files import checkpoint_entries
 from moecc.checkpoint.fit import Fit
 from moecc.checkpoint.low_bit import block_size, decoded
+from moecc.checkpoint.reading import opened
 from moecc.checkpoint.recipes import Recipe, Recipes
 from moecc.checkpoint.schema import Compression
-from moecc.checkpoint.values import kept_dtype, require_finite
-from moecc.errors import MoeccError
+from moecc.checkpoint.shards import checkpoint_entries
+from moecc.checkpoint.values import kept_dtype, require_finite, require_squares
+from moecc.errors import MoeccError, quoted
 
 WHOLE = 16 << 20  # bytes of the largest file that a digest reads whole
 SAMPLE = 256  # bytes that it reads of each tensor in a larger one
@@ -37,13 +38,13 @@ class CheckpointStore:
     """The weights of `model`, a skeleton without any, in the safetensors files of `folder`.
 
     Names are the model's own (`state_dict` keys). `tied`, `missing`, `unexpected` and `ignored` are
-    those of `moecc.checkpoint.recipes.Recipes`. Raise MoeccError right here, before `check`, if a
-    file is absent, truncated or corrupt.
+    those of `moecc.checkpoint.recipes.Recipes`. notes: remarks for the user. Raise MoeccError right
+    here, before `check`, if a file is absent, truncated or corrupt.
     """
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
         self.folder, self.model = Path(folder), model
-        self.stored = checkpoint_entries(self.folder)
+        self.stored, self.notes = checkpoint_entries(self.folder)
         self.entries = decoded(self.stored, block_size(self.folder))
         self._recipes = Recipes(model, self.entries)
         self.tied, self.missing = self._recipes.tied, self._recipes.missing
@@ -113,7 +114,7 @@ class CheckpointStore:
     def _recipe(self, name: str) -> Recipe:
         recipe = self._recipes.get(name)
         if recipe is None:
-            raise MoeccError(f"{self.folder} has no tensor for '{name}'")
+            raise MoeccError(f"{self.folder} has no tensor for {quoted(name)}")
         return recipe
 
     def _load(
@@ -125,7 +126,8 @@ class CheckpointStore:
     ) -> Tensor:
         entry = self.entries[key]
         tensor = entry.read(rows)
-        require_finite(tensor, f"'{key}' in {entry.file}")
+        for require in (require_finite, require_squares):
+            require(tensor, f"{quoted(key)} in {entry.file}")
         return tensor.to(dtype)
 
     def check(self) -> None:
@@ -146,7 +148,7 @@ class CheckpointStore:
         for file, entries in sorted(by_file.items()):
             size = file.stat().st_size
             sha.update(f"{file.name}\0{size}\0".encode())
-            with open(file, "rb") as f:
+            with opened(file) as f:
                 sha.update(f.read(size if size <= WHOLE else entries[0].start))
                 for entry in entries if size > WHOLE else []:
                     f.seek(entry.start + max(0, entry.nbytes // 2 - SAMPLE // 2))

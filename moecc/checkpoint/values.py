@@ -11,6 +11,9 @@ from moecc.errors import MoeccError
 from moecc.ir.tensors import nonfinite
 from moecc.types import FamilyModule
 
+_LARGEST = 1e15  # 10^8 squares of it add up to less than float32 holds
+_WIDE = (torch.bfloat16, torch.float32, torch.float64)
+
 
 def kept_dtype(model: FamilyModule, name: str, declared: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the tensor `name` in a model that is loaded as `dtype`.
@@ -49,3 +52,19 @@ def require_finite(tensor: Tensor, what: str) -> None:
     """Raise MoeccError if a float tensor holds NaN or infinity; `what` names it and its file."""
     if found := nonfinite(tensor):
         raise MoeccError(f"{what} holds {found}: fetch it again or retrain it")
+
+
+def require_squares(tensor: Tensor, what: str) -> None:
+    """Raise MoeccError if float32 can't hold sums of squares of a matrix; `what` names it.
+
+    Every pass measures errors by them. Single rows may hold extreme numbers on purpose, such as a
+    bias that keeps a router from an expert.
+    """
+    if tensor.dim() < 2 or tensor.numel() == 0 or tensor.dtype not in _WIDE:
+        return
+    low, high = tensor.detach().aminmax()
+    if (largest := max(-float(low), float(high))) > _LARGEST:
+        raise MoeccError(
+            f"{what} holds {largest:.3g}, and float32 can't hold the squares of such weights: "
+            "fetch it again or retrain it"
+        )

@@ -23,9 +23,10 @@ from moecc.artifact import verify
 from moecc.artifact.audit import plan
 from moecc.artifact.draft import Draft, failure
 from moecc.artifact.schema import summary
-from moecc.artifact.write import copy_small_files, source_config, write_artifact
+from moecc.artifact.write import copy_small_files, write_artifact
 from moecc.checkpoint.files import free_space
 from moecc.checkpoint.low_bit import Decoded
+from moecc.checkpoint.reading import read_json
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
 from moecc.commands.dump import Dump
@@ -107,7 +108,7 @@ def compile_model(
         target = None if backend is None else parse_target(backend)
         resolved = _pipeline(passes, bits, say)
         read_config(folder := checkpoint_folder(model))  # broken, it looks like a broken tokenizer
-        config = source_config(folder)
+        config = read_json(folder / "config.json")
         draft.start()
         copy_small_files(folder, draft.output, say)
         ids = _calibration(folder, calib, rows, length, resolved, trust_remote_code)
@@ -331,6 +332,8 @@ def _require_fresh(program: Program, model: str, say: Say) -> str:
     if getattr(program.config, "quantization_config", None) is not None:
         raise MoeccError(f"{model} is compressed already; give the checkpoint it was made from")
     entries = store.entries if isinstance(store, CheckpointStore) else {}
+    for note in store.notes if isinstance(store, CheckpointStore) else []:
+        say(f"note: {model}: {note}")
     if packed := [name for name, entry in entries.items() if isinstance(entry, Decoded)]:
         what = f"{len(packed)} tensors of {model} are stored in 8 or 4 bits and read as bfloat16"
         say(f"note: {what}, e.g. {packed[0]!r}")

@@ -12,7 +12,6 @@ few rows at a time.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor
 
 from moecc.artifact.schema import read_manifest
-from moecc.checkpoint.files import INDEX, SINGLE, TensorEntry, read_header, read_index, size
-from moecc.checkpoint.source import SMALL_FILES, checkpoint_folder
+from moecc.checkpoint.files import TensorEntry, read_header, size
+from moecc.checkpoint.reading import inside, opened, read_json
+from moecc.checkpoint.shards import INDEX, SINGLE, checkpoint_entries
+from moecc.checkpoint.source import checkpoint_folder, small_files
 from moecc.errors import MoeccError
 from moecc.ir.relative import relative
 from moecc.types import Json, Progress
@@ -137,33 +138,21 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _side(name: str) -> Side:
     folder = checkpoint_folder(name)
-    files = _files(folder)
-    entries: dict[str, TensorEntry] = {}
-    for file in files:
-        entries.update(read_header(file)[0])
-    nbytes = sum(f.stat().st_size for f in files)
+    entries = _entries(folder)
+    nbytes = sum(f.stat().st_size for f in {entry.file for entry in entries.values()})
     return Side(name, folder, dict(sorted(entries.items())), nbytes, read_manifest(folder))
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the weight files of a model; raise MoeccError if there are none."""
-    if (folder / INDEX).is_file():
-        return [folder / name for name in sorted(set(read_index(folder / INDEX).values()))]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
+def _entries(folder: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of a model; raise MoeccError if there are none."""
+    if any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return checkpoint_entries(folder)[0]
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
         raise MoeccError(
             f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact"
         )
-    return found
-
-
-def _json(file: Path) -> object:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MoeccError(f"can't read {file}: {error}; fetch it again") from error
+    return {k: v for name in names for k, v in read_header(inside(folder, name))[0].items()}
 
 
 def _other_files(a: Side, b: Side) -> list[str]:
@@ -171,13 +160,7 @@ def _other_files(a: Side, b: Side) -> list[str]:
 
     These are configurations, tokenizer files and code.
     """
-    names = {
-        f.name
-        for side in (a, b)
-        for pattern in (*SMALL_FILES, "*.py")
-        for f in side.folder.glob(pattern)
-        if f.name != INDEX
-    }
+    names = {n for side in (a, b) for n in small_files(side.folder, code=True) if n != INDEX}
     both = {n for n in names if (a.folder / n).is_file() and (b.folder / n).is_file()}
     return sorted(
         n for n in names if n not in both or _content(a.folder / n) != _content(b.folder / n)
@@ -187,9 +170,10 @@ def _other_files(a: Side, b: Side) -> list[str]:
 def _content(file: Path) -> object:
     """Return the bytes of a file, or the values of a JSON file, whose layout does not count."""
     if file.suffix == ".json":
-        return _json(file)
+        return read_json(file)
     try:
-        return file.read_bytes()
+        with opened(file) as stream:
+            return stream.read()
     except OSError as error:
         raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
 

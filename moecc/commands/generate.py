@@ -112,7 +112,11 @@ def _load(folder: str) -> FamilyModule:
 
     try:
         found: FamilyModule = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, trust_remote_code=False
+            folder,
+            config=read_config(folder)[0],
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except MoeccError:
         raise

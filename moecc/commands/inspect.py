@@ -25,7 +25,7 @@ from moecc.errors import MoeccError
 from moecc.frontend.capture import capture
 from moecc.frontend.resize import expert_groups
 from moecc.frontend.skeleton import skeleton
-from moecc.frontend.trace import program_of
+from moecc.frontend.trace import program_of, store_of
 from moecc.ir import ops
 from moecc.ir.graph import ancestors
 from moecc.ir.moe import MoE
@@ -71,7 +71,7 @@ def inspect_model(model: str, *, passes: str | None = None, bits: float | None =
     """
     wanted = _resolved(passes, bits) if passes is not None else None
     found = skeleton(model)
-    program = program_of(capture(found), found, model)
+    program = program_of(capture(found), found, model, store_of(found))
     sizes = _sizes(program, found.model)
     layers = [_layer(program, moe) for moe in program.moe_layers()]
     result: Json = {

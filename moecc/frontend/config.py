@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+import re
 import sys
 from pathlib import Path
 
 import torch
 
+from moecc.checkpoint.reading import read_json
 from moecc.checkpoint.source import model_folder
-from moecc.errors import MoeccError, reason
-from moecc.types import Config, FamilyModule
+from moecc.errors import MoeccError, quoted, reason
+from moecc.types import Config, FamilyModule, Json
+
+# Constructors of configurations and models loop over the numbers that have these names.
+_COUNTS = re.compile(r"(layers?|blocks|depths?|loops|passes|iters|stages|levels|codebooks)$")
+_EXPERTS = re.compile(r"(experts|heads)$")
+_MOST_LAYERS, _MOST_EXPERTS = 1024, 65536
 
 # ---------------------------------------------------------------- reading
 
@@ -37,6 +45,9 @@ def read_config(source: str | Path | Config) -> tuple[Config, Path | None]:
             f"not {source_name(source)}"
         )
     folder = model_folder(str(source), ["*.json"])
+    # besides config.json those for certain versions of transformers
+    for file in (folder / "config.json", *sorted(folder.glob("config.*.json"))):
+        _require_countable(file, read_json(file))
     try:
         # Without trust_remote_code=False, transformers would ask on the terminal.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -45,7 +56,30 @@ def read_config(source: str | Path | Config) -> tuple[Config, Path | None]:
         own = "moecc doesn't run a model's own code, it takes the families of transformers"
         todo = own if "custom code" in why else "check config.json"
         raise MoeccError(f"{source}: its config.json can't be used: {why}; {todo}") from error
+    if not getattr(config, "quantization_config", True):  # {} says nothing
+        del config.quantization_config
+    config.return_dict = True  # outputs are read by name
     return config, folder
+
+
+def _require_countable(file: Path, config: Json) -> None:
+    """Raise MoeccError if a configuration asks for more modules than any model has."""
+    for key, value in config.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                _require_countable(file, part)
+            elif isinstance(part, int | float) and part > _most(key):
+                raise MoeccError(
+                    f"{quoted(key)} in {file} is {quoted(part)}, and moecc takes at most "
+                    f"{_most(key)}; check config.json"
+                )
+
+
+def _most(key: str) -> float:
+    """Return the largest number that an entry of a configuration may have."""
+    if _COUNTS.search(key):
+        return _MOST_LAYERS
+    return _MOST_EXPERTS if _EXPERTS.search(key) else math.inf
 
 
 # ---------------------------------------------------------------- facts

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from moecc.checkpoint.module import ModuleStore
+from moecc.checkpoint.shards import has_weights
 from moecc.checkpoint.store import CheckpointStore
 from moecc.frontend.capture import capture
 from moecc.frontend.resize import Resizer
@@ -42,22 +43,25 @@ def trace(source: str | Path | nn.Module | Config, *, dtype: torch.dtype | None 
     checkpoint. Raise MoeccError, in one line, if the model can't be traced.
     """
     found = skeleton(source, dtype)
-    name = found.source or found.model_type
-    program = program_of(capture(found), found, name)
+    name, store = found.source or found.model_type, store_of(found)
+    if isinstance(store, CheckpointStore):
+        store.check()  # before the capture, which takes minutes for a large model
+    program = program_of(capture(found), found, name, store)
 
     def build(config: Config) -> tuple[Program, nn.Module]:
         other = skeleton(config, dtype)
-        return program_of(capture(other), other, name), other.model
+        return program_of(capture(other), other, name, store_of(other)), other.model
 
     program.resizer = Resizer(found, build)
     return program
 
 
-def program_of(exported: ExportedProgram, found: Skeleton, name: str) -> Program:
+def program_of(
+    exported: ExportedProgram, found: Skeleton, name: str, store: Store | None
+) -> Program:
     """Return the Program of a captured model; `name` becomes its source."""
     weights, tensors = _weights(exported)
     meta = exported.graph_module.meta
-    store = _store(found)
     if isinstance(store, CheckpointStore):
         # The checkpoint's buffers come before the constructor's.
         tensors = {k: v for k, v in tensors.items() if k not in store}
@@ -97,11 +101,11 @@ def _weights(exported: ExportedProgram) -> tuple[dict[str, Weight], dict[str, Te
     return weights, tensors
 
 
-def _store(found: Skeleton) -> Store | None:
+def store_of(found: Skeleton) -> Store | None:
+    """Return the weights of a model to trace, None if it comes without."""
     if found.folder is None:
         return ModuleStore(found.model) if found.mode is None else None
-    has_weights = any(found.folder.glob("*.safetensors"))
-    return CheckpointStore(found.folder, found.model) if has_weights else None
+    return CheckpointStore(found.folder, found.model) if has_weights(found.folder) else None
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

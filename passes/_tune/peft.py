@@ -17,18 +17,17 @@ tied to another, because it would change both.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from moecc.errors import MoeccError
+from moecc.checkpoint.files import TensorFile
+from moecc.checkpoint.reading import inside, read_json
+from moecc.errors import MoeccError, quoted
 from moecc.ir.program import Program
 from moecc.passes._tune.update import Update
 
@@ -95,7 +94,7 @@ class Adapter:
                 raise MoeccError(
                     f"{folder}: no {name}; give a folder that PEFT saved a LoRA adapter in"
                 )
-        config = _read_config(folder)
+        config = read_json(folder / _CONFIG)
         _require_plain(folder, config)
         return cls(folder, config, _read_pairs(folder))
 
@@ -136,7 +135,7 @@ class Adapter:
         if depth == 0 and f"{module}.weight" in names:
             return f"{module}.weight"
         raise MoeccError(
-            f"{self.folder}: the model has no weight for the adapter of {module}; "
+            f"{self.folder}: the model has no weight for the adapter of {quoted(module)}; "
             "give the model it was trained on"
         )
 
@@ -153,28 +152,13 @@ class Adapter:
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else max(rank, 1))
 
 
-def _read_config(folder: Path) -> Config:
-    file = folder / _CONFIG
-    try:
-        config: Config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MoeccError(f"{file}: not JSON ({error}); save the adapter again") from None
-    return config
-
-
 def _read_pairs(folder: Path) -> Pairs:
-    file, pairs = folder / _TENSORS, Pairs()
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise MoeccError(
-            f"{file}: not a safetensors file ({error}); save the adapter again"
-        ) from None
-    for key, tensor in tensors.items():
+    pairs = Pairs()
+    for key, tensor in TensorFile(inside(folder, _TENSORS)).items():
         match = _KEY.match(key)
         if not match:
             raise MoeccError(
-                f"{folder}: {key} is no LoRA matrix of a linear or of experts; "
+                f"{folder}: {quoted(key)} is no LoRA matrix of a linear or of experts; "
                 "merge it with PEFT first"
             )
         module, nesting, side = match.groups()
@@ -182,7 +166,8 @@ def _read_pairs(folder: Path) -> Pairs:
     for (module, _), pair in pairs.items():
         if len(pair) != 2:
             raise MoeccError(
-                f"{folder}: {module} has lora_{next(iter(pair))} alone; save the adapter again"
+                f"{folder}: {quoted(module)} has lora_{next(iter(pair))} alone; "
+                "save the adapter again"
             )
     return pairs
 
@@ -198,7 +183,7 @@ def _require_plain(folder: Path, config: Config) -> None:
     """Raise MoeccError if the configuration asks for more than scaling * B A."""
     if config.get("peft_type") != "LORA":
         raise MoeccError(
-            f"{folder}: an adapter of type {config.get('peft_type')}; moecc merges LORA, "
+            f"{folder}: an adapter of type {quoted(config.get('peft_type'))}; moecc merges LORA, "
             "merge this one with PEFT first"
         )
     odd = [k for k in _UNKNOWN if config.get(k)]
