@@ -86,7 +86,7 @@ def load(folder: str, dtype: torch.dtype | None = None) -> Any:
     """
     config, _ = read_config(folder)
     model = model_class(config).from_pretrained(
-        folder, dtype=dtype or "auto", local_files_only=True
+        folder, config=config, dtype=dtype or "auto", local_files_only=True
     )
     return model.eval()
 

@@ -167,8 +167,13 @@ def _check_experts(found: Skeleton) -> None:
         return
     part, model = text_config(found.config), type(found.model).__name__
     if any(isinstance(n := getattr(part, key, None), int) and n > 1 for key in EXPERT_COUNTS):
+        if any("expert" in name for name, _ in found.model.named_modules()):
+            raise MoeccError(
+                f"{found.model_type}: {model} has experts of a class that moecc doesn't know"
+            )
         raise MoeccError(
-            f"{found.model_type}: {model} has experts of a class that moecc doesn't know"
+            f"{found.name}: the configuration gives experts to no layer, for example because "
+            f"mlp_only_layers names all{found.advice}"
         )
     raise MoeccError(
         f"{found.model_type}: {model} has no experts; moecc takes Mixture-of-Experts models"

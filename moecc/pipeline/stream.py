@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from moecc.checkpoint.memory import free_memory
+from moecc.errors import MoeccError
 from moecc.ir.graph import needed_for, run_nodes
 from moecc.ir.program import Program, output_node, stage_nodes
 from moecc.types import Value
@@ -92,6 +93,11 @@ class Stream:
             for _ in run_nodes(nodes, here, weights, keep=wanted | set(values)):
                 pass
             for name in wanted:
+                if isinstance(here[name], Tensor) and here[name].isnan().any():
+                    raise MoeccError(
+                        f"{name} is NaN on the calibration text: the model's own numbers leave the "
+                        "range of float32; check its weights"
+                    )
                 found[name].append(here[name])
         return found
 
