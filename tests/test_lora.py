@@ -176,7 +176,7 @@ SHAPES = r"updates \[32, 16\], but the weight is \[32, 32\]"
         ({}, {"use_dora": True}, DORA),
         ({}, {"init_lora_weights": "pissa"}, "init_lora_weights=pissa in its"),
         ({}, {"bias": "all"}, "bias in its"),
-        ({}, {"peft_type": "IA3"}, "an adapter of type IA3"),
+        ({}, {"peft_type": "IA3"}, "an adapter of type 'IA3'"),
         ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save in its"),
         (linear(Q_PROJ, 32, 16), {}, SHAPES),
         (linear(NOT_THERE, 32, 32), {}, f"no weight for the adapter of {NOT_THERE}"),
