@@ -18,7 +18,7 @@ from moecc.types import Config, FamilyModule, Json
 
 # Constructors of configurations and models loop over the numbers that have these names.
 _COUNTS = re.compile(r"(layers?|blocks|depths?|loops|passes|iters|stages|levels|codebooks)$")
-_EXPERTS = re.compile(r"(experts|heads)$")
+_EXPERTS = re.compile(r"(experts|heads|head_dim)$")
 _MOST_LAYERS, _MOST_EXPERTS = 1024, 65536
 
 # ---------------------------------------------------------------- reading
