@@ -202,6 +202,13 @@ def test_more_tensors_than_any_model_leaves_out_are_refused(
 # ---------------------------------------------------------------- names
 
 
+@pytest.mark.parametrize("number", ["9" * 5000, "\u00b22"], ids=["5000 digits", "a power"])
+def test_a_name_with_an_impossible_number_is_refused(number: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path, {f"model.layers.{number}.x": torch.ones(1)})
+    fails(lambda: CheckpointStore(tmp_path, skeleton(tmp_path)), "model.layers.", "can't be read")
+
+
 def test_names_from_files_never_reach_a_terminal_raw(
     tmp_path: Path, moecc: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from moecc.errors import MoeccError, quoted
 from moecc.types import FamilyModule
 
 
@@ -120,7 +121,7 @@ class Recipes:
         by_pattern = {p: c for c in converters for p in c.source_patterns}
         left: dict[str, str] = {}
         # Natural order: expert 10 follows expert 9, and a stateful renaming sees its guard first.
-        for key in sorted(keys, key=dot_natural_key):
+        for key in sorted(keys, key=_in_order):
             name, pattern = self._rename(key, renamings, converters)
             if name not in self.declared and key in self.declared:
                 name, pattern = self._rename(key, [], [])
@@ -159,6 +160,16 @@ class Recipes:
             stored = [n for n in [owner, *sorted(names - {owner})] if n in self._recipes]
             tied.update({n: stored[0] for n in names if stored and n not in self._recipes})
         return tied
+
+
+def _in_order(key: str) -> Any:
+    """Return what transformers sorts names by; raise MoeccError if it can't sort this one."""
+    try:
+        return dot_natural_key(key)
+    except ValueError as error:  # a part of digits that isn't a number, or too long for one
+        raise MoeccError(
+            f"the checkpoint has a tensor {quoted(key)}, whose number can't be read: fetch it again"
+        ) from error
 
 
 def _pattern(patterns: Iterable[str] | None, more: Iterable[str] = ()) -> re.Pattern[str] | None:
