@@ -25,7 +25,8 @@ from moecc.checkpoint.source import HUB_FILES, checkpoint_folder, small_files
 from moecc.checkpoint.store import CheckpointStore
 from moecc.errors import MoeccError, quoted
 from moecc.frontend.config import read_config
-from moecc.frontend.trace import trace
+from moecc.frontend.skeleton import bare
+from moecc.frontend.trace import store_of, trace
 
 torch.set_num_threads(1)
 TRACED = pytest.mark.usefixtures("traced_once")
@@ -229,26 +230,29 @@ def test_names_from_files_never_reach_a_terminal_raw(
     assert run.code == 2 and r"m\x1b[2J" in run.err and "\x1b" not in run.err
 
 
-@pytest.mark.parametrize("bad", ["x\0y", "x\udcffy", "n" * 300, "n" * 5000], ids=ascii)
+@pytest.mark.parametrize("bad", ["x\0y", "x\udcffy", "n" * 5000], ids=["NUL", "bytes", "long"])
+def test_an_argument_that_is_no_path_is_refused_in_a_sentence(bad: str, moecc: Command) -> None:
+    for line in (["inspect", bad], ["bench", bad], ["passes", bad], ["passes", f"{bad}.py"]):
+        run = moecc(*line)
+        assert (run.code, run.out) == (2, "") and "internal" not in run.err, run.err
+        assert run.err.splitlines()[-1].startswith("moecc: error: ")
+
+
+@TRACED
 @pytest.mark.parametrize(
     "line",
     [
-        "inspect BAD",
-        "compile MODEL --passes vq -o BAD",
-        "compile MODEL --passes vq -o OUT --calib BAD",
-        "compile MODEL --passes vq -o OUT --dump BAD",
-        "compile MODEL --passes BAD -o OUT",
-        "compile MODEL --passes BAD.py -o OUT",
-        "compile MODEL --passes lora{path=BAD},vq -o OUT",
-        "export MODEL --to dense -o BAD",
-        "bench BAD",
-        "diff MODEL BAD",
+        "compile MODEL --passes vq -o LONG",
+        "compile MODEL --passes vq -o OUT --calib LONG",
+        "compile MODEL --passes LONG.py -o OUT",
+        "compile MODEL --passes lora{path=LONG},vq -o OUT",
+        "diff MODEL LONG",
     ],
 )
-def test_an_argument_that_is_no_path_is_refused_in_a_sentence(
-    line: str, bad: str, tmp_path: Path, model: Path, moecc: Command
+def test_a_path_that_is_too_long_is_refused_in_a_sentence(
+    line: str, tmp_path: Path, model: Path, moecc: Command
 ) -> None:
-    words = [w.replace("BAD", bad) for w in line.split()]
+    words = [word.replace("LONG", "n" * 300) for word in line.split()]
     run = moecc(*[{"MODEL": model, "OUT": tmp_path / "out"}.get(w, w) for w in words])
     assert (run.code, run.out) == (2, "") and "internal" not in run.err, run.err
     assert run.err.splitlines()[-1].startswith("moecc: error: ")
@@ -284,14 +288,14 @@ def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
     CheckpointStore(tmp_path, skeleton(tmp_path)).check()
 
 
-@TRACED
-def test_shards_in_a_sub_folder_are_found(model: Path, tmp_path: Path, compile: Compile) -> None:
-    (model / "weights").mkdir()
-    names = list(load_file(model / SINGLE))
-    (model / SINGLE).rename(model / "weights" / "part.safetensors")
-    write_index(model, dict.fromkeys(names, "./weights/part.safetensors"))
-    run = compile(model, tmp_path / "out", QUICK)
-    assert run.code == 0, run.err
+def test_shards_in_a_sub_folder_are_found(tmp_path: Path) -> None:
+    names = list(load_file(saved(tmp_path) / SINGLE))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / SINGLE).rename(tmp_path / "weights" / "part.safetensors")
+    write_index(tmp_path, dict.fromkeys(names, "./weights/part.safetensors"))
+    store = store_of(bare(checkpoint_folder(str(tmp_path))))
+    assert store is not None
+    store.check()
 
 
 # ---------------------------------------------------------------- small files
