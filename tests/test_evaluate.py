@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from moecc.frontend.trace import trace
 from moecc.ir.program import Program
 from moecc.ir.restriction import Restriction
 from moecc.pipeline.bits import everything_bits, experts_bits
+from moecc.types import FamilyModule
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -76,6 +79,85 @@ def test_damage_shows_in_its_own_layer_and_behind_it(tinymoe: Program) -> None:
 def test_an_experts_layer_of_zeros_has_output_error_one(tinymoe: Program) -> None:
     found = evaluate(scaled(tinymoe, 2, 0.0), tinymoe, tokens(2, 16, 4096))
     assert found.per_layer[2].output_error == pytest.approx(1.0)
+
+
+Choices = list[tuple[list[set[int]], Tensor]]
+
+
+@torch.no_grad()
+def observed(model: FamilyModule, rows: Tensor) -> tuple[Choices, list[list[list[float]]]]:
+    """Return what a model of transformers computes.
+
+    By MoE layer: the experts chosen for each token and the experts' output [T, D]. By row and
+    place: the probability of every token.
+    """
+    layers: Choices = []
+
+    def note(module: object, args: tuple[Tensor, ...], output: Tensor) -> None:
+        layers.append(([set(chosen) for chosen in args[1].tolist()], output.double()))
+
+    handles = [x.mlp.experts.register_forward_hook(note) for x in model.model.layers]
+    probabilities = model(input_ids=rows).logits.double().softmax(-1).tolist()
+    for handle in handles:
+        handle.remove()
+    return layers, probabilities
+
+
+@pytest.fixture(scope="module")
+def twins() -> tuple[FamilyModule, FamilyModule]:
+    """A tiny qwen2_moe, and its copy with other routers and smaller experts."""
+    original = make("qwen2_moe")
+    changed = copy.deepcopy(original)
+    generator = torch.Generator().manual_seed(1)
+    for layer in changed.model.layers:
+        router = layer.mlp.gate.weight.data
+        router += 0.5 * router.std() * torch.randn(router.shape, generator=generator)
+        layer.mlp.experts.down_proj.data *= 0.8
+    return original, changed
+
+
+def test_chosen_experts_and_output_errors_are_those_of_two_models_of_transformers(
+    twins: tuple[FamilyModule, FamilyModule],
+) -> None:
+    rows = tokens(5, 23)
+    reference, program = (observed(model, rows)[0] for model in twins)
+    found = evaluate(*(trace(m, dtype=torch.float32) for m in reversed(twins)), rows, batch=2)
+    same, whole = [], []
+    for (theirs, before), (ours, after), layer in zip(
+        reference, program, found.per_layer, strict=True
+    ):
+        pairs = list(zip(theirs, ours, strict=True))
+        same.append(sum(len(a & b) for a, b in pairs) / (2 * len(pairs)))
+        whole.append(sum(a == b for a, b in pairs) / len(pairs))
+        assert layer.agreement == pytest.approx(same[-1], rel=1e-12)
+        assert layer.exact_agreement == pytest.approx(whole[-1], rel=1e-12)
+        error = float((after - before).square().sum() / before.square().sum())
+        assert layer.output_error == pytest.approx(error, rel=1e-4)
+    # as many tokens and choices in each layer
+    assert found.agreement == pytest.approx(sum(same) / 2, rel=1e-12)
+    assert found.exact_agreement == pytest.approx(sum(whole) / 2, rel=1e-12)
+    assert len({*same, *whole}) == 4, "the shares must differ, or one could pass for another"
+
+
+def test_perplexity_and_kl_are_those_of_two_models_of_transformers(
+    twins: tuple[FamilyModule, FamilyModule],
+) -> None:
+    rows = tokens(5, 23)
+    reference, program = (observed(model, rows)[1] for model in twins)
+    found = evaluate(*(trace(m, dtype=torch.float32) for m in reversed(twins)), rows, batch=2)
+    nll, reference_nll, kl = 0.0, 0.0, 0.0
+    for b, row in enumerate(rows.tolist()):
+        for place, following in enumerate(row[1:]):
+            p, q = reference[b][place], program[b][place]
+            nll -= math.log(q[following])
+            reference_nll -= math.log(p[following])
+            kl += sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+    assert found.tokens == 5 * 22
+    assert found.kl == pytest.approx(kl / found.tokens, rel=1e-3)
+    assert found.perplexity == pytest.approx(math.exp(nll / found.tokens), rel=1e-5)
+    want = math.exp(reference_nll / found.tokens)
+    assert found.reference_perplexity == pytest.approx(want, rel=1e-5)
+    assert abs(found.perplexity - found.reference_perplexity) > 1e-2
 
 
 @pytest.mark.family
