@@ -16,6 +16,7 @@ from moecc.passes._tune.gradients import Gradients
 from moecc.passes._tune.routing import selection_scores
 from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.whole import Whole
+from moecc.passes.sensitivity import Combined
 from moecc.pipeline.passes import Context
 from moecc.pipeline.stream import StageWeights
 
@@ -92,6 +93,58 @@ def test_sensitivity_of_routing_counts_later_routers_alone(traced: Program) -> N
     both = compiled(traced, "sensitivity")
     traces = [float(both.ctx.data["sensitivity"][path].trace()) for path in (first, last)]
     assert traces[0] > traces[1] > 0
+
+
+def diagonal(**sizes: tuple[float, float]) -> dict[str, Tensor]:
+    return {name: torch.diag(torch.tensor(size)) for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize(("kl_weight", "routing_weight"), [(1.0, 1.0), (2.0, 0.5), (0.25, 3.0)])
+def test_routing_weighs_its_weight_times_kl_over_the_layers_that_have_both(
+    kl_weight: float, routing_weight: float
+) -> None:
+    # layers a and b have both: traces of 10 and 4 in all; c has no router behind it
+    kl = diagonal(a=(1.0, 2.0), b=(3.0, 4.0), c=(100.0, 100.0))
+    routing = diagonal(a=(1.0, 1.0), b=(2.0, 0.0), d=(5.0, 7.0))
+    found = Combined(kl, routing, kl_weight, routing_weight)
+    factor = routing_weight * kl_weight * 10 / 4
+    want = {
+        "a": (kl_weight + factor, 2 * kl_weight + factor),
+        "b": (3 * kl_weight + 2 * factor, 4 * kl_weight),
+        "c": (100 * kl_weight, 100 * kl_weight),
+        "d": (5 * factor, 7 * factor),
+    }
+    assert list(found) == ["a", "b", "c", "d"] and len(found) == 4
+    assert "d" in found and "e" not in found
+    for _ in range(2):  # asking twice changes nothing
+        for name, entries in want.items():
+            torch.testing.assert_close(found[name], torch.diag(torch.tensor(entries)))
+
+
+@pytest.mark.parametrize("routing", [{}, {"a": (0.0, 0.0)}, {"d": (5.0, 7.0)}])
+def test_without_a_common_layer_kinds_keep_their_own_units(
+    routing: dict[str, tuple[float, float]],
+) -> None:
+    found = Combined(diagonal(a=(1.0, 2.0)), diagonal(**routing), 3.0, 0.5)
+    assert torch.equal(found["a"], torch.diag(torch.tensor((3.0, 6.0))))
+    assert "d" not in routing or torch.equal(found["d"], torch.diag(torch.tensor((2.5, 3.5))))
+
+
+def test_sensitivity_takes_even_batches_for_kl_and_odd_ones_for_routing(traced: Program) -> None:
+    run = compiled(traced, "sensitivity{kl=2,routing=0.5,tokens=48}")
+    program = run.ctx.reference
+    assert program is not None
+    # two batches of 24 tokens each
+    kl = Gradients(program, Context()).measure("kl", [TOKENS[0], TOKENS[2]]).tensors
+    routing = Gradients(program, Context()).measure("routing", [TOKENS[1], TOKENS[3]]).tensors
+    both = kl.keys() & routing.keys()
+    assert kl.keys() - both and both
+    traces = [sum(float(found[n].trace()) for n in both) for found in (kl, routing)]
+    for name, found in run.ctx.data["sensitivity"].items():
+        want = 2 * kl[name]
+        if name in both:
+            want = want + 0.5 * 2 * traces[0] / traces[1] * routing[name]
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-9)
 
 
 def test_without_sensitivity_all_output_channels_count_alike(traced: Program) -> None:
