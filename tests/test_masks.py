@@ -6,6 +6,8 @@ test_onnx.py tests which masks of a model become one.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,3 +92,46 @@ def of_one_node(window: int) -> Any:
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     onnx.checker.check_model(model)
     return model
+
+
+# ---- which window a mask has
+
+
+def mask(new: int, padding: list[int], total: int, sees: Callable[..., np.ndarray]) -> np.ndarray:
+    """Return the mask [B, 1, S, T] of `sees`, a function of a token's place and the places seen."""
+    place, t = np.arange(total - new, total)[:, None], np.arange(total)[None]
+    counts = t >= np.array(padding)[:, None, None]
+    return (counts & sees(place, t))[:, None]
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 100, 4095, 4096, 70_000])
+def test_a_window_is_found_from_a_mask_s_values(window: int) -> None:
+    def sees(place: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return (t <= place) & (place - t < window)
+
+    assert masks._window(partial(mask, sees=sees)) == window
+
+
+def test_a_mask_that_sees_all_that_came_before_has_no_window() -> None:
+    assert masks._window(partial(mask, sees=lambda place, t: t <= place)) == masks.NO_WINDOW
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 30])
+def test_masks_that_only_look_like_a_window_have_none(window: int) -> None:
+    def chunks(place: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return (t <= place) & (t // (window + 1) == place // (window + 1))
+
+    def future(place: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return abs(place - t) < window + 1
+
+    def late(new: int, padding: list[int], total: int) -> np.ndarray:
+        """Forget the window from window + 3 new tokens on: not before a window is full."""
+        width = window if new < window + 3 else 1 << 40
+        return mask(new, padding, total, lambda place, t: (t <= place) & (place - t < width))
+
+    def unpadded(new: int, padding: list[int], total: int) -> np.ndarray:
+        none = [0] * len(padding)
+        return mask(new, none, total, lambda place, t: (t <= place) & (place - t < window))
+
+    for kind in (partial(mask, sees=chunks), partial(mask, sees=future), late, unpadded):
+        assert masks._window(kind) is None
