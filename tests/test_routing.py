@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 
 from moecc.frontend.trace import trace
 from moecc.ir.graph import run_nodes
+from moecc.ir.moe import MoE
 from moecc.passes._tune.routing import (
     boundary_loss,
     boundary_nearness,
@@ -25,7 +27,7 @@ from moecc.passes._tune.routing import (
 from moecc.pipeline.stream import StageWeights
 
 pytestmark = pytest.mark.usefixtures("traced_once")
-TOKENS, EXPERTS = 7, 5
+TOKENS, EXPERTS = 4, 6  # fewer tokens than experts: no axis passes for the other
 
 
 def scores(seed: int = 0, *, moved: float = 0.7) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,7 @@ def test_the_boundary_loss_is_the_sum_over_chosen_and_rejected_experts(top_k: in
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5])
 def test_the_order_loss_is_the_sum_over_neighbours_among_the_chosen(top_k: int) -> None:
-    student, teacher = scores(1)
+    student, teacher = scores(2, moved=1.5)
     total = 0.0
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
         order = ranks(t)[:top_k]
@@ -155,3 +157,41 @@ def test_the_highest_selection_scores_are_the_experts_that_are_chosen(family: st
         assert torch.equal(best.sort(-1).values, values[chosen.name].sort(-1).values)
         # logits are easier to train than a softmax of them
         assert (node is moe.logits) == (family != "deepseek_v3")
+
+
+aten = torch.ops.aten
+
+
+def router(*steps: Any) -> tuple[MoE, fx.Node]:
+    """Return a layer whose logits go through `steps`; a top-k stands for itself. And the last."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    logits = last = graph.call_function(aten.linear.default, (x, x))
+    for step in (*steps, aten.topk.default):
+        scores, last = last, graph.call_function(step, (last, 2))
+    chosen = graph.call_function(operator.getitem, (last, 1))
+    return MoE(graph.call_function(aten.add.Tensor, (x, chosen)), "experts", 1, logits), scores
+
+
+@pytest.mark.parametrize(
+    "step", [aten.to.dtype, aten._to_copy.default, aten.view.default, aten.reshape.default]
+)
+def test_logits_are_taken_through_a_softmax_and_what_keeps_its_numbers(step: Any) -> None:
+    moe, _ = router(step, aten.softmax.int)
+    assert selection_scores(moe) is moe.logits
+    moe, _ = router(aten._softmax.default, step)
+    assert selection_scores(moe) is moe.logits
+    moe, scores = router(aten.softmax.int, step, aten.add.Tensor)
+    assert selection_scores(moe) is scores
+    moe, scores = router(aten.sigmoid.default, step)
+    assert selection_scores(moe) is scores
+
+
+def test_the_last_of_several_top_ks_decides() -> None:
+    moe, _ = router()
+    assert selection_scores(moe) is moe.logits
+    moe, scores = router(aten.sigmoid.default, aten.topk.default, aten.mul.Tensor)
+    assert selection_scores(moe) is scores
+    moe, _ = router(aten.sigmoid.default)
+    moe.node.args = (moe.node.args[0], moe.logits)  # all experts are chosen: nothing is compared
+    assert selection_scores(moe) is moe.logits
