@@ -13,7 +13,7 @@ from made import TINYMOE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralModel
 
-from moecc.commands.agreement import Totals, compare_sets
+from moecc.commands.agreement import LayerSums, Totals, compare_sets
 from moecc.commands.evaluate import evaluate
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
@@ -224,19 +224,59 @@ def test_identity_experts_are_not_expert_0() -> None:
     assert evaluate(identity, identity, tokens(2, 16)).agreement == 1
 
 
-def test_kl_is_the_sum_over_the_vocabulary_and_skips_masked_tokens(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_layer_s_sums_become_shares_of_its_choices_tokens_and_output() -> None:
+    chosen = torch.tensor([[0, 1, 2], [0, 1, 2], [3, 4, 5], [-1, 0, 1], [5, 4, 3]])
+    reference = torch.tensor([[2, 1, 0], [0, 1, 9], [3, 8, 9], [-1, 1, 0], [0, 1, 2]])
+    same, whole = 3 + 2 + 1 + 3 + 0, 2
+    ours = torch.arange(10.0).view(5, 2)
+    theirs = ours.flip(0) / 4
+    sums = LayerSums("experts")
+    for part in (slice(0, 2), slice(2, 5)):  # two batches
+        sums.add([(chosen[part], ours[part].half())], [(reference[part], theirs[part])])
+    found = sums.layer()
+    assert (found.path, found.agreement, found.exact_agreement) == ("experts", same / 15, whole / 5)
+    pairs = list(zip(ours.flatten().tolist(), theirs.flatten().tolist(), strict=True))
+    error = sum((x - y) ** 2 for x, y in pairs) / sum(y * y for _, y in pairs)
+    assert found.output_error == pytest.approx(error, rel=1e-12)
+    both = LayerSums("experts")
+    both.add([(chosen, ours), (chosen, ours)], [(reference, theirs), (chosen, ours)])
+    assert both.layer().agreement == (same + 15) / 30
+    assert both.layer().exact_agreement == (whole + 5) / 10
+
+
+@pytest.mark.parametrize(("size", "error"), [(0.0, 0.0), (1e-3, 1.0), (7.0, 1.0)])
+def test_any_output_where_the_reference_has_none_is_an_error_of_one(
+    size: float, error: float
 ) -> None:
-    # several chunks per row
-    monkeypatch.setattr("moecc.commands.agreement._PROBABILITIES_AT_ONCE", 16)
+    index, zeros = torch.tensor([[0]]), torch.zeros(1, 4)
+    sums = LayerSums("experts")
+    sums.add([(index, zeros + size)], [(index, zeros)])
+    assert sums.layer().output_error == error
+
+
+@pytest.mark.parametrize("at_once", [1, 16, 1 << 24])
+def test_log_likelihoods_and_kl_are_sums_over_places_and_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """A masked token adds nothing, and the last place of a row predicts nothing."""
+    monkeypatch.setattr("moecc.commands.agreement._PROBABILITIES_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 2, 6, 7, generator=generator)
     ours[..., 6] = theirs[..., 6] = -torch.inf
     ids = torch.randint(0, 6, (2, 6), generator=generator)
     totals = Totals()
-    totals.add(ours, theirs, ids)
-    q, p = ours[:, :-1, :6].double().softmax(-1), theirs[:, :-1, :6].double().softmax(-1)
-    assert float(totals.kl) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    for row in range(2):
+        totals.add(ours[row : row + 1], theirs[row : row + 1], ids[row : row + 1])
+    nll, reference_nll, kl = 0.0, 0.0, 0.0
+    q, p = (x[..., :6].double().softmax(-1).tolist() for x in (ours, theirs))
+    for b, row in enumerate(ids.tolist()):
+        for place, following in enumerate(row[1:]):
+            nll -= math.log(q[b][place][following])
+            reference_nll -= math.log(p[b][place][following])
+            pairs = zip(p[b][place], q[b][place], strict=True)
+            kl += sum(x * math.log(x / y) for x, y in pairs)
+    found = [float(x) for x in (totals.nll, totals.reference_nll, totals.kl)]
+    assert found == pytest.approx([nll, reference_nll, kl], rel=1e-5)
     assert totals.tokens == 10
 
 
