@@ -10,7 +10,7 @@ PYTEST := env OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(J
 
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all mutants lint format clean
 
 demo: $(READY)
 	rm -rf $(OUT) $(OUT).partial
@@ -26,6 +26,11 @@ test: $(READY)
 test-all: $(READY)
 	MOECC_ALL_FAMILIES=1 env -u TRITON_INTERPRET $(PYTEST)
 	MOECC_ALL_FAMILIES=1 TRITON_INTERPRET=1 $(PYTEST) -m interp tests/test_triton_*.py
+
+# The tests of one file against small changes of it: docs/testing.md. SAMPLE=60 takes so many of them.
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[mutants]'
+	$(BIN)/python tests/mutants.py $(FILE) --sample $(or $(SAMPLE),0)
 
 lint: $(READY)
 	$(BIN)/ruff check
