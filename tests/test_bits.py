@@ -76,6 +76,12 @@ def test_a_changed_weight_takes_the_program_s_type_unless_it_was_rounded(tiny: T
     assert experts_bits(program) == (16 * GATE_UP + 32 * DOWN) / (GATE_UP + DOWN)
 
 
+def test_without_a_checkpoint_weights_count_as_they_are_traced(tiny: Tiny) -> None:
+    program = tiny("M")
+    program.store = None
+    assert stored_bits(program, program.moe_layers()[0]) == 32 * (GATE_UP + DOWN)
+
+
 def run(program: Program, text: str, batches: list[Tensor]) -> Program:
     run_passes(program, resolved(text), Context(), batches)
     return program

@@ -1,18 +1,21 @@
-"""`moments`: the memory that it needs, and the tokens that it sees."""
+"""`moments`: token by token in numpy; the memory that it needs, and the tokens that it sees."""
 
 from __future__ import annotations
 
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
+import slow_vq4 as slow
 import torch
 from pipelines import TOKENS, Tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moecc.passes._code.moments import measure, routed_tokens
+from moecc.ir.program import Program
+from moecc.passes._code.moments import Routed, _sent, measure, routed_tokens
 from moecc.pipeline.passes import Layer
 from moecc.pipeline.stream import Stream, first_tokens
 
@@ -44,11 +47,129 @@ class Peak(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def test_moments_are_held_in_memory_only_once(tiny: Tiny, batches: list[Tensor]) -> None:
-    program = tiny("I")
+def entered(program: Program, batches: list[Tensor]) -> Layer:
+    """Return the first layer of a program."""
     stream = Stream(program, batches)
     stream.advance()
-    layer = Layer(1, program, program, stream, stream)
+    return Layer(1, program, program, stream, stream)
+
+
+def slopes(rows: np.ndarray) -> np.ndarray:
+    """Return the derivative of silu(g) u by the gate rows g and by the up rows u."""
+    g, u = np.split(rows, 2)
+    s = 1 / (1 + np.exp(-g))
+    return np.concatenate([u * (s + g * s * (1 - s)), g * s])
+
+
+class Slow:
+    """The moments of a layer, token by token."""
+
+    def __init__(self, layer: Layer, routed: Routed, least: int, squared: bool):
+        (moe,) = layer.moe
+        up, self.down = (layer.weight(p).double().numpy() for p in moe.projections)
+        x = routed.x.double().numpy()
+        logits = routed.logits.numpy() if routed.logits is not None else None
+        average = np.mean([np.outer(row, row) for row in x], 0)
+        self.tokens, self.mass, self.starved = [], [], {}
+        self.inputs, self.hidden, self.slopes = [], [], []
+        for e in range(4):
+            chose = {
+                t: float(w) ** 2 if squared else 1.0
+                for t in range(len(x))
+                for i, w in zip(routed.index[t].tolist(), routed.weight[t].tolist(), strict=True)
+                if i == e
+            }
+            self.tokens.append(len(chose))
+            self.mass.append(sum(chose.values()) / len(x))
+            share = 16 / (len(chose) + 16)
+            own = mean_of({t: np.outer(x[t], x[t]) for t in chose}, chose)
+            self.inputs.append((1 - share) * own + share * average)
+            if len(chose) < least:
+                most = np.arange(len(x)) if logits is None else np.argsort(-logits[:, e])
+                chose = dict.fromkeys(most[:least].tolist(), 1.0)
+                self.starved[e] = len(chose)
+            rows = {t: up[e] @ x[t] for t in chose}
+            hidden = {t: slow.silu_glu(r) for t, r in rows.items()}
+            self.hidden.append(mean_of({t: np.outer(h, h) for t, h in hidden.items()}, chose))
+            tilt = {t: slopes(r) for t, r in rows.items()}
+            self.slopes.append(mean_of({t: np.outer(s, s) for t, s in tilt.items()}, chose))
+
+
+def mean_of(values: dict[int, np.ndarray], weights: dict[int, float]) -> np.ndarray:
+    total = sum(weights.values())
+    return np.sum([weights[t] * v for t, v in values.items()], 0) / total
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("least", [1, 28])
+def test_moments_are_means_over_the_tokens_of_each_expert(
+    tiny: Tiny, batches: list[Tensor], least: int, squared: bool
+) -> None:
+    layer = entered(tiny("M"), batches)
+    (moe,) = layer.moe
+    routed = routed_tokens(layer, moe)
+    g = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    cost = g.T @ g
+    found = measure(layer, moe, routed, cost, least, squared=squared)
+    want = Slow(layer, routed, least, squared)
+    assert found.tokens.tolist() == want.tokens and found.starved == want.starved
+    assert bool(want.starved) == (least == 28) and len(want.starved) < 4
+    np.testing.assert_allclose(found.mass, want.mass, rtol=1e-5)
+    np.testing.assert_allclose(found.of("gate_up"), want.inputs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.of("down"), want.hidden, rtol=1e-4, atol=1e-5)
+    behind = found.output_of("down")
+    assert behind is not None and torch.equal(behind, cost.expand(4, -1, -1))
+    got = found.output_of("gate_up")
+    assert got is not None
+    for e, tilt in enumerate(want.slopes):
+        unit = want.down[e].T @ cost.double().numpy() @ want.down[e]
+        np.testing.assert_allclose(got[e], np.tile(unit, (2, 2)) * tilt, rtol=1e-3, atol=1e-3)
+    path = moe.path
+    assert found.notes == [
+        f"{path} expert {e}: {want.tokens[e]} routed tokens; calibrated on 28 sent to it on purpose"
+        for e in want.starved
+    ]
+
+
+def test_without_room_experts_share_one_moment(
+    tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = entered(tiny("M"), batches)
+    (moe,) = layer.moe
+    routed = routed_tokens(layer, moe)
+    # [4, 16, 16] numbers of 4 bytes each
+    for room, shared in ((4 * 4 * 256, False), (4 * 4 * 256 - 1, True)):
+        monkeypatch.setattr("moecc.passes._code.moments._PER_EXPERT_BYTES", room)
+        found = measure(layer, moe, routed, torch.eye(16))
+        assert len(found.gate_up) == (1 if shared else 4)
+        assert ("gate_up" in found.output) != shared
+        text = f"{moe.path}.gate_up: errors of all rows count alike; their costs would not fit"
+        assert any(text in note for note in found.notes) == shared
+        if shared:
+            average = routed.x.T @ routed.x / len(routed.x)
+            torch.testing.assert_close(found.of("gate_up"), average.expand(4, -1, -1))
+    assert measure(layer, moe, routed, None).output == {}
+
+
+def test_a_token_s_weight_is_the_sum_of_its_slots_for_an_expert() -> None:
+    index = torch.tensor([[0, 1], [1, 1], [2, 0], [0, 2]])
+    weight = torch.tensor([[0.5, 0.25], [0.5, 0.125], [0.75, 0.0], [0.0, 1.0]])
+    routed = Routed(torch.zeros(4, 3), index, weight, None)
+    assert [routed.rows(e).tolist() for e in range(4)] == [[0], [0, 1], [2, 3], []]
+    assert routed.weight_of(1, routed.rows(1)).tolist() == [0.25, 0.625]
+    assert routed.weight_of(2, torch.tensor([0, 3])).tolist() == [0.0, 1.0]
+
+
+def test_without_logits_a_starved_expert_gets_evenly_spaced_tokens() -> None:
+    x = torch.zeros(9, 3)
+    for logits in (None, torch.zeros(9, 2)):  # of other experts
+        routed = Routed(x, torch.zeros(9, 1).long(), torch.ones(9, 1), logits)
+        assert _sent(routed, 2, 5).tolist() == [0, 2, 4, 6, 8]
+        assert _sent(routed, 2, 20).tolist() == list(range(9))
+
+
+def test_moments_are_held_in_memory_only_once(tiny: Tiny, batches: list[Tensor]) -> None:
+    layer = entered(tiny("I"), batches)
     (moe,) = layer.moe
     routed = routed_tokens(layer, moe)
     with Peak() as peak:
