@@ -14,6 +14,7 @@ from coders import (
     N,
     codebooks,
     coder,
+    costs,
     distance,
     drawn,
     error_of,
@@ -24,10 +25,11 @@ from coders import (
 from torch import Tensor
 
 from moecc.ir import vq4
+from moecc.passes._code import metric
 from moecc.passes._code.codebooks import Nearest
 from moecc.passes._code.coder import Coder
 from moecc.passes._code.feedback import choose, choose_rows, finders
-from moecc.passes._code.metric import damped, weighted_error
+from moecc.passes._code.metric import damped, feedback_factor, pivots, weighted, weighted_error
 
 # ---- measures
 
@@ -53,6 +55,50 @@ def test_damping_adds_a_share_of_the_mean_diagonal() -> None:
         share = 0.01 * float(h[e].diagonal().mean())
         torch.testing.assert_close(got[e], h[e] + share * torch.eye(K))
     assert bool(torch.linalg.eigvalsh(damped(torch.zeros(1, K, K))).min() > 0)
+
+
+def test_weighted_error_with_output_costs_against_the_loop() -> None:
+    d, h = drawn(1)
+    s = costs(1.0)[:, :N, :N]
+    want = [
+        sum(float(s[e, a, b] * (d[e, a] @ h[e] @ d[e, b])) for a in range(N) for b in range(N))
+        for e in range(E)
+    ]
+    torch.testing.assert_close(weighted_error(d, h, s), torch.tensor(want), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(weighted(d, h, s), s @ d @ h)
+    torch.testing.assert_close(weighted(d, h, None), d @ h)
+
+
+def test_the_factor_of_feedback_gives_back_the_inverse() -> None:
+    _, h = drawn(1)
+    u = feedback_factor(h)
+    assert torch.equal(u, u.triu())
+    torch.testing.assert_close(u.mT @ u, torch.linalg.inv(h), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_pivots_are_what_later_columns_cannot_make_up_for(share: float) -> None:
+    _, h = drawn(2)
+    got = pivots(h, share)
+    for e, m in enumerate(h.double().numpy()):
+        m = m + share * np.diag(m).mean() * np.eye(K)
+        order = np.argsort(-np.diag(m), kind="stable").tolist()
+        for i, k in enumerate(order):
+            later = order[i + 1 :]
+            made_up = m[k, later] @ np.linalg.solve(m[np.ix_(later, later)], m[later, k])
+            assert float(got[e, k]) == pytest.approx(m[k, k] - made_up, rel=1e-4)
+    assert torch.equal(pivots(h), pivots(h, 0.01))
+
+
+def test_pivots_of_one_shared_matrix_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, h = drawn(2)
+    want = pivots(h[:1]).expand(5, -1)
+    monkeypatch.setattr("moecc.passes._code.metric.AT_ONCE", 1)  # one expert at a time
+    assert torch.equal(pivots(h), torch.cat([pivots(h[:1]), pivots(h[1:])]))
+    calls: list[int] = []
+    real = metric._pivots
+    monkeypatch.setattr(metric, "_pivots", lambda m: calls.append(len(m)) or real(m))
+    assert torch.equal(pivots(h[:1].expand(5, -1, -1)), want) and calls == [1]
 
 
 @pytest.mark.parametrize("bits", BITS)
