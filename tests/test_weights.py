@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILIES, NORM, assert_same, edit, fails, saved, skeleton, tiny
+from checkpoints import EXPERT, FAMILIES, NORM, assert_same, edit, fails, saved, skeleton, tiny
 from made import TINYMOE
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moecc.checkpoint.files import TensorEntry, write_safetensors
+from moecc.checkpoint.files import TensorEntry, TensorFile, write_safetensors
 from moecc.checkpoint.module import ModuleStore
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
+from moecc.checkpoint.values import kept_dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -131,6 +134,107 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
     data[-1] ^= 1
     file.write_bytes(data)
     assert stores[0].digest() != stores[1].digest()
+
+
+def slow_digest(folder: Path, *, whole: bool) -> str:
+    """Return the digest by its definition: config.json, then every file by name."""
+    sha = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        data = file.read_bytes()
+        sha.update(f"{file.name}\0{len(data)}\0".encode())
+        start = 8 + int.from_bytes(data[:8], "little")
+        sha.update(data if whole else data[:start])
+        header = json.loads(data[8:start])
+        spans = [v["data_offsets"] for name, v in header.items() if name != "__metadata__"]
+        for a, b in sorted(spans) if not whole else []:
+            tensor = data[start + a : start + b]
+            middle = max(0, len(tensor) // 2 - 128)
+            sha.update(tensor[middle : middle + 256])
+    return sha.hexdigest()
+
+
+def test_digest_reads_small_files_whole_and_the_middle_of_each_tensor_of_large_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, shard="20KB")
+    store = CheckpointStore(folder, skeleton(folder))
+    sizes = [file.stat().st_size for file in store.files]
+    assert len(sizes) > 2
+    assert store.digest() == slow_digest(folder, whole=True)
+    monkeypatch.setattr("moecc.checkpoint.store.WHOLE", max(sizes))
+    assert store.digest() == slow_digest(folder, whole=True)
+    monkeypatch.setattr("moecc.checkpoint.store.WHOLE", min(sizes) - 1)
+    assert store.digest() == slow_digest(folder, whole=False)
+
+
+@pytest.mark.parametrize(
+    ("one", "widest"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
+def test_a_fused_weight_has_the_widest_type_of_its_parts(
+    one: torch.dtype, widest: torch.dtype, tmp_path: Path
+) -> None:
+    file = saved(tmp_path) / "model.safetensors"
+    part = TensorFile(file)[EXPERT]
+    edit(tmp_path, {EXPERT: part.to(one)})
+    store = CheckpointStore(tmp_path, skeleton(tmp_path))
+    up = EXPERT.replace("2.up_proj.weight", "gate_up_proj")
+    assert store.dtype(up) == widest == store.read(up).dtype
+    assert torch.equal(store.read(up)[2, 16:], part.to(one).to(widest))
+
+
+def test_a_weight_without_a_tensor_is_missing(tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path, {NORM: None})
+    store = CheckpointStore(tmp_path, skeleton(tmp_path))
+    assert store.missing == [NORM] and NORM not in store and NORM not in store.names()
+    for ask in (store.read, store.shape, store.dtype, store.sources):
+        fails(lambda ask=ask: ask(NORM), NORM, "no tensor")
+
+
+def test_tied_weights_that_are_both_stored_are_both_read(tmp_path: Path) -> None:
+    saved(tmp_path, tie_word_embeddings=True)
+    head = torch.randn(64, 32)
+    edit(tmp_path, {"lm_head.weight": head})
+    store = CheckpointStore(tmp_path, skeleton(tmp_path))
+    assert store.tied == {} and torch.equal(store.read("lm_head.weight"), head)
+    assert not torch.equal(store.read("model.embed_tokens.weight"), head)
+    # the head alone is enough too
+    edit(tmp_path, {"model.embed_tokens.weight": None})
+    store = CheckpointStore(tmp_path, skeleton(tmp_path))
+    assert store.tied == {"model.embed_tokens.weight": "lm_head.weight"}
+    assert torch.equal(store.read("model.embed_tokens.weight"), head)
+
+
+class Mixed(nn.Module):
+    """A module whose tensors have types of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+        self.first = nn.Linear(2, 2, dtype=torch.float16)
+        self.wide = nn.Linear(2, 2, bias=False, dtype=torch.float32)
+        self.gate = nn.Linear(2, 2, dtype=torch.float16)
+        self.gate.register_buffer("table", torch.zeros(2, dtype=torch.float16))
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {"gate*bias": torch.float32} if dtype == torch.bfloat16 else {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_which_tensors_keep_their_own_type(dtype: torch.dtype) -> None:
+    module = Mixed()
+    found = {n: kept_dtype(module, n, t, dtype) for n, t in module.state_dict().items()}
+    assert found == {
+        "codes": torch.uint8,
+        "wide.weight": torch.float32,
+        "gate.table": torch.float16,
+        "first.weight": dtype,
+        "first.bias": dtype,
+        "gate.weight": dtype,
+        "gate.bias": torch.float32 if dtype == torch.bfloat16 else dtype,
+    }
+    plain = nn.Linear(2, 2)
+    assert kept_dtype(plain, "weight", plain.weight, dtype) == dtype
 
 
 def test_digest_follows_the_configuration(tmp_path: Path) -> None:
