@@ -18,9 +18,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.mutation.file_mutation import mutate_file_contents
+from mutmut.utils.format_utils import get_mutant_name
+
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "out" / "mutants"
-MUTMUT = [sys.executable, "-m", "mutmut"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -37,7 +40,7 @@ def main() -> int:
     names = args.only or drawn(target, args.sample, args.seed)
     # PYTHONPATH would put this checkout before the copy
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ONE_THREAD
-    command = [*MUTMUT, "run", "--max-children", "1", *names]
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", "1", *names]
     with (WORK / "run.log").open("w") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     return report(target, set(names))
@@ -67,9 +70,6 @@ def copy(file: str, tests: list[str]) -> Path:
 
 def drawn(target: Path, count: int, seed: int) -> list[str]:
     """Return the names of a sample of the file's mutants; none, for mutmut to take all."""
-    from mutmut.mutation.file_mutation import mutate_file_contents
-    from mutmut.utils.format_utils import get_mutant_name
-
     found = mutate_file_contents(str(target), target.read_text())
     names = [get_mutant_name(target, name) for name in found.mutant_names]
     print(f"{len(names)} mutants", flush=True)
@@ -83,7 +83,7 @@ def report(target: Path, names: set[str]) -> int:
     # mutmut's exit codes: 0 survived, 33 no test runs it, 34 and None not tried
     alive = [k for k, v in codes.items() if v in (0, 33)]
     for name in alive:
-        subprocess.run([*MUTMUT, "show", name])
+        print(f"# {name}\n{get_diff_for_mutant(name, path=target)}")
     tried = [k for k, v in codes.items() if v not in (34, None)]
     print(f"{target}: {len(tried) - len(alive)} of {len(tried)} mutants killed")
     return 1 if alive or not tried else 0

@@ -1,0 +1,174 @@
+"""The values that tuning moves: their units, rates and rounding, and what is stored of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moecc.ir.program import Program
+from moecc.passes._tune.trained import Trained
+from moecc.passes._tune.tuned import RATES, Tuned, split
+from moecc.pipeline.passes import Context
+
+pytestmark = pytest.mark.usefixtures("traced_once")
+
+
+@pytest.fixture
+def program(compressed: Program) -> Program:
+    """A program of codes at 3 bit, and means of 3 bit, that a test may change."""
+    return compressed.copy()
+
+
+@pytest.fixture
+def tuned(program: Program) -> Tuned:
+    return Tuned(program, program.moe_layers())
+
+
+@pytest.mark.parametrize(
+    ("batches", "trained", "held_out"),
+    [
+        (1, [0], [0]),
+        (2, [0], [1]),
+        (7, [0, 1, 2, 3, 4, 5], [6]),
+        (8, [0, 1, 2, 3, 4, 5, 6], [7]),
+        (9, [0, 1, 2, 3, 4, 5, 6, 8], [7]),
+        (17, [*range(7), *range(8, 15), 16], [7, 15]),
+    ],
+)
+def test_an_eighth_of_the_batches_is_held_out(
+    batches: int, trained: list[int], held_out: list[int]
+) -> None:
+    assert split(batches) == (trained, held_out)
+
+
+def test_untouched_values_are_stored_as_they_were(program: Program, tuned: Tuned) -> None:
+    kinds = {kind: [k for k, found in tuned.kinds.items() if found == kind] for kind in RATES}
+    assert all(len(found) in (2, 4) for found in kinds.values()), kinds
+    for placeholder, value in tuned.stored().items():
+        held = program.read(tuned.names[placeholder])
+        assert held.dtype == value.dtype and torch.equal(held, value), tuned.names[placeholder]
+    for placeholder, value in tuned.rounded().items():
+        torch.testing.assert_close(value, program.read(tuned.names[placeholder]).float())
+    before = program.text()
+    assert tuned.store() is False and program.text() == before
+
+
+def test_values_move_in_units_of_their_kind(program: Program, tuned: Tuned) -> None:
+    for k, kind in tuned.kinds.items():
+        held = program.read(tuned.names[k]).float()
+        unit = tuned.unit[k].expand_as(held)
+        if kind in ("codebook", "mean_codebook", "coef"):
+            want = torch.ones_like(held)
+        elif kind in ("scale", "mean_scale", "coef_scale"):
+            want = held.abs()
+        else:
+            want = torch.full_like(held, float(held.abs().mean()))
+        torch.testing.assert_close(unit, want)
+
+
+def test_each_extra_bit_divides_the_rate_by_three(tuned: Tuned) -> None:
+    for (k, kind), group in zip(tuned.kinds.items(), tuned.groups(0.5), strict=True):
+        assert group["params"] == [tuned.parameters[k]] and tuned.bits[k] == 3
+        assert group["lr"] == pytest.approx(RATES[kind] * 0.5 / 3)
+    tuned.bits = dict.fromkeys(tuned.bits, 2)
+    rates = [group["lr"] for group in tuned.groups(2.0)]
+    assert rates == pytest.approx([2 * RATES[kind] for kind in tuned.kinds.values()])
+
+
+def test_moved_values_are_rounded_to_the_format_and_their_gradient_goes_through(
+    program: Program, tuned: Tuned
+) -> None:
+    with torch.no_grad():
+        for p in tuned.parameters.values():
+            p += 0.7
+            p.view(-1)[0], p.view(-1)[-1] = 1e3, -1e3
+    low = {"codebook": 0, "mean_codebook": 0, "coef": -127}  # at 3 bit
+    values, stored = tuned.rounded(), tuned.stored()
+    for k, kind in tuned.kinds.items():
+        moved = (tuned.parameters[k] * tuned.unit[k]).detach()
+        want = moved.round().clamp(low[kind], 127) if kind in low else moved
+        assert torch.equal(values[k].detach(), want), kind
+        if kind in low:
+            assert stored[k].dtype == torch.int8 and torch.equal(stored[k].float(), want)
+        else:
+            assert stored[k].dtype in (torch.float16, torch.bfloat16)
+            torch.testing.assert_close(stored[k].float(), want, rtol=1e-2, atol=1e-6)
+        (slope,) = torch.autograd.grad(values[k].sum(), tuned.parameters[k])
+        torch.testing.assert_close(slope, tuned.unit[k].expand_as(slope))
+
+
+def test_a_state_comes_back_and_only_changes_are_stored(program: Program, tuned: Tuned) -> None:
+    start = tuned.state()
+    moved = next(k for k, kind in tuned.kinds.items() if kind == "coef")
+    with torch.no_grad():
+        tuned.parameters[moved].fill_(5)
+    assert not torch.equal(start[moved], tuned.parameters[moved])
+    before = {name: program.read(name) for name in tuned.names.values()}
+    assert tuned.store() is True
+    for name, value in before.items():
+        changed = not torch.equal(program.read(name), value)
+        assert changed == (name == tuned.names[moved])
+    tuned.restore(start)
+    assert all(torch.equal(p, start[k]) for k, p in tuned.parameters.items())
+    assert tuned.store() is True and torch.equal(
+        program.read(tuned.names[moved]), before[tuned.names[moved]]
+    )
+
+
+def test_only_the_wanted_values_are_made(tuned: Tuned) -> None:
+    some = set(list(tuned.parameters)[1:3])
+    assert tuned.rounded(some).keys() == tuned.stored(some).keys() == some
+    assert tuned.rounded(set()) == tuned.stored(set()) == {}
+
+
+def drawn(trained: Trained) -> None:
+    with torch.no_grad():
+        for b in trained.b.values():
+            b.normal_()
+
+
+def test_an_adapter_adds_its_product_to_the_weight(program: Program) -> None:
+    trained = Trained(program, Context(), rank=3, experts=False, lr=2.0)
+    assert trained.a and trained.placeholders == set(trained.a)
+    values: dict[str, Tensor] = dict(trained.values(trained.placeholders))
+    for k, value in values.items():  # it starts at nothing
+        assert torch.equal(value, program.read(program.weights[k].name))
+    drawn(trained)
+    for k, value in trained.values(trained.placeholders).items():
+        rows, columns = value.shape
+        rank = min(3, rows, columns)
+        assert trained.a[k].shape == (rank, columns) and trained.b[k].shape == (rows, rank)
+        want = values[k] + trained.b[k] @ trained.a[k]
+        torch.testing.assert_close(value, want)
+        assert float(trained.a[k].detach().std()) == pytest.approx(columns**-0.5, rel=0.35)
+    (group,) = trained.groups()
+    assert group["lr"] == pytest.approx(6e-4) and len(group["params"]) == 2 * len(trained.a)
+
+
+def test_trained_adapters_are_left_in_the_program_only_if_they_are_better(
+    program: Program,
+) -> None:
+    trained = Trained(program, Context(), rank=3, experts=True, lr=1.0)
+    drawn(trained)
+    before = program.text()
+    assert trained.store(better=False) is False and program.text() == before
+    want = trained.stored(trained.placeholders)
+    assert trained.store(better=True) is True
+    for k in trained.placeholders:
+        torch.testing.assert_close(program.read(program.weights[k].name), want[k])
+    assert [g["lr"] for g in trained.groups()[1:]] == [
+        g["lr"] for g in trained.experts.groups(0.15)
+    ]
+
+
+def test_a_state_of_everything_comes_back(program: Program) -> None:
+    trained = Trained(program, Context(), rank=2, experts=True, lr=1.0)
+    start = trained.state()
+    assert len(start) == 2 * len(trained.a) + len(trained.experts.parameters)
+    with torch.no_grad():
+        for p in trained.parameters:
+            p += 1
+    trained.restore(start)
+    assert all(torch.equal(p, s) for p, s in zip(trained.parameters, start, strict=True))
+    assert not Trained(program, Context(), rank=0, experts=False, lr=1.0).parameters
