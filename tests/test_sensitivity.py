@@ -140,11 +140,26 @@ def test_sensitivity_takes_even_batches_for_kl_and_odd_ones_for_routing(traced: 
     both = kl.keys() & routing.keys()
     assert kl.keys() - both and both
     traces = [sum(float(found[n].trace()) for n in both) for found in (kl, routing)]
+    assert set(run.ctx.data["sensitivity"]) == kl.keys()
     for name, found in run.ctx.data["sensitivity"].items():
         want = 2 * kl[name]
         if name in both:
             want = want + 0.5 * 2 * traces[0] / traces[1] * routing[name]
         torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("off", "kind"), [("kl", "routing"), ("routing", "kl")])
+def test_a_kind_that_is_measured_alone_takes_all_batches(
+    traced: Program, off: str, kind: str
+) -> None:
+    run = compiled(traced, f"sensitivity{{{off}=0,{kind}=3,tokens=48}}")
+    program = run.ctx.reference
+    assert program is not None
+    want = Gradients(program, Context()).measure(kind, TOKENS[:2]).tensors
+    found = run.ctx.data["sensitivity"]
+    assert set(found) == want.keys() and want
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], 3 * value)
 
 
 def test_without_sensitivity_all_output_channels_count_alike(traced: Program) -> None:
