@@ -230,7 +230,7 @@ def test_each_fp8_value_is_multiplied_by_the_scale_of_its_block(
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float8_e8m0fnu, torch.float32])
 def test_scales_of_one_byte_are_powers_of_two(kind: torch.dtype, tmp_path: Path) -> None:
-    powers = torch.tensor([[-3, 0], [2, 1]])
+    powers = torch.tensor([[-3, 0, 1], [2, 1, -1]])
     scale = (powers + 127).to(torch.uint8)
     if kind != torch.uint8:
         scale = torch.exp2(powers.float()).to(kind)
@@ -239,7 +239,7 @@ def test_scales_of_one_byte_are_powers_of_two(kind: torch.dtype, tmp_path: Path)
     want = [
         [
             FP4[(int(codes[n, k // 2]) % 256 >> 4 * (k % 2)) % 16]
-            * 2.0 ** int(powers[n // 2, k // 3])
+            * 2.0 ** int(powers[n // 2, k // 2])
             for k in range(6)
         ]
         for n in range(4)
@@ -264,6 +264,7 @@ def test_mxfp4_values_share_a_power_of_two_by_thirty_two(tmp_path: Path) -> None
     tensors = {"w_blocks": blocks, "w_scales": scales, "v_blocks": blocks.clone()}
     found = read_back(tensors, tmp_path / "x.safetensors")
     assert found.keys() == {"w", "v_blocks"} and found["w"].shape == (2, 64, 3)
+    assert found["w"].name == "w" and found["w"].dtype == torch.bfloat16
     got = found["w"].read()
     for e, n, k in itertools.product(range(2), range(3), range(64)):
         byte = int(blocks[e, n, k // 32, k % 32 // 2])
