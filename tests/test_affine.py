@@ -8,7 +8,7 @@ import torch
 from coders import costs
 
 from moecc.passes._code.moments import Routed
-from moecc.passes._code.regression import CoupledSums, Sums
+from moecc.passes._code.regression import CoupledSums, Sums, sums_of
 
 
 @pytest.mark.parametrize("offset", [True, False])
@@ -45,6 +45,27 @@ def test_sums_of_two_halves_give_the_line_and_the_error_of_the_whole() -> None:
     left = t.double() - slope * v.double() - shift
     want = float((weight[:, None].double() * left.square()).sum())
     assert halves.error(slope, shift) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_the_error_of_a_line_is_summed_over_tokens(coupled: bool) -> None:
+    g = torch.Generator().manual_seed(2)
+    v, t = torch.randn(2, 9, 6, generator=g).double()
+    weight = torch.rand(9, generator=g).double()
+    cost = costs(1.0, rows=6)[0].double() if coupled else None
+    sums = sums_of(v, t, weight, cost)
+    assert isinstance(sums, CoupledSums if coupled else Sums) and sums.plain.count == 9
+    # every direction costs at least a fifth of the mean
+    metric = torch.eye(6).double()
+    if cost is not None:
+        metric = cost + 0.2 * float(cost.diagonal().mean()) * metric
+    slope, shift = torch.rand(6, generator=g).double(), torch.randn(6, generator=g).double()
+    for a, b in ((slope, shift), (slope, 0.0), (1.0, 0.0)):
+        left = t - a * v - b
+        want = sum(float(w * (r @ metric @ r)) for w, r in zip(weight, left, strict=True))
+        assert sums.error(a, b) == pytest.approx(want, rel=1e-6)
+    torch.testing.assert_close(sums.line(), sums.line(offset=True))
+    assert not torch.equal(sums.line()[1], sums.line(offset=False)[1])
 
 
 def test_the_affine_line_without_tokens_changes_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moecc.ir.program import Program
-from moecc.passes._code.moments import Routed, _sent, measure, routed_tokens
+from moecc.passes._code.moments import (
+    Routed,
+    _sent,
+    gate_slopes,
+    hidden_units,
+    mean_outer,
+    measure,
+    routed_tokens,
+)
 from moecc.pipeline.passes import Layer
 from moecc.pipeline.stream import Stream, first_tokens
 
@@ -166,6 +175,29 @@ def test_without_logits_a_starved_expert_gets_evenly_spaced_tokens() -> None:
         routed = Routed(x, torch.zeros(9, 1).long(), torch.ones(9, 1), logits)
         assert _sent(routed, 2, 5).tolist() == [0, 2, 4, 6, 8]
         assert _sent(routed, 2, 20).tolist() == list(range(9))
+
+
+def test_a_mean_without_tokens_or_weights_is_zero() -> None:
+    x = torch.randn(5, 3)
+    for found in (mean_outer(x[:0]), mean_outer(x, torch.zeros(5)), mean_outer(x[:0], x[:0, 0])):
+        assert torch.equal(found, torch.zeros(3, 3))
+    torch.testing.assert_close(mean_outer(x), sum(torch.outer(r, r) for r in x) / 5)
+
+
+@pytest.mark.parametrize("gate", ["glu", "clamp", "oai", "none"])
+def test_slopes_of_a_gate_against_finite_differences(gate: str) -> None:
+    attributes = dict(act="silu", gate=gate, alpha=1.3, limit=0.8, eps=1e-6)
+    moe: Any = SimpleNamespace(attributes=attributes)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(7, 3, generator=g).double()
+    weight, bias = (torch.randn(*s, generator=g).double() for s in ((8, 3), (8,)))
+    found = gate_slopes(moe, x, weight, bias)
+    assert found.shape == (7, 8)
+    for n in range(8):
+        step = torch.zeros(8).double()
+        step[n] = 1e-6
+        up, down = (hidden_units(moe, x, weight, bias + s).sum(-1) for s in (step, -step))
+        torch.testing.assert_close(found[:, n], (up - down) / 2e-6, rtol=1e-4, atol=1e-6)
 
 
 def test_moments_are_held_in_memory_only_once(tiny: Tiny, batches: list[Tensor]) -> None:
