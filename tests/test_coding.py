@@ -92,13 +92,13 @@ def test_pivots_are_what_later_columns_cannot_make_up_for(share: float) -> None:
 
 def test_pivots_of_one_shared_matrix_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     _, h = drawn(2)
-    want = pivots(h[:1]).expand(5, -1)
+    want = pivots(h[:1], 0.2).expand(5, -1)
     monkeypatch.setattr("moecc.passes._code.metric.AT_ONCE", 1)  # one expert at a time
     assert torch.equal(pivots(h), torch.cat([pivots(h[:1]), pivots(h[1:])]))
     calls: list[int] = []
     real = metric._pivots
     monkeypatch.setattr(metric, "_pivots", lambda m: calls.append(len(m)) or real(m))
-    assert torch.equal(pivots(h[:1].expand(5, -1, -1)), want) and calls == [1]
+    assert torch.equal(pivots(h[:1].expand(5, -1, -1), 0.2), want) and calls == [1]
 
 
 @pytest.mark.parametrize("bits", BITS)
