@@ -35,9 +35,7 @@ def test_the_error_of_coded_experts_is_that_of_their_outputs_on_calibration_text
     def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
         for moe in layer.moe:
             for p in moe.projections:
-                stored = {
-                    name: None if t is None else t.numpy() for name, t in layer.stored(p).items()
-                }
+                stored = slow.arrays(layer.stored(p))
                 moment = layer.data["moments", moe.path].of(p.name)
                 seen[p.path] = p.input_side, layer.original(p), moment, stored
         return False
