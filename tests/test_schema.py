@@ -159,7 +159,7 @@ def _computed(folder: Path) -> Tensor:
         (lambda q: q["experts"][EXPERTS]["remove"].pop(), "it replaces ["),
         (lambda q: q["experts"].update(lm_head=q["experts"][EXPERTS]), "which holds no experts"),
         (lambda q: _linear(q).update(bits=4), "unlike what is stored"),
-        (lambda q: _linear(q)["tensors"].pop("zero"), "expected codes, scale, zero"),
+        (lambda q: _linear(q)["tensors"].pop("zero"), "expected weight, scale, zero"),
     ],
 )
 def test_each_kind_of_lie_is_named(
@@ -195,17 +195,13 @@ def test_files_that_lack_a_tensor_or_have_another_are_refused(copied: Path) -> N
 
 
 def test_an_artifact_of_version_1_computes_the_same(copied: Path) -> None:
-    """It has no guard and no advice, and a linear's codes are its weight."""
+    """It has no guard and no advice."""
     right, told = logits(load(copied)), said(copied)
     old = {k: v for k, v in told.items() if k != "guard"} | {"version": 1, "quant_method": "moecc"}
-    for linear in old["linears"].values():
-        linear["tensors"]["weight"] = linear["tensors"].pop("codes")
 
     def as_it_was(tensors: dict[str, Tensor]) -> None:
         for name in told["guard"]:
             del tensors[name]
-        for path in old["linears"]:
-            tensors[f"{path}.weight"] = tensors.pop(f"{path}.codes")
 
     edit_tensors(copied, as_it_was)
     edit_config(copied, quantization_config=old)

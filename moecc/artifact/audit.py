@@ -181,11 +181,12 @@ class _Planner:
     def linear(self, node: fx.Node) -> None:
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
+        # held as <path>.codes, stored as the module's own `weight`
         path = self.program.weights[weight.name].name.rpartition(".")[0]
         stored = {
             part: found
-            for part, name in (("codes", "weight"), ("scale", "scale"), ("zero", "zero"))
-            if (found := operand(node, name)) is not None
+            for part in ("weight", "scale", "zero")
+            if (found := operand(node, part)) is not None
         }
         for part, found in stored.items():
             self.found.put(f"{path}.{part}", self.held(found))
@@ -209,9 +210,8 @@ class _Planner:
     def guard(self) -> None:
         """Put an empty tensor where programs that don't know moecc look for a dense one."""
         compression = self.found.compression
-        replaced = [f"{path}.{e.remove[0]}" for path, e in compression.experts.items()]
-        replaced += [f"{path}.weight" for path in compression.linears]
-        for name in replaced[:1]:
+        for path, entry in list(compression.experts.items())[:1]:
+            name = f"{path}.{entry.remove[0]}"
             self.found.put(name, LazyTensor((0,), torch.uint8, _nothing))
             compression.guard.append(name)
 

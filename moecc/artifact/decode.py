@@ -68,7 +68,7 @@ class _Decoder:
             if node.op == "call_function" and node.target is ops.Q_LINEAR:
                 path, tensor = self.linear(node)
                 found[f"{path}.weight"] = tensor
-                coded |= {f"{path}.{part}" for part in ("codes", "weight", "scale", "zero")}
+                coded |= {f"{path}.{part}" for part in ("weight", "scale", "zero")}
         for name in store.names():
             if name in coded or name in store.tied:
                 continue
@@ -124,13 +124,8 @@ class _Decoder:
         """The float32 matrices [E, N, K] of a coded projection."""
         nodes = {part: projection.operand(part) for part in vq4.TENSORS}
         tensors = {part: None if n is None else self.program.value(n) for part, n in nodes.items()}
-        codes, book, scale = (tensors[part] for part in ("codes", "codebook", "scale"))
-        assert codes is not None and book is not None and scale is not None
         columns, side = projection.shape[2], projection.input_side
-        weight = vq4.decode(codes, tensors["signs"], book, columns, torch.float32)
-        weight = weight * scale.float().unsqueeze(-1)
-        shared = vq4.shared_part(tensors, columns, torch.float32, input_side=side)
-        return weight if shared is None else weight + shared
+        return vq4.dense(tensors, columns, torch.float32, input_side=side)
 
     def linear(self, node: fx.Node) -> tuple[str, LazyTensor]:
         """The path and the matrix [N, K] of a quantized linear."""

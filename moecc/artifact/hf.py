@@ -22,11 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moecc.checkpoint.files import read_header
-from moecc.checkpoint.schema import METHOD, METHODS, Compression
+from moecc.checkpoint.schema import METHOD, METHODS, REFUSALS, Compression
 from moecc.frontend import experts
 from moecc.frontend.compressed import settle
 from moecc.frontend.config import model_class, read_config
-from moecc.frontend.prepare import prepare
+from moecc.frontend.prepare import prepare, restore
 
 
 class MoeccConfig(QuantizationConfigMixin):
@@ -63,6 +63,8 @@ class MoeccQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         settle(model)
+        for key, value in REFUSALS.items():  # for the config.json that save_pretrained writes
+            setattr(model.config, key, value)
         return model
 
     def get_state_dict_and_metadata(
@@ -78,6 +80,12 @@ class MoeccQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        restore(model, dtype)
+        for key in REFUSALS:
+            delattr(model.config, key)
+        return model
 
 
 def load(folder: str, dtype: torch.dtype | None = None) -> Any:

@@ -18,8 +18,7 @@ whoever asks for another one, the files have an empty tensor under the name of e
 `guard`, whose shape can't be right. transformers 4 knows neither; it stops at pruned_heads, whose
 keys have to be numbers there, and which transformers 5 doesn't read.
 
-Version 2 brought quant_method's advice, the guard, and the name `codes` for what version 1 called
-`weight` in a linear. Both are read.
+Version 2 brought quant_method's advice and the guard. Both versions are read.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ def _require_tensors(name: str, specs: TensorSpecs) -> None:
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """One group-quantized linear: codes u8 [N, K * bits / 8], scale and zero [N, K / group].
+    """One group-quantized linear: weight u8 [N, K * bits / 8], scale and zero [N, K / group].
 
     bias: [N], if the linear has one. Raise ValueError if the tensors don't fit each other.
     """
@@ -132,14 +131,13 @@ class StoredLinear:
     tensors: TensorSpecs
 
     def __post_init__(self) -> None:
-        names = {"weight" if "weight" in self.tensors else "codes", "scale", "zero"}
-        if self.tensors.keys() - {"bias"} != names:
-            raise ValueError(f"tensors are {sorted(self.tensors)}, expected codes, scale, zero")
+        if self.tensors.keys() - {"bias"} != {"weight", "scale", "zero"}:
+            raise ValueError(f"tensors are {sorted(self.tensors)}, expected weight, scale, zero")
         (rows, columns), groups = self.shape, self.tensors["scale"][0]
         if len(groups) != 2 or groups[0] != rows or not groups[1] or columns % groups[1]:
             raise ValueError(f"scale is {groups} for {rows} rows of {columns} weights")
         wanted: dict[str, tuple[tuple[int, ...], Sequence[str]]] = {
-            self.codes: (self.tensors[self.codes][0], ["uint8"]),
+            "weight": (self.tensors["weight"][0], ["uint8"]),
             "scale": (groups, _FLOATS),
             "zero": (groups, ["uint8"]),
             "bias": ((rows,), _FLOATS),
@@ -149,16 +147,11 @@ class StoredLinear:
                 raise ValueError(f"{name} is {dtype} {shape}")
 
     @property
-    def codes(self) -> str:
-        """Return the name of the tensor of codes."""
-        return "weight" if "weight" in self.tensors else "codes"
-
-    @property
     def shape(self) -> tuple[int, int]:
         """Return N and K. Raise ValueError if the codes have no rows and columns."""
-        shape = self.tensors[self.codes][0]
+        shape = self.tensors["weight"][0]
         if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"{self.codes} is {shape}, expected 2 axes")
+            raise ValueError(f"weight is {shape}, expected 2 axes")
         return shape[0], shape[1] * 8 // self.bits
 
 

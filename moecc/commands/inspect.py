@@ -183,7 +183,7 @@ def _sizes(program: Program, model: nn.Module | None = None) -> dict[str, dict[s
         # scales of a quantized linear are no parameters, and a byte of its codes holds several
         if path not in linears or leaf == "bias":
             row["parameters"] += math.prod(shape)
-        elif leaf == linears[path].codes:
+        elif leaf == "weight":
             row["parameters"] += math.prod(shape) * (8 // linears[path].bits)
     if ROUTED in sizes and any(m.node.target is not ops.EXPERTS for m in program.moe_layers()):
         # compressed experts count as the weights that they stand for

@@ -3,9 +3,9 @@
   CompressedProjection   one projection of a layer's experts (`moecc.ir.vq4`)
   QuantizedLinear        one group-quantized linear
 
-`compress_module` gives an experts module its compressed projections; what it computes then is
-`moecc.frontend.experts.run_experts`. `settle` brings loaded tensors into the order that the
-kernels of their device want.
+`compress_module` gives an experts module its compressed projections, `decompress_module` takes
+them away; what it computes with them is `moecc.frontend.experts.run_experts`. `settle` brings
+loaded tensors into the order that the kernels of their device want.
 """
 
 from __future__ import annotations
@@ -22,6 +22,16 @@ from moecc.errors import MoeccError
 from moecc.ir import ops as ops  # defines the op that QuantizedLinear calls
 from moecc.ir import vq4
 from moecc.target import Kernels
+
+
+def _moving(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return `fn`, which may move and cast a tensor, without the cast: stored ones keep theirs."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
 
 
 def _register_buffers(module: nn.Module, names: Sequence[str], specs: TensorSpecs) -> None:
@@ -57,12 +67,10 @@ class CompressedProjection(nn.Module):
         """Return the tensors of vq4.TENSORS, in the order in which they lie here."""
         return tuple(getattr(self, name) for name in vq4.TENSORS)
 
-    def operands(self) -> tuple[Tensor | None, ...]:
-        """Return the projection's operands of moecc::vq_experts.
-
-        Slope and offset are None: they are folded into the stored tensors.
-        """
-        return (*self.tensors(), None, None)
+    # The experts module calls this: offloading brings a module's tensors when it is called.
+    def forward(self) -> tuple[Tensor | None, ...]:
+        """Return `tensors()`."""
+        return self.tensors()
 
     def settle(self) -> None:
         """Bring the codes into the order that the kernels of their present device want."""
@@ -94,13 +102,20 @@ class CompressedProjection(nn.Module):
             )
         return tensors
 
+    def dense(self, columns: int, *, input_side: bool) -> Tensor:
+        """Return the float32 matrices [E, N, columns] that the tensors stand for.
+
+        input_side: of gate_up, else of down.
+        """
+        return vq4.dense(self._stored(), columns, torch.float32, input_side=input_side)
+
     def _replace(self, tensors: Mapping[str, Tensor | None]) -> None:
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
 
     # .to() and .cuda() call this one.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(_moving(fn), recurse)  # type: ignore[no-untyped-call]
         self.settle()
         return self
 
@@ -121,20 +136,37 @@ class CompressedProjection(nn.Module):
             self.pack(target.kernels_called(packed))
 
 
-class QuantizedLinear(nn.Module):
-    """A group-quantized nn.Linear: moecc::q_linear on stored codes, scale, zero and maybe bias."""
+class QuantizedLinear(nn.Linear):
+    """A group-quantized nn.Linear: moecc::q_linear on stored weight, scale, zero and maybe bias."""
+
+    scale: Tensor
+    zero: Tensor
 
     def __init__(self, stored: StoredLinear):
-        super().__init__()
-        self.bits, self.codes_name = stored.bits, stored.codes
-        _register_buffers(self, (stored.codes, "scale", "zero", "bias"), stored.tensors)
+        nn.Module.__init__(self)  # not nn.Linear's, which makes float parameters
+        self.bits = stored.bits
+        _register_buffers(self, ("weight", "scale", "zero", "bias"), stored.tensors)
+        self.out_features, self.in_features = stored.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype."""
+        if self.weight.dtype != torch.uint8:
+            raise MoeccError(
+                "the codes of a quantized linear were overwritten, as merging an adapter does; "
+                "load the model again, and call its dequantize() before merging"
+            )
         y: Tensor = torch.ops.moecc.q_linear(
-            x, getattr(self, self.codes_name), self.scale, self.zero, self.bias, bits=self.bits
+            x, self.weight, self.scale, self.zero, self.bias, bits=self.bits
         )
         return y
+
+    def dense(self) -> Tensor:
+        """Return the float32 matrix [N, K] that the codes stand for."""
+        return ops.dequantize_linear(self.weight, self.scale, self.zero, self.bits)
+
+    # .to() and .half() call this one.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(_moving(fn), recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def compressed_attributes(module: nn.Module) -> Mapping[str, str | float] | None:
@@ -155,6 +187,7 @@ def compress_module(
     relative to the module. The children have the same names in every family. Raise MoeccError if
     the module has an attribute of such a name already.
     """
+    shapes = {name: module.get_parameter(name).shape for name in remove}
     for name in remove:
         path, _, leaf = name.rpartition(".")
         delattr(module.get_submodule(path), leaf)
@@ -167,6 +200,24 @@ def compress_module(
         gated = name == "gate_up" and attributes["gate"] != "none"
         module.add_module(name, CompressedProjection(specs, gated=gated))
     module.__dict__["_moecc_attributes"] = {key: attributes[key] for key in ATTRIBUTES}
+    module.__dict__["_moecc_removed"] = shapes
+
+
+def removed_parameters(module: nn.Module) -> Mapping[str, torch.Size]:
+    """Return the shapes of the dense parameters, dotted, that a compressed module had."""
+    removed: Mapping[str, torch.Size] = module.__dict__.get("_moecc_removed", {})
+    return removed
+
+
+def decompress_module(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Replace the compressed projections of a module by dense parameters, dotted."""
+    for name in ("gate_up", "down"):
+        delattr(module, name)
+    for name in ("_moecc_attributes", "_moecc_removed"):
+        del module.__dict__[name]
+    for name, tensor in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        module.get_submodule(path).register_parameter(leaf, nn.Parameter(tensor))
 
 
 def settle(model: nn.Module) -> None:

@@ -137,8 +137,9 @@ def run_experts(module: FamilyModule, x: Tensor, topk_index: Tensor, topk_weight
     routed = (x, topk_index.to(torch.int64), topk_weight)
     post_norm, eps = post_norm_of(module)
     if attributes := compressed_attributes(module):
+        gate_up, down = module.gate_up(), module.down()
         if module.gate_up.packed:
-            tiles = (*module.gate_up.tensors(), *module.down.tensors())
+            tiles = (*gate_up, *down)
             packed: Tensor = torch.ops.moecc.vq_experts_packed(
                 *routed, *tiles, post_norm, **attributes
             )
@@ -149,7 +150,8 @@ def run_experts(module: FamilyModule, x: Tensor, topk_index: Tensor, topk_weight
                 "for a moment, which the kernels there don't support; load them there "
                 f"(device_map), or set {target.VARIABLE}=reference"
             )
-        stored = (*module.gate_up.operands(), *module.down.operands())
+        # Slope and offset are None: they are folded into the stored tensors.
+        stored = (*gate_up, None, None, *down, None, None)
         compressed: Tensor = torch.ops.moecc.vq_experts(*routed, *stored, post_norm, **attributes)
         return compressed
     dense: Tensor = torch.ops.moecc.experts(

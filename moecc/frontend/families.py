@@ -6,7 +6,8 @@ loops, on the modules of one model. The new method routes with ATen ops and leav
 tests/test_families.py compares the two.
 
   methods_replaced(model)   a context, for a trace
-  replace_methods(model)    permanent, for a model that is loaded for inference
+  replace_methods(model)    permanent, for a model that is loaded
+  restore_methods(model)    the way back
 
 Shapes: T tokens, B batch, S sequence, D hidden, k experts per token, E experts, F intermediate.
 """
@@ -186,6 +187,13 @@ def replace_methods(model: nn.Module) -> list[tuple[nn.Module, str]]:
                 setattr(module, method, types.MethodType(function, module))
                 replaced.append((module, method))
     return replaced
+
+
+def restore_methods(model: nn.Module) -> None:
+    """Give every module of `model` its own methods back."""
+    for module in model.modules():
+        for method in METHODS.get(type(module).__name__, {}):
+            module.__dict__.pop(method, None)
 
 
 @contextmanager

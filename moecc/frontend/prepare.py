@@ -1,18 +1,33 @@
-"""Give a model that has no weights yet the compressed modules of an artifact."""
+"""Give a model that has no weights yet the compressed modules of an artifact, and take them away.
+
+prepare   dense modules -> those that hold the artifact's tensors, which are loaded afterwards
+restore   compressed modules -> dense ones with the weights that they stand for
+"""
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from moecc.checkpoint.schema import Compression, StoredExperts, StoredLinear
-from moecc.errors import MoeccError
+from moecc.checkpoint.values import kept_dtype
+from moecc.errors import MoeccError, quoted
 from moecc.frontend import experts, families
-from moecc.frontend.compressed import QuantizedLinear, compress_module
+from moecc.frontend.compressed import (
+    QuantizedLinear,
+    compress_module,
+    compressed_attributes,
+    decompress_module,
+    removed_parameters,
+)
+from moecc.ir.gates import rows_per_unit
 from moecc.types import FamilyModule
+
+# ---------------------------------------------------------------- dense to compressed
 
 
 def prepare(model: FamilyModule, found: Compression) -> None:
@@ -22,30 +37,40 @@ def prepare(model: FamilyModule, found: Compression) -> None:
     """
     experts.register()
     families.replace_methods(model)
-    for path, entry in found.experts.items():
-        module = _submodule(model, path)
-        _require_experts(path, module, entry)
+    for stored, entry in found.experts.items():
+        path = _path(model, stored)
+        module = model.get_submodule(path)
+        _require_experts(stored, module, entry)
         compress_module(module, entry.gate_up, entry.down, entry.attributes, entry.remove)
+        _pin(module)
         # transformers' initializers would look for the dense parameters.
-        for part in (*module.modules(), _submodule(model, path.rpartition(".")[0])):
-            part._is_hf_initialized = True  # type: ignore[assignment]
-    for path, linear in found.linears.items():
-        _require_linear(path, _submodule(model, path), linear)
-        parent, _, leaf = path.rpartition(".")
+        for part in (*module.modules(), model.get_submodule(path.rpartition(".")[0])):
+            part._is_hf_initialized = True
+    for stored, linear in found.linears.items():
+        path = _path(model, stored)
+        _require_linear(stored, model.get_submodule(path), linear)
         quantized = QuantizedLinear(linear)
         quantized._is_hf_initialized = True  # type: ignore[assignment]
-        setattr(model.get_submodule(parent), leaf, quantized)
+        model.set_submodule(path, quantized)
     _ignore(model, found.guard)
-    can_dispatch = getattr(model, "_can_set_experts_implementation", None)
-    if can_dispatch is not None and can_dispatch():
-        model.set_experts_implementation(experts.IMPLEMENTATION)
+    _set_implementation(model, experts.IMPLEMENTATION)
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise _unlike(path, "the model has no such module") from None
+def _path(model: nn.Module, stored: str) -> str:
+    """Return the path in `model` of the module that the artifact calls `stored`.
+
+    A model without a head (AutoModel) has the modules of the one with a head, without that one's
+    prefix; it may also be the model without a head that was stored.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    modules = dict(model.named_modules())
+    for path in (stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}"):
+        if path in modules:
+            return path
+    raise MoeccError(
+        f"{quoted(stored)}: stored in the artifact, but {type(model).__name__} has no such module; "
+        "load it as the class that its config.json names, or compile it again"
+    )
 
 
 def _require_experts(path: str, module: nn.Module, entry: StoredExperts) -> None:
@@ -92,7 +117,7 @@ def _require_linear(path: str, module: nn.Module, linear: StoredLinear) -> None:
 
 
 def _unlike(path: str, why: str) -> MoeccError:
-    return MoeccError(f"{path!r}: {why}, unlike what is stored; compile the model again")
+    return MoeccError(f"{quoted(path)}: {why}, unlike what is stored; compile the model again")
 
 
 def _ignore(model: FamilyModule, names: Iterable[str]) -> None:
@@ -101,3 +126,112 @@ def _ignore(model: FamilyModule, names: Iterable[str]) -> None:
     patterns = {rf"(^|\.){re.escape(name.removeprefix(prefix))}$" for name in names}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
+
+
+def _pin(module: FamilyModule) -> None:
+    """Let compressed experts be run by moecc whatever set_experts_implementation chooses later.
+
+    That changes the model's configuration, so the module gets a copy.
+    """
+    if hasattr(module, "config"):
+        module.__dict__["_moecc_config"] = module.config
+        module.config = copy.copy(module.config)
+        module.config._experts_implementation = experts.IMPLEMENTATION
+
+
+def _set_implementation(model: FamilyModule, name: str | None) -> None:
+    can_set = getattr(model, "_can_set_experts_implementation", None)
+    if can_set is not None and can_set():
+        model.set_experts_implementation(name)
+
+
+# ---------------------------------------------------------------- compressed to dense
+
+
+def restore(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the compressed modules of a loaded model by dense ones, layer by layer.
+
+    dtype: of all floating tensors but those that the family keeps in float32. Raise MoeccError, and
+    change nothing, if tensors are offloaded or if the family has no place for something stored.
+    """
+    trainable = all(p.requires_grad for p in model.parameters())  # not beside an adapter
+    found = list(_compressed(model))
+    for path, module in found:
+        _require_dense(path, module)
+    for path, module in found:
+        if isinstance(module, QuantizedLinear):
+            linear = _linear(module, dtype).requires_grad_(trainable)
+            model.set_submodule(path, linear)
+        else:
+            for parameter in _restore_experts(module, dtype):
+                parameter.requires_grad_(trainable)
+    families.restore_methods(model)
+    _set_implementation(model, None)  # transformers' default
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    wanted = {name: kept_dtype(model, name, t, dtype) for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        tensor.data = tensor.data.to(wanted[name])
+
+
+def _compressed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) or compressed_attributes(module):
+            yield path, module
+
+
+def _require_dense(path: str, module: FamilyModule) -> None:
+    if any(buffer.device.type == "meta" for buffer in module.buffers()):
+        raise MoeccError(f"{path}: its tensors are offloaded; load the model without offloading")
+    if not isinstance(module, QuantizedLinear):
+        offsets = module.gate_up.bias is not None or module.down.bias is not None
+        if offsets and not any(name.endswith("bias") for name in removed_parameters(module)):
+            raise MoeccError(
+                f"{path}: offsets are stored, and its family has no biases to hold them; "
+                "compile it without offsets"
+            )
+
+
+def _linear(module: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
+    dense = nn.Linear(
+        module.in_features, module.out_features, module.bias is not None, device="meta"
+    )
+    dense.weight = nn.Parameter(module.dense().to(dtype))
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.to(dtype))
+    return dense.train(module.training)
+
+
+def _restore_experts(module: FamilyModule, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Decode the canonical operands, and bring them into the layout of the family.
+
+    Return the parameters.
+
+    Its operands are its parameters in another order, so the gradient of the parameters under the
+    decoded operands is the decoded operands in the parameters' order. Rows that the model never
+    reads, such as those of experts that do nothing, are zero.
+    """
+    gate_up, down, attributes = module.gate_up, module.down, compressed_attributes(module)
+    assert attributes is not None
+    hidden, rows = down.scale.shape[1], gate_up.scale.shape[1]
+    units = rows // rows_per_unit(str(attributes["gate"]))
+    decoded = gate_up.dense(hidden, input_side=True), down.dense(units, input_side=False)
+    values: list[Tensor | None] = [*decoded, gate_up.bias, down.bias]
+    device = gate_up.codes.device
+    shapes = removed_parameters(module)
+    decompress_module(
+        module, {name: torch.empty(s, dtype=dtype, device=device) for name, s in shapes.items()}
+    )
+    parameters = [module.get_parameter(name) for name in shapes]
+    with torch.enable_grad():
+        pairs = [
+            (operand, value.to(dtype))
+            for operand, value in zip(experts.dense_operands(module), values, strict=True)
+            if operand is not None and value is not None
+        ]
+        outputs, wanted = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, parameters, wanted, allow_unused=True)
+    for parameter, value in zip(parameters, found, strict=True):
+        parameter.data = torch.zeros_like(parameter) if value is None else value.contiguous()
+    if (config := module.__dict__.pop("_moecc_config", None)) is not None:
+        module.config = config
+    return parameters

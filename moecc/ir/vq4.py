@@ -187,3 +187,17 @@ def shared_part(
         return mean
     low = basis_part(coef, coef_scale, basis, dtype, input_side=input_side)
     return low if mean is None else low + mean
+
+
+def dense(
+    tensors: Mapping[str, Tensor | None], columns: int, dtype: torch.dtype, *, input_side: bool
+) -> Tensor:
+    """Return the dense [E, N, columns] that a projection's tensors, by TENSORS, stand for.
+
+    The bias isn't part of it.
+    """
+    codes, signs, codebook, scale = (tensors[name] for name in CODED)
+    assert codes is not None and codebook is not None and scale is not None
+    weight = decode(codes, signs, codebook, columns, dtype) * scale.to(dtype).unsqueeze(-1)
+    shared = shared_part(tensors, columns, dtype, input_side=input_side)
+    return weight if shared is None else weight + shared

@@ -1,0 +1,203 @@
+"""A loaded artifact in transformers and PEFT: what works as for any quantized model, and what is
+refused in one sentence."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made import PROMPT, Compile, checkpoint, load, logits
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+from moecc import MoeccError
+from moecc.artifact.decode import float_tensors
+from moecc.frontend.compressed import CompressedProjection, QuantizedLinear
+
+pytestmark = pytest.mark.usefixtures("traced_once")
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory, traced_once: None) -> dict[str, Path]:
+    """Artifacts by family: 2-bit experts everywhere, quantized linears in two of them."""
+    from moecc import cli
+
+    folder, made = tmp_path_factory.mktemp("artifacts"), {}
+    dense = {"qwen2_moe": ",dense{bits=4,group=16}", "mixtral": ",dense{group=16}"}
+    for family in ("mixtral", "qwen2_moe", "gpt_oss", "dbrx"):
+        model = checkpoint(folder / f"{family}-float", family)
+        passes = f"klt{{rank=2,mean=2}},vq{{rounds=1}}{dense.get(family, '')}"
+        out = made[family] = folder / family
+        args = "compile", model, "--passes", passes, "-o", out, "--rows", 4, "--length", 16
+        assert cli.main([str(a) for a in args]) == 0
+    return made
+
+
+@pytest.fixture
+def artifact(artifacts: dict[str, Path]) -> Path:
+    """A mixtral with 2-bit experts and 8-bit linears."""
+    return artifacts["mixtral"]
+
+
+# ---------------------------------------------------------------- loading, moving, saving
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "dbrx"])
+def test_the_model_without_its_head_has_the_same_hidden_states(
+    artifacts: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    whole = load(artifacts[family])
+    base = AutoModel.from_pretrained(artifacts[family], dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = whole.base_model(input_ids=PROMPT)[0]
+        assert torch.equal(base(input_ids=PROMPT)[0], want)
+        base.save_pretrained(tmp_path)
+        again = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        assert torch.equal(again(input_ids=PROMPT)[0], want)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"lm_head.weight"} and not info["unexpected_keys"]
+
+
+def test_another_head_takes_the_place_of_the_first(artifact: Path) -> None:
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        artifact, num_labels=3, output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {"score.weight"}
+    assert set(info["unexpected_keys"]) == {"lm_head.weight"}
+    assert model(input_ids=PROMPT).logits.shape == (1, 3)
+
+
+def test_a_class_without_the_stored_modules_is_refused(artifact: Path, tmp_path: Path) -> None:
+    config = json.loads((artifact / "config.json").read_text())
+    for file in artifact.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(MoeccError, match=r"MixtralModel has no such module; load it as the class"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm"])
+def test_compressed_experts_run_whatever_implementation_is_set(artifact: Path, name: str) -> None:
+    model = load(artifact)
+    want = logits(model)
+    model.set_experts_implementation(name)
+    assert model.config._experts_implementation == name
+    assert torch.equal(logits(model), want)
+    assert torch.equal(logits(copy.deepcopy(model)), want)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16()])
+def test_a_cast_leaves_compressed_tensors_as_they_are_stored(artifact: Path, cast: Any) -> None:
+    model = load(artifact)
+    parts = (CompressedProjection, QuantizedLinear)
+    compressed = [m for m in model.modules() if isinstance(m, parts)]
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in compressed]
+    assert cast(model).lm_head.weight.dtype == torch.bfloat16
+    for module, tensors in zip(compressed, before, strict=True):
+        after = module.state_dict()
+        assert after.keys() == tensors.keys() and len(after) >= 3
+        assert all(
+            torch.equal(after[k], v) and after[k].dtype == v.dtype for k, v in tensors.items()
+        )
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_half_is_refused_as_for_every_quantized_model(artifact: Path) -> None:
+    with pytest.raises(ValueError, match=r"`.half\(\)` is not supported for quantized model"):
+        load(artifact).half()
+
+
+def test_shards_that_transformers_writes_load(artifact: Path, tmp_path: Path) -> None:
+    model = load(artifact)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_layers_may_lie_on_disk(artifact: Path, tmp_path: Path, buffers: bool) -> None:
+    """With buffers, the compressed tensors too; they are read while a layer runs."""
+    want = logits(load(artifact))
+    rest = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    model = AutoModelForCausalLM.from_pretrained(
+        artifact,
+        dtype=torch.float32,
+        device_map={"model.layers.1": "disk", **dict.fromkeys(rest, "cpu")},
+        offload_folder=str(tmp_path / "offload"),
+        offload_buffers=buffers,
+    ).eval()
+    codes = model.model.layers[1].mlp.experts.gate_up.codes
+    assert codes.is_meta == buffers
+    assert torch.equal(logits(model), want)
+    if buffers:
+        with pytest.raises(MoeccError, match="its tensors are offloaded; load the model without"):
+            model.dequantize()
+        assert torch.equal(logits(model), want)
+
+
+def test_beams_and_compiled_code_give_what_eager_code_gives(artifact: Path) -> None:
+    model = load(artifact)
+    model.generation_config.eos_token_id = None
+    options = dict(max_new_tokens=4, num_beams=3, num_return_sequences=2, do_sample=False)
+    found = model.generate(PROMPT, return_dict_in_generate=True, output_scores=True, **options)
+    assert found.sequences.shape == (2, PROMPT.shape[1] + 4)
+    with torch.no_grad():
+        scores = model(input_ids=found.sequences).logits.log_softmax(-1)[
+            :, PROMPT.shape[1] - 1 : -1
+        ]
+    chosen = scores.gather(-1, found.sequences[:, PROMPT.shape[1] :, None]).sum((1, 2))
+    torch.testing.assert_close(found.sequences_scores, chosen / 4, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the float model
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "dbrx"])
+def test_dequantize_gives_the_float_model(
+    artifacts: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    """The same tensors as the target `dense` writes, run by transformers' own code."""
+    model = load(artifacts[family])
+    want = logits(model)
+    assert model.dequantize() is model
+    found = model.state_dict()
+    for name, tensor in float_tensors(artifacts[family], torch.float32).items():
+        assert torch.equal(found[name], tensor.read()), name
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
+    assert not any("moecc" in type(m).__module__ for m in model.modules())
+    assert not any(k == "forward" for m in model.modules() for k in vars(m))
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    torch.testing.assert_close(logits(load(tmp_path)), logits(model))
+    with pytest.raises(ValueError, match="first quantize your model"):
+        model.dequantize()
+
+
+def test_dequantize_takes_a_dtype(artifact: Path) -> None:
+    model = load(artifact).dequantize(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    want = load(artifact, torch.bfloat16)
+    assert float((logits(model) - logits(want)).norm() / logits(want).norm()) < 0.05
+
+
+def test_offsets_without_a_place_in_the_float_model_change_nothing(
+    compile: Compile, tmp_path: Path
+) -> None:
+    model = checkpoint(tmp_path / "model")
+    passes = "vq{rounds=1},affine{offset=on},fold"
+    assert compile(model, tmp_path / "out", passes).code == 0
+    loaded = load(tmp_path / "out")
+    want = logits(loaded)
+    with pytest.raises(MoeccError, match="offsets are stored, and its family has no biases"):
+        loaded.dequantize()
+    assert torch.equal(logits(loaded), want)
