@@ -1,8 +1,9 @@
-"""Register the artifact format with transformers once transformers is used, without importing it.
+"""Register the artifact format with transformers and PEFT once they are used, without importing
+them.
 
 If transformers' quantizers are imported already, `register_when_needed` registers at once.
 Otherwise it puts a finder on `sys.meta_path` that waits for their import, which every
-`from_pretrained` triggers, and registers right after it.
+`from_pretrained` triggers, and registers right after it. It does the same for PEFT.
 """
 
 from __future__ import annotations
@@ -14,28 +15,32 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_QUANTIZERS = "transformers.quantizers.auto"
+# a module that is waited for -> the one of moecc that registers with it, by its last lines
+_WANTED = {
+    "transformers.quantizers.auto": "moecc.artifact.hf",
+    "peft.tuners.tuners_utils": "moecc.artifact.tuners",
+}
 
 
 def register_when_needed() -> None:
-    """Register now or when the quantizers are imported; a second call does nothing."""
-    if _QUANTIZERS in sys.modules:
-        _register()
-    elif WAITING not in sys.meta_path:
-        sys.meta_path.insert(0, WAITING)
-
-
-def _register() -> None:
-    importlib.import_module("moecc.artifact.hf")  # its last lines register the format
+    """Register now or when the modules are imported; a second call does nothing."""
+    for wanted, ours in _WANTED.items():
+        if wanted in sys.modules:
+            importlib.import_module(ours)
+        elif not any(isinstance(f, _Waiting) and f.wanted == wanted for f in sys.meta_path):
+            sys.meta_path.insert(0, _Waiting(wanted))
 
 
 class _Waiting(MetaPathFinder):
-    """A finder that leaves the search to the others, and registers after the import."""
+    """A finder that leaves the search to the others, and registers after the import of `wanted`."""
+
+    def __init__(self, wanted: str):
+        self.wanted = wanted
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _QUANTIZERS:
+        if fullname != self.wanted:
             return None
         found = (
             finder.find_spec(fullname, path, target)
@@ -56,9 +61,6 @@ def _register_after(loader: Loader, waiting: _Waiting) -> None:
         run(module)
         if waiting in sys.meta_path:  # what is searched for may not be imported, or fail
             sys.meta_path.remove(waiting)
-        _register()
+        importlib.import_module(_WANTED[waiting.wanted])
 
     loader.exec_module = exec_module  # type: ignore[method-assign]
-
-
-WAITING = _Waiting()

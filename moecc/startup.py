@@ -17,13 +17,15 @@ class _Waiting:
             return None
         sys.meta_path.remove(self)
         try:
-            from moecc.hook import WAITING, register_when_needed
+            from importlib.util import find_spec
+
+            from moecc.hook import register_when_needed
 
             register_when_needed()
         except Exception as error:  # transformers must go on where moecc is broken
             print(f"moecc: artifacts can't be opened: {error}", file=sys.stderr)
             return None
-        return WAITING.find_spec(fullname, path, target)
+        return find_spec(fullname)
 
 
 sys.meta_path.insert(0, _Waiting())

@@ -5,21 +5,27 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from made import PROMPT, Compile, checkpoint, load, logits
+from pipelines import ROOT
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
 )
 
 from moecc import MoeccError
 from moecc.artifact.decode import float_tensors
 from moecc.frontend.compressed import CompressedProjection, QuantizedLinear
+from moecc.types import FamilyModule
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -201,3 +207,159 @@ def test_offsets_without_a_place_in_the_float_model_change_nothing(
     with pytest.raises(MoeccError, match="offsets are stored, and its family has no biases"):
         loaded.dequantize()
     assert torch.equal(logits(loaded), want)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def lora(**options: Any) -> Any:
+    return peft.LoraConfig(
+        **{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
+    )
+
+
+def adapted(model: FamilyModule, **options: Any) -> FamilyModule:
+    """Return `model` with an adapter whose matrices are random."""
+    wrapped = peft.get_peft_model(model, lora(**options))
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora" in name:
+                p.copy_(torch.randn(p.shape, generator=g) * 0.1)
+    return wrapped.eval()
+
+
+def trained(model: FamilyModule, folder: Path, **options: Any) -> None:
+    """Train an adapted model on PROMPT by transformers' Trainer, for a few steps."""
+    rows = [{"input_ids": PROMPT[0], "labels": PROMPT[0]}] * 4
+    chosen = dict(max_steps=4, learning_rate=2e-2, report_to=[], use_cpu=True, save_strategy="no")
+    arguments = TrainingArguments(output_dir=str(folder / "runs"), **{**chosen, **options})
+    Trainer(model, arguments, train_dataset=rows).train()
+
+
+def loss(model: FamilyModule) -> float:
+    with torch.no_grad():
+        return float(model(input_ids=PROMPT, labels=PROMPT).loss)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_an_adapter_trains_on_the_artifact_and_loads_again(
+    artifacts: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    """On quantized linears of 8 and 4 bit, and on float ones."""
+    model = load(artifacts[family])
+    base = model.state_dict()
+    before = {k: v.clone() for k, v in base.items()}
+    wrapped = peft.get_peft_model(model, lora())
+    start = loss(wrapped)
+    trained(wrapped, tmp_path, gradient_checkpointing=True)
+    assert loss(wrapped.eval()) < start - 0.05
+    assert all(torch.equal(base[k], v) for k, v in before.items())
+    wrapped.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(artifacts[family]), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(wrapped))
+    with again.disable_adapter():
+        assert torch.equal(logits(again), logits(load(artifacts[family])))
+
+
+def test_a_model_without_an_adapter_is_not_trained(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Please attach trainable adapters"):
+        trained(load(artifact), tmp_path)
+
+
+def test_adapters_of_quantized_linears_are_those_of_the_float_model(artifact: Path) -> None:
+    """Merging must wait for the float model: codes can't hold the sum."""
+    wrapped = adapted(load(artifact))
+    want = logits(wrapped)
+    assert float((want - logits(load(artifact))).norm() / want.norm()) > 0.05
+    for merge in (wrapped.merge_and_unload, wrapped.merge_adapter):
+        for safe in (False, True):
+            with pytest.raises(MoeccError, match=r"q_proj: the codes .* can't hold an adapter too"):
+                merge(safe_merge=safe)
+    assert torch.equal(logits(wrapped), want)
+    wrapped.dequantize()
+    assert all("lora" in n for n, p in wrapped.named_parameters() if p.requires_grad)
+    torch.testing.assert_close(logits(wrapped), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(wrapped.merge_and_unload()), want, rtol=1e-4, atol=1e-5)
+
+
+def test_all_linear_finds_quantized_linears(artifacts: dict[str, Path]) -> None:
+    wrapped = peft.get_peft_model(load(artifacts["qwen2_moe"]), lora(target_modules="all-linear"))
+    adapted = {n for n, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    config = json.loads((artifacts["qwen2_moe"] / "config.json").read_text())
+    quantized = {f"base_model.model.{n}" for n in config["quantization_config"]["linears"]}
+    assert quantized and quantized < adapted
+
+
+ATTENTION = ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("config", "reader"),
+    [
+        (lambda: lora(use_dora=True), "use_dora"),
+        (lambda: lora(use_dora=True, target_modules="all-linear"), "use_dora"),
+        (lambda: lora(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (lambda: peft.HRAConfig(target_modules=ATTENTION), "HRA"),
+        (lambda: peft.LoHaConfig(target_modules=ATTENTION), "LOHA"),
+    ],
+)
+def test_adapters_that_read_the_weights_are_refused(
+    artifacts: dict[str, Path], config: Any, reader: str
+) -> None:
+    model = load(artifacts["qwen2_moe"])
+    want = logits(model)
+    message = f"q_proj: {re.escape(reader)} needs the float weights of a quantized linear"
+    with pytest.raises(MoeccError, match=message):
+        peft.get_peft_model(model, config())
+    assert torch.equal(logits(model), want)
+    assert peft.get_peft_model(load(artifacts["gpt_oss"]), lora(use_dora=True)) is not None
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": None},
+        {"target_parameters": ["down_proj"]},  # PEFT alone would train attention without a word
+        {"target_modules": ["experts"]},
+        {"target_modules": ["q_proj", "gate_up"]},
+        {"target_modules": ["q_proj", "w1", "w2", "w3"]},  # PEFT's former names
+    ],
+)
+def test_compressed_experts_take_no_adapter(artifact: Path, targets: dict[str, Any]) -> None:
+    with pytest.raises(MoeccError, match=r"layers.0.mlp.experts: compressed experts take no adap"):
+        peft.get_peft_model(load(artifact), lora(**targets))
+
+
+def test_experts_of_the_dequantized_model_take_one(artifact: Path, tmp_path: Path) -> None:
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = load(artifact).dequantize()
+    wrapped = peft.get_peft_model(model, lora(target_modules=None, target_parameters=parameters))
+    start = loss(wrapped)
+    trained(wrapped, tmp_path)
+    assert loss(wrapped.eval()) < start - 0.05
+
+
+def test_the_way_of_an_adapter_that_the_readme_tells(
+    artifacts: dict[str, Path], compile: Compile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code, on a small model: train on the artifact, save, absorb; the result acts the same."""
+    text = (ROOT / "README.md").read_text()
+    part = text[text.index("**An adapter that you trained on the compressed model**") :]
+    code = re.search(r"\n\n((?:    .*\n|\n)+)", part)[1].replace("\n    ", "\n").strip()
+    monkeypatch.chdir(tmp_path)
+    passes = "vq{rounds=1},affine,fold"
+    model = artifacts["qwen2_moe"].with_name("qwen2_moe-float")
+    assert compile(model, tmp_path / "OUT", passes).code == 0
+    rows = [{"input_ids": PROMPT[0], "labels": PROMPT[0]}] * 4
+    arguments = TrainingArguments(
+        "runs", max_steps=4, learning_rate=2e-2, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    names: dict[str, Any] = {"rows": rows, "arguments": arguments}
+    exec(code, names)
+    wrapped = names["model"].eval().float()
+    want, plain = logits(wrapped), logits(load(tmp_path / "OUT"))
+    assert compile(model, "AGAIN", f"{passes},absorb{{path=ADAPTER}}").code == 0
+    got = logits(load(tmp_path / "AGAIN"))
+    near, far = (float((got - x).norm()) for x in (want, plain))
+    assert near < 0.01 * far

@@ -79,7 +79,8 @@ class MoeccQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Whether adapters can be trained on the model: every op has its derivatives."""
+        return True
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         restore(model, dtype)
