@@ -58,7 +58,8 @@ class MoeccQuantizer(HfQuantizer):
         # transformers fills in what files lack, and only says so
         stored = {n: e for f in checkpoint_files or () for n, e in read_header(Path(f))[0].items()}
         if checkpoint_files:
-            self.quantization_config.compression.require(stored)
+            prefix = f"{getattr(model, 'base_model_prefix', '')}."
+            self.quantization_config.compression.require(stored, prefix)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

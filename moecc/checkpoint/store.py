@@ -132,7 +132,8 @@ class CheckpointStore:
 
     def check(self) -> None:
         """Raise MoeccError if the checkpoint doesn't fit the model; no weight is read."""
-        Compression.of(self.model.config).require(self.stored)
+        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
+        Compression.of(self.model.config).require(self.stored, prefix)
         Fit(self.folder, self.entries, self._recipes).check()
 
     def digest(self) -> str:
