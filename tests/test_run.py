@@ -88,16 +88,16 @@ def test_a_failure_names_pass_and_layer_and_the_passes_before_it(
 
 
 def test_a_pass_that_exits_fails_and_is_named(tiny: Tiny, batches: list[Tensor]) -> None:
-    assert failure(tiny("M"), batches, Touch(fail_in=1, how="exit")) == (
-        "touch{fail_in=1,how=exit} failed in layer 0: SystemExit: 0"
-    )
+    message = failure(tiny("M"), batches, Touch(fail_in=1, how="exit"))
+    said = "touch{fail_in=1,how=exit} failed in layer 0: SystemExit: 0"
+    assert message.startswith(f"{said} ({__file__}, line ")
 
     def leave(self: Pass, program: Program) -> None:
         raise SystemExit
 
-    assert failure(tiny("M"), [], derive(Pass, "left", run=leave, check=leave)) == (
-        "left failed: SystemExit: SystemExit"
-    )
+    message = failure(tiny("M"), [], derive(Pass, "left", run=leave, check=leave))
+    line = leave.__code__.co_firstlineno + 1
+    assert message == f"left failed: SystemExit: SystemExit ({__file__}, line {line})"
 
 
 def test_a_pass_that_breaks_the_graph_is_named(tiny: Tiny, batches: list[Tensor]) -> None:
