@@ -27,7 +27,7 @@ test-all: $(READY)
 	MOECC_ALL_FAMILIES=1 env -u TRITON_INTERPRET $(PYTEST)
 	MOECC_ALL_FAMILIES=1 TRITON_INTERPRET=1 $(PYTEST) -m interp tests/test_triton_*.py
 
-# The tests of one file against small changes of it: docs/testing.md. SAMPLE=60 takes so many of them.
+# Does a test notice small changes of FILE? SAMPLE=60 tries so many of them. See docs/testing.md.
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[mutants]'
 	$(BIN)/python tests/mutants.py $(FILE) --sample $(or $(SAMPLE),0)
