@@ -54,12 +54,13 @@ class MoeccQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        prepare(model, self.quantization_config.compression)
+        said = self.quantization_config.compression
+        # with the paths of this model, by which it is saved
+        self.quantization_config.compression = prepare(model, said)
         # transformers fills in what files lack, and only says so
         stored = {n: e for f in checkpoint_files or () for n, e in read_header(Path(f))[0].items()}
         if checkpoint_files:
-            prefix = f"{getattr(model, 'base_model_prefix', '')}."
-            self.quantization_config.compression.require(stored, prefix)
+            said.require(stored)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -85,7 +86,7 @@ class MoeccQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         restore(model, dtype)
-        for key in REFUSALS:
+        for key in REFUSALS.keys() & vars(model.config).keys():  # the float model needs no moecc
             delattr(model.config, key)
         return model
 

@@ -182,15 +182,12 @@ class Compression:
         require_version(found.get("version", 1))
         return _parsed(rest)
 
-    def require(self, stored: Mapping[str, Tensor], prefix: str = "") -> None:
+    def require(self, stored: Mapping[str, Tensor]) -> None:
         """Raise MoeccError unless `stored` has these compressed tensors and no others.
 
-        Shapes and dtypes are compared. stored: what files have, by name. prefix: what all names
-        may lack, as those of a model that was saved without its head.
+        Shapes and dtypes are compared. stored: what files have, by name.
         """
         listed = dict(self._tensors())
-        if not listed.keys() & stored.keys():
-            listed = {name.removeprefix(prefix): spec for name, spec in listed.items()}
         coded = (n for n in stored if n.rpartition(".")[2] in ("codes", "zero"))
         if other := next((n for n in coded if n not in listed), None):
             what = f"the weight files have {other!r}, and config.json says nothing of it"

@@ -132,8 +132,7 @@ class CheckpointStore:
 
     def check(self) -> None:
         """Raise MoeccError if the checkpoint doesn't fit the model; no weight is read."""
-        prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        Compression.of(self.model.config).require(self.stored, prefix)
+        Compression.of(self.model.config).require(self.stored)
         Fit(self.folder, self.entries, self._recipes).check()
 
     def digest(self) -> str:

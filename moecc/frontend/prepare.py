@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,46 +31,52 @@ from moecc.types import FamilyModule
 # ---------------------------------------------------------------- dense to compressed
 
 
-def prepare(model: FamilyModule, found: Compression) -> None:
+def prepare(model: FamilyModule, stored: Compression) -> Compression:
     """Replace the modules of `model` that an artifact stores in compressed form.
 
-    Raise MoeccError if the model lacks such a module, or has one of another shape.
+    Return `stored` with the paths that the modules have in `model`. Raise MoeccError if the model
+    lacks such a module, or has one of another shape.
     """
+    found = _relocated(model, stored)
     experts.register()
     families.replace_methods(model)
-    for stored, entry in found.experts.items():
-        path = _path(model, stored)
+    for path, entry in found.experts.items():
         module = model.get_submodule(path)
-        _require_experts(stored, module, entry)
+        _require_experts(path, module, entry)
         compress_module(module, entry.gate_up, entry.down, entry.attributes, entry.remove)
         _pin(module)
         # transformers' initializers would look for the dense parameters.
         for part in (*module.modules(), model.get_submodule(path.rpartition(".")[0])):
             part._is_hf_initialized = True
-    for stored, linear in found.linears.items():
-        path = _path(model, stored)
-        _require_linear(stored, model.get_submodule(path), linear)
+    for path, linear in found.linears.items():
+        _require_linear(path, model.get_submodule(path), linear)
         quantized = QuantizedLinear(linear)
         quantized._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(path, quantized)
     _ignore(model, found.guard)
     _set_implementation(model, experts.IMPLEMENTATION)
+    return found
 
 
-def _path(model: nn.Module, stored: str) -> str:
-    """Return the path in `model` of the module that the artifact calls `stored`.
+def _relocated(model: FamilyModule, stored: Compression) -> Compression:
+    """Return `stored` with the paths that its modules have in `model`.
 
     A model without a head (AutoModel) has the modules of the one with a head, without that one's
     prefix; it may also be the model without a head that was stored.
     """
-    prefix = getattr(model, "base_model_prefix", "")
     modules = dict(model.named_modules())
-    for path in (stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}"):
-        if path in modules:
-            return path
-    raise MoeccError(
-        f"{quoted(stored)}: stored in the artifact, but {type(model).__name__} has no such module; "
-        "load it as the class that its config.json names, or compile it again"
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    paths = [*stored.experts, *stored.linears]
+    ways: list[Callable[[str], str]] = [str, lambda p: p.removeprefix(prefix), prefix.__add__]
+    there = [[p for p in paths if way(p) in modules] for way in ways]
+    way, found = max(zip(ways, there, strict=True), key=lambda pair: len(pair[1]))
+    if lost := next((p for p in paths if p not in found), None):
+        raise _unlike(lost, f"{type(model).__name__} has no such module")
+    return replace(
+        stored,
+        experts={way(p): entry for p, entry in stored.experts.items()},
+        linears={way(p): entry for p, entry in stored.linears.items()},
+        guard=[way(name) for name in stored.guard],
     )
 
 
