@@ -45,7 +45,6 @@ def test_the_source_s_small_files_are_not_needed_once_passes_run(
 ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a broken link": (lambda file: file.symlink_to("gone"), "it is no file, or a link to none"),
     "a folder": (lambda file: file.mkdir(), "it is no file, or a link to none"),
-    "a pipe": (lambda file: os.mkfifo(file), "it is no file, or a link to none"),
     "a large file": (lambda file: file.write_bytes(bytes(1001)), "it has more than 1.00 kB"),
 }
 

@@ -52,11 +52,11 @@ def test_the_error_of_coded_experts_is_that_of_their_outputs_on_calibration_text
         )
         want = [a / b for a, b in zip(lost, whole, strict=True)]
         # the error is measured before scales are rounded to 16 bits
-        assert ctx.audit[path]["expert_error"] == pytest.approx(want, rel=0.02, abs=1e-6)
-        assert ctx.audit[path]["error"] == pytest.approx(sum(want) / 64, rel=0.01)
-    errors = [ctx.audit[path]["error"] for path in seen]
-    assert report.error == pytest.approx(sum(errors) / 2, rel=1e-9)
-    assert 0.001 < report.error < 0.5
+        assert ctx.audit[path]["expert_in_sample_error"] == pytest.approx(want, rel=0.02, abs=1e-6)
+        assert ctx.audit[path]["in_sample_error"] == pytest.approx(sum(want) / 64, rel=0.01)
+    errors = [ctx.audit[path]["in_sample_error"] for path in seen]
+    assert report.in_sample_error == pytest.approx(sum(errors) / 2, rel=1e-9)
+    assert 0.001 < report.in_sample_error < 0.5
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -42,11 +42,13 @@ def test_an_audit_that_was_altered_is_not_taken_up(
     file = tmp_path / "out.partial" / "journal" / "layer-0-0001.json"
     noted = json.loads(file.read_text(encoding="utf-8"))
     for facts in noted["audit"].values():
-        facts["error"] = 0.0
+        facts["in_sample_error"] = 0.0
     file.write_text(json.dumps(noted), encoding="utf-8")
     assert compile(mixtral, tmp_path / "out").code == 0
     manifest = json.loads((tmp_path / "out" / "moecc.json").read_text(encoding="utf-8"))
-    errors = [row["error"] for row in manifest["audit"] if row["role"] == "routed experts"]
+    errors = [
+        row["in_sample_error"] for row in manifest["audit"] if row["role"] == "routed experts"
+    ]
     assert len(errors) == 4 and min(errors) > 0
 
 

@@ -106,9 +106,9 @@ def copy_small_files(source: Path, folder: Path, say: Say) -> None:
             say(f"note: {source / name} is left out: it is no file, or a link to none")
             continue
         with opened(source / name) as file:
-            content = file.read(_LARGEST_SMALL_FILE)
-        if len(content) == _LARGEST_SMALL_FILE:
-            say(f"note: {source / name} is left out: it has {size(_LARGEST_SMALL_FILE)} or more")
+            content = file.read(_LARGEST_SMALL_FILE + 1)
+        if len(content) > _LARGEST_SMALL_FILE:
+            say(f"note: {source / name} is left out: it has more than {size(_LARGEST_SMALL_FILE)}")
             continue
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

@@ -132,7 +132,9 @@ class CheckpointStore:
 
     def check(self) -> None:
         """Raise MoeccError if the checkpoint doesn't fit the model; no weight is read."""
-        Compression.of(self.model.config).require(self.stored)
+        compression = Compression.of(self.model.config)
+        if compression.experts or compression.linears:
+            compression.require(self.stored)
         Fit(self.folder, self.entries, self._recipes).check()
 
     def digest(self) -> str:

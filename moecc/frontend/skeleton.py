@@ -12,6 +12,7 @@ An nn.Module can be given too; then its own parameters are used and it is left a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,7 @@ TOP_K = (
     "moe_k",
     "top_k_experts",
 )
+_MIXTURE = re.compile("Moe(Block)?$", re.IGNORECASE)  # names of classes that hold experts
 # Their buffers are loaded from the checkpoint, so they are fake as parameters are.
 STORED = (CompressedProjection, QuantizedLinear)
 
@@ -166,8 +168,9 @@ def _check_experts(found: Skeleton) -> None:
     if found.experts:
         return
     part, model = text_config(found.config), type(found.model).__name__
+    modules = list(found.model.named_modules())
     if any(isinstance(n := getattr(part, key, None), int) and n > 1 for key in EXPERT_COUNTS):
-        if any("expert" in name for name, _ in found.model.named_modules()):
+        if any("expert" in name or _MIXTURE.search(type(m).__name__) for name, m in modules):
             raise MoeccError(
                 f"{found.model_type}: {model} has experts of a class that moecc doesn't know"
             )
