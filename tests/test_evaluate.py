@@ -13,8 +13,8 @@ from made import TINYMOE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralModel
 
-from moecc.commands.agreement import LayerSums, Totals, compare_sets
-from moecc.commands.evaluate import evaluate
+from moecc.commands.agreement import LayerAgreement, LayerSums, Totals, compare_sets
+from moecc.commands.evaluate import Evaluation, evaluate, table
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program
@@ -69,6 +69,11 @@ def test_damage_shows_in_its_own_layer_and_behind_it(tinymoe: Program) -> None:
     assert 0 < little.kl < much.kl
     assert 1 > little.agreement > much.agreement > 0
     assert little.agreement >= little.exact_agreement
+    # the checkpoint holds bfloat16, and gate_up of one layer is float32 now
+    experts = sum(m.weights for m in tinymoe.moe_layers())
+    part = tinymoe.moe_layers()[1].gate_up.weights
+    assert much.bits_per_weight_experts == 16 + 16 * part / experts
+    assert 16 < much.bits_per_weight < much.bits_per_weight_experts
     first, damaged, *later = much.per_layer
     assert first.agreement == 1 and first.output_error == 0
     # the damaged layer's router still reads what the reference's reads
@@ -182,6 +187,24 @@ def test_an_evaluation_can_be_written_as_json(tinymoe: Program) -> None:
     found = evaluate(tinymoe, tinymoe, tokens(1, 8, 4096)).as_dict()
     assert json.loads(json.dumps(found)) == found
     assert found["per_layer"][0].keys() == {"path", "agreement", "exact_agreement", "output_error"}
+
+
+def test_the_table_shows_every_figure_in_its_unit() -> None:
+    layers = (
+        LayerAgreement("model.layers.0.mlp.experts", 0.5, 0.25, 0.0123456),
+        LayerAgreement("model.layers.10.mlp.experts", 1.0, 0.98765, 1.5),
+    )
+    found = Evaluation(12.34567, 11.25, 0.0123456, 0.75, 0.6251, 1234, 2.0625, 3.14159, layers)
+    assert table(found.as_dict()).splitlines() == [
+        "perplexity      12.3457   reference 11.2500",
+        "KL              0.01235 nats per token, over 1234 tokens",
+        "experts chosen  75.00 % the same, whole set 62.51 %",
+        "bits per weight 2.062 over routed experts, 3.142 over everything",
+        "",
+        "layer                        same experts  whole set  output error",
+        "model.layers.0.mlp.experts        50.00 %    25.00 %       0.01235",
+        "model.layers.10.mlp.experts      100.00 %    98.77 %       1.50000",
+    ]
 
 
 # ---- the statistics
