@@ -13,6 +13,13 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
 
 
+def interrupted(model: Path, compile: Compile, out: Path) -> None:
+    """Interrupt a compilation once its first layer is in the journal."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, "after saving", 1, interrupt)
+        assert compile(model, out).code == 130
+
+
 @pytest.mark.parametrize("kind", ["json", "safetensors"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_finished_layer_that_is_damaged_is_done_again_and_said(
@@ -36,9 +43,7 @@ def test_a_finished_layer_that_is_damaged_is_done_again_and_said(
 def test_an_audit_that_was_altered_is_not_taken_up(
     mixtral: Path, compile: Compile, tmp_path: Path
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop(patch, "after saving", 1, interrupt)
-        assert compile(mixtral, tmp_path / "out").code == 130
+    interrupted(mixtral, compile, tmp_path / "out")
     file = tmp_path / "out.partial" / "journal" / "layer-0-0001.json"
     noted = json.loads(file.read_text(encoding="utf-8"))
     for facts in noted["audit"].values():
@@ -57,9 +62,7 @@ def test_files_replaced_when_the_run_was_killed_are_taken_up(
 ) -> None:
     """The digest of the new file is noted first, then it gets its name."""
     folder = tmp_path / "out.partial" / "journal"
-    with pytest.MonkeyPatch.context() as patch:
-        stop(patch, "after saving", 1, interrupt)
-        assert compile(mixtral, tmp_path / "out").code == 130
+    interrupted(mixtral, compile, tmp_path / "out")
     cut = "0" * 30
     with open(folder / "digests", "a", encoding="utf-8") as log:
         log.write(f"\n{cut * 2}0000  layer-0-0001.json\n{cut}")
@@ -77,9 +80,7 @@ def test_files_replaced_when_the_run_was_killed_are_taken_up(
 def test_a_damaged_description_of_the_run_is_said_and_nothing_is_touched(
     mixtral: Path, compile: Compile, tmp_path: Path
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop(patch, "after saving", 1, interrupt)
-        assert compile(mixtral, tmp_path / "out").code == 130
+    interrupted(mixtral, compile, tmp_path / "out")
     file = tmp_path / "out.partial" / "journal" / "run.json"
     file.write_bytes(flip(file.read_bytes()))
     before = content(tmp_path)
