@@ -6,7 +6,10 @@ import os
 import platform
 import shutil
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_native import isas  # noqa: F401 (a fixture)
@@ -43,7 +46,24 @@ def test_the_library_is_built_once_and_found_again(tmp_path: Path, calls: list[l
     assert build.library() == first and len(calls) == count
     assert build.library(sanitize=True) != first
     names = {first.name, build.library(sanitize=True).name}
-    assert sorted(p.name for p in first.parent.iterdir()) == sorted(names)
+    assert {p.name for p in first.parent.iterdir()} == {*names, ".lock"}
+
+
+def test_two_who_need_one_library_compile_it_once(
+    calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock is of an open file, so it keeps threads apart as it does processes."""
+    begun, real = [], build._compile
+
+    def slowly(*args: Any) -> Path:
+        begun.append(args)
+        time.sleep(0.1)
+        return real(*args)
+
+    monkeypatch.setattr(build, "_compile", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: build.library(), range(2))
+    assert first == second and len(begun) == 1
 
 
 def test_a_kernel_file_gets_the_flags_of_its_instruction_set(calls: list[list[str]]) -> None:
@@ -88,7 +108,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
         MoeccError, match=r"can't compile the op library: x.cc:1: error: no such thing; set CXX"
     ):
         build.library()
-    assert list((tmp_path / "cache" / "ops").iterdir()) == []
+    assert [p.name for p in (tmp_path / "cache" / "ops").iterdir()] == [".lock"]
 
 
 def test_an_unwritable_cache_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -113,14 +114,21 @@ print(moecc.__file__, *pass_names(), find_pass("kbvq").__module__)
 
 # ---------------------------------------------------------------- transformers alone
 
+# argv: folders. Prints a line of JSON for each: the last logits of a prompt, or the error.
 SCRIPT = """
-import sys
+import json, sys
 import torch
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **eval(sys.argv[2])).eval()
-with torch.no_grad():
-    print(*model(input_ids=torch.tensor([[5, 9, 12, 20]])).logits[0, -1].tolist())
+for folder in sys.argv[1:]:
+    for options in {}, {"experts_implementation": "eager"}:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[5, 9, 12, 20]])).logits[0, -1]
+            print(json.dumps(logits.tolist()))
+        except Exception as error:
+            print(json.dumps(f"{type(error).__name__}: {error}"))
 """
 
 
@@ -143,16 +151,15 @@ def site_packages() -> list[str]:
     return [path for path in sys.path if path.endswith("site-packages")]
 
 
-@pytest.fixture(scope="module", params=["1GB", "40KB"], ids=["one file", "shards"])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One artifact twice: its weights in one file, and in shards."""
     folder = tmp_path_factory.mktemp("artifact")
-    made, out = checkpoint(folder / "model", "qwen2_moe"), folder / "out"
+    made, out, shards = checkpoint(folder / "model", "qwen2_moe"), folder / "out", folder / "shards"
     assert cli.main(["compile", str(made), "--passes", QUICK, "-o", str(out), *ROWS]) == 0
-    if request.param == "1GB":
-        return out
-    load(out).save_pretrained(folder / "shards", max_shard_size=request.param)
-    assert (folder / "shards" / "model.safetensors.index.json").exists()
-    return folder / "shards"
+    load(out).save_pretrained(shards, max_shard_size="40KB")
+    assert (shards / "model.safetensors.index.json").exists()
+    return [out, shards]
 
 
 def script(
@@ -170,26 +177,33 @@ def script(
     )
 
 
-def test_where_moecc_is_installed_transformers_opens_artifacts_without_an_import(
-    pythons: dict[str, Path], artifact: Path
-) -> None:
-    done = script(pythons["with"], SCRIPT, artifact, "{}")
+def opened(done: subprocess.CompletedProcess[str]) -> list[list[float] | str]:
     assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_where_moecc_is_installed_transformers_opens_artifacts_without_an_import(
+    pythons: dict[str, Path], artifacts: list[Path]
+) -> None:
     ids = torch.tensor([[5, 9, 12, 20]])
     with torch.no_grad():
-        want = load(artifact)(input_ids=ids).logits[0, -1]
-    assert torch.equal(torch.tensor([float(x) for x in done.stdout.split()]), want)
+        want = load(artifacts[0])(input_ids=ids).logits[0, -1]
+    done = script(pythons["with"], SCRIPT, *artifacts)
+    found = opened(done)
+    assert len(found) == 4 and all(torch.equal(torch.tensor(f), want) for f in found)
     assert "UNEXPECTED" not in done.stderr and "MISSING" not in done.stderr
 
 
-@pytest.mark.parametrize("options", ["{}", "{'experts_implementation': 'eager'}"])
+@pytest.mark.parametrize("name", ["without", "with"])
 def test_without_moecc_transformers_stops_and_says_what_to_install(
-    pythons: dict[str, Path], artifact: Path, options: str
+    pythons: dict[str, Path], artifacts: list[Path], name: str
 ) -> None:
-    for python, variables in ((pythons["without"], {}), (pythons["with"], {"MOECC_STARTUP": "0"})):
-        done = script(python, SCRIPT, artifact, options, **variables)
-        assert done.returncode != 0 and "pip install moecc" in done.stderr
-        assert "Error" in done.stderr.splitlines()[-1] and not done.stdout
+    done = script(pythons[name], SCRIPT, *artifacts, MOECC_STARTUP="0")
+    plain, eager, *shards = opened(done)
+    assert [plain, eager] == shards and "pip install moecc" in str(plain)
+    # the guard tensor fits no model; transformers' warning says what to install
+    assert str(eager).startswith("RuntimeError") and done.stderr.count("MISMATCH:") == 2
+    assert done.stderr.count("got moecc (pip install moecc)") == 4
 
 
 def test_every_python_that_has_moecc_still_starts_quickly(pythons: dict[str, Path]) -> None:

@@ -106,10 +106,11 @@ def measure(config: dict[str, Any]) -> dict[str, int]:
     return result
 
 
-def test_a_28_gb_model_is_traced_in_1_5_gb() -> None:
-    result = measure(QWEN15_MOE_A2_7B)
-    assert result["nodes"] == result["layers"] == 24
-    assert result["bytes"] > 28e9
+def test_a_5_gb_model_is_traced_in_1_5_gb() -> None:
+    """Four layers of Qwen1.5-MoE-A2.7B; a copy of one layer's experts would take 1 GB."""
+    result = measure({**QWEN15_MOE_A2_7B, "num_hidden_layers": 4})
+    assert result["nodes"] == result["layers"] == 4
+    assert result["bytes"] > 5e9
     assert result["rss"] < 1.5e9
 
 

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock
+
 from moecc.backends.onnx.owned import make_own, require_own
 from moecc.errors import MoeccError
 
@@ -78,11 +80,12 @@ def compiled(cxx: tuple[str, ...], machine: str, flags: tuple[str, ...] = ()) ->
     try:
         make_own(folder)
         require_own(folder)
-        if not result.is_file():
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                made = _compile(cxx, sources, own, flags, Path(place))
-                made.chmod(0o755)
-                made.replace(result)  # at once: another process finds all of the file or none
+        with FileLock(folder / ".lock"):  # a second process waits for the first's file
+            if not result.is_file():
+                with tempfile.TemporaryDirectory(dir=folder) as place:
+                    made = _compile(cxx, sources, own, flags, Path(place))
+                    made.chmod(0o755)
+                    made.replace(result)  # at once: a killed process leaves none
         require_own(result)
     except OSError as error:
         raise MoeccError(
