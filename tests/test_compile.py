@@ -6,8 +6,6 @@ A sample of the families by default; MOECC_ALL_FAMILIES=1 runs all of tests/fami
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -182,27 +180,6 @@ def test_an_artifact_is_not_compiled_again(mixtral: Path, compile: Compile, tmp_
 
 
 # ---------------------------------------------------------------- in transformers
-
-
-FRESH = """
-import sys, torch, moecc
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-ids = torch.tensor([[5, 9, 12]])
-options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-print(model.generate(input_ids=ids, **options).tolist()[0])
-"""
-
-
-def test_a_fresh_process_loads_an_artifact(compile: Compile, tmp_path: Path) -> None:
-    model = checkpoint(tmp_path / "model", "qwen2_moe", torch.bfloat16)
-    assert compile(model, tmp_path / "out", EVERYTHING).code == 0
-    command = [sys.executable, "-c", FRESH, tmp_path / "out"]
-    got = subprocess.run(command, capture_output=True, text=True)
-    assert got.returncode == 0, got.stderr
-    assert "MISSING" not in got.stderr and "UNEXPECTED" not in got.stderr
-    loaded = load(tmp_path / "out", torch.bfloat16)
-    assert json.loads(got.stdout) == generated(loaded, torch.tensor([[5, 9, 12]]), 4)[0].tolist()
 
 
 def test_compressed_tensors_keep_their_types_in_any_dtype(compile: Compile, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made import QUICK, ROOT, ROWS, checkpoint, load
+from made import EVERYTHING, ROOT, ROWS, checkpoint, load
 
 from moecc import cli
 
@@ -156,7 +156,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """One artifact twice: its weights in one file, and in shards."""
     folder = tmp_path_factory.mktemp("artifact")
     made, out, shards = checkpoint(folder / "model", "qwen2_moe"), folder / "out", folder / "shards"
-    assert cli.main(["compile", str(made), "--passes", QUICK, "-o", str(out), *ROWS]) == 0
+    assert cli.main(["compile", str(made), "--passes", EVERYTHING, "-o", str(out), *ROWS]) == 0
     load(out).save_pretrained(shards, max_shard_size="40KB")
     assert (shards / "model.safetensors.index.json").exists()
     return [out, shards]

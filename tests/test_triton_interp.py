@@ -10,6 +10,7 @@ tests/test_triton_aot.py sees the last two.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import pytest
 import slow_vq4 as slow
@@ -36,6 +37,19 @@ SMALL = Tile(tokens=8, height=1, unroll=4, warps=4, stages=2, waves=4)
 WHOLE = SMALL._replace(waves=0)  # columns are not split, so the product applies the gate
 LARGE = Tile(tokens=32, height=2, unroll=2, warps=8, stages=2, waves=0)
 HALF = Tile(tokens=16, height=1, unroll=1, warps=4, stages=2, waves=0, half=True)
+TILES = {"split": SMALL, "whole": WHOLE, "large": LARGE}
+EXACT = {"small": WHOLE, "large": LARGE, "middle": WHOLE._replace(tokens=16, unroll=1)}
+BITS = (2, 3, 4)
+
+
+def crossed(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Return each name with all bits in `make test-all`; in `make test` once, bits taking turns."""
+    return [
+        (name, b)
+        for i, name in enumerate(names)
+        for j, b in enumerate(BITS)
+        if ALL or (i + j) % len(BITS) == 0
+    ]
 
 
 def run(layer: Layer, tile: Tile | None = None) -> Plan:
@@ -55,14 +69,12 @@ def check(layer: Layer, tile: Tile | None = None) -> Plan:
 # reference
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(("feature", "bits"), crossed(FEATURES))
 def test_a_layer_agrees_with_the_reference(feature: str, bits: int) -> None:
     check(draw_layer(bits, **FEATURES[feature]))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(("feature", "bits"), crossed(FEATURES))
 def test_a_layer_in_16_bit_floats_agrees_with_the_reference(feature: str, bits: int) -> None:
     """For many tokens per weight: x and hidden units stay floats, without fixed point."""
     told = dict(dtype=torch.float16) | FEATURES[feature]
@@ -104,16 +116,13 @@ def test_half_the_work_on_a_half_empty_block_gives_the_same_result() -> None:
     assert torch.equal(made.out, wanted)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("tile", [SMALL, WHOLE, LARGE], ids=["split", "whole", "large"])
-def test_partial_row_tiles_column_tiles_and_steps(bits: int, tile: Tile) -> None:
+@pytest.mark.parametrize(("tile", "bits"), crossed(TILES))
+def test_partial_row_tiles_column_tiles_and_steps(tile: str, bits: int) -> None:
     """With the columns split among programs, and with the gate in the product."""
-    made = check(
-        draw_layer(bits, tokens=3, experts=2, hidden=1352, intermediate=70, rank=2, bias=True), tile
-    )
-    gate_up = made.named("gate_up")
-    assert gate_up.arguments["FUSED"] == (tile.waves == 0)
-    assert (gate_up.grid[2] > 1) == (tile.waves > 0)
+    layer = draw_layer(bits, tokens=3, experts=2, hidden=1352, intermediate=70, rank=2, bias=True)
+    gate_up = check(layer, TILES[tile]).named("gate_up")
+    assert gate_up.arguments["FUSED"] == (TILES[tile].waves == 0)
+    assert (gate_up.grid[2] > 1) == (TILES[tile].waves > 0)
     assert gate_up.arguments["TAIL"]  # 11 column tiles: neither 3 steps of 4 nor 6 of 2 are full
 
 
@@ -141,8 +150,7 @@ def test_every_gate_agrees_with_the_reference(gate: str, act: str) -> None:
         assert not made.named("gate_up").arguments["FUSED"]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("routing", "bits"), crossed(ROUTINGS))
 def test_every_kind_of_routing_agrees_with_the_reference(routing: str, bits: int) -> None:
     check(draw_routed(routing, bits))
 
@@ -225,16 +233,13 @@ def whole_weights(p: dict[str, Tensor | None], columns: int, width: int) -> Tens
     return torch.nn.functional.pad(weights, (0, width - columns))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize(
-    "tile", [WHOLE, LARGE, WHOLE._replace(tokens=16, unroll=1)], ids=["small", "large", "middle"]
-)
-def test_integer_sums_are_exact(bits: int, tile: Tile) -> None:
+@pytest.mark.parametrize(("tile", "bits"), crossed(EXACT))
+def test_integer_sums_are_exact(tile: str, bits: int) -> None:
     """With scales of one, each step's sum is rounded once to float32, and steps add up in order."""
     layer = draw_layer(
         bits, tokens=9, experts=3, hidden=1096, intermediate=72, act="identity", gate="none"
     )
-    made = plan(*layer.packed(), **layer.attributes, tile=tile)
+    made = plan(*layer.packed(), **layer.attributes, tile=EXACT[tile])
     made.named("gate_up").arguments["scale_ptr"] = torch.ones(3, 72)
     made.named("prepare")()
     made.named("gate_up").arguments["x_scale_ptr"].fill_(1.0)
