@@ -77,6 +77,24 @@ def test_a_run_interrupted_after_the_rename_has_made_its_output(
     assert got.code == 130 and "kept" not in got.err and names(tmp_path) == ["out"]
 
 
+def test_an_output_that_something_else_makes_during_the_run_costs_no_work(
+    mixtral: Path, compile: Compile, tmp_path: Path
+) -> None:
+    def taken() -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, "after saving", 2, taken)
+        got = compile(mixtral, tmp_path / "out")
+    says = "out was made by something else in the meantime; move it away; 3 finished stages are"
+    assert got.code == 2 and says in got.err and names(tmp_path / "out") == ["mine"]
+    (tmp_path / "out").rename(tmp_path / "away")
+    again = compile(mixtral, tmp_path / "out")
+    assert again.code == 0 and "3 stages of it are finished" in again.err
+    assert names(tmp_path) == ["away", "out"]
+
+
 @pytest.mark.parametrize("after", ["", "mark"])
 def test_unfinished_work_beside_an_output_of_the_users_stays(after: str, tmp_path: Path) -> None:
     out = tmp_path / "out"

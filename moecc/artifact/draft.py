@@ -12,6 +12,7 @@ of that name that holds anything else is the user's and is left alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from moecc.errors import MoeccError
 
 _LOCK, _JOURNAL, _OUTPUT, _OVER = "moecc.lock", "journal", "output", "over"
 _PARTS = {_LOCK, _JOURNAL, _OUTPUT, _OVER}
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # what a rename says of a name in use
 
 
 class Busy(MoeccError):
@@ -60,7 +62,7 @@ class Draft:
         except (OSError, ValueError) as error:
             self._remove_made(*self._made)
             raise _impossible(out, getattr(error, "strerror", None) or str(error)) from error
-        if self._is_over():
+        if self.is_over():
             self._empty()
 
     def __enter__(self) -> Self:
@@ -81,7 +83,10 @@ class Draft:
         self.output.mkdir(parents=True)
 
     def finish(self) -> None:
-        """Give the output its name and remove the draft."""
+        """Give the output its name and remove the draft.
+
+        Raise OSError, and keep the draft, if something else has that name by now.
+        """
         (self.folder / _OVER).touch()
         self.output.rename(self.out)
         self._empty()
@@ -93,6 +98,11 @@ class Draft:
             (self.folder / _OVER).touch()
         self._empty()
         self._remove_made(*self._made)
+
+    def is_over(self) -> bool:
+        """Return whether nothing in the draft is needed, as once its output has its name."""
+        names = self._names()
+        return bool(names) and _OUTPUT not in names and (_OVER in names or _JOURNAL not in names)
 
     def _acquire(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +119,7 @@ class Draft:
 
     def _remnant(self) -> str:
         """Remove what is left of the run that made OUT; return what to say of it."""
-        if not (self._foreign() is None and self._is_over()):
+        if not (self._foreign() is None and self.is_over()):
             return ""
         try:
             with self._lock:
@@ -121,10 +131,6 @@ class Draft:
 
     def _names(self) -> set[str]:
         return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
-
-    def _is_over(self) -> bool:
-        names = self._names()
-        return bool(names) and _OUTPUT not in names and (_OVER in names or _JOURNAL not in names)
 
     def _foreign(self) -> str | None:
         """Return why the draft's name is taken, None if it is free or a draft has it."""
@@ -189,6 +195,8 @@ def failure(out: Path, draft: Path, error: OSError) -> str:
     why, file = error.strerror or error, error.filename
     if isinstance(file, str) and not Path(file).is_relative_to(draft):
         return f"can't read {file}: {why}; mend it and run again"
+    if error.errno in _TAKEN and os.path.lexists(out):
+        return f"{out} was made by something else in the meantime; move it away"
     return f"writing {out} failed: {why}; {make_room(error)}"
 
 

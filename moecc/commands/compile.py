@@ -151,7 +151,7 @@ def _outlived(draft: Draft, say: Say) -> Iterator[None]:
         stopped = not isinstance(error, Exception)
         again = stopped or isinstance(error, _NotLowered) or may_pass(error)
         how = ""
-        if not has_work(draft.journal) or draft.out.exists():  # killed after its last step
+        if not has_work(draft.journal) or draft.is_over():  # killed after its last step
             draft.remove()
         elif again:
             how = f"{finished(draft.journal)} finished stages are kept in {draft.folder}"
