@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from families import ALL, FAMILIES
-from made import ROOT, Command, checkpoint, load
+from made import ROOT, Command, Compile, checkpoint, load
 from pipelines import compiled
 from refusals import edit_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from moecc.artifact.schema import read_manifest
 from moecc.checkpoint.cut import Cut
 from moecc.commands.compile import compile_model
 from moecc.commands.evaluate import evaluate_models
+from moecc.commands.export import export_artifact
 from moecc.commands.rows import token_rows, tokenizer_of
 from moecc.errors import MoeccError
 from moecc.frontend.skeleton import EXPERT_COUNTS
@@ -141,6 +143,21 @@ def test_eval_numbers_experts_as_in_the_source(qwen: Path, tmp_path: Path) -> No
         MoeccError, match="the reference has 4 experts, the compiled program 3, and"
     ):
         evaluate_models(str(tmp_path / "out"), str(qwen), rows=2, length=16)
+
+
+def test_experts_keep_their_numbers_when_the_float_model_is_compiled_again(
+    qwen: Path, compile: Compile, tmp_path: Path
+) -> None:
+    pruned(qwen, tmp_path / "first", f"{PRUNE}{{keep=0.75}}")
+    export_artifact(str(tmp_path / "first"), "dense", tmp_path / "float")
+    run = compile(tmp_path / "float", tmp_path / "again", f"{PRUNE}{{keep=0.7}}")
+    assert run.code == 0, run.err
+    numbers = [read_manifest(tmp_path / f)["experts_kept"] for f in ("first", "float", "again")]
+    assert numbers[0] == numbers[1] and numbers[0] != numbers[2]
+    for path, rows in numbers[2].items():
+        assert set(rows) < set(numbers[0][path])
+    found = evaluate_models(str(tmp_path / "again"), str(tmp_path / "float"), rows=2, length=16)
+    assert found["bits_per_weight_experts"] == pytest.approx(32 * 2 / 3)
 
 
 def test_what_is_possible_is_said_before_any_pass_runs(qwen: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from moecc.checkpoint.reading import read_json_if_there
 from moecc.checkpoint.roles import ROUTED
 from moecc.errors import MoeccError
+from moecc.ir.program import Program
 from moecc.pipeline.bits import per_weight
 from moecc.pipeline.fate import Fate
 from moecc.types import Json
@@ -103,6 +104,20 @@ def read_manifest(folder: Path) -> Json:
     if not (isinstance(found.get("summary", {}), dict) and _kept(found)):
         raise MoeccError(f"{file} isn't what moecc writes; compile the model again")
     return found
+
+
+def number_experts(program: Program, folder: Path) -> None:
+    """Let `program` number its experts as moecc.json of `folder` does, if that lacks some.
+
+    Raise MoeccError if it doesn't give one ascending number for each expert of a layer.
+    """
+    kept = read_manifest(folder).get("experts_kept", {})
+    program.kept = {path: tuple(rows) for path, rows in kept.items()}
+    sizes = {moe.path: moe.sizes[0] for moe in program.moe_layers()}
+    for path, rows in program.kept.items():
+        if list(rows) != sorted(set(rows)) or len(rows) != sizes.get(path):
+            what = f"experts_kept of {path!r} isn't one ascending number for each expert there"
+            raise MoeccError(f"{folder / 'moecc.json'}: {what}; compile the model again")
 
 
 def _kept(manifest: Json) -> bool:

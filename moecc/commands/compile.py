@@ -22,7 +22,7 @@ import moecc
 from moecc.artifact import verify
 from moecc.artifact.audit import plan
 from moecc.artifact.draft import Draft, failure
-from moecc.artifact.schema import summary
+from moecc.artifact.schema import number_experts, summary
 from moecc.artifact.write import copy_small_files, write_artifact
 from moecc.checkpoint.files import free_space
 from moecc.checkpoint.low_bit import Decoded
@@ -115,6 +115,7 @@ def compile_model(
         say(f"tracing {model}")
         program = trace(folder, dtype=torch.float32)
         digest = _require_fresh(program, model, say)
+        number_experts(program, folder)
         if ids is not None:
             require_rows(program, ids)
         if target is not None:

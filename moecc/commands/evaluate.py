@@ -24,7 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
-from moecc.artifact.schema import read_manifest
+from moecc.artifact.schema import number_experts, read_manifest
 from moecc.checkpoint.schema import METHOD
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.commands.agreement import LayerAgreement, LayerSums, Totals
@@ -144,13 +144,7 @@ def _traced(folder: Path, say: Say) -> Program:
             f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact"
         )
     program.store.check()
-    kept = read_manifest(folder).get("experts_kept", {})
-    program.kept = {path: tuple(rows) for path, rows in kept.items()}
-    sizes = {moe.path: moe.sizes[0] for moe in program.moe_layers()}
-    for path, rows in program.kept.items():
-        if list(rows) != sorted(set(rows)) or len(rows) != sizes.get(path):
-            what = f"experts_kept of {path!r} isn't one ascending number for each expert there"
-            raise MoeccError(f"{folder / 'moecc.json'}: {what}; compile the model again")
+    number_experts(program, folder)
     return program
 
 
