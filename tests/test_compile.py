@@ -116,16 +116,17 @@ def test_dump_writes_each_layer_after_every_pass_and_the_whole_after_the_last(
 def test_a_dump_of_a_run_that_failed_is_replaced(
     mixtral: Path, compile: Compile, tmp_path: Path
 ) -> None:
-    """The texts up to the failure can be read; a file of the user's among them stays."""
+    """The texts up to the failure can be read; the user's files among them stay."""
     dump, wrong = tmp_path / "dump", tmp_path / "wrong.py"
     wrong.write_text(MY_PASS.replace("return True", "return None"), encoding="utf-8")
     assert compile(mixtral, tmp_path / "out", f"{wrong},vq", "--dump", dump).code == 2
-    assert {f.name for f in dump.iterdir()} == {"00-traced.txt", "unfinished"}
+    assert {f.name for f in dump.iterdir()} == {"00-traced.txt", "moecc.unfinished"}
     (dump / "00-traced.txt").rename(dump / "kept.txt")
+    (dump / "unfinished").write_text("kept.txt\n", encoding="utf-8")
     assert compile(mixtral, tmp_path / "out", "dense{group=16}", "--dump", dump).code == 0
     names = {f.name for f in dump.iterdir()}
-    assert {"kept.txt", "00-traced.txt", "01-after-dense.txt"} <= names
-    assert "unfinished" not in names and not any("shrink" in name for name in names)
+    assert {"kept.txt", "unfinished", "00-traced.txt", "01-after-dense.txt"} <= names
+    assert "moecc.unfinished" not in names and not any("shrink" in name for name in names)
     again = compile(mixtral, tmp_path / "new", QUICK, "--dump", dump)
     assert again.code == 2 and "dump is not empty; give a new folder" in again.err
 

@@ -11,14 +11,14 @@ from moecc.checkpoint.files import make_room
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 
-_UNFINISHED = "unfinished"
+_UNFINISHED = "moecc.unfinished"
 
 
 class Dump:
     """The texts of one run, in `folder`; nothing is written if it is None.
 
-    Until the run has ended well, the file `unfinished` beside the texts lists them. The same run
-    adds to them when it goes on; another run replaces them. Raise MoeccError if the folder holds
+    Until the run has ended well, `moecc.unfinished` beside the texts lists them. The same run adds
+    to them when it goes on; another run replaces them. Raise MoeccError if the folder holds
     anything else: texts of two runs would mix.
     """
 
