@@ -205,6 +205,8 @@ def test_the_table_shows_every_figure_in_its_unit() -> None:
         "model.layers.0.mlp.experts        50.00 %    25.00 %       0.01235",
         "model.layers.10.mlp.experts      100.00 %    98.77 %       1.50000",
     ]
+    below = table({**found.as_dict(), "kl": -1e-9}).splitlines()[1]  # of a model with itself
+    assert below.split()[1] == "0.00000"
 
 
 # ---- the statistics

@@ -155,7 +155,7 @@ def table(found: Json) -> str:
     experts, everything = found["bits_per_weight_experts"], found["bits_per_weight"]
     lines = [
         f"perplexity      {perplexity:.4f}   reference {reference:.4f}",
-        f"KL              {found['kl']:.5f} nats per token, over {found['tokens']} tokens",
+        f"KL              {found['kl']:z.5f} nats per token, over {found['tokens']} tokens",
         f"experts chosen  {same:.2f} % the same, whole set {exact:.2f} %",
         f"bits per weight {experts:.3f} over routed experts, {everything:.3f} over everything",
         "",
