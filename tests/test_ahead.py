@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from made import QUICK, Compile, content
+from made import QUICK, Command, Compile, content
 from refusals import Refused, edit_config
 from transformers import AutoConfig
 
@@ -61,6 +62,21 @@ def test_what_cannot_be_copied_is_left_out_and_said(
     got = compile(model, tmp_path / "out", "dense{group=16}")
     assert got.code == 0 and f"note: {model}/odd.json is left out: {says}\n" in got.err
     assert not os.path.lexists(tmp_path / "out" / "odd.json")
+
+
+def test_an_adapter_beside_the_weights_is_left_out_and_said(
+    model: Path, compile: Compile, moecc: Command, tmp_path: Path
+) -> None:
+    """Where PEFT is installed, transformers looks for the adapter of such a configuration."""
+    peft.LoraConfig(target_modules=["q_proj"]).save_pretrained(model)
+    says = f"{model}: an adapter (adapter_config.json) beside the weights is left out"
+    got = compile(model, tmp_path / "out", "dense{group=16}")
+    assert got.code == 0 and f"note: {says}; the pass lora merges one\n" in got.err
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    got = moecc("eval", tmp_path / "out", "--reference", model, "--rows", 2, "--length", 16)
+    assert got.code == 0 and says in got.err
+    got = moecc("generate", model, "--prompt", "abc")
+    assert got.code == 2 and says in got.err and "transformers, which runs the model" in got.err
 
 
 def test_infinity_in_the_configuration_is_kept(

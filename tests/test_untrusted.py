@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import EXPERT, NORM, edit, fails, saved, skeleton
-from made import QUICK, Command, Compile
+from made import QUICK, Command, Compile, tokenizer
 from refusals import Refused, edit_config
 from safetensors.torch import load_file, save_file
 from test_files import write_file
@@ -261,7 +261,7 @@ def test_a_path_that_is_too_long_is_refused_in_a_sentence(
 # ---------------------------------------------------------------- indices
 
 
-def test_the_index_decides_between_two_copies_of_a_tensor(folder: Path) -> None:
+def test_the_index_decides_between_two_copies_of_a_tensor(folder: Path, moecc: Command) -> None:
     where = index_of(folder)
     other = sorted(set(where.values()) - {where[NORM]})
     right = load_file(folder / where[NORM])[NORM]
@@ -272,6 +272,9 @@ def test_the_index_decides_between_two_copies_of_a_tensor(folder: Path) -> None:
     assert torch.equal(store.read(NORM), right)
     assert len(store.notes) == 1 and store.notes[0].startswith(f"{len(other)} tensors")
     assert NORM in store.notes[0] and other[0] in store.notes[0]
+    tokenizer().save_pretrained(folder)
+    run = moecc("generate", folder, "--prompt", "abc")  # by transformers, which takes any
+    assert run.code == 2 and store.notes[0] in run.err and "mend the folder" in run.err
     write_index(folder, {name: shard for name, shard in where.items() if name != NORM})
     fails(lambda: CheckpointStore(folder, skeleton(folder)), NORM, "names neither")
 

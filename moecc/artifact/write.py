@@ -23,7 +23,7 @@ from moecc.checkpoint.files import LazyTensor, free_space, size, write_safetenso
 from moecc.checkpoint.reading import opened
 from moecc.checkpoint.schema import REFUSALS
 from moecc.checkpoint.shards import INDEX, SINGLE
-from moecc.checkpoint.source import small_files
+from moecc.checkpoint.source import ADAPTER, adapter_beside, small_files
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.pipeline.fate import HEADER
@@ -31,7 +31,7 @@ from moecc.types import Json, Progress, Say
 
 SHARD_BYTES = 4 << 30
 _LARGEST_SMALL_FILE = 64 << 20  # bytes
-_NOT_COPIED = ("config.json", "moecc.json", INDEX)
+_NOT_COPIED = ("config.json", "moecc.json", INDEX, ADAPTER)
 
 
 def write_artifact(
@@ -99,6 +99,8 @@ def _require_total(rows: Sequence[Row], on_disk: int) -> None:
 
 def copy_small_files(source: Path, folder: Path, say: Say) -> None:
     """Copy tokenizer, chat templates, licence and the like of a model's folder; say what isn't."""
+    if left := adapter_beside(source):
+        say(f"note: {source}: {left}")
     for name in small_files(source):
         if name in _NOT_COPIED or name.endswith(".index.json"):
             continue

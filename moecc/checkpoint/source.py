@@ -36,6 +36,7 @@ SMALL_FILES = (
     *("*.json", "merges.txt", "vocab.txt", "*.model", "*.jinja", "*.tiktoken"),
     *(CHAT_TEMPLATES, *LICENSES),
 )
+ADAPTER = "adapter_config.json"  # PEFT's; where it is installed, transformers adds the adapter
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (".safetensors", *PICKLES)  # never a licence
 
@@ -96,6 +97,16 @@ def small_files(folder: Path, code: bool | None = None) -> list[str]:
         if file.exists() and not file.is_dir():
             inside(folder, file.relative_to(folder).as_posix())
     return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def adapter_beside(folder: Path) -> str:
+    """Return what to say of an adapter in a model's folder, "" if there is none.
+
+    moecc reads the model without it.
+    """
+    if not os.path.lexists(folder / ADAPTER):
+        return ""
+    return f"an adapter ({ADAPTER}) beside the weights is left out; the pass lora merges one"
 
 
 def _download(repo: str, files: Sequence[str], revision: str | None) -> Path:

@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from moecc.artifact.schema import number_experts, read_manifest
 from moecc.checkpoint.schema import METHOD
-from moecc.checkpoint.source import checkpoint_folder
+from moecc.checkpoint.source import adapter_beside, checkpoint_folder
 from moecc.commands.agreement import LayerAgreement, LayerSums, Totals
 from moecc.commands.rows import require_rows, rows_digest, token_rows, tokenizer_of
 from moecc.errors import MoeccError
@@ -138,6 +138,8 @@ def evaluate_models(
 
 def _traced(folder: Path, say: Say) -> Program:
     say(f"tracing {folder}")
+    if left := adapter_beside(folder):
+        say(f"note: {folder}: {left}")
     program = trace(folder, dtype=torch.float32)
     if program.store is None:
         raise MoeccError(

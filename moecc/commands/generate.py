@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moecc.checkpoint.schema import METHODS
-from moecc.checkpoint.source import checkpoint_folder
+from moecc.checkpoint.source import adapter_beside, checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
 from moecc.checkpoint.values import require_finite
 from moecc.commands.rows import tokenizer_of
@@ -80,8 +80,9 @@ def generate(
 def _checked_store(folder: Path) -> CheckpointStore | None:
     """Return the folder's weight files, once they are known to fit its model.
 
-    transformers fills a missing tensor with random numbers and says so only in a log. Return None
-    if only transformers knows how to read the files.
+    transformers fills a missing tensor with random numbers and says so only in a log. It also takes
+    copies that the index doesn't name, and adapters. Return None if only transformers knows how to
+    read the files.
     """
     if quantization_method(read_config(folder)[0]) not in (None, *METHODS):
         return None
@@ -90,6 +91,9 @@ def _checked_store(folder: Path) -> CheckpointStore | None:
         return None
     store = CheckpointStore(folder, found.model)
     store.check()
+    if left := next(iter((*store.notes, adapter_beside(folder))), ""):
+        advice = "transformers, which runs the model, may take it; mend the folder first"
+        raise MoeccError(f"{folder}: {left}: {advice}")
     return store
 
 
