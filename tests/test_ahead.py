@@ -79,6 +79,17 @@ def test_an_adapter_beside_the_weights_is_left_out_and_said(
     assert got.code == 2 and says in got.err and "transformers, which runs the model" in got.err
 
 
+@pytest.mark.parametrize("content", ["[]", '{"cache_implementation": "none"}'])
+def test_generation_settings_that_no_model_loads_with_are_refused_first(
+    content: str, refused: Refused, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "generation_config.json").write_text(content, encoding="utf-8")
+    monkeypatch.setattr(command, "trace", lambda *_, **__: pytest.fail("traced"))
+    line = refused(model)
+    assert line.startswith(f"{model}/generation_config.json: transformers can't use it: ")
+    assert line.endswith("; correct it or move it away")
+
+
 def test_infinity_in_the_configuration_is_kept(
     model: Path, compile: Compile, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ from moecc.commands.inspect import least_bytes
 from moecc.commands.report import write_report
 from moecc.commands.rows import longest, require_rows, rows_digest, token_rows, tokenizer_of
 from moecc.errors import MoeccError, may_pass, naming, out_of_memory
-from moecc.frontend.config import read_config
+from moecc.frontend.config import read_config, require_generation
 from moecc.frontend.trace import trace
 from moecc.ir import vq4
 from moecc.ir.program import Program
@@ -109,6 +109,7 @@ def compile_model(
         resolved = _pipeline(passes, bits, say)
         read_config(folder := checkpoint_folder(model))  # broken, it looks like a broken tokenizer
         config = read_json(folder / "config.json")
+        require_generation(folder)
         draft.start()
         copy_small_files(folder, draft.output, say)
         ids = _calibration(folder, calib, rows, length, resolved, trust_remote_code)

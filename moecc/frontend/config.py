@@ -62,6 +62,24 @@ def read_config(source: str | Path | Config) -> tuple[Config, Path | None]:
     return config, folder
 
 
+def require_generation(folder: Path) -> None:
+    """Raise MoeccError if a model with this generation_config.json can't be loaded.
+
+    A folder without the file, or with one that is no JSON, is loaded without.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        return
+    except Exception as error:  # TypeError, ValueError: whatever its values lead to
+        file = folder / "generation_config.json"
+        raise MoeccError(
+            f"{file}: transformers can't use it: {reason(error)}; correct it or move it away"
+        ) from error
+
+
 def _require_countable(file: Path, config: Json) -> None:
     """Raise MoeccError if a configuration asks for more modules than any model has."""
     for key, value in config.items():
