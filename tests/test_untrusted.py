@@ -93,7 +93,11 @@ def test_an_index_that_names_files_elsewhere_is_refused(
     fails(lambda: checkpoint_folder(str(folder)), "private.safetensors", "leads out of the folder")
 
 
-@pytest.mark.parametrize("shard", ["", ".", "x\0y", "\ud800", "n" * 5000, "sub/" * 3000])
+@pytest.mark.parametrize(
+    "shard",
+    ["", ".", "x\0y", "\ud800", "n" * 5000, "sub/" * 3000],
+    ids=["empty", "dot", "NUL", "half", "long", "deep"],
+)
 def test_an_index_that_names_no_possible_file_is_refused(shard: str, folder: Path) -> None:
     write_index(folder, {**index_of(folder), NORM: shard})
     fails(lambda: checkpoint_folder(str(folder)), str(folder))
@@ -131,7 +135,7 @@ def test_a_device_is_refused(folder: Path) -> None:
         (b'{"a": ' + b"9" * 5000 + b"}", "isn't valid JSON"),
         (b"", "isn't valid JSON"),
     ],
-    ids=lambda value: str(value)[:20],
+    ids=["lists", "objects", "list", "half", "byte", "utf-16", "digits", "empty"],
 )
 def test_json_that_nothing_writes_is_refused_in_a_sentence(
     content: bytes, says: str, folder: Path
