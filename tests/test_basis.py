@@ -10,7 +10,10 @@ import torch
 from coders import E, K, drawn
 from layers import bits_of
 
-from moecc.passes._code.basis import factorize, square_root
+from moecc.ir import vq4
+from moecc.passes._code.basis import common_mean, factorize, square_root
+from moecc.passes._code.coded import pad_columns
+from moecc.passes._code.coding import encode
 from moecc.pipeline.bits import basis_bits
 
 
@@ -23,8 +26,14 @@ def test_square_root_and_its_inverse_give_back_the_moments() -> None:
 
 @pytest.mark.parametrize("input_side", [True, False])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_the_shared_basis_against_the_svd_of_numpy(input_side: bool, rank: int) -> None:
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_the_shared_basis_against_the_svd_of_numpy(
+    input_side: bool, rank: int, spread: float
+) -> None:
+    """Moments whose columns are of very unequal sizes are decided by their damping."""
     weight, moment = drawn(7, experts=3, rows=10, columns=8)
+    size = 10 ** (-spread * torch.linspace(0, 2, 8))
+    moment = size * moment * size.unsqueeze(-1)
     shared = factorize(weight, moment, rank, input_side=input_side)
     got = (weight - shared.left_of(weight)).double().numpy()
     w, h = weight.double().numpy(), moment.double().numpy()
@@ -51,6 +60,36 @@ def test_a_full_basis_leaves_only_rounding() -> None:
     for input_side, rank in ((True, 8), (False, 10)):
         left = factorize(weight, moment, rank, input_side=input_side).left_of(weight)
         assert float(left.abs().max()) < 0.03 * float(weight.abs().max())
+
+
+@pytest.mark.parametrize("input_side", [True, False])
+def test_a_basis_can_be_cut_and_joined_with_a_mean(input_side: bool) -> None:
+    weight, moment = drawn(8, experts=3, rows=10, columns=12)
+    mean = common_mean(weight, 3, 5, input_side=input_side)
+    alike = torch.eye(12).unsqueeze(0)
+    plain = encode(
+        *pad_columns(weight.mean(0, keepdim=True), alike), bits=3, shared=True, seed=5
+    ).stored()
+    for name, tensor in plain.items():
+        got = mean.tensors[vq4.MEAN + name]
+        assert got is not None and tensor is not None and torch.equal(got, tensor), name
+    whole = factorize(weight, moment, 4, input_side=input_side)
+    cut = whole.first(2)
+    basis, coef, scale = (whole.tensors[n] for n in ("basis", "coef", "coef_scale"))
+    assert basis is not None and coef is not None and scale is not None
+    taken = torch.zeros_like(weight)
+    for e in range(3):
+        numbers = coef[e].float() * scale[e].float().unsqueeze(-1)
+        for r in range(2):
+            row = basis[r].float()
+            pair = (numbers[:, r], row) if input_side else (row, numbers[r])
+            taken[e] += torch.outer(*pair)
+    torch.testing.assert_close(cut.left_of(weight), weight - taken)
+    both = mean | cut
+    assert both.tensors.keys() == {*mean.tensors, *cut.tensors}
+    left = mean.left_of(weight) - taken
+    torch.testing.assert_close(both.left_of(weight), left)
+    assert float(mean.left_of(weight).mean(0).abs().max()) < 0.2  # the mean is gone
 
 
 def test_a_stored_basis_has_the_shapes_of_the_format() -> None:

@@ -25,8 +25,9 @@ from coders import (
 from torch import Tensor
 
 from moecc.ir import vq4
+from moecc.passes._code import codebooks as books_of
 from moecc.passes._code import metric
-from moecc.passes._code.codebooks import Nearest
+from moecc.passes._code.codebooks import Nearest, clamp_codebook, kmeans, rounded
 from moecc.passes._code.coder import Coder
 from moecc.passes._code.feedback import choose, choose_rows, finders
 from moecc.passes._code.metric import damped, feedback_factor, pivots, weighted, weighted_error
@@ -150,6 +151,96 @@ def test_three_bit_signs_are_the_best_ones_under_a_diagonal_metric() -> None:
         )
         least = min(distance(args[0], each, args[1]) for each in every)
         assert distance(args[0], q[e, n].double().numpy(), args[1]) <= least * (1 + 1e-4) + 1e-3
+
+
+# ---- centroids
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_brings_the_largest_centroid_to_127(bits: int) -> None:
+    """At 3 bit a centroid stands for half a unit more than its whole number."""
+    centroids = torch.tensor([[[1.0, 0.51], [-0.25, 2.54]], [[-1.27, 0.1], [0.014, 0.3]]])
+    book = rounded(centroids, bits)
+    assert book.step.flatten().tolist() == pytest.approx([0.02, 0.01]) and book.step.ndim == 2
+    exact = centroids / torch.tensor([0.02, 0.01]).view(2, 1, 1) - (0.5 if bits == 3 else 0)
+    exact = exact.clamp(0 if bits == 3 else -127, 127)
+    assert float((book.integers - exact).abs().max()) < 0.501
+    assert torch.equal(book.integers, book.integers.round())
+    nothing = rounded(torch.zeros(1, 2, 2), bits)
+    assert float(nothing.step) == pytest.approx(1e-12) and not nothing.integers.any()
+
+
+@pytest.mark.parametrize(("bits", "least"), [(2, -127), (3, 0), (4, -127)])
+def test_a_codebook_is_clamped_by_rounding_to_the_range_of_the_format(
+    bits: int, least: int
+) -> None:
+    values = torch.tensor([-300.0, -127.4, -0.6, 0.4, 0.6, 127.4, 300.0])
+    want = [least, least, max(-1, least), 0, 1, 127, 127]
+    assert clamp_codebook(values, bits).tolist() == want
+
+
+def slow_kmeans(points: np.ndarray, cost: np.ndarray, turns: int, g: torch.Generator) -> np.ndarray:
+    """Lloyd's algorithm with a cost per component; a centroid without points moves to a random one.
+
+    Points start with a chance that follows their cost, as far as there are enough of them.
+    """
+    chance = torch.from_numpy((cost * points**2).sum(1) + 1e-9)
+    start = torch.multinomial(chance, 256, replacement=len(points) < 256, generator=g)
+    centroids = points[start.numpy()].copy()
+    for _ in range(turns):
+        nearest = np.array(
+            [
+                int((w * (p - centroids) ** 2).sum(1).argmin())
+                for p, w in zip(points, cost, strict=True)
+            ]
+        )
+        for c in range(256):
+            own = nearest == c
+            if own.any():
+                centroids[c] = (cost[own] * points[own]).sum(0) / cost[own].sum(0)
+        empty = [c for c in range(256) if c not in nearest]
+        if empty:
+            again = torch.randint(len(points), (len(empty),), generator=g)
+            centroids[empty] = points[again.numpy()]
+    return centroids
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("kind", "turns", "sample"), [("normal", 4, 1 << 14), ("normal", 2, 400), ("few", 1, 1 << 14)]
+)
+def test_centroids_of_kmeans_against_loops(
+    bits: int, kind: str, turns: int, sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few different points several centroids are alike, so that some of them have no points."""
+    monkeypatch.setattr(books_of, "_SAMPLE", sample)
+    v, g = vq4.group_size(bits), torch.Generator().manual_seed(bits)
+    shape = 2, 20, 16 * v
+    if kind == "few":
+        target = torch.randint(-2, 3, shape, generator=g).double()
+        importance = torch.randint(1, 3, (2, shape[-1]), generator=g).double()
+    else:
+        target = torch.randn(shape, generator=g).double()
+        importance = 0.5 + torch.rand(2, shape[-1], generator=g).double()
+    groups = list(itertools.product(range(2), range(20), range(16)))
+    points = np.array([target[e, n, j * v : j * v + v].numpy() for e, n, j in groups])
+    cost = np.array([importance[e, j * v : j * v + v].numpy() for e, _, j in groups])
+    points = abs(points) if bits == 3 else points
+    g = torch.Generator().manual_seed(11)
+    if sample < len(points):
+        chosen = torch.randint(len(points), (sample,), generator=g).numpy()
+        points, cost = points[chosen], cost[chosen]
+    want = torch.from_numpy(slow_kmeans(points, cost, turns, g)).unsqueeze(0)
+    torch.testing.assert_close(
+        kmeans(target, importance, bits=bits, seed=11, turns=turns), want, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_centroids_hold_every_group_if_there_are_few() -> None:
+    target = torch.randn(1, 2, 16, generator=torch.Generator().manual_seed(1))
+    found = kmeans(target, torch.ones(1, 16), bits=2, seed=0, turns=15)[0]
+    for group in target.reshape(-1, 4):
+        assert float((found - group).abs().amax(1).min()) < 1e-6
 
 
 # ---- choosing codes

@@ -14,6 +14,7 @@ from moecc.passes._code.half import compact
         ([1.0, 0.1, 3.0], torch.float16),
         ([0.01, 0.02, 1e-7], torch.float16),  # the tiny value hardly counts beside the others
         ([0.01, 0.0], torch.float16),
+        ([1.0, 0.5], torch.float16),  # both hold these exactly
         ([1e5, 1.0], torch.bfloat16),  # above float16's range
         ([1e-8, 2e-8], torch.bfloat16),  # below it
     ],

@@ -9,13 +9,17 @@ import pytest
 import torch
 from coders import costs, drawn
 from conftest import tiny_program
+from pipelines import Tiny, derive, resolved
 from torch import Tensor
 
 from moecc.errors import MoeccError
 from moecc.passes._code.basis import factorize
 from moecc.passes._code.coding import encode_in_parts
+from moecc.passes._code.moments import Moments
 from moecc.passes._code.sharing import Case
 from moecc.pipeline.bits import basis_bits, coded_bits
+from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
+from moecc.pipeline.run import run_passes
 
 E, N, K = 3, 8, 16
 USED = torch.tensor([0.5, 0.2, 0.3])
@@ -27,6 +31,51 @@ def case(*, output: bool, unit: float = 2.0, input_side: bool = True) -> Case:
     weight = weight + 2 * weight.mean(0)
     s = costs(1.0, rows=N)[[0, 1, 0]] if output else None
     return Case(moe.gate_up if input_side else moe.down, weight, moment, s, USED, unit, seed=0)
+
+
+@pytest.mark.parametrize("known", [(), ("down",), ("down", "gate_up")])
+def test_a_case_is_made_of_its_layer_s_weights_moments_and_costs(
+    tiny: Tiny, batches: list[Tensor], known: tuple[str, ...]
+) -> None:
+    """If down alone has costs, an error of either is as large as the layer's output costs."""
+    found: dict[str, Case] = {}
+    cost = costs(1.0, rows=16)[0]
+
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        if not layer.moe:
+            return False
+        (moe,) = layer.moe
+        moments: Moments = layer.data["moments", moe.path]
+        moments.output = {n: t for n, t in moments.output.items() if n in known}
+        gate_up, down = (layer.weight(p) for p in moe.projections)
+        assert gate_up is not None and down is not None
+        for p, weight in zip(moe.projections, (gate_up, down), strict=True):
+            case = found[p.name] = Case.of(layer, p, moments, ctx)
+            assert case.projection == p and torch.equal(case.weight, weight)
+            assert torch.equal(case.moment, moments.of(p.name))
+            assert torch.equal(case.used, moments.mass)
+            assert case.seed == ctx.seed_for("layers.0", p.name)
+            both = len(known) == 2
+            assert (case.output is None) != both
+            if case.output is not None:
+                assert torch.equal(case.output, moments.output[p.name].expand_as(case.output))
+            outputs = down.double() @ moments.down.double() @ down.mT.double()
+            whole = sum(
+                float(m) * float(torch.trace(cost.double() @ y))
+                for m, y in zip(moments.mass, outputs, strict=True)
+            )
+            assert case.unit == pytest.approx(whole if known == ("down",) else 1.0, rel=1e-5)
+        return False
+
+    def run(self: Pass, program: object, ctx: Context) -> bool:
+        ctx.data["sensitivity"] = {"layers.0": cost}
+        return False
+
+    passes = [derive(Pass, "costs", run=run), *resolved("moments")]
+    run_passes(
+        tiny("M"), [*passes, derive(LayerPass, "look", run_layer=run_layer)], Context(), batches
+    )
+    assert list(found) == ["gate_up", "down"]
 
 
 def left_over(metric: Tensor, share: float) -> np.ndarray:

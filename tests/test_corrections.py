@@ -1,0 +1,168 @@
+"""What `affine` and `fold` store, token by token from the tensors in front of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import slow_vq4 as slow
+import torch
+from pipelines import Tiny, derive, resolved
+from torch import Tensor
+
+from moecc.ir.moe import Projection
+from moecc.ir.program import Program
+from moecc.passes import affine
+from moecc.passes._code.regression import Regression, shift, sums_of
+from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
+from moecc.pipeline.run import run_passes
+
+Pairs = list[tuple[Tensor, Tensor, Tensor, Tensor | None]]  # coded v, wanted t, weights, costs
+
+
+@dataclass
+class Found:
+    """One layer behind `affine`: its routing, and both projections by name."""
+
+    x: Tensor
+    index: Tensor
+    weight: Tensor
+    original: dict[str, Tensor]
+    held: dict[str, dict[str, Tensor | None]]  # stored, with slope and offset
+    costs: dict[str, Tensor | None]
+
+    def parts(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the coded and the shared part of a projection's weights, [E, N, K] each."""
+        stored, side = slow.arrays(self.held[name]), name == "gate_up"
+        columns = self.original[name].shape[-1]
+        whole = slow.dense(stored, columns, input_side=side)
+        alone = dict.fromkeys([n for n in slow.NAMES if n not in slow.CODED])
+        coded = slow.dense({**stored, **alone}, columns, input_side=side)
+        return torch.from_numpy(coded), torch.from_numpy(whole - coded)
+
+    def entering(self, most: int) -> list[tuple[Tensor, Tensor]]:
+        """Return each expert's tokens, at most so many evenly spaced ones, and their weights."""
+        found = []
+        for e in range(len(self.original["down"])):
+            rows = [t for t in range(len(self.x)) if e in self.index[t].tolist()]
+            rows = rows[:: max(1, math.ceil(len(rows) / most))]
+            own = [float(self.weight[t][self.index[t] == e]) ** 2 for t in rows]
+            found.append((self.x[rows].double(), torch.tensor(own).double()))
+        return found
+
+    def pairs(self, most: int) -> dict[str, Pairs]:
+        """Return what each expert's corrections are fitted to, by projection."""
+        found: dict[str, Pairs] = {"gate_up": [], "down": []}
+        for e, (x, w) in enumerate(self.entering(most)):
+            behind = intended = x
+            for name, pairs in found.items():
+                coded, low = (part[e] for part in self.parts(name))
+                v, cost = behind @ coded.T, self.costs[name]
+                t = intended @ self.original[name][e].double().T
+                shared = behind @ low.T
+                pairs.append((v, t - shared, w, None if cost is None else cost[e].double()))
+                slope, offset = (self.held[name][n] for n in ("slope", "offset"))
+                y = v * (1 if slope is None else slope[e]) + shared
+                y = y + (0 if offset is None else offset[e])
+                behind, intended = (
+                    torch.from_numpy(np.stack([slow.silu_glu(row) for row in rows.numpy()]))
+                    if name == "gate_up"
+                    else rows
+                    for rows in (y, t)
+                )
+        return found
+
+
+def corrected(program: Program, batches: list[Tensor], text: str, cost: float) -> tuple[Found, Any]:
+    """Run a pipeline that ends with `affine`; return its layer, and the audit.
+
+    cost: the size of made-up costs of output errors; 0: none.
+    """
+    seen: list[Found] = []
+
+    def run(self: Pass, program: Program, ctx: Context) -> bool:
+        a = torch.randn(16, 16, generator=torch.Generator().manual_seed(5))
+        ctx.data["sensitivity"] = {m.path: cost * a @ a.T for m in program.moe_layers() if cost}
+        return False
+
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        for moe in layer.moe:
+            names = [n.name for n in moe.node.args[:3]]
+            values = layer.tap(names)
+            x, index, weight = (torch.cat(values[n]) for n in names)
+
+            def held(p: Projection) -> dict[str, Tensor | None]:
+                more = {n: layer.weight(p, n) for n in ("slope", "offset")}
+                return {**layer.stored(p), **more}
+
+            moments = layer.data["moments", moe.path]
+            original = {p.name: layer.original(p) for p in moe.projections}
+            by_name = {p.name: held(p) for p in moe.projections}
+            costs = {p.name: moments.output_of(p.name) for p in moe.projections}
+            seen.append(Found(x, index, weight, original, by_name, costs))  # type: ignore[arg-type]
+        return False
+
+    ctx = Context()
+    first, last = derive(Pass, "costs", run=run), derive(LayerPass, "look", run_layer=run_layer)
+    run_passes(program, [first, *resolved(text), last], ctx, batches)
+    (found,) = seen
+    return found, ctx.audit
+
+
+def decided(pairs: Pairs, offset: str, price: float) -> tuple[bool, bool]:
+    """Return whether slopes help on every second token, and whether offsets are taken."""
+    error = [0.0, 0.0, 0.0]
+    for v, t, w, cost in pairs:
+        fit, rest = (sums_of(v[i::2], t[i::2], w[i::2], cost) for i in (0, 1))
+        error[0] += rest.error(1.0, 0.0)
+        error[1] += rest.error(fit.line(offset=False)[0], 0.0)
+        error[2] += rest.error(*fit.line())
+    worth = math.log(min(error[0], error[1]) / error[2], 4) > price
+    return error[1] < error[0], offset == "on" or (offset == "auto" and worth)
+
+
+@pytest.mark.parametrize("most", [2048, 20])
+@pytest.mark.parametrize("cost", [0.0, 3.0])
+@pytest.mark.parametrize(
+    ("before", "offset", "kinds"),
+    [
+        ("vq{feedback=false}", "on", ("slope+offset", "slope+offset")),
+        ("klt{rank=2,mean=3},vq{rounds=1,codebook=layer}", "auto", None),
+        ("vq{bits=4,rounds=1}", "off", None),
+    ],
+)
+def test_corrections_are_fitted_to_what_really_arrives(
+    tiny: Tiny,
+    batches: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    cost: float,
+    before: str,
+    offset: str,
+    kinds: tuple[str, str] | None,
+) -> None:
+    """gate_up's to the model's own inputs; down's to hidden units behind the corrected gate_up."""
+    monkeypatch.setattr(affine, "_MOST_TOKENS", most)
+    text = f"{before},affine{{offset={offset}}}"
+    found, audit = corrected(tiny("M"), batches, text, cost)
+    for (name, pairs), columns in zip(found.pairs(most).items(), (16, 8), strict=True):
+        helps, shifts = decided(pairs, offset, 16 / columns)
+        held = found.held[name]
+        sums: list[Regression] = [sums_of(*pair) for pair in pairs]
+        lines = [s.line(offset=shifts) for s in sums]
+        if not (helps or shifts):
+            lines = [(torch.ones(()), torch.zeros(()))] * len(sums)
+        for i, part in enumerate(("slope", "offset")):
+            got = held[part]
+            assert (got is None) == (not shifts if i else not (helps or shifts)), (name, part)
+            if got is not None:
+                want = torch.stack([line[i] for line in lines])
+                torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
+        row = audit[f"layers.0.{name}"]
+        print(name, row["affine"])
+        moved = shift([s.plain for s in sums], list(lines))
+        for kind, both in moved.items():
+            assert row["output_shift"][kind] == pytest.approx(both, rel=2e-3, abs=1e-6)
