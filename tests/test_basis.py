@@ -25,8 +25,8 @@ def test_square_root_and_its_inverse_give_back_the_moments() -> None:
 
 
 @pytest.mark.parametrize("input_side", [True, False])
-@pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("spread", [0.0, 1.0])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("spread", [0.0, 1.5])
 def test_the_shared_basis_against_the_svd_of_numpy(
     input_side: bool, rank: int, spread: float
 ) -> None:
@@ -35,7 +35,7 @@ def test_the_shared_basis_against_the_svd_of_numpy(
     size = 10 ** (-spread * torch.linspace(0, 2, 8))
     moment = size * moment * size.unsqueeze(-1)
     shared = factorize(weight, moment, rank, input_side=input_side)
-    got = (weight - shared.left_of(weight)).double().numpy()
+    got, metric = (weight - shared.left_of(weight)).double().numpy(), np.eye(8)
     w, h = weight.double().numpy(), moment.double().numpy()
     if input_side:
         c = h.mean(0)
@@ -43,7 +43,7 @@ def test_the_shared_basis_against_the_svd_of_numpy(
         values, vectors = np.linalg.eigh(c)
         root, inverse = (vectors * values**p @ vectors.T for p in (0.5, -0.5))
         v = np.linalg.svd(np.concatenate(list(w @ root)))[2][:rank].T
-        want = w @ root @ v @ v.T @ inverse
+        want, metric = w @ root @ v @ v.T @ inverse, root
     else:
         parts = []
         for e in range(3):
@@ -52,7 +52,8 @@ def test_the_shared_basis_against_the_svd_of_numpy(
             parts.append(w[e] @ np.linalg.cholesky(c))
         u = np.linalg.svd(np.concatenate(parts, axis=1))[0][:, :rank]
         want = u @ u.T @ w
-    assert np.abs(got - want).max() <= 0.01 * np.abs(want).max()
+    # coefficients, which are products with the metric, are rounded to 8 bits
+    assert np.abs((got - want) @ metric).max() <= 0.012 * np.abs(want @ metric).max()
 
 
 def test_a_full_basis_leaves_only_rounding() -> None:

@@ -17,6 +17,7 @@ from moecc.ir.moe import Projection
 from moecc.ir.program import Program
 from moecc.passes import affine
 from moecc.passes._code.regression import Regression, shift, sums_of
+from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
 from moecc.pipeline.run import run_passes
 
@@ -66,7 +67,8 @@ class Found:
                 pairs.append((v, t - shared, w, None if cost is None else cost[e].double()))
                 slope, offset = (self.held[name][n] for n in ("slope", "offset"))
                 y = v * (1 if slope is None else slope[e]) + shared
-                y = y + (0 if offset is None else offset[e])
+                for more in (offset, self.held[name]["bias"]):
+                    y = y + (0 if more is None else more[e])
                 behind, intended = (
                     torch.from_numpy(np.stack([slow.silu_glu(row) for row in rows.numpy()]))
                     if name == "gate_up"
@@ -76,17 +78,8 @@ class Found:
         return found
 
 
-def corrected(program: Program, batches: list[Tensor], text: str, cost: float) -> tuple[Found, Any]:
-    """Run a pipeline that ends with `affine`; return its layer, and the audit.
-
-    cost: the size of made-up costs of output errors; 0: none.
-    """
-    seen: list[Found] = []
-
-    def run(self: Pass, program: Program, ctx: Context) -> bool:
-        a = torch.randn(16, 16, generator=torch.Generator().manual_seed(5))
-        ctx.data["sensitivity"] = {m.path: cost * a @ a.T for m in program.moe_layers() if cost}
-        return False
+def looking(found: list[Found]) -> Pass:
+    """Return a pass that notes each layer of experts that it comes to."""
 
     def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
         for moe in layer.moe:
@@ -102,13 +95,31 @@ def corrected(program: Program, batches: list[Tensor], text: str, cost: float) -
             original = {p.name: layer.original(p) for p in moe.projections}
             by_name = {p.name: held(p) for p in moe.projections}
             costs = {p.name: moments.output_of(p.name) for p in moe.projections}
-            seen.append(Found(x, index, weight, original, by_name, costs))  # type: ignore[arg-type]
+            found.append(Found(x, index, weight, original, by_name, costs))  # type: ignore[arg-type]
         return False
 
+    return derive(LayerPass, "look", run_layer=run_layer)
+
+
+def corrected(
+    program: Program, batches: list[Tensor], texts: list[str], cost: float = 0.0
+) -> tuple[list[Found], Any]:
+    """Run passes, with a look after each text; return what was seen, and the audit.
+
+    cost: the size of made-up costs of output errors; 0: none.
+    """
+    found: list[Found] = []
+
+    def run(self: Pass, program: Program, ctx: Context) -> bool:
+        a = torch.randn(16, 16, generator=torch.Generator().manual_seed(5))
+        ctx.data["sensitivity"] = {m.path: cost * a @ a.T for m in program.moe_layers() if cost}
+        return False
+
+    passes = [derive(Pass, "costs", run=run), *resolved(texts[0]), looking(found)]
+    for text in texts[1:]:
+        passes += [*parse_passes(text)[0], looking(found)]
     ctx = Context()
-    first, last = derive(Pass, "costs", run=run), derive(LayerPass, "look", run_layer=run_layer)
-    run_passes(program, [first, *resolved(text), last], ctx, batches)
-    (found,) = seen
+    run_passes(program, passes, ctx, batches)
     return found, ctx.audit
 
 
@@ -124,45 +135,71 @@ def decided(pairs: Pairs, offset: str, price: float) -> tuple[bool, bool]:
     return error[1] < error[0], offset == "on" or (offset == "auto" and worth)
 
 
-@pytest.mark.parametrize("most", [2048, 20])
-@pytest.mark.parametrize("cost", [0.0, 3.0])
 @pytest.mark.parametrize(
-    ("before", "offset", "kinds"),
+    ("texts", "cost", "most", "kinds"),
     [
-        ("vq{feedback=false}", "on", ("slope+offset", "slope+offset")),
-        ("klt{rank=2,mean=3},vq{rounds=1,codebook=layer}", "auto", None),
-        ("vq{bits=4,rounds=1}", "off", None),
+        (["vq{feedback=false},affine{offset=on}"], 0.0, 2048, ["slope+offset"] * 2),
+        (["vq{feedback=false},affine{offset=on}"], 3.0, 20, ["slope+offset"] * 2),
+        (["klt{rank=2,mean=3},vq{rounds=1,codebook=layer},affine"], 0.0, 20, ["none", "slope"]),
+        (["vq{bits=4,rounds=1},affine{offset=off}"], 3.0, 2048, ["slope", "slope"]),
+        # a bias is there already, so an offset costs nothing
+        (["vq{feedback=false},affine{offset=on},fold", "affine"], 0.0, 7, ["none", "slope+offset"]),
     ],
 )
 def test_corrections_are_fitted_to_what_really_arrives(
     tiny: Tiny,
     batches: list[Tensor],
     monkeypatch: pytest.MonkeyPatch,
-    most: int,
+    texts: list[str],
     cost: float,
-    before: str,
-    offset: str,
-    kinds: tuple[str, str] | None,
+    most: int,
+    kinds: list[str],
 ) -> None:
     """gate_up's to the model's own inputs; down's to hidden units behind the corrected gate_up."""
     monkeypatch.setattr(affine, "_MOST_TOKENS", most)
-    text = f"{before},affine{{offset={offset}}}"
-    found, audit = corrected(tiny("M"), batches, text, cost)
+    seen, audit = corrected(tiny("M"), batches, texts, cost)
+    found, offset = seen[-1], texts[-1].partition("offset=")[2].partition("}")[0] or "auto"
+    told = [audit[f"layers.0.{name}"]["affine"] for name in found.held]
     for (name, pairs), columns in zip(found.pairs(most).items(), (16, 8), strict=True):
-        helps, shifts = decided(pairs, offset, 16 / columns)
-        held = found.held[name]
+        held, row = found.held[name], audit[f"layers.0.{name}"]
+        price = 0 if held["bias"] is not None else 16 / columns
+        helps, shifts = decided(pairs, offset, price)
         sums: list[Regression] = [sums_of(*pair) for pair in pairs]
         lines = [s.line(offset=shifts) for s in sums]
         if not (helps or shifts):
             lines = [(torch.ones(()), torch.zeros(()))] * len(sums)
         for i, part in enumerate(("slope", "offset")):
             got = held[part]
-            assert (got is None) == (not shifts if i else not (helps or shifts)), (name, part)
+            assert (got is not None) == (shifts or (helps and not i)), (name, part)
             if got is not None:
                 want = torch.stack([line[i] for line in lines])
                 torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
-        row = audit[f"layers.0.{name}"]
-        print(name, row["affine"])
         moved = shift([s.plain for s in sums], list(lines))
+        assert row["output_shift"].keys() == moved.keys()
         for kind, both in moved.items():
             assert row["output_shift"][kind] == pytest.approx(both, rel=2e-3, abs=1e-6)
+    assert told == kinds
+
+
+def test_fold_multiplies_slopes_into_scales_and_adds_offsets_to_biases(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    """The second time there is a bias already."""
+    texts = ["vq{feedback=false},affine{offset=on}", "fold", "affine{offset=on}", "fold"]
+    program = tiny("M")
+    first, folded, second, last = corrected(program, batches, texts)[0]
+    for before, after in ((first, folded), (second, last)):
+        for name, held in before.held.items():
+            stored = after.held[name]
+            assert stored["slope"] is None and stored["offset"] is None
+            scale, slope, bias, offset = (held[n] for n in ("scale", "slope", "bias", "offset"))
+            assert scale is not None and slope is not None and offset is not None
+            assert (bias is None) == (before is first)
+            own = 0 if bias is None else bias.float()
+            for part, want in (("scale", scale.float() * slope), ("bias", offset + own)):
+                got = stored[part]
+                assert got is not None and torch.equal(got, want.half()), (name, part)
+            for part in set(held) - {"scale", "bias", "slope", "offset"}:
+                a, b = held[part], stored[part]
+                assert a is b is None or torch.equal(a, b)  # type: ignore[arg-type]
+    assert not [name for name in program.tensors if name.endswith(("slope", "offset"))]

@@ -21,6 +21,7 @@ from coders import (
     never_more,
     random_state,
     scales,
+    slow_nearest,
     state,
 )
 from hypothesis import given
@@ -68,6 +69,65 @@ def test_refits_under_output_costs_are_least_squares() -> None:
 def test_a_sweep_never_increases_the_error(start: Start, bits: int, seed: int, books: int) -> None:
     c, s = start(bits, seed, books=books)
     never_more(error_of(c, sweep(c, s)), error_of(c, s))
+
+
+def slow_sweep(
+    q: np.ndarray, pull: np.ndarray, h: np.ndarray, table: np.ndarray, bits: int
+) -> np.ndarray:
+    """Choose each group of one row again, one after the other, with all others fixed.
+
+    q: the row as coded, in units of its scale. pull: how far off it is, in the same units.
+    """
+    target, q, v = q + pull, q.copy(), table.shape[1]
+    for g in range(len(q) // v):
+        here = slice(g * v, g * v + v)
+        others = target - q
+        others[here] = 0
+        # without this group the row is off by `others`; the best value makes up for these too
+        best = target[here] + np.linalg.solve(h[here, here], h[here] @ others)
+        root = np.linalg.cholesky(h[here, here])
+        _, new = slow_nearest(best, table, root, bits)
+        costs = [float((((best - x) @ root) ** 2).sum()) for x in (new, q[here])]
+        # at 3 bit the signs so far may be better than those of the best value
+        q[here] = new if bits != 3 or costs[0] < costs[1] else q[here]
+    return q
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("likeness", [None, 0.1, 3.0])
+def test_a_swept_code_is_the_best_with_all_others_fixed(bits: int, likeness: float | None) -> None:
+    """Rows that depend on each other move 16 together, by less if they pull the same way."""
+    rows = 6 if likeness is None else 18
+    output = None if likeness is None else costs(likeness, rows=rows)
+    if output is not None:  # of unequal sizes
+        size = torch.linspace(0.5, 3, rows)
+        output = size * output * size.unsqueeze(-1)
+    c = coder(bits, rows=rows, output=output)
+    s = Coded(*vars(choose(c, codebooks(bits), scales(c))).values())
+    if bits == 3:  # signs that the codes were not chosen with
+        s = dataclasses.replace(s, negative=torch.rand(s.negative.shape) < 0.5)  # type: ignore[union-attr]
+    got, lengths = sweep(c, s), []
+    for e in range(E):
+        h, scale, table = (x[e].double().numpy() for x in (c.moment, s.scale, s.codebook))
+        w, q = c.target[e].double().numpy(), s.unscaled()[e].double().numpy()
+        for block in (slice(0, 16), slice(16, 18)) if rows > 6 else (slice(0, 6),):
+            start = q.copy()
+            for n in range(block.start, block.stop):
+                off = w - start * scale[:, None]
+                if output is None:
+                    pull = off[n]
+                else:
+                    cost = output[e].double().numpy()
+                    inner = cost[block, block]
+                    unit = np.sqrt(np.diag(inner))
+                    most = np.linalg.eigvalsh(inner / unit / unit[:, None])[-1]
+                    lengths.append(max(1, most - 1))
+                    pull = cost[n] @ off / cost[n, n] / lengths[-1]
+                q[n] = slow_sweep(start[n], pull / scale[n], h, table, bits)
+        same = q == got.unscaled()[e].double().numpy()
+        # float32 may break a tie the other way
+        assert same.mean() > 0.95
+    assert likeness is None or (max(lengths) > 2) == (likeness > 1)
 
 
 @pytest.mark.parametrize("start", [state, random_state])
