@@ -7,19 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import TOKENS, compiled, derive, resolved
+from pipelines import TOKENS, Tiny, compiled, derive, resolved
 from torch import Tensor
 
 from moecc.ir.graph import run_nodes
 from moecc.ir.program import Program, output_node
 from moecc.passes._tune.block import Block
+from moecc.passes._tune.model_loss import ModelLoss
 from moecc.passes._tune.routing import (
     boundary_loss,
     flips,
     order_loss,
+    selection_scores,
     standardized,
     value_loss,
 )
+from moecc.passes._tune.trained import Trained
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
 from moecc.pipeline.run import run_passes
 from moecc.pipeline.stream import StageWeights
@@ -147,3 +150,44 @@ def test_the_loss_of_adapters_is_that_of_both_models_run_whole(traced: Program) 
     after = {k: v / want[k] for k, v in told["after"].items()} | {"lm": told["after"]["lm"]}
     loss = sum(weights[k] * after[k] for k in weights)
     assert told["after"]["loss"] == pytest.approx(loss, rel=1e-3)
+
+
+def test_the_gradient_of_adapters_is_that_of_the_loss_of_the_whole_graph(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    reference = tiny("MM")
+    run = compiled(reference, f"{CODED},affine,fold", batches=batches)
+    program, ctx = run.program, Context(reference=reference, batches=batches)
+    trained = Trained(program, ctx, rank=0, experts=True, lr=1.0)
+    weights = {"hidden": 0.5, "kl": 2.0, "lm": 0.0, "routing": 3.0}
+    loss = ModelLoss(program, trained, ctx, weights, has_head=True)
+    start = {"hidden": 0.1, "kl": 0.2, "routing": 0.3}
+    loss.start_at(start)
+    row, share = 2, 0.25
+    for _ in range(2):  # gradients add up
+        loss.backward(row, share)
+
+    theirs = values_of(reference, batches[row])
+    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+    routers = [selection_scores(m).name for m in program.moe_layers()]
+    output = output_node(program)
+    (last,) = (n.name for n in output.all_input_nodes if n.op == "call_function")
+    with torch.enable_grad():
+        overrides = trained.values(trained.placeholders)
+        shared = StageWeights.sharing(StageWeights(program), overrides)
+        ours: dict[str, Any] = {program.user_inputs[0].name: batches[row]}
+        for _ in run_nodes(nodes, ours, shared, keep={n.name for n in nodes}):
+            pass
+        p, q = (v[output.name].log_softmax(-1) for v in (theirs, ours))
+        pairs = [standardized(ours[n], theirs[n]) for n in routers]
+        terms = {
+            "hidden": (ours[last] - theirs[last]).square().sum() / theirs[last].square().sum(),
+            "kl": (p.exp() * (p - q)).sum(-1).mean(),
+            "routing": sum(value_loss(s, t, 2) + boundary_loss(s, t, 2) for s, t in pairs) / 2,
+        }
+        whole = sum(weights[k] / start[k] * terms[k] for k in start)
+        grads = torch.autograd.grad(2 * share * whole, trained.parameters)
+    moved = [p.grad for p in trained.parameters]
+    for got, want in zip(moved, grads, strict=True):
+        assert got is not None and bool(want.any())
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
