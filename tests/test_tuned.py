@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import tiny_batches, tiny_program
+from pipelines import resolved
 from torch import Tensor
 
 from moecc.ir.program import Program
 from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.tuned import RATES, Tuned, split
 from moecc.pipeline.passes import Context
+from moecc.pipeline.run import run_passes
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
 
+@pytest.fixture(scope="module")
+def coded() -> Program:
+    """A layer with codes at 3 bit, a basis, a mean of 3 bit, and biases; tests take copies."""
+    program = tiny_program("M")
+    passes = resolved("klt{rank=2,mean=3},vq{bits=3,rounds=1},affine{offset=on},fold")
+    run_passes(program, passes, Context(), tiny_batches())
+    return program
+
+
 @pytest.fixture
-def program(compressed: Program) -> Program:
-    """A program of codes at 3 bit, and means of 3 bit, that a test may change."""
+def program(coded: Program) -> Program:
+    """`coded`, which a test may change."""
+    return coded.copy()
+
+
+@pytest.fixture
+def whole(compressed: Program) -> Program:
+    """A model with attention and shared experts too, which a test may change."""
     return compressed.copy()
 
 
@@ -128,12 +146,12 @@ def drawn(trained: Trained) -> None:
             b.normal_()
 
 
-def test_an_adapter_adds_its_product_to_the_weight(program: Program) -> None:
-    trained = Trained(program, Context(), rank=3, experts=False, lr=2.0)
+def test_an_adapter_adds_its_product_to_the_weight(whole: Program) -> None:
+    trained = Trained(whole, Context(), rank=3, experts=False, lr=2.0)
     assert trained.a and trained.placeholders == set(trained.a)
     values: dict[str, Tensor] = dict(trained.values(trained.placeholders))
     for k, value in values.items():  # it starts at nothing
-        assert torch.equal(value, program.read(program.weights[k].name))
+        assert torch.equal(value, whole.read(whole.weights[k].name))
     drawn(trained)
     for k, value in trained.values(trained.placeholders).items():
         rows, columns = value.shape
@@ -147,23 +165,23 @@ def test_an_adapter_adds_its_product_to_the_weight(program: Program) -> None:
 
 
 def test_trained_adapters_are_left_in_the_program_only_if_they_are_better(
-    program: Program,
+    whole: Program,
 ) -> None:
-    trained = Trained(program, Context(), rank=3, experts=True, lr=1.0)
+    trained = Trained(whole, Context(), rank=3, experts=True, lr=1.0)
     drawn(trained)
-    before = program.text()
-    assert trained.store(better=False) is False and program.text() == before
+    before = whole.text()
+    assert trained.store(better=False) is False and whole.text() == before
     want = trained.stored(trained.placeholders)
     assert trained.store(better=True) is True
     for k in trained.placeholders:
-        torch.testing.assert_close(program.read(program.weights[k].name), want[k])
+        torch.testing.assert_close(whole.read(whole.weights[k].name), want[k])
     assert [g["lr"] for g in trained.groups()[1:]] == [
         g["lr"] for g in trained.experts.groups(0.15)
     ]
 
 
-def test_a_state_of_everything_comes_back(program: Program) -> None:
-    trained = Trained(program, Context(), rank=2, experts=True, lr=1.0)
+def test_a_state_of_everything_comes_back(whole: Program) -> None:
+    trained = Trained(whole, Context(), rank=2, experts=True, lr=1.0)
     start = trained.state()
     assert len(start) == 2 * len(trained.a) + len(trained.experts.parameters)
     with torch.no_grad():
@@ -171,4 +189,4 @@ def test_a_state_of_everything_comes_back(program: Program) -> None:
             p += 1
     trained.restore(start)
     assert all(torch.equal(p, s) for p, s in zip(trained.parameters, start, strict=True))
-    assert not Trained(program, Context(), rank=0, experts=False, lr=1.0).parameters
+    assert not Trained(whole, Context(), rank=0, experts=False, lr=1.0).parameters
