@@ -23,6 +23,10 @@ class MoeccError(ValueError):
         super().__init__(printable(" ".join(message.split())))
 
 
+class Mendable(MoeccError):
+    """Code failed, or what the user may change: the same command can succeed once it is mended."""
+
+
 def printable(text: str) -> str:
     """Return `text` with every character escaped that a terminal would obey and not show."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -63,7 +67,7 @@ def fault(error: BaseException, owner: object) -> str:
 
 @contextmanager
 def naming(what: object) -> Iterator[None]:
-    """Make any other error inside a MoeccError that says `what` failed.
+    """Make any other error inside a Mendable that says `what` failed.
 
     A call of sys.exit is one too: the code inside is not moecc's, and its exit would end the
     command as if it were done.
@@ -73,7 +77,7 @@ def naming(what: object) -> Iterator[None]:
     except MoeccError:
         raise
     except (Exception, SystemExit) as error:
-        raise MoeccError(f"{what} failed: {fault(error, what)}") from error
+        raise Mendable(f"{what} failed: {fault(error, what)}") from error
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,9 @@ import pytest
 import torch
 from made import DAMAGES, Compile, content, flip, interrupt, stop, watch
 
+from moecc.pipeline.journal import Journal
+from moecc.pipeline.passes import Kept
+
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -87,3 +90,26 @@ def test_a_damaged_description_of_the_run_is_said_and_nothing_is_touched(
     got = compile(mixtral, tmp_path / "out")
     assert got.code == 2 and content(tmp_path) == before
     assert "belongs to another run (its run.json is damaged); remove" in got.err
+
+
+def test_kept_work_stays_if_the_file_of_a_later_pass_changes(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def journal(*files: dict[str, str]) -> Journal:
+        return Journal(tmp_path / "journal", {"seed": 0}, said.append, files)
+
+    first = journal({}, {"a.py": "1", "b.py": "1"}, {})
+    for group in range(3):
+        first.begin(group)
+        first.keep("work", Kept({"x": torch.full((2,), float(group))}, group))
+    for b, whole in (("1", 3), ("2", 1)):
+        again = journal({}, {"a.py": "1", "b.py": b}, {})
+        found = []
+        for group in range(3):
+            again.begin(group)
+            found.append(again.kept("work"))
+        assert [None if work is None else work.facts for work in found] == [
+            group if group < whole else None for group in range(3)
+        ]
+        assert found[0] is not None and found[0].tensors["x"].tolist() == [0.0, 0.0]
+    assert said == ["note: b.py has changed; its work, and what came after, is done again"]

@@ -234,17 +234,57 @@ def test_a_folder_that_another_run_writes_is_left_alone(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_internal_error_leaves_nothing_behind(
+KEPT = "run the same command again, once this is mended, to go on"
+
+
+def test_an_internal_error_keeps_what_is_finished(
     mixtral: Path, compile: Compile, tmp_path: Path
 ) -> None:
     def fault() -> None:
         raise RuntimeError("this should not happen")
 
+    out = tmp_path / "out"
+    for where, stage, finished in (("before saving", 1, 0), ("writing", 0, 3)):
+        with pytest.MonkeyPatch.context() as patch:
+            stop(patch, where, stage, fault)
+            got = compile(mixtral, out)
+        assert got.code == 3 and "internal error: RuntimeError: this should not happen" in got.err
+        kept = f"note: {finished} finished stages are kept in {out}.partial: {KEPT}"
+        assert (kept in got.err.splitlines()) == bool(finished)
+        assert [p.name for p in tmp_path.iterdir()] == (["out.partial"] if finished else [])
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, "writing", 0, fault)
-        got = compile(mixtral, tmp_path / "out")
-    assert got.code == 3 and "internal error: RuntimeError: this should not happen" in got.err
-    assert list(tmp_path.iterdir()) == []
+        restored = watch(patch)
+        assert compile(mixtral, out).code == 0
+    assert restored == [True] * 3
+
+
+def test_a_pass_of_ones_own_is_mended_and_the_run_goes_on(
+    mixtral: Path, compile: Compile, tmp_path: Path
+) -> None:
+    """What came before the pass is kept, what it did is done again: the bytes are the same."""
+    shrink, look, out = tmp_path / "shrink.py", tmp_path / "look.py", tmp_path / "out"
+    look.write_text(MY_MODEL_PASS)
+    passes = f"{QUICK},{look},{shrink}"
+    for right, wrong, says in (
+        ("self.by", "self.bye", f"AttributeError: .*{shrink}, line "),
+        ("model.layers", "layers", "layers.0.input_layernorm.weight: not in the checkpoint"),
+    ):
+        shrink.write_text(MY_PASS.replace(right, wrong))
+        got = compile(mixtral, out, passes)
+        last = got.err.splitlines()[-1]
+        assert got.code == 2 and re.search(says, last), last
+        assert last.endswith(f"; 3 finished stages are kept in {out}.partial: {KEPT}")
+    for file, text, restorable in ((shrink, MY_PASS, 3), (look, MY_MODEL_PASS + "\n", 3)):
+        file.write_text(text)
+        with pytest.MonkeyPatch.context() as patch:
+            stop(patch, "writing", 0, interrupt)
+            restored = watch(patch)
+            got = compile(mixtral, out, passes)
+        assert got.code == 130 and f"note: {file} has changed; its work, and" in got.err
+        assert restored == [i < restorable for i in range(6)]
+    assert compile(mixtral, out, passes).code == 0
+    assert compile(mixtral, tmp_path / "whole", passes).code == 0
+    assert content(out) == content(tmp_path / "whole")
 
 
 def test_the_journal_of_a_round_has_only_the_tensors_it_changed(
@@ -254,7 +294,7 @@ def test_the_journal_of_a_round_has_only_the_tensors_it_changed(
         stop(patch, "writing", 0, interrupt)
         assert compile(mixtral, tmp_path / "out", EVERYTHING).code == 130
     folder = tmp_path / "out.partial" / "journal"
-    files = [TensorFile(folder / f"layer-{i}-0001.safetensors") for i in (0, 1)]
+    files = [TensorFile(folder / f"layer-{i}-0001.safetensors") for i in (1, 2)]
     coded, tuned = ({n for n in file if ".experts." in n} for file in files)
     assert {n.rpartition(".")[2] for n in coded} >= {"codes", "scale", "codebook", "mean_codes"}
     assert tuned and not any(n.endswith(("codes", "signs")) for n in tuned)

@@ -3,7 +3,8 @@
 Nothing is called done before the written folder has been loaded again and its logits compared with
 the program's. Until then all of it lives in OUT.partial. All that is needed at the end is read or
 tried before the first pass. A run that is stopped, by a signal or by a full disk or too little
-memory, leaves OUT.partial and goes on from it; a run that would fail again removes it.
+memory, or whose code fails, leaves OUT.partial and goes on from it; a run that would fail again
+removes it.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from moecc.commands.dump import Dump
 from moecc.commands.inspect import least_bytes
 from moecc.commands.report import write_report
 from moecc.commands.rows import longest, require_rows, rows_digest, token_rows, tokenizer_of
-from moecc.errors import MoeccError, may_pass, naming, out_of_memory
+from moecc.errors import Mendable, MoeccError, may_pass, naming, out_of_memory
 from moecc.frontend.config import read_config, require_generation
 from moecc.frontend.trace import trace
 from moecc.ir import vq4
 from moecc.ir.program import Program
 from moecc.pipeline.journal import Journal, finished, has_work
-from moecc.pipeline.order import require_whole, resolve
+from moecc.pipeline.order import groups, require_whole, resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.run import Hooks, PassReport, run_passes
@@ -70,13 +71,11 @@ class Job:
     def identity(self) -> Json:
         """What a resumed run must share.
 
-        The digest tells what model it is, however it was typed; no pass depends on the backend.
+        The digest tells what model it is, however it was typed; no pass depends on the backend. If
+        a file of a pass has changed, the work ahead of the pass is still good.
         """
-        return {k: v for k, v in vars(self).items() if k not in ("source", "backend")}
-
-
-class _NotLowered(MoeccError):
-    """The artifact is written and checked, and its target failed."""
+        left_out = ("source", "backend", "pass_files")
+        return {k: v for k, v in vars(self).items() if k not in left_out}
 
 
 def compile_model(
@@ -101,7 +100,7 @@ def compile_model(
     text that comes with Python; rows x length of their tokens are taken. backend: a target whose
     form is written too. dump: a folder for the program's text after every pass. Return a summary of
     what was written. Raise MoeccError, in one line and with nothing left behind, for bad input. If
-    the machine fails instead, finished work stays and the line says so.
+    the machine or code fails instead, finished work stays and the line says so.
     """
     with Draft(out, "partial") as draft, _outlived(draft, say):
         texts = Dump(dump)
@@ -124,11 +123,12 @@ def compile_model(
                 target.check(folder)
         if program.restriction:
             say(f"note: the trace holds for {program.restriction} only")
+        files = [_pass_files(group) for group in groups(resolved)]
         job = Job(
             source=str(model),
             source_digest=digest,
             passes=",".join(map(str, resolved)),
-            pass_files=_pass_files(resolved),
+            pass_files={f: digest for group in files for f, digest in group.items()},
             calibration="" if ids is None else rows_digest(ids),
             seed=seed,
             threads=torch.get_num_threads(),
@@ -136,7 +136,9 @@ def compile_model(
             versions=versions(),
         )
         batches = [] if ids is None else list(ids.split(BATCH))
-        run = _Run(job, program, resolved, batches, target, config, draft, texts, progress, say)
+        run = _Run(
+            job, program, resolved, files, batches, target, config, draft, texts, progress, say
+        )
         return run.run()
 
 
@@ -151,22 +153,29 @@ def _outlived(draft: Draft, say: Say) -> Iterator[None]:
         yield
     except BaseException as error:
         stopped = not isinstance(error, Exception)
-        again = stopped or isinstance(error, _NotLowered) or may_pass(error)
-        how = ""
+        when, kept = _when_again(error), ""
         if not has_work(draft.journal) or draft.is_over():  # killed after its last step
             draft.remove()
-        elif again:
-            how = f"{finished(draft.journal)} finished stages are kept in {draft.folder}"
-            how = f"; {how}: run the same command again to go on"
+        elif when is not None:
+            kept = f"{finished(draft.journal)} finished stages are kept in {draft.folder}: "
+            kept += f"run the same command again{when} to go on"
         elif not before:
             draft.remove()
-        if stopped and how:
+        said = None if stopped else _one_line(draft, error)
+        if kept and said is None:
             with suppress(OSError):
-                say(f"note{how.replace(';', ':', 1)}")
-        said = _one_line(draft, error)
-        if stopped or said is None or (not how and isinstance(error, MoeccError)):
+                say(f"note: {kept}")
+        if said is None or (not kept and isinstance(error, MoeccError)):
             raise
-        raise MoeccError(said + how) from error
+        raise MoeccError(f"{said}; {kept}" if kept else said) from error
+
+
+def _when_again(error: BaseException) -> str | None:
+    """Return when the same command can succeed: as it is (""), once mended, or never (None)."""
+    if not isinstance(error, Exception) or may_pass(error):
+        return ""
+    fault = isinstance(error, Mendable) or not isinstance(error, MoeccError)
+    return ", once this is mended," if fault else None
 
 
 def _one_line(draft: Draft, error: BaseException) -> str | None:
@@ -187,6 +196,7 @@ class _Run:
     job: Job
     program: Program
     passes: list[Pass]
+    files: list[dict[str, str]]  # of each group of passes, with their digests
     batches: list[Tensor]
     target: Target | None
     config: Json  # config.json of the source
@@ -201,9 +211,20 @@ class _Run:
         free_space(self.draft.folder, least_bytes(self.program, self.passes) - held)
 
     def run(self) -> Json:
-        """Run the passes, write the folder, load it again and compare; return the summary."""
+        """Run the passes, write the folder, load it again and compare; return the summary.
+
+        Raise Mendable if a pass of the user's own, or what it reads, may be why it fails.
+        """
+        try:
+            return self._run()
+        except MoeccError as error:
+            if not self.job.pass_files:
+                raise
+            raise Mendable(str(error)) from error
+
+    def _run(self) -> Json:
         self.require_space()
-        journal = Journal(self.draft.journal, self.job.identity(), self.say)
+        journal = Journal(self.draft.journal, self.job.identity(), self.say, self.files)
         ctx = Context(
             seed=self.job.seed, progress=self.progress, keep=journal.keep, kept=journal.kept
         )
@@ -213,6 +234,7 @@ class _Run:
         self.texts.start(resumes=journal.found)
         self.texts.write("00-traced", self.program, None)
         hooks = Hooks(
+            before_group=journal.begin,
             after_pass=lambda report, now: self.say(report.line()),
             after_layer=journal.save,
             restore_layer=journal.restore,
@@ -284,7 +306,7 @@ def _lower(target: Target, artifact: Path, say: Say) -> Json:
     try:
         emitted = emit(target, artifact, artifact / target.name, say)
     except MoeccError as error:
-        raise _NotLowered(f"{error}; --backend may be left out or be another") from error
+        raise Mendable(f"{error}; --backend may be left out or be another") from error
     files = [] if emitted.out is None else sorted(emitted.out.rglob("*"))
     return {
         "name": target.name,

@@ -2,13 +2,15 @@
 
 A resumed run ends with the same result. The journal is one folder in the output's draft:
   run.json                  describes the run; another run's journal is never used
-  layer-R-S.safetensors     the tensors that passes made in stage S of round R
-  layer-R-S.json            the nodes that use them (`moecc.pipeline.record`)
-  kept-KEY.safetensors      work that a pass over the whole model kept (`Context.keep`)
+  layer-G-S.safetensors     the tensors that the passes of group G made in stage S
+  layer-G-S.json            the nodes that use them (`moecc.pipeline.record`)
+  kept-G-KEY.safetensors    work that a pass over the whole model kept (`Context.keep`)
   digests                   the SHA-256 of every file that was written, as sha256sum prints it
-Layer passes that a pass over the whole model separates go through the layers once each, in rounds.
+A group is what runs together (`moecc.pipeline.order.groups`): layer passes that go through the
+layers as one, or a pass over the whole model.
 A layer that cannot be restored is done again; a pass over the whole model runs again, and finds the
-work that it kept. What does not match its digest is done again too, and this is said.
+work that it kept. What does not match its digest is done again too, and this is said. So are a
+group one of whose passes consists of a file that has changed since, and the groups behind it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -33,6 +35,7 @@ from moecc.pipeline.passes import Context, Kept
 from moecc.types import Json, Say
 
 _DIGESTS = "digests"
+_WORK = re.compile(r"(?:layer|kept)-(\d+)-")
 
 
 def finished(folder: Path) -> int:
@@ -48,29 +51,57 @@ def has_work(folder: Path) -> bool:
 class Journal:
     """The journal in `folder` of the run that `identity`, as JSON holds it, describes.
 
-    One process at a time may write it. `say` takes remarks on files that are damaged. Raise
-    MoeccError if it holds the work of another run.
+    files: the digest of every file that passes consist of or read, by path, for each group. One
+    process at a time may write the journal. `say` takes remarks on files that are damaged or have
+    changed. Raise MoeccError if it holds the work of another run.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, object], say: Say):
-        self.folder, self.identity, self._say = folder, dict(identity), say
-        self.found = self.resuming = has_work(folder)
-        self._round = self._stage = 0
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, object],
+        say: Say,
+        files: Sequence[Mapping[str, str]] = (),
+    ):
+        self.folder, self._say = folder, say
+        self.identity = {**identity, "files": [dict(group) for group in files]}
+        self._group = 0
         self._before = Held()  # the tensors held before the layer's passes ran
-        if self.found:
+        if has_work(folder):
             self._require_same_run()
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        self._write("run.json", self.identity)
+        self.found = self.resuming = has_work(folder)
+        if not self.found:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            self._write("run.json", self.identity)
 
     def _require_same_run(self) -> None:
-        before = self._read("run.json") if self._is_whole("run.json") else None
+        """Raise MoeccError if it is another run; drop what files made that have changed."""
+        before = self._read("run.json") if self._is_whole("run.json") else {}
         now = json.loads(json.dumps(self.identity))
+        was, files = before.pop("files", None), now.pop("files")
         if before != now:
-            why = "its run.json is damaged" if before is None else _differences(before, now)
+            why = _differences(before, now) if before else "its run.json is damaged"
             advice = f"remove {self.folder.parent}, or choose another output folder"
             raise MoeccError(f"{self.folder.parent} belongs to another run ({why}); {advice}")
+        changed = [i for i, group in enumerate(files) if was[i] != group]
+        if changed:
+            first = changed[0]
+            file = min(f for f, _ in was[first].items() ^ files[first].items())
+            self._say(f"note: {file} has changed; its work, and what came after, is done again")
+            self._drop(first)
+            self._write("run.json", self.identity)
+
+    def _drop(self, group: int) -> None:
+        """Remove the work of a group and of those behind it."""
+        for file in self.folder.iterdir():
+            found = _WORK.match(file.name)
+            if found and int(found[1]) >= group:
+                file.unlink()
+
+    def begin(self, group: int) -> None:
+        """Take what is saved and kept from now on for the work of this group."""
+        self._group = group
 
     def save(self, stage: int, program: Program, ctx: Context) -> None:
         """Note a finished layer and spill its tensors; called after the last pass of the layer."""
@@ -87,8 +118,6 @@ class Journal:
 
         Return False, and from then on always, if the layer is not there.
         """
-        self._round += stage <= self._stage
-        self._stage = stage
         noted = self._restored(stage, program) if self.resuming else None
         self.resuming = noted is not None
         if noted is None:
@@ -123,17 +152,21 @@ class Journal:
         Earlier work under the same key is replaced.
         """
         facts = {"facts": json.dumps(work.facts)}
-        return Kept(self._write_tensors(_kept(key), work.tensors, facts), work.facts)
+        return Kept(self._write_tensors(self._kept(key), work.tensors, facts), work.facts)
 
     def kept(self, key: str) -> Kept | None:
         """Return the work kept under `key`; None if there is none or its file is damaged."""
-        if not (self.folder / _kept(key)).exists() or not self._is_whole(_kept(key)):
+        name = self._kept(key)
+        if not (self.folder / name).exists() or not self._is_whole(name):
             return None
-        file = TensorFile(self.folder / _kept(key))
+        file = TensorFile(self.folder / name)
         return Kept(file, json.loads(file.metadata["facts"]))
 
     def _name(self, stage: int, kind: str) -> str:
-        return f"layer-{self._round}-{stage:04d}.{kind}"
+        return f"layer-{self._group}-{stage:04d}.{kind}"
+
+    def _kept(self, key: str) -> str:
+        return f"kept-{self._group}-{quote(key, safe='')}.safetensors"
 
     def _read(self, name: str) -> Json:
         found: Json = json.loads((self.folder / name).read_text(encoding="utf-8"))
@@ -176,10 +209,6 @@ class Journal:
             why = f"can't be read ({error.strerror})"
         self._say(f"note: {self.folder / name} {why}; its work is done again")
         return False
-
-
-def _kept(key: str) -> str:
-    return f"kept-{quote(key, safe='')}.safetensors"
 
 
 def _digest(file: Path) -> str:

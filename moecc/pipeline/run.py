@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moecc.errors import MoeccError, fault, naming
+from moecc.errors import Mendable, MoeccError, fault, naming
 from moecc.ir.program import Program
 from moecc.pipeline import storable
 from moecc.pipeline.bits import per_weight, stored_bits
@@ -55,6 +55,7 @@ def _no_dump(name: str, program: Program, stage: int | None) -> None:
 class Hooks:
     """What a caller wants to see or keep of a run; each hook may be left out."""
 
+    before_group: Callable[[int], None] = lambda position: None  # of passes that run together
     after_pass: Callable[[PassReport, Program], None] = lambda report, program: None
     after_layer: Callable[[int, Program, Context], None] = lambda stage, program, ctx: None
     restore_layer: Callable[[int, Program, Context], bool] = lambda stage, program, ctx: False
@@ -80,8 +81,11 @@ def run_passes(
     for p in passes:
         with naming(p):
             p.check(program)
-    run = _Run(program, ctx, hooks or Hooks())
-    return [report for group in groups(passes) for report in run.group(group)]
+    run, reports = _Run(program, ctx, hooks or Hooks()), []
+    for position, group in enumerate(groups(passes)):
+        run.hooks.before_group(position)
+        reports += run.group(group)
+    return reports
 
 
 @dataclass
@@ -225,8 +229,9 @@ def _naming(p: Pass, done: Sequence[Pass], stage: int | None) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         where = "" if stage is None else f" in layer {stage - 1}"
         after = f" (after {', '.join(q.name for q in done)})" if done else ""
-        why = str(error) if isinstance(error, MoeccError) else fault(error, p)
-        raise MoeccError(f"{p} failed{where}{after}: {why}") from error
+        told = isinstance(error, MoeccError)
+        kind, why = (type(error), str(error)) if told else (Mendable, fault(error, p))
+        raise kind(f"{p} failed{where}{after}: {why}") from error
 
 
 def _finish(report: PassReport, ctx: Context) -> None:
