@@ -6,7 +6,6 @@ them before you commit them.
 
 from __future__ import annotations
 
-import copy
 import os
 
 # Set before transformers is imported. A test that needs a hub model must undo this itself.
@@ -23,19 +22,15 @@ import pytest
 import torch
 from families import make
 from hypothesis import HealthCheck, settings
-from made import QUICK, ROWS, Command, Compile, Run, checkpoint
+from made import QUICK, ROWS, Command, Compile, Run, checkpoint, tracing_once
 from refusals import Refused, refusal
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from moecc.frontend import capture
-from moecc.frontend.skeleton import Skeleton
 from moecc.frontend.stages import paths
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program, Weight
-from moecc.ir.tensors import Held, digest
+from moecc.ir.tensors import Held
 from moecc.pipeline.order import resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context
@@ -88,34 +83,15 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     return check
 
 
-_traces: dict[object, ExportedProgram] = {}
-
-
 @pytest.fixture(scope="module")
 def traced_once() -> Iterator[None]:
-    """Run torch.export once for all models of the same configuration.
+    """Run torch.export once for all models of the same configuration (`made.tracing_once`).
 
     It takes two thirds of a small compilation. This fixture is for tests of later steps;
     test_trace, test_families and test_ir test the trace itself.
     """
-    real = capture._export
-
-    def export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
-        model = found.model
-        config = {k: v for k, v in found.config.to_dict().items() if k != "_name_or_path"}
-        modules = tuple((name, type(module)) for name, module in model.named_modules())
-        parameters = [(n, p.shape, p.dtype) for n, p in model.named_parameters()]
-        buffers = [  # a trace holds their values
-            (n, b.dtype, b.shape, "" if isinstance(b, FakeTensor) else digest(b))
-            for n, b in model.named_buffers()
-        ]
-        key = modules, str((config, parameters, buffers)), found.mode is None, batch, sequence
-        if key not in _traces:
-            _traces[key] = real(found, batch, sequence)
-        return copy.deepcopy(_traces[key])
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "_export", export)
+        tracing_once(patch)
         yield
 
 

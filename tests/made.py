@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -14,10 +15,15 @@ import torch
 from families import FAMILIES, make
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moecc import cli
 from moecc.checkpoint.files import write_safetensors
+from moecc.frontend import capture
+from moecc.frontend.skeleton import Skeleton
+from moecc.ir.tensors import digest
 from moecc.pipeline import journal
 from moecc.types import FamilyModule, Json
 
@@ -133,6 +139,30 @@ def generated(model: FamilyModule, ids: Tensor, steps: int) -> Tensor:
         use_cache=True,
     )
     return made
+
+
+_traces: dict[object, ExportedProgram] = {}
+
+
+def tracing_once(patch: pytest.MonkeyPatch) -> None:
+    """Run torch.export once for all models of the same configuration, from now on."""
+    real = capture._export
+
+    def export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
+        model = found.model
+        config = {k: v for k, v in found.config.to_dict().items() if k != "_name_or_path"}
+        modules = tuple((name, type(module)) for name, module in model.named_modules())
+        parameters = [(n, p.shape, p.dtype) for n, p in model.named_parameters()]
+        buffers = [  # a trace holds their values
+            (n, b.dtype, b.shape, "" if isinstance(b, FakeTensor) else digest(b))
+            for n, b in model.named_buffers()
+        ]
+        key = modules, str((config, parameters, buffers)), found.mode is None, batch, sequence
+        if key not in _traces:
+            _traces[key] = real(found, batch, sequence)
+        return copy.deepcopy(_traces[key])
+
+    patch.setattr(capture, "_export", export)
 
 
 def stop(patch: pytest.MonkeyPatch, where: str, stage: int, how: Callable[[], object]) -> None:
