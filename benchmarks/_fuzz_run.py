@@ -1,0 +1,314 @@
+"""One input of the fuzzer: run by a forked process that has all imports already, and judged.
+
+An input may end in two ways: refused, with exit code 2 and one sentence, and nothing written; or
+done, with all of its output. Everything else is a fault.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from moecc import cli
+from moecc.errors import MoeccError
+
+SECONDS = 10  # of one core
+MEMORY = 1 << 30  # bytes beyond those that the process starts with
+_WALL = 240  # seconds; a process that waits for something uses none of a core
+_SLACK = 256 << 20  # of the limit on addresses: stacks and libraries
+_LONGEST = 1000  # characters of a sentence
+# Room that an input asked for in vain counts as memory that it took.
+_REFUSED_MEMORY = re.compile(
+    "out of memory|can't allocate|cannot allocate|memoryerror|bad_alloc", re.I
+)
+_NOT_SAID = re.compile(r"Traceback|internal error|fault of moecc|^\w*(Warning|Error): ", re.M)
+# What a file is: its bytes, a link, a pipe, a folder; None if it is gone.
+Item: TypeAlias = bytes | str | None
+Action: TypeAlias = Callable[[Sequence[str]], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An input: `parts` of the stage with some `changes` by path, and the command that reads it.
+
+    parts: folders and files; "a:b" is called b where the command runs. command: a command line, or
+    one of the runner's actions with its arguments. Paths are relative to the folder that it runs
+    in. result: a folder of the stage that the output `out` must equal. stays: the beginnings of
+    paths that a refused command may change.
+    """
+
+    target: str
+    parts: Sequence[str]
+    changes: Mapping[str, Item]
+    command: Sequence[str]
+    result: str = ""
+    stays: Sequence[str] = ()
+
+    def dumps(self, stage: Path) -> str:
+        """Return the case as JSON; of a changed file, what differs from the stage's."""
+        changes = {path: _described(item, stage / path) for path, item in self.changes.items()}
+        return json.dumps({**vars(self), "changes": changes}, indent=1) + "\n"
+
+    @classmethod
+    def loads(cls, text: str, stage: Path) -> Case:
+        """Return the case that `dumps` wrote."""
+        found = json.loads(text)
+        changes = {path: _item(told, stage / path) for path, told in found["changes"].items()}
+        return cls(**{**found, "changes": changes})
+
+    def line(self) -> str:
+        return "moecc " + " ".join(map(ascii, self.command))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an input ended. fault: "" if it ended as it should. bytes: beyond those at its start."""
+
+    code: int
+    fault: str
+    said: str
+    seconds: float
+    bytes: int
+
+
+@dataclass
+class Runner:
+    """Runs cases whose parts lie in the folder `stage`. actions: besides the command line."""
+
+    stage: Path
+    actions: Mapping[str, Action] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        process = os.fork()
+        if process == 0:
+            os._exit(0)
+        self._least = os.wait4(process, 0)[2].ru_maxrss  # kB of a process that does nothing
+
+    def run(self, case: Case, debug: bool = False) -> Outcome:
+        """Run a case in a folder of its own and judge it. debug: with tracebacks."""
+        with tempfile.TemporaryDirectory(dir=self.stage.parent) as place:
+            folder, streams = Path(place) / "run", [Path(place) / name for name in ("out", "err")]
+            self.prepare(case, folder)
+            before = listing(folder)
+            code, seconds, size = self._apart(case, folder, streams, debug)
+            out, err = (s.read_bytes().decode("utf-8", "backslashreplace") for s in streams)
+            fault = _fault(code, out, err, size) or self._left(case, folder, before, code)
+            return Outcome(code, fault, err[-4000:], seconds, size)
+
+    def keep(self, case: Case, made: str, to: Path) -> None:
+        """Run a case, and move the folder that it makes to `to`."""
+        with tempfile.TemporaryDirectory(dir=self.stage.parent) as place:
+            folder, streams = Path(place) / "run", [Path(place) / name for name in ("out", "err")]
+            self.prepare(case, folder)
+            code, *_ = self._apart(case, folder, streams, debug=False)
+            if code:
+                raise RuntimeError(f"{case.line()} ended with {code}: {streams[1].read_text()}")
+            (folder / made).rename(to)
+
+    def prepare(self, case: Case, folder: Path) -> None:
+        """Make the folder that a case runs in."""
+        folder.mkdir()
+        for part in case.parts:
+            name, _, other = part.partition(":")
+            source, to = self.stage / name, folder / (other or name)
+            if source.is_dir():
+                # a journal is written to, and a link would change the stage
+                copy = shutil.copy2 if to.suffix == ".partial" else os.link
+                shutil.copytree(source, to, copy_function=copy)
+            else:
+                os.link(source, to)
+        for path, item in case.changes.items():
+            _put(folder / path, item)
+
+    def _apart(
+        self, case: Case, folder: Path, streams: Sequence[Path], debug: bool
+    ) -> tuple[int, float, int]:
+        """Return the exit code (negative: a signal), seconds of one core and bytes of memory."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        process = os.fork()
+        if process == 0:
+            code = 70
+            try:
+                _enter(folder, streams, debug)
+                code = self._perform(case.command)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            except BaseException:
+                os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
+            finally:
+                os._exit(code)
+        _, status, usage = os.wait4(process, 0)
+        grown = max(usage.ru_maxrss - self._least, 0) * 1024
+        return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, grown
+
+    def _perform(self, command: Sequence[str]) -> int:
+        action = self.actions.get(command[0])
+        if action is None:
+            return cli.main(command)
+        try:
+            action(command[1:])
+        except MoeccError as error:
+            print(f"moecc: error: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    def _left(self, case: Case, folder: Path, before: Mapping[str, object], code: int) -> str:
+        """Return what is wrong with the files after a run, "" if nothing is."""
+        after = listing(folder)
+        own = {p for p in before.keys() | after.keys() if p.startswith(tuple(case.stays))}
+        own = own if case.stays else set()
+        if changed := [p for p in before.keys() - own if after.get(p) != before[p]]:
+            return f"it changed {changed[0]!a}"
+        made = after.keys() - before.keys() - own
+        if code == 2:
+            return f"it left {min(made)!a}" if made else ""
+        if drafts := [p for p in made if p.endswith((".partial", ".export", ".part"))]:
+            return f"it left {drafts[0]!a}"
+        if case.result and content(folder / "out") != content(self.stage / case.result):
+            return "its result differs from that of an undisturbed run"
+        return ""
+
+
+# ---------------------------------------------------------------- in the process of an input
+
+
+def _enter(folder: Path, streams: Sequence[Path], debug: bool) -> None:
+    """Make this forked process one that runs an input: its folder, its streams, its limits."""
+    os.environ["MOECC_DEBUG"] = "1" if debug else "0"
+    os.chdir(folder)
+    for number, path in ((0, Path(os.devnull)), *zip((1, 2), streams, strict=True)):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdin = open(0, encoding="utf-8")
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        setattr(
+            sys, name, io.TextIOWrapper(open(number, "wb", 0), encoding="utf-8", write_through=True)
+        )
+    limits = {
+        resource.RLIMIT_CPU: SECONDS,
+        resource.RLIMIT_AS: _addresses() + MEMORY + _SLACK,
+        resource.RLIMIT_FSIZE: MEMORY,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, most in limits.items():
+        resource.setrlimit(kind, (most, most))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_WALL)
+
+
+def _addresses() -> int:
+    """Return the bytes of addresses that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+# ---------------------------------------------------------------- the judgement
+
+
+def _fault(code: int, out: str, err: str, size: int) -> str:
+    """Return what is wrong with how a command ended, "" if nothing is."""
+    if code in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL):
+        return f"it took more than {SECONDS} s"
+    if code < 0:
+        return f"it was ended by {signal.Signals(-code).name}"
+    if size > MEMORY or _REFUSED_MEMORY.search(err):
+        return "it took more than 1 GiB of memory"
+    if code not in (0, 1, 2):
+        return f"exit code {code}"
+    if found := _NOT_SAID.search(err):
+        return f"it said {found[0]!r}"
+    if bad := [c for c in out + err if not (c.isprintable() or c == "\n")]:
+        return f"it printed {bad[0]!a}"
+    return "" if code != 2 else _sentence_fault(out, err)
+
+
+def _sentence_fault(out: str, err: str) -> str:
+    *remarks, last = err.splitlines() or [""]
+    if out or not last.startswith("moecc: error: ") or not err.endswith("\n"):
+        return "its last line is no error"
+    if any(line.startswith("moecc: ") for line in remarks):
+        return "it gave more than one line of error"
+    if len(last) > _LONGEST:
+        return f"its error has more than {_LONGEST} characters"
+    return ""
+
+
+def listing(folder: Path) -> dict[str, object]:
+    """Return what tells whether a file, link or folder was written to, by path."""
+    found: dict[str, object] = {}
+    for path in folder.rglob("*"):
+        told = path.lstat()
+        state = (told.st_mode, told.st_ino, told.st_size, told.st_mtime_ns)
+        found[os.path.relpath(path, folder)] = "folder" if path.is_dir() else state
+    return found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file in a folder, by path."""
+    files = (f for f in folder.rglob("*") if f.is_file())
+    return {os.path.relpath(f, folder): f.read_bytes() for f in files}
+
+
+# ---------------------------------------------------------------- files
+
+
+def _put(path: Path, item: Item) -> None:
+    """Make `path` what `item` says, whatever it was before."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if item is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(item, bytes):
+        path.write_bytes(item)
+    elif item == "pipe":
+        os.mkfifo(path)
+    elif item == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(item.removeprefix("link:"))
+
+
+def _described(item: Item, base: Path) -> object:
+    """Return an item as JSON holds it; bytes as those that differ from the file `base`."""
+    if not isinstance(item, bytes):
+        return item
+    before = base.read_bytes() if base.is_file() else b""
+    start = _common(before, item)
+    end = _common(before[start:][::-1], item[start:][::-1])
+    changed = item[start : len(item) - end]
+    told: object = {"base64": base64.b64encode(changed).decode()}
+    if changed.isascii() and changed.decode().isprintable():
+        told = {"text": changed.decode()}
+    return {"from": start, "to": len(before) - end, "put": told}
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """Return how many bytes at the start of both are the same."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _item(told: object, base: Path) -> Item:
+    """Return the item that `_described` described."""
+    if not isinstance(told, dict):
+        return told if isinstance(told, str) else None
+    put = told["put"]
+    changed = put["text"].encode() if "text" in put else base64.b64decode(put["base64"])
+    before = base.read_bytes() if base.is_file() else b""
+    return before[: told["from"]] + changed + before[told["to"] :]
