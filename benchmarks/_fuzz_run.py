@@ -17,17 +17,17 @@ import signal
 import sys
 import tempfile
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from moecc import cli
-from moecc.errors import MoeccError
 
 SECONDS = 10  # of one core
 MEMORY = 1 << 30  # bytes beyond those that the process starts with
-_WALL = 240  # seconds; a process that waits for something uses none of a core
+_PATIENCE = 20  # a process that waits for something uses none of a core: so many times the time
 _SLACK = 256 << 20  # of the limit on addresses: stacks and libraries
 _LONGEST = 1000  # characters of a sentence
 # Room that an input asked for in vain counts as memory that it took.
@@ -108,14 +108,14 @@ class Runner:
             fault = _fault(code, out, err, size) or self._left(case, folder, before, code)
             return Outcome(code, fault, err[-4000:], seconds, size)
 
-    def keep(self, case: Case, made: str, to: Path) -> None:
-        """Run a case, and move the folder that it makes to `to`."""
+    def keep(self, case: Case, made: str, to: Path, code: int = 0) -> None:
+        """Run a case that ends with `code`, and move the folder that it makes to `to`."""
         with tempfile.TemporaryDirectory(dir=self.stage.parent) as place:
             folder, streams = Path(place) / "run", [Path(place) / name for name in ("out", "err")]
             self.prepare(case, folder)
-            code, *_ = self._apart(case, folder, streams, debug=False)
-            if code:
-                raise RuntimeError(f"{case.line()} ended with {code}: {streams[1].read_text()}")
+            got, *_ = self._apart(case, folder, streams, debug=False, seconds=600)
+            if got != code:
+                raise RuntimeError(f"{case.line()} ended with {got}: {streams[1].read_text()}")
             (folder / made).rename(to)
 
     def prepare(self, case: Case, folder: Path) -> None:
@@ -134,7 +134,12 @@ class Runner:
             _put(folder / path, item)
 
     def _apart(
-        self, case: Case, folder: Path, streams: Sequence[Path], debug: bool
+        self,
+        case: Case,
+        folder: Path,
+        streams: Sequence[Path],
+        debug: bool,
+        seconds: int = SECONDS,
     ) -> tuple[int, float, int]:
         """Return the exit code (negative: a signal), seconds of one core and bytes of memory."""
         sys.stdout.flush()
@@ -143,7 +148,7 @@ class Runner:
         if process == 0:
             code = 70
             try:
-                _enter(folder, streams, debug)
+                _enter(folder, streams, debug, seconds)
                 code = self._perform(case.command)
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -156,15 +161,10 @@ class Runner:
         return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, grown
 
     def _perform(self, command: Sequence[str]) -> int:
-        action = self.actions.get(command[0])
-        if action is None:
-            return cli.main(command)
-        try:
-            action(command[1:])
-        except MoeccError as error:
-            print(f"moecc: error: {error}", file=sys.stderr)
-            return 2
-        return 0
+        action = self.actions.get(command[0]) if command else None
+        if action is not None:  # as if there were a command of that name
+            cli.parser = lambda: _ActionParser(action)
+        return cli.main(command)
 
     def _left(self, case: Case, folder: Path, before: Mapping[str, object], code: int) -> str:
         """Return what is wrong with the files after a run, "" if nothing is."""
@@ -186,7 +186,21 @@ class Runner:
 # ---------------------------------------------------------------- in the process of an input
 
 
-def _enter(folder: Path, streams: Sequence[Path], debug: bool) -> None:
+@dataclass(frozen=True)
+class _ActionParser:
+    """A parser of a command line whose first word is the name of an action."""
+
+    action: Action
+
+    def parse_args(self, command: Sequence[str]) -> Namespace:
+        def run(options: Namespace) -> tuple[int, None, str]:
+            self.action(command[1:])
+            return 0, None, ""
+
+        return Namespace(run=run, json=False)
+
+
+def _enter(folder: Path, streams: Sequence[Path], debug: bool, seconds: int) -> None:
     """Make this forked process one that runs an input: its folder, its streams, its limits."""
     os.environ["MOECC_DEBUG"] = "1" if debug else "0"
     os.chdir(folder)
@@ -199,8 +213,8 @@ def _enter(folder: Path, streams: Sequence[Path], debug: bool) -> None:
         setattr(
             sys, name, io.TextIOWrapper(open(number, "wb", 0), encoding="utf-8", write_through=True)
         )
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     limits = {
-        resource.RLIMIT_CPU: SECONDS,
         resource.RLIMIT_AS: _addresses() + MEMORY + _SLACK,
         resource.RLIMIT_FSIZE: MEMORY,
         resource.RLIMIT_CORE: 0,
@@ -208,7 +222,7 @@ def _enter(folder: Path, streams: Sequence[Path], debug: bool) -> None:
     for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(_WALL)
+    signal.alarm(_PATIENCE * seconds)
 
 
 def _addresses() -> int:

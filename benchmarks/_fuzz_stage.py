@@ -15,9 +15,9 @@ import pytest
 import torch
 from _fuzz_run import Action, Case, Runner
 
-from moecc import cli
 from moecc.artifact import hf
 from moecc.checkpoint.source import checkpoint_folder
+from moecc.cli.arguments import parser
 from moecc.commands.rows import token_rows, tokenizer_of
 from moecc.errors import MoeccError, reason
 from moecc.frontend.skeleton import bare, skeleton
@@ -141,15 +141,17 @@ class Stage:
     def _journal(self, folder: Path) -> None:
         stage = "1" if folder.name == "stopped" else "2"
         command = ["stopped", stage, *compilation(folder.name)]
-        self._keep(command, "out.partial", folder)
+        self._keep(command, "out.partial", folder, code=130)
 
     def _exported(self, folder: Path) -> None:
         self._keep(["export", "artifact", "--to", "onnx", "-o", "out"], "out", folder, "artifact")
 
-    def _keep(self, command: Sequence[str], made_there: str, folder: Path, *more: str) -> None:
+    def _keep(
+        self, command: Sequence[str], made_there: str, folder: Path, *more: str, code: int = 0
+    ) -> None:
         """Run a command in a process of its own, and keep the folder that it makes."""
         parts = self.need("mixtral", "text.txt", *more)
-        self.runner.keep(Case("stage", parts, {}, command), made_there, folder)
+        self.runner.keep(Case("stage", parts, {}, command), made_there, folder, code)
 
     def _configs(self, folder: Path) -> None:
         for name in self.families:
@@ -221,8 +223,8 @@ def _stopped(arguments: Sequence[str]) -> None:
     """Run a command, and interrupt it once a stage is in its journal."""
     stage, *command = arguments
     made.stop(pytest.MonkeyPatch(), "after saving", int(stage), made.interrupt)
-    if cli.main(command) != 130:
-        raise MoeccError("it was not interrupted")
+    options = parser().parse_args(command)
+    options.run(options)
 
 
 def _adapter(folder: Path) -> None:

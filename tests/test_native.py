@@ -610,6 +610,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "act": {"act": "swish"},
     "gate": {"gate": "geglu"},
+    "odd_act": {"act": "x\n\x1b[2J" + "é" * 40},
     "no_act": {"act": None},
     "no_eps": {"eps": None},
 }
@@ -628,6 +629,7 @@ def test_an_operand_of_a_wrong_shape_is_named(name: str, wrong: Outcome) -> None
         ("pairs", "down_signs is given with a codebook of pairs; only groups of four have signs"),
         ("act", "act 'swish' is unknown; known are " + ", ".join(gates.ACTIVATIONS)),
         ("gate", "gate 'geglu' is unknown; known are none, " + ", ".join(gates.GATES)),
+        ("odd_act", r"act 'x\x0a\x1b[2J" + r"\xc3\xa9" * 27 + "...' is unknown; known are "),
         ("no_act", "attribute act is missing or no string"),
         ("no_eps", "attribute eps is missing or no float"),
     ],

@@ -19,7 +19,7 @@ from test_files import write_file
 
 from moecc.artifact.write import copy_small_files
 from moecc.checkpoint.files import TensorFile
-from moecc.checkpoint.reading import JSON_LIMIT, read_json
+from moecc.checkpoint.reading import JSON_LIMIT, parse_json, read_json
 from moecc.checkpoint.shards import INDEX, SINGLE
 from moecc.checkpoint.source import HUB_FILES, checkpoint_folder, small_files
 from moecc.checkpoint.store import CheckpointStore
@@ -156,6 +156,21 @@ def test_a_json_file_beyond_the_bound_is_refused(folder: Path) -> None:
     fails(lambda: read_json(folder / "config.json"), "config.json", "more than 100 MiB")
 
 
+@pytest.mark.parametrize("part", ["[],", "{},", '"a",', '{"":0},', "1,"])
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list in memory takes twenty times the bytes of its text."""
+    text = f'{{"a": [{part * 9}1]}}'.encode()
+    signs = sum(map(text.count, (b",", b"[", b"{")))
+    monkeypatch.setattr("moecc.checkpoint.reading._VALUES", signs)
+    assert len(parse_json(text)["a"]) == 10
+    monkeypatch.setattr("moecc.checkpoint.reading._VALUES", signs - 1)
+    monkeypatch.setattr("json.loads", lambda text: pytest.fail("parsed"))
+    with pytest.raises(ValueError, match="too many values"):
+        parse_json(text)
+
+
 def test_a_shape_of_many_huge_sizes_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     for shape in ([1] * 65, [10**4000] * 60, [1 << 63, 0]):
@@ -202,6 +217,45 @@ def test_more_tensors_than_any_model_leaves_out_are_refused(
     CheckpointStore(tmp_path, skeleton(tmp_path)).check()
     edit(tmp_path, {"extra.3": torch.ones(1)})
     fails(CheckpointStore(tmp_path, skeleton(tmp_path)).check, "has 4 tensors that fit nothing")
+
+
+def test_more_tensors_or_files_than_any_model_has_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, files = len(index_of(folder)), len(set(index_of(folder).values()))
+
+    def bounds(tensors: int, shards: int) -> None:
+        monkeypatch.setattr("moecc.checkpoint.files.MOST_TENSORS", tensors)
+        monkeypatch.setattr("moecc.checkpoint.shards._MOST_SHARDS", shards)
+
+    bounds(names, files)
+    CheckpointStore(folder, skeleton(folder)).check()
+    bounds(names - 1, files)
+    fails(lambda: checkpoint_folder(str(folder)), INDEX, f"has {names} tensors", "at most")
+    bounds(names, files - 1)
+    fails(lambda: checkpoint_folder(str(folder)), INDEX, f"names {files} files", "at most")
+    bounds(names, files)
+    file = folder / index_of(folder)[NORM]
+    save_file({**load_file(file), "more": torch.ones(1)}, file, {"format": "pt"})
+    fails(lambda: CheckpointStore(folder, skeleton(folder)), f"has {names + 1} tensors")
+    bounds(len(load_file(file)) - 1, files)
+    fails(lambda: TensorFile(file), str(file), "tensors, and moecc takes at most")
+
+
+def test_far_more_tensors_than_make_the_model_are_refused_before_they_are_matched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moecc.checkpoint.fit._MOST_LEFT_OUT", 3)
+    bare = skeleton(saved(tmp_path))
+    experts = [t for t in bare.state_dict().values() if t.dim() == 3]
+    others = len(bare.state_dict()) - len(experts)
+    most = 4 * sum(len(t) for t in experts) + 8 * others
+    names = [f"extra.{i}" for i in range(most + 3 - len(load_file(tmp_path / SINGLE)))]
+    edit(tmp_path, {name: torch.ones(0) for name in names})
+    CheckpointStore(tmp_path, bare)
+    edit(tmp_path, {"one.more": torch.ones(0)})
+    monkeypatch.setattr("moecc.checkpoint.store.Recipes", lambda *args: pytest.fail("matched"))
+    fails(lambda: CheckpointStore(tmp_path, bare), f"has {most + 4} tensors", f"of {most} at most")
 
 
 # ---------------------------------------------------------------- names

@@ -25,6 +25,7 @@ from moecc.errors import MoeccError, quoted
 from moecc.types import Json
 
 _DIMENSIONS = 64  # of one tensor; more make no tensor in torch
+MOST_TENSORS = 300_000  # of a checkpoint; one of 10^12 parameters in FP8 has 140 000
 
 DTYPES = {
     "F64": torch.float64,
@@ -117,6 +118,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
     try:
         table = parse_json(head)
+        require_few(len(table), str(file))
         metadata = table.pop("__metadata__", None) or {}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__")
@@ -134,6 +136,14 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             "fetch it again"
         )
     return entries, metadata
+
+
+def require_few(count: int, what: str) -> None:
+    """Raise MoeccError if `what`, a file or a folder, has more tensors than any model."""
+    if count > MOST_TENSORS:
+        raise MoeccError(
+            f"{what} has {count} tensors, and moecc takes at most {MOST_TENSORS}: fetch it again"
+        )
 
 
 def _end_of_data(file: Path, entries: Iterable[TensorEntry], start: int) -> int:

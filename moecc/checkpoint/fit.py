@@ -12,14 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moecc.checkpoint.low_bit import Entry
 from moecc.checkpoint.recipes import Recipe, Recipes
 from moecc.errors import MoeccError, quoted, reason
 
 _MOST_LEFT_OUT = 100_000  # tensors: those of the largest models would do, with one layer configured
+# Checkpoint tensors that one of a model is made of at most: gate and up of an expert, each with its
+# scale; queries, keys and values with theirs.
+_PER_EXPERT, _PER_TENSOR = 4, 8
 CHECK_CONFIG = "check that config.json belongs to these weights"
+
+
+def require_few(folder: Path, count: int, model: nn.Module) -> None:
+    """Raise MoeccError if `folder` has many more tensors than make the model.
+
+    count: how many. Names are matched by many patterns, so that this comes before.
+    """
+    declared = model.state_dict().values()
+    made_of = sum(_PER_EXPERT * t.shape[0] if t.dim() > 2 else _PER_TENSOR for t in declared)
+    if count > made_of + _MOST_LEFT_OUT:
+        raise MoeccError(
+            f"{folder} has {count} tensors, and the model is made of {made_of} at most; "
+            f"{CHECK_CONFIG}"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 1. A file is regular, and lies in the folder or in the hub cache around it, wherever links lead.
    A pipe would never answer, and a link could copy any file of the user into an artifact.
 2. The bytes that are read are counted, because a file may be longer than the system says.
-3. JSON is UTF-8, nested a little, and without half characters, which nothing can write again.
+3. JSON is UTF-8, nested a little, and without half characters, which nothing can write again. It
+   has a bounded number of values, because `[],` takes twenty times its bytes in memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from moecc.types import Json
 
 JSON_LIMIT = 100 << 20  # bytes of a JSON file or of a safetensors header, whose own limit this is
 _DEPTH = 64  # lists and objects inside one another
+_VALUES = 5_000_000  # of a JSON file, counted by commas and brackets: half a million tensors
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -95,7 +97,12 @@ def read_json_if_there(file: Path, todo: str = "fetch it again") -> Json:
 
 
 def parse_json(raw: bytes) -> Json:
-    """Return the JSON object that UTF-8 text holds; raise ValueError if it holds none."""
+    """Return the JSON object that UTF-8 text holds.
+
+    Raise ValueError if it holds none, or more than any model's file.
+    """
+    if sum(map(raw.count, (b",", b"[", b"{"))) > _VALUES:
+        raise ValueError("it holds too many values")
     try:
         found = json.loads(raw.decode("utf-8"))
     except RecursionError:

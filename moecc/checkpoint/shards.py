@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moecc.checkpoint.files import TensorEntry, read_header
+from moecc.checkpoint.files import TensorEntry, read_header, require_few
 from moecc.checkpoint.reading import inside, read_json
 from moecc.errors import MoeccError, quoted
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MOST_SHARDS = 10_000  # of a checkpoint
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -25,6 +26,12 @@ def read_index(folder: Path) -> dict[str, str]:
     if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
         raise MoeccError(
             f"{folder / INDEX} isn't a valid index ('weight_map' must give file names): "
+            "fetch it again"
+        )
+    require_few(len(where), str(folder / INDEX))
+    if (shards := len(set(where.values()))) > _MOST_SHARDS:
+        raise MoeccError(
+            f"{folder / INDEX} names {shards} files, and moecc takes at most {_MOST_SHARDS}: "
             "fetch it again"
         )
     return where
@@ -77,7 +84,7 @@ def checkpoint_entries(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]
     """Return every tensor of a checkpoint, and remarks on copies that the index doesn't name.
 
     Raise MoeccError if a file is missing or corrupt, if a shard lacks a tensor that the index says
-    it has, or if several have one that the index doesn't name.
+    it has, if several have one that the index doesn't name, or if there are too many tensors.
     """
     files = weight_files(folder)
     named = {name for names in files.values() for name in names}
@@ -85,6 +92,7 @@ def checkpoint_entries(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]
     stale: list[TensorEntry] = []
     for file, names in files.items():
         held = read_header(file)[0]
+        require_few(len(entries) + len(held), str(folder))
         for name in names:
             if name not in held:
                 raise MoeccError(

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moecc.checkpoint.fit import Fit
+from moecc.checkpoint.fit import Fit, require_few
 from moecc.checkpoint.low_bit import block_size, decoded
 from moecc.checkpoint.reading import opened
 from moecc.checkpoint.recipes import Recipe, Recipes
@@ -39,12 +39,14 @@ class CheckpointStore:
 
     Names are the model's own (`state_dict` keys). `tied`, `missing`, `unexpected` and `ignored` are
     those of `moecc.checkpoint.recipes.Recipes`. notes: remarks for the user. Raise MoeccError right
-    here, before `check`, if a file is absent, truncated or corrupt.
+    here, before `check`, if a file is absent, truncated or corrupt, or if there are far too many
+    tensors for the model.
     """
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
         self.folder, self.model = Path(folder), model
         self.stored, self.notes = checkpoint_entries(self.folder)
+        require_few(self.folder, len(self.stored), model)
         self.entries = decoded(self.stored, block_size(self.folder))
         self._recipes = Recipes(model, self.entries)
         self.tied, self.missing = self._recipes.tied, self._recipes.missing

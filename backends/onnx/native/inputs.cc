@@ -89,7 +89,7 @@ E find(const char* what, const std::string& name, const Named<E> (&all)[N]) {
     if (name == one.name) return one.value;
     names += (names.empty() ? "" : ", ") + std::string(one.name);
   }
-  throw Invalid(std::string(what) + " '" + name + "' is unknown; known are " + names);
+  throw Invalid(std::string(what) + " " + quoted(name) + " is unknown; known are " + names);
 }
 
 }  // namespace

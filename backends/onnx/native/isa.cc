@@ -35,7 +35,7 @@ const Kernels& choose_kernels() {
     if (std::string(wanted) == k->name) return *k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw Invalid("MOECC_ISA is '" + std::string(wanted) + "', this CPU has " + names);
+  throw Invalid("MOECC_ISA is " + quoted(wanted) + ", this CPU has " + names);
 }
 
 }  // namespace moecc

@@ -8,6 +8,19 @@ std::string text(const Shape& shape) {
   return s + "]";
 }
 
+std::string quoted(const std::string& name) {
+  constexpr size_t LONGEST = 60;
+  std::string s = "'";
+  for (const unsigned char c : name.substr(0, LONGEST)) {
+    constexpr char DIGITS[] = "0123456789abcdef";
+    if (c >= ' ' && c <= '~')
+      s += static_cast<char>(c);
+    else
+      s += {'\\', 'x', DIGITS[c >> 4], DIGITS[c & 15]};
+  }
+  return s + (name.size() > LONGEST ? "...'" : "'");
+}
+
 Tensor Reader::get(size_t i, const Input& input, bool may_be_empty) const {
   Tensor t{input.name, nullptr, {}};
   const OrtValue* value = nullptr;

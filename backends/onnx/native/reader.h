@@ -35,6 +35,9 @@ class Shape {  // of at most MOST dimensions, so that it needs no allocation
 
 std::string text(const Shape& shape);
 
+// A name that a file gives, as messages show it: in quotes, with escapes, and cut if it is long.
+std::string quoted(const std::string& name);
+
 struct Input {
   const char* name;
   int type;  // of ort::Type
