@@ -22,7 +22,7 @@ import pytest
 import torch
 from families import make
 from hypothesis import HealthCheck, settings
-from made import QUICK, ROWS, Command, Compile, Run, checkpoint, tracing_once
+from made import QUICK, Command, Compile, Run, checkpoint, tracing_once, with_rows
 from refusals import Refused, refusal
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
@@ -109,7 +109,7 @@ def compile(capsys: pytest.CaptureFixture[str]) -> Compile:
     """compile(model, out, passes, *options): run `moecc compile --json` on 8 rows of 32 tokens."""
 
     def run(model: Path, out: Path, passes: str = QUICK, *options: str | int | Path) -> Run:
-        args = model, "--passes", passes, "-o", out, *ROWS, "--json", *options
+        args = model, "--passes", passes, "-o", out, "--json", *with_rows(options)
         return Run(capsys, "compile", *args)
 
     return run

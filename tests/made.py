@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,14 @@ class Run:
     def json(self) -> Json:
         found: Json = json.loads(self.out)
         return found
+
+
+def with_rows(
+    options: Sequence[str | int | Path], rows: Sequence[str] = ROWS
+) -> list[str | int | Path]:
+    """Return options, and those of `rows` that they don't give: no option is taken twice."""
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    return [*options, *(word for pair in pairs if pair[0] not in options for word in pair)]
 
 
 Command = Callable[..., Run]  # the fixture `moecc` of conftest.py

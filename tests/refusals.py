@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pytest
-from made import QUICK, Run
+from made import QUICK, Run, with_rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def refusal(
 ) -> str:
     """Return the error line of a compilation that must fail and leave `folder` as it was."""
     before = listing(folder)
-    args = model, "--passes", passes, "-o", out, *SHORT, "--json", *options
+    args = model, "--passes", passes, "-o", out, "--json", *with_rows(options, SHORT)
     got = Run(capsys, "compile", *args)
     lines = got.err.splitlines()
     assert (got.code, got.out) == (2, ""), got.err

@@ -42,6 +42,11 @@ OPTIONS = {
     "--seed x": "seed",
     "--backend cuda": "no target 'cuda'; there are ",
     "--bit 2": "--bit",
+    "--passes vq": "argument --passes: is given twice; leave one out",
+    "--out other": "argument -o/--out: is given twice",
+    "--bits 2 --bits 2": "argument --bits: is given twice",
+    "--seed 1 --seed=2": "argument --seed: is given twice",
+    "--progress --no-progress": "argument --progress/--no-progress: is given twice",
 }
 
 

@@ -58,6 +58,8 @@ BAD = {
     "export of a profile with bits that it doesn't take": "export MODEL --to onnx{bits=8} -o OUT",
     "diff with one model": "diff MODEL",
     "diff with a missing model": "diff MODEL ./nothing",
+    "two references": "eval OUT --reference MODEL --reference MODEL",
+    "threads twice": "bench OUT --threads 1 --threads 2",
 }
 
 

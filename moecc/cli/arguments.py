@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moecc import __version__
 from moecc.cli import calls
@@ -17,8 +17,47 @@ Add = Callable[[argparse.ArgumentParser], None]
 _BITS = "default of every pass option called bits; see moecc passes NAME"
 
 
+class _Once(argparse.Action):
+    """An option that takes one value: what is given twice would be lost without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        _require_once(self, namespace)
+        setattr(namespace, self.dest, values)
+
+
+class _OnceOrNot(argparse.BooleanOptionalAction):
+    """A switch that can't be both on and off."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        _require_once(self, namespace)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _require_once(action: argparse.Action, namespace: argparse.Namespace) -> None:
+    given = vars(namespace).setdefault("given", set())
+    if action.dest in given:
+        raise argparse.ArgumentError(action, "is given twice; leave one out")
+    given.add(action.dest)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
+    """A parser whose errors are one line, as all others are, and that drops no argument."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
         raise MoeccError(f"{message}; see `{self.prog} --help`")
@@ -52,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         if command.progress:
             one.add_argument(
                 "--progress",
-                action=argparse.BooleanOptionalAction,
+                action=_OnceOrNot,
                 help="progress bars on stderr (default: on a terminal)",
             )
         if command.tokenizer:
