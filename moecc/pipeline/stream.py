@@ -19,6 +19,20 @@ from moecc.ir.graph import needed_for, run_nodes
 from moecc.ir.program import Program, output_node, stage_nodes
 from moecc.types import Value
 
+_ADVICE = "the model's own numbers leave the range of float32; check its weights"
+
+
+def require_numbers(value: Value, what: str) -> None:
+    """Raise MoeccError if there is NaN in a value; infinities may be masks."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
+        raise MoeccError(f"{what} is NaN: {_ADVICE}")
+
+
+def require_squares(value: Tensor, what: str) -> None:
+    """Raise MoeccError if float32 can't hold the sum of a value's squares."""
+    if not value.float().square().sum().isfinite():
+        raise MoeccError(f"{what} has squares of more than float32 holds: {_ADVICE}")
+
 
 class StageWeights(Mapping[str, Tensor]):
     """Placeholder name -> tensor, read from the program at first access and kept from then on."""
@@ -66,11 +80,16 @@ class Stream:
 
     @torch.no_grad()
     def advance(self, visit: Callable[[fx.Node, Value, int], None] | None = None) -> None:
-        """Take every batch through the next stage; call `visit(node, value, batch)` per result."""
+        """Take every batch through the next stage; call `visit(node, value, batch)` per result.
+
+        Raise MoeccError if a value that a later stage reads is NaN.
+        """
         nodes = stage_nodes(self.program, self.stage)
         weights, keep = StageWeights(self.program), self.needed_after(self.stage)
         for batch, values in enumerate(self.values):
             for node, value in run_nodes(nodes, values, weights, keep):
+                if node.name in keep:
+                    require_numbers(value, f"what {self._place()} gives")
                 if visit is not None:
                     visit(node, value, batch)
             for name in [n for n in values if n not in keep]:
@@ -93,13 +112,15 @@ class Stream:
             for _ in run_nodes(nodes, here, weights, keep=wanted | set(values)):
                 pass
             for name in wanted:
-                if isinstance(here[name], Tensor) and here[name].isnan().any():
-                    raise MoeccError(
-                        f"{name} is NaN on the calibration text: the model's own numbers leave the "
-                        "range of float32; check its weights"
-                    )
+                require_numbers(here[name], f"{name} in {self._place()}")
                 found[name].append(here[name])
         return found
+
+    def _place(self) -> str:
+        """The stage that comes next, as users count layers."""
+        if self.stage == 0:
+            return "the embedding"
+        return "the head" if self.stage == self.program.layers - 1 else f"layer {self.stage - 1}"
 
     def needed_after(self, stage: int) -> set[str]:
         """Return the names of the values that a later stage or the output reads."""

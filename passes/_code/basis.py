@@ -21,7 +21,7 @@ whatever experts the token takes.
   down     5. U = the top r left singular vectors of the side-by-side W_e C_e^1/2: the directions
               that all experts write to.
            6. basis = U^T [r, D], coef_e = U^T W_e [r, F].
-  both     7. Store the basis as float16, and the coefficients as int8 with a scale per row. The
+  both     7. Store the basis in 16 bits, and the coefficients as int8 with a scale per row. The
               coder gets W_e minus the *stored* part, so it makes up for this rounding.
 
 Not done: a mean of least squares under the moments. It runs off in directions that few tokens use,
@@ -41,6 +41,7 @@ from torch import Tensor
 from moecc.ir import vq4
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
+from moecc.passes._code.half import compact
 from moecc.passes._code.metric import damped
 
 
@@ -97,15 +98,15 @@ def factorize(weight: Tensor, moment: Tensor, rank: int, *, input_side: bool) ->
         scaled = weight @ root
         # right singular vectors of the stacked matrix = eigenvectors of the sum of Gram matrices
         vectors = torch.linalg.eigh((scaled.mT @ scaled).sum(0))[1][:, -rank:].flip(-1)
-        basis, coef = (vectors.T @ inverse).half(), scaled @ vectors
+        basis, coef = vectors.T @ inverse, scaled @ vectors
     else:
         gram = (weight @ damped(moment, 1e-3) @ weight.mT).sum(0)
         vectors = torch.linalg.eigh(gram)[1][:, -rank:].flip(-1)
-        basis, coef = vectors.T.contiguous().half(), vectors.T @ weight
-    scale = (coef.abs().amax(-1) / 127).clamp(min=6e-5).half()
+        basis, coef = vectors.T, vectors.T @ weight
+    scale = compact((coef.abs().amax(-1) / 127).clamp(min=6e-5))
     integers = (coef / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
     tensors: dict[str, Tensor | None] = {
-        "basis": basis.contiguous(),
+        "basis": compact(basis),
         "coef": integers,
         "coef_scale": scale,
     }

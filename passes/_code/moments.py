@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from moecc.errors import MoeccError
 from moecc.ir.gates import apply_gate
-from moecc.ir.moe import MoE
+from moecc.ir.moe import MoE, Projection
 from moecc.pipeline.passes import Layer
 
 MIN_TOKENS = 64  # an expert with fewer routed tokens is starved
+_MOST = 1e36  # that a sum of costs may reach: float32 holds 3e38
 _PER_EXPERT_BYTES = 2 << 30  # that one matrix per expert may take, all experts together
 # Weight, in tokens, of the layer's average in each expert's moment of gate_up's input.
 SHRINKAGE = 16.0
@@ -92,7 +94,8 @@ def measure(
     """Measure the moments of both projections of a layer's experts, which must be dense.
 
     cost: the layer's sensitivity, [D, D]. squared: weight tokens by their squared routing weight;
-    False: every token counts alike.
+    False: every token counts alike. Raise MoeccError if costs under the moments could leave the
+    range of float32.
     """
     gate_up, down = (layer.weight(p) for p in moe.projections)
     bias = layer.weight(moe.gate_up, "bias")
@@ -127,7 +130,30 @@ def measure(
         seen = f"{moe.path} expert {e}: {tokens[e]} routed tokens"
         notes.append(f"{seen}; calibrated on {sent} sent to it on purpose")
     counts = torch.tensor(tokens), torch.tensor(mass)
-    return Moments(*counts, inputs, reaching, starved, output, notes)
+    found = Moments(*counts, inputs, reaching, starved, output, notes)
+    for projection, weights in zip(moe.projections, (gate_up, down), strict=True):
+        _require_range(projection, weights, found)
+    return found
+
+
+def _require_range(projection: Projection, weight: Tensor, moments: Moments) -> None:
+    """Raise MoeccError unless float32 holds tr(S) |W|^2 tr(H) of every expert.
+
+    The cost of no error that passes meet is larger.
+    """
+    traces = [
+        m.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
+        for m in (moments.of(projection.name), moments.output_of(projection.name))
+        if m is not None
+    ]
+    norms = torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=torch.float64)
+    most = float(torch.stack([norms.square(), *traces]).clamp(min=1).prod(0).max())
+    if not most < _MOST:
+        raise MoeccError(
+            f"{projection.path}: squared errors of its output may reach {most:.0e} on the "
+            "calibration text, more than float32 can add up; check the weights of this layer, "
+            "and of those before it"
+        )
 
 
 def _output(

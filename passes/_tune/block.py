@@ -31,7 +31,7 @@ from moecc.passes._tune.routing import (
 )
 from moecc.passes._tune.whole import Values
 from moecc.pipeline.passes import Layer
-from moecc.pipeline.stream import StageWeights
+from moecc.pipeline.stream import StageWeights, require_squares
 
 # Every direction costs at least this share of the mean, because a direction that a sample of tokens
 # does not show to matter still may.
@@ -86,6 +86,9 @@ class Block:
             for n in self.outputs
             if n in sensitivity
         }
+        for name in self.outputs:
+            for values in self.targets:
+                require_squares(values[name], f"what layer {layer.index - 1} gives")
         self.spread = {
             n: torch.stack([self._cost(n, v[n] - v[n].mean()) for v in self.targets]).mean()
             for n in self.outputs

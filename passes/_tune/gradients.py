@@ -13,16 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moecc.checkpoint.memory import free_memory
+from moecc.errors import MoeccError
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program
 from moecc.passes._tune.block import output_logits
 from moecc.passes._tune.routing import boundary_nearness, selection_scores, standardized
 from moecc.passes._tune.whole import Values, Whole
 from moecc.pipeline.passes import Context, Kept
-from moecc.pipeline.stream import StageWeights
+from moecc.pipeline.stream import StageWeights, require_numbers
 from moecc.types import Value
 
 SHARPNESS = 4.0  # 1 / (standard deviations from the top-k boundary at which a score counts 1/e)
+
+_MOST = 1e30  # that squares may add up to: products of them must fit into float32 too
 
 
 class Gradients:
@@ -46,7 +49,10 @@ class Gradients:
             )
 
     def measure(self, kind: str, batches: list[Tensor]) -> Kept:
-        """S of one kind, kl or routing, on token ids of equally large batches."""
+        """S of one kind, kl or routing, on token ids of equally large batches.
+
+        Raise MoeccError if the model's numbers leave the range of float32.
+        """
         self.kind = kind
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
@@ -58,6 +64,14 @@ class Gradients:
             starts = self.ctx.progress(range(0, len(batches), step), f"sensitivity {kind}")
             for i in starts:
                 self._backward(i, batches[i : i + step])
+        for name, total in self.sums.items():
+            if not float(total.trace()) < _MOST:
+                layer = self.layers.get(name)
+                where = name if layer is None else f"the output of layer {layer - 1}"
+                raise MoeccError(
+                    f"{where}: squared gradients of {kind} there reach {float(total.trace()):.0e}, "
+                    "more than float32 can add up; check the weights of the layers behind it"
+                )
         return Kept({k: s.div_(self.tokens[k]) for k, s in self.sums.items()})
 
     def _together(self, batch: Tensor) -> int:
@@ -137,6 +151,7 @@ class Gradients:
                     yield self._decisions(scores, self.routers[name], draw)
         elif stage == self.top:
             output = values[self.whole.output].flatten(0, -2).float()
+            require_numbers(output, "what the head gives")
             yield self._output(output, self._draw(batch, "output"))
 
     def _draw(self, batch: int, name: str) -> torch.Generator:

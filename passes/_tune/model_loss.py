@@ -24,6 +24,7 @@ from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.tuned import split
 from moecc.passes._tune.whole import Values, Whole
 from moecc.pipeline.passes import Context
+from moecc.pipeline.stream import require_squares
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -103,18 +104,19 @@ class ModelLoss:
         if row not in self.targets:
             kept = self.teacher.forward(self.batches[row], lambda wanted: {})
             scores = {k: v for values in kept for k, v in values.items() if k in self.routers}
+            for name in self._hidden(kept[-1]):
+                require_squares(kept[-1][name], "the last hidden state")
             self.targets[row] = kept[-1] | scores
         return self.targets[row]
 
     def _terms(self, row: int, values: Values, logits: Tensor) -> dict[str, Tensor]:
         """hidden of one batch; with a head kl, and lm if it has a weight."""
         target = self._target(row)
-        moving = [k for k in values if k in self.whole.moving and k not in self.routers]
         hidden = [
             relative(
                 (values[k] - target[k]).float().square().sum(), target[k].float().square().sum()
             )
-            for k in moving
+            for k in self._hidden(values)
         ]
         found = {"hidden": torch.stack(hidden).mean()}
         if not self.has_head:
@@ -126,6 +128,10 @@ class ModelLoss:
             following = self.batches[row][:, 1:].flatten()
             found["lm"] = F.nll_loss(student[:, :-1].flatten(0, 1), following)
         return found
+
+    def _hidden(self, values: Values) -> list[str]:
+        """The names of those values before the head that trained tensors change."""
+        return [k for k in values if k in self.whole.moving and k not in self.routers]
 
     def _misalignment(self, row: int, name: str, scores: Tensor) -> Tensor:
         """One router's share of the routing term."""
