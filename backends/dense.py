@@ -7,7 +7,6 @@ folder without moecc. An adapter trained on it goes back by the pass `absorb`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +15,13 @@ import torch
 
 from moecc.artifact.decode import float_tensors
 from moecc.artifact.draft import new_folder
-from moecc.artifact.write import copy_small_files, float_config, write_kept, write_weights
+from moecc.artifact.write import (
+    copy_small_files,
+    float_config,
+    write_json,
+    write_kept,
+    write_weights,
+)
 from moecc.checkpoint.files import size
 from moecc.checkpoint.reading import read_json
 from moecc.options import option
@@ -40,8 +45,7 @@ class DenseTarget(Target):
             copy_small_files(artifact, draft, say)
             config = read_json(artifact / "config.json")
             float_config(config, None if dtype is None else self.dtype)
-            text = json.dumps(config, indent=1, sort_keys=True) + "\n"
-            (draft / "config.json").write_text(text, encoding="utf-8")
+            write_json(draft / "config.json", config, allow_nan=True)
             write_kept(artifact, draft)
             say("writing")
             write_weights(draft, tensors)

@@ -117,12 +117,12 @@ FAULTS = {
     "the second layer": (no_sync(4), f"layer-0-0002.safetensors .* {FULL}; free some space", 1),
     "the weights": (no_sync(10), f"output/model.safetensors .* {FULL}; free some space", 3),
     "the small files": (
-        failing("moecc.artifact.write._json", full),
+        failing("moecc.artifact.write.write_json", full),
         f"writing .*out failed: {FULL}; free some space or write elsewhere",
         3,
     ),
     "a limit on sizes": (
-        failing("moecc.artifact.write._json", too_large),
+        failing("moecc.artifact.write.write_json", too_large),
         r"out failed: File too large; raise the limit on file sizes \(ulimit -f\)",
         3,
     ),

@@ -100,6 +100,11 @@ def test_the_float_checkpoint_computes_what_the_artifact_does(family: str, tmp_p
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
+def test_the_guide_shows_the_float_target_word_for_word() -> None:
+    guide, target = ((ROOT / "backends" / f).read_text() for f in ("README.md", "dense.py"))
+    assert f"```python\n{target[target.index('from dataclasses') :]}```" in guide
+
+
 def test_offsets_without_a_place_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "model", "mixtral")
     compile_model(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moecc import __version__
 from moecc.artifact.draft import new_folder
-from moecc.artifact.write import copy_small_files
+from moecc.artifact.write import copy_small_files, write_json
 from moecc.backends.onnx import OPSETS, OnnxTarget, build, genai, run
 from moecc.backends.onnx.cached import Cached, capture_cached
 from moecc.backends.onnx.rewrites import embeddings, joined, qmoe
@@ -93,8 +93,7 @@ def _export(folder: Path, partial: Path, options: OnnxTarget, say: Say) -> Json:
     record = _compare(folder, partial, vocabulary, _rounding(model, options), library)
     record |= _facts(model, store, options, library)
     record["bytes"] = sum((partial / f).stat().st_size for f in (MODEL, DATA))
-    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
-    (partial / RECORD).write_text(text, encoding="utf-8")
+    write_json(partial / RECORD, record)
     return record
 
 

@@ -51,9 +51,9 @@ def write_artifact(
     header = Row("(safetensors headers)", "file format", (), HEADER, on_disk - found.nbytes)
     rows = [*found.rows, header]
     _require_total(rows, on_disk)
-    _json(folder / "config.json", _config(program, config, found), allow_nan=True)
+    write_json(folder / "config.json", _config(program, config, found), allow_nan=True)
     audit = [row.as_json() for row in rows]
-    _json(folder / "moecc.json", {**facts, "summary": summary(rows), "audit": audit})
+    write_json(folder / "moecc.json", {**facts, "summary": summary(rows), "audit": audit})
     return rows
 
 
@@ -74,7 +74,7 @@ def write_weights(
         write_safetensors(folder / name, {k: tensors[k] for k in keys}, {"format": "pt"})
     if count > 1:
         index = {k: name for name, keys in files.items() for k in keys}
-        _json(folder / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": index})
+        write_json(folder / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": index})
     return list(files)
 
 
@@ -120,7 +120,7 @@ def write_kept(artifact: Path, folder: Path) -> None:
     """Say in `folder`, as moecc.json of `artifact` does, which of the source's experts it has."""
     kept = read_manifest(artifact).get("experts_kept")
     if kept:
-        _json(folder / "moecc.json", {"experts_kept": kept})
+        write_json(folder / "moecc.json", {"experts_kept": kept})
 
 
 def _config(program: Program, source: Json, found: Plan) -> Json:
@@ -156,7 +156,10 @@ def float_config(config: Json, dtype: str | None = None) -> None:
                 part["dtype"] = dtype
 
 
-def _json(path: Path, value: Json, *, allow_nan: bool = False) -> None:
-    """Write JSON as a text. allow_nan: as transformers writes and reads it, with Infinity."""
+def write_json(path: Path, value: Json, *, allow_nan: bool = False) -> None:
+    """Write an object as an indented text with its keys in order.
+
+    allow_nan: as transformers writes and reads it, with Infinity.
+    """
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=allow_nan)
     path.write_text(text + "\n", encoding="utf-8")
