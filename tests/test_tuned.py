@@ -85,6 +85,18 @@ def test_values_move_in_units_of_their_kind(program: Program, tuned: Tuned) -> N
         torch.testing.assert_close(unit, want)
 
 
+def test_bits_are_those_of_the_codes_that_a_value_belongs_to() -> None:
+    program = tiny_program("M")
+    passes = resolved("klt{rank=2,mean=4},vq{bits=2,rounds=1},affine,fold")
+    run_passes(program, passes, Context(), tiny_batches())
+    tuned = Tuned(program, program.moe_layers())
+    found = {
+        kind: {tuned.bits[k] for k, own in tuned.kinds.items() if own == kind} for kind in RATES
+    }
+    assert found["mean_codebook"] == found["mean_scale"] == {4}
+    assert found["codebook"] == found["scale"] == found["coef"] == {2}
+
+
 def test_each_extra_bit_divides_the_rate_by_three(tuned: Tuned) -> None:
     for (k, kind), group in zip(tuned.kinds.items(), tuned.groups(0.5), strict=True):
         assert group["params"] == [tuned.parameters[k]] and tuned.bits[k] == 3

@@ -1,0 +1,244 @@
+"""The rounds of coding one by one: what `encode` hands to them, their order, the state it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from coders import BITS, E, K, N, costs, drawn, random_state
+from torch import Tensor
+
+from moecc.passes._code import coding
+from moecc.passes._code.codebooks import Book, kmeans, rounded
+from moecc.passes._code.coded import Coded, joined
+from moecc.passes._code.coder import Coder
+from moecc.passes._code.coding import _better, _costly_first, _refined, encode, encode_in_parts
+from moecc.passes._code.feedback import choose
+from moecc.passes._code.metric import damped
+
+
+def same(a: Coded, b: Coded) -> None:
+    for name, value in vars(a).items():
+        other = vars(b)[name]
+        assert (value is None) == (other is None), name
+        if value is not None:
+            torch.testing.assert_close(value, other, rtol=1e-6, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "costs", "book", "no feedback"])
+def test_rounds_start_from_rows_of_size_one_under_a_damped_metric(
+    bits: int, shared: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, moment = drawn(3)
+    weight = weight * torch.linspace(0.01, 3, N).unsqueeze(-1)
+    weight[1, 2] = 0
+    output = costs(1.0, rows=N) if kind in ("costs", "no feedback") else None
+    g = torch.Generator().manual_seed(4)
+    random = Book(
+        (torch.rand(1, 256, 2 if bits == 4 else 4, generator=g) * 100).round(), torch.ones(1, 1)
+    )
+    book = random if kind == "book" else None
+    seen: list[tuple[Coder, Coded, int, dict[str, bool]]] = []
+
+    def refined(coder: Coder, start: Coded, rounds: int, **options: bool) -> Coded:
+        seen.append((coder, start, rounds, options))
+        return start
+
+    monkeypatch.setattr(coding, "_refined", refined)
+    got = encode(
+        weight,
+        moment,
+        output,
+        bits=bits,
+        shared=shared,
+        seed=5,
+        rounds=7,
+        feedback=kind != "no feedback",
+        turns=2,
+        book=book,
+    )
+    ((coder, start, rounds, options),) = seen
+    assert rounds == 7 and options == {"shared": shared, "fixed_book": book is not None}
+    assert coder.bits == bits and coder.feedback == (kind != "no feedback")
+    size = torch.tensor(
+        [[max(float(row.double().square().mean()) ** 0.5, 1e-12) for row in w] for w in weight]
+    )
+    target, order = weight / size.unsqueeze(-1), torch.arange(N).expand(E, -1)
+    if kind == "costs":
+        assert output is not None and coder.output is not None
+        found, rows = _costly_first(output, size.unsqueeze(-1))
+        torch.testing.assert_close(coder.output, found)
+        order = rows.squeeze(-1)
+        target = torch.stack([t[o] for t, o in zip(target, order, strict=True)])
+    else:
+        assert coder.output is None
+    torch.testing.assert_close(coder.target, target)
+    h = torch.stack([m + 0.01 * m.diagonal().mean() * torch.eye(K) for m in moment])
+    torch.testing.assert_close(coder.moment, h)
+    torch.testing.assert_close(coder.moment, damped(moment))
+    importance = torch.stack([m.diagonal() / m.diagonal().mean() for m in h])
+    torch.testing.assert_close(coder.importance, importance)
+    if book is None:
+        centroids = kmeans(coder.target, coder.importance, bits=bits, seed=5, turns=2)
+        book = rounded(centroids, bits)
+    table = book.integers if shared else book.integers.expand(E, -1, -1)
+    same(start, choose(coder, table, book.step.expand(E, N)))
+    # rows come back in their own order and size, and zeros stay zeros
+    for e in range(E):
+        for i, n in enumerate(order[e].tolist()):
+            assert torch.equal(got.codes[e, n], start.codes[e, i])
+            if bits == 3:
+                assert got.negative is not None and start.negative is not None
+                assert torch.equal(got.negative[e, n], start.negative[e, i])
+            want = 0 if (e, n) == (1, 2) else float(start.scale[e, i] * size[e, n])
+            assert float(got.scale[e, n]) == pytest.approx(want, rel=1e-6)
+    assert torch.equal(got.codebook, start.codebook)
+
+
+def test_costs_are_those_of_rows_of_size_one_the_costly_ones_first() -> None:
+    output, size = costs(1.0, rows=N), torch.linspace(3, 0.5, E * N).view(E, N, 1)
+    got, order = _costly_first(output, size)
+    for e in range(E):
+        s = torch.outer(size[e, :, 0], size[e, :, 0]) * output[e]
+        s = s + 0.2 * s.diagonal().mean() * torch.eye(N)
+        s = s / s.diagonal().mean()
+        rows = sorted(range(N), key=lambda n: -float(s[n, n]))
+        assert order[e, :, 0].tolist() == rows
+        torch.testing.assert_close(got[e], s[rows][:, rows])
+
+
+CHOOSE, BOOK, SWEEP, SCALE = "choose", "refit_codebook", "sweep", "refit_scale"
+
+
+@pytest.mark.parametrize(
+    ("feedback", "fixed", "want"),
+    [
+        (True, False, [SWEEP, SCALE, BOOK, CHOOSE, SWEEP, SCALE, *[BOOK, SWEEP, SCALE] * 2]),
+        (True, True, [SWEEP, SCALE, CHOOSE, SWEEP, SCALE, *[SWEEP, SCALE] * 2]),
+        (False, False, [SCALE]),
+    ],
+)
+def test_rounds_refit_and_sweep_and_the_best_state_stays(
+    feedback: bool, fixed: bool, want: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the second round chooses all codes anew."""
+    log: list[str] = []
+
+    class State(SimpleNamespace):
+        codebook, scale = "codebook", "scale"
+
+    coder = SimpleNamespace(target=torch.zeros(E, N, K), feedback=feedback, bits=2)
+
+    def step(name: str) -> Any:
+        def run(given: object, state: Any, *more: object) -> State:
+            assert given is coder and more == (("scale",) if name == CHOOSE else ())
+            log.append(name)
+            return State(at=len(log))
+
+        return run
+
+    for name in (CHOOSE, BOOK, SWEEP, SCALE):
+        monkeypatch.setattr(coding, name, step(name))
+    errors = {2: 5.0, 6: 3.0, 5: 3.0, 7: 4.0, 9: 3.0, 12: 6.0, 1: 1.0}
+    coder.error = lambda state: torch.full((E,), errors[state.at])
+    found = _refined(coder, State(at=0), 4, shared=True, fixed_book=fixed)  # type: ignore[arg-type]
+    assert log == want
+    assert found.at == (1 if not feedback else 5 if fixed else 6)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_of_two_states_each_expert_keeps_its_better_one(bits: int) -> None:
+    (_, best), (_, state) = random_state(bits, 1), random_state(bits, 2)
+    least, error = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.5])
+    got, left = _better(best, least, state, error, False)
+    assert left.tolist() == [1.0, 1.5]
+    for name, value in vars(got).items():
+        if value is not None:
+            assert torch.equal(value[0], vars(best)[name][0]), name
+            assert torch.equal(value[1], vars(state)[name][1]), name
+    assert (got.negative is None) == (bits != 3)
+    for more, taken in ((0.4, state), (0.6, best)):  # with a shared codebook the sum decides
+        error = torch.tensor([1.0 + more, 1.5])
+        got, left = _better(best, least, state, error, True)
+        assert got is taken and torch.equal(left, error if taken is state else least)
+    assert _better(None, least, state, error, False) == (state, error)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("coupled", [True, False])
+def test_experts_beyond_the_memory_are_coded_in_parts(
+    shared: bool, coupled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared codebook is fitted to evenly spaced rows and experts that fit together."""
+    experts = 10
+    weight, moment = drawn(experts=experts, rows=12)
+    output = drawn(2, experts=experts, columns=12)[1] if coupled else None
+    calls: list[tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]] = []
+    made: list[Coded] = []
+
+    def spy(w: Tensor, h: Tensor, s: Tensor | None = None, **options: Any) -> Coded:
+        calls.append((w, h, s, options))
+        made.append(encode(w, h, s, **options))
+        return made[-1]
+
+    monkeypatch.setattr(coding, "encode", spy)
+    monkeypatch.setattr(coding, "AT_ONCE", 3 * weight[0].numel())
+    got = encode_in_parts(weight, moment, output, shared=shared, bits=2, seed=1, rounds=1, turns=2)
+    parts = [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)]
+    book = None
+    if shared:
+        some = [0, 1, 2, 3, 5, 6, 7, 9]
+        rows = [0, 3, 6, 9]  # 8 experts, of which 3 fit: every third row
+        w, h, s, options = calls.pop(0)
+        assert torch.equal(w, weight[some][:, rows]) and torch.equal(h, moment[some])
+        assert (s is None) == (not coupled)
+        if s is not None and output is not None:
+            assert torch.equal(s, output[some][:, rows][:, :, rows])
+        assert options == {"shared": True, "bits": 2, "seed": 1, "rounds": 1, "turns": 2}
+        book = made.pop(0)
+        step = (book.scale / w.square().mean(-1).sqrt()).median()
+    for part, (w, h, s, options) in zip(parts, calls, strict=True):
+        assert torch.equal(w, weight[part]) and torch.equal(h, moment[part])
+        assert (s is None) == (not coupled)
+        assert s is None or output is None or torch.equal(s, output[part])
+        given = options.pop("book")
+        assert options == {"shared": shared, "bits": 2, "seed": 1, "rounds": 1, "turns": 2}
+        assert (given is None) == (not shared)
+        if given is not None and book is not None:
+            assert torch.equal(given.integers, book.codebook) and given.step.shape == (1, 1)
+            assert float(given.step) == pytest.approx(float(step), rel=1e-5)
+    books = made[0].codebook if shared else torch.cat([m.codebook for m in made])
+    same(got, joined(made, 0, books))
+    assert got.codebook.shape[0] == (1 if shared else experts)
+
+
+def test_rows_are_put_in_another_order_expert_by_expert() -> None:
+    _, state = random_state(3)
+    order = torch.stack([torch.randperm(N) for _ in range(E)])
+    got = state.rows(order.unsqueeze(-1))
+    for e in range(E):
+        for name in ("codes", "negative", "scale"):
+            assert torch.equal(vars(got)[name][e], vars(state)[name][e][order[e]]), name
+    assert got.codebook is state.codebook
+    assert replace(state, negative=None).rows(order.unsqueeze(-1)).negative is None
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_joined_parts_are_those_of_one_after_the_other(dim: int) -> None:
+    _, state = random_state(3)
+    parts = [
+        Coded(
+            *(t.narrow(dim, start, 1) for t in (state.codes, state.negative)),
+            state.codebook,
+            state.scale.narrow(dim, start, 1),
+        )  # type: ignore[union-attr]
+        for start in range(state.codes.shape[dim])
+    ]
+    same(joined(parts, dim, state.codebook), state)
+    unsigned = [replace(p, negative=None) for p in parts]
+    assert joined(unsigned, dim, state.codebook).negative is None
