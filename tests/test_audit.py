@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ from torch import Tensor, fx
 from moecc.artifact.audit import Plan, plan
 from moecc.artifact.schema import Row, summary
 from moecc.checkpoint.files import LazyTensor
-from moecc.checkpoint.roles import role_of
+from moecc.checkpoint.roles import ROUTED, role_of
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program
-from moecc.pipeline.fate import HEADER, KEPT, REWRITTEN, Fate
+from moecc.pipeline.fate import HEADER, KEPT, REWRITTEN, UNUSED, Fate
 from moecc.pipeline.order import resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context
@@ -201,6 +202,98 @@ def test_why_a_projection_stayed_float_is_in_each_of_its_rows(
         f"{path}.gate_up_proj",
         f"{path}.gate_up_proj_bias",
     ]
+
+
+def test_every_row_of_a_small_program_has_its_bytes_its_bits_and_its_fate(
+    tiny: Callable[[str], Program], batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, ctx = tiny("M"), Context()
+    store: Any = program.store
+    store.tensors |= {n: store.tensors[n].bfloat16() for n in ("embed.weight", "head.weight")}
+    store.tensors["tied"] = store.tensors["head.weight"]
+    for name, value in dict(
+        tied={"tied": "head.weight"}, unexpected=["stray"], ignored=["mtp"]
+    ).items():
+        monkeypatch.setattr(store, name, value)
+    original = program.copy()
+    run_passes(program, resolve(parse_passes("vq{rounds=1}")[0])[0], ctx, batches)
+    program.rewrite("head.weight", 3 * program.read("head.weight"))
+    program.add("embed.weight", 3 * program.read("embed.weight"))
+    program.unreached = ("layers.0.gate.weight",)
+    ctx.record("layers.0.gate.weight", more=1)
+    found = plan(program, original, ctx)
+    tensors = {name: t.read() for name, t in found.tensors.items()}
+    assert all((t.shape, t.dtype) == (x.shape, x.dtype) for t, x in pairs(found, tensors))
+    rows = {r.name: r for r in found.rows}
+    assert list(rows) == [
+        "layers.0.gate_up",
+        "layers.0.down",
+        *("embed.weight", "head.weight", "layers.0.gate.weight", "tied", "stray", "mtp"),
+    ]
+    # coded experts
+    for side, weights in (("gate_up", 4 * 16 * 16), ("down", 4 * 16 * 8)):
+        row, path = rows[f"layers.0.{side}"], f"layers.0.{side}."
+        parts = {n.removeprefix(path): t for n, t in tensors.items() if n.startswith(path)}
+        nbytes = {part: t.numel() * t.element_size() for part, t in parts.items()}
+        recorded = ctx.audit[f"layers.0.{side}"]
+        assert row.nbytes == sum(nbytes.values()) and row.bits == 8 * row.nbytes / weights
+        assert row.details["bytes"] == nbytes and row.details["source_bits"] == 32
+        assert (row.role, row.experts, row.projection, row.layer) == (ROUTED, "layers.0", side, 0)
+        assert (row.error, row.tokens) == (recorded.get("error"), recorded.get("tokens"))
+        assert row.in_sample_error == recorded["in_sample_error"] and row.tokens
+        assert row.starved == recorded["starved"] and row.starved
+        assert str(row.fate) == "vq4 2 bit" and row.fallback == ""
+        stored = getattr(found.compression.experts["layers.0"], side)
+        assert stored == {n: (tuple(t.shape), str(t.dtype)[6:]) for n, t in parts.items()}
+    coded = found.compression.experts["layers.0"]
+    assert coded.remove == ["gate_up", "down"] and not found.compression.linears
+    assert coded.attributes["gate"] == "glu" and coded.attributes["act"] == "silu"
+    assert found.compression.guard == ["layers.0.gate_up"]
+    assert tensors["layers.0.gate_up"].shape == (0,)
+    assert tensors["layers.0.gate_up"].dtype == torch.uint8 and "layers.0.down" not in tensors
+    # the rest
+    for name, dtype, times, bits in (
+        ("head.weight", torch.bfloat16, 3, 16),
+        ("embed.weight", torch.float32, 3, 32),
+        ("layers.0.gate.weight", torch.float32, 1, 32),
+    ):
+        value = (times * store.tensors[name].float()).to(dtype)
+        assert tensors[name].dtype == dtype and torch.equal(tensors[name], value)
+        assert rows[name].nbytes == value.numel() * bits // 8 and rows[name].bits == bits
+        assert rows[name].fate == (KEPT if times == 1 else REWRITTEN)
+        assert rows[name].shape == tuple(value.shape) and rows[name].layer is None
+    assert rows["head.weight"].details == rows["embed.weight"].details == {"source_bits": 16}
+    assert rows["layers.0.gate.weight"].details == {"source_bits": 32, "more": 1}
+    assert rows["layers.0.gate.weight"].fallback == "no path of the trace reads it"
+    assert rows["tied"] == Row("tied", "other", (16, 16), Fate("tied", of="head.weight"), 0)
+    for name in ("stray", "mtp"):
+        reason = "no parameter of the model takes it"
+        assert rows[name] == Row(name, "not part of the model", (), UNUSED, 0, fallback=reason)
+    assert "tied" not in tensors and found.nbytes == sum(t.nbytes for t in tensors.values())
+    assert sum(r.nbytes for r in found.rows) == found.nbytes
+    assert not [note for note in ctx.notes if "recorded, but" in note]
+
+
+def pairs(found: Plan, tensors: dict[str, Tensor]) -> list[tuple[Any, Tensor]]:
+    return [(t, tensors[name]) for name, t in found.tensors.items()]
+
+
+def test_dense_experts_of_a_small_program_are_placed_and_keep_what_was_recorded(
+    tiny: Callable[[str], Program],
+) -> None:
+    program, ctx = tiny("DM"), Context()
+    ctx.record("layers.1.down", fallback="too small", looked=True, error=0.5)
+    found = plan(program, program.copy(), ctx)
+    rows = {r.name: r for r in found.rows}
+    for side in ("gate_up", "down"):
+        row = rows[f"layers.1.{side}"]
+        assert (row.role, row.experts, row.projection, row.layer) == (ROUTED, "layers.1", side, 1)
+        assert row.fate == KEPT and row.bits == 32
+    assert rows["layers.1.down"].fallback == "too small" and rows["layers.1.down"].error == 0.5
+    assert rows["layers.1.down"].details == {"source_bits": 32, "looked": True}
+    assert rows["layers.1.gate_up"].fallback == "" and rows["layers.1.gate_up"].details == {}
+    assert rows["layers.0.linear.weight"].experts == "" and not found.compression.guard
+    assert found.tensors.keys() == rows.keys() == set(program.store.names())  # type: ignore[union-attr]
 
 
 def test_summary_counts_whole_bits() -> None:

@@ -48,6 +48,7 @@ def test_only_regular_files_are_opened_for_reading(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\x00\r\n\xff")
     with opened(tmp_path / "a") as file:
         assert file.read() == b"\x00\r\n\xff"
+        assert not os.get_blocking(file.fileno())  # a pipe would wait for its other end
     fails(lambda: opened(Path(os.devnull)), "isn't a regular file")
     with pytest.raises(FileNotFoundError):
         opened(tmp_path / "b")
