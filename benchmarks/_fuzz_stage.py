@@ -31,6 +31,7 @@ from moecc.target import parse_target
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 import made  # noqa: E402
+import traces  # noqa: E402
 from families import FAMILIES, Missing, config  # noqa: E402
 
 # sharded as a large model is; in FP8; in MXFP4
@@ -61,7 +62,7 @@ class Stage:
     def __init__(self, folder: Path, families: Sequence[str] = tuple(FAMILIES)):
         self.folder, self.families = folder / "stage", list(families)
         self.folder.mkdir(parents=True)
-        made.tracing_once(pytest.MonkeyPatch())
+        traces.trace_once(pytest.MonkeyPatch())
         self._names: dict[tuple[str, str], list[str]] = {}
         self._program: Program | None = None
         self.runner = Runner(self.folder, self._actions())

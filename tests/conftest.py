@@ -22,10 +22,11 @@ import pytest
 import torch
 from families import make
 from hypothesis import HealthCheck, settings
-from made import QUICK, Command, Compile, Run, checkpoint, tracing_once, with_rows
+from made import QUICK, Command, Compile, Run, checkpoint, with_rows
 from refusals import Refused, refusal
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
+from traces import trace_once
 
 from moecc.frontend.stages import paths
 from moecc.frontend.trace import trace
@@ -85,13 +86,13 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 @pytest.fixture(scope="module")
 def traced_once() -> Iterator[None]:
-    """Run torch.export once for all models of the same configuration (`made.tracing_once`).
+    """Run torch.export once for all models of the same configuration (`traces.trace_once`).
 
     It takes two thirds of a small compilation. This fixture is for tests of later steps;
     test_trace, test_families and test_ir test the trace itself.
     """
     with pytest.MonkeyPatch.context() as patch:
-        tracing_once(patch)
+        trace_once(patch)
         yield
 
 

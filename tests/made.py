@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,15 +14,10 @@ import torch
 from families import FAMILIES, make
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.export import ExportedProgram
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moecc import cli
 from moecc.checkpoint.files import write_safetensors
-from moecc.frontend import capture
-from moecc.frontend.skeleton import Skeleton
-from moecc.ir.tensors import digest
 from moecc.pipeline import journal
 from moecc.types import FamilyModule, Json
 
@@ -60,17 +54,22 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 
 def checkpoint(
-    folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.float32, **config: Any
+    folder: Path,
+    family: str = "mixtral",
+    dtype: torch.dtype = torch.float32,
+    shard: str = "1GB",
+    **config: Any,
 ) -> Path:
     """Save a tiny model of a family and its tokenizer as a checkpoint; return the folder.
 
-    config: settings that differ from those in tests/families.py.
+    shard: the size of its largest file. config: settings that differ from those in
+    tests/families.py.
     """
     entry = FAMILIES[family]
     smaller = replace(entry, config={**entry.config, **SMALLER.get(family, {}), **config})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, family, smaller)
-        make(family, dtype).save_pretrained(folder)
+        make(family, dtype).save_pretrained(folder, max_shard_size=shard)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -147,30 +146,6 @@ def generated(model: FamilyModule, ids: Tensor, steps: int) -> Tensor:
         use_cache=True,
     )
     return made
-
-
-_traces: dict[object, ExportedProgram] = {}
-
-
-def tracing_once(patch: pytest.MonkeyPatch) -> None:
-    """Run torch.export once for all models of the same configuration, from now on."""
-    real = capture._export
-
-    def export(found: Skeleton, batch: int, sequence: int) -> ExportedProgram:
-        model = found.model
-        config = {k: v for k, v in found.config.to_dict().items() if k != "_name_or_path"}
-        modules = tuple((name, type(module)) for name, module in model.named_modules())
-        parameters = [(n, p.shape, p.dtype) for n, p in model.named_parameters()]
-        buffers = [  # a trace holds their values
-            (n, b.dtype, b.shape, "" if isinstance(b, FakeTensor) else digest(b))
-            for n, b in model.named_buffers()
-        ]
-        key = modules, str((config, parameters, buffers)), found.mode is None, batch, sequence
-        if key not in _traces:
-            _traces[key] = real(found, batch, sequence)
-        return copy.deepcopy(_traces[key])
-
-    patch.setattr(capture, "_export", export)
 
 
 def stop(patch: pytest.MonkeyPatch, where: str, stage: int, how: Callable[[], object]) -> None:
