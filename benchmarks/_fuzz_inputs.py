@@ -78,7 +78,7 @@ READING = {"store PART": 70, "diff PART PART": 20, "inspect PART": 3, GENERATE: 
 
 def header(m: Mutator, stage: Stage) -> Case:
     """A safetensors file of a checkpoint, of an artifact, or of a sharded or low-bit checkpoint."""
-    part = m.pick([*CHECKPOINTS, "artifact"])
+    part = m.pick([*stage.models, "artifact"])
     file = m.pick(stage.names(part, "*.safetensors"))
     changes = {file: _mutate_tensors.mutated(m, stage.read(file))}
     return _case(m, stage, "header", part, changes, READING)
@@ -86,16 +86,16 @@ def header(m: Mutator, stage: Stage) -> Case:
 
 def index(m: Mutator, stage: Stage) -> Case:
     """The shard index, or which shards there are."""
-    shards = [name.removeprefix("qwen/") for name in stage.names("qwen", "*.safetensors")]
+    shards = [name.removeprefix("mixtral/") for name in stage.names("mixtral", "*.safetensors")]
     changes: dict[str, Item] = {}
     if m.chance(0.8):
         values = [*shards, *shards, SINGLE, "config.json", "./x", "sub/x.safetensors", "/dev/zero"]
-        changes[f"qwen/{INDEX}"] = m.json(stage.read(f"qwen/{INDEX}"), ["weight_map"], values)
+        changes[f"mixtral/{INDEX}"] = m.json(stage.read(f"mixtral/{INDEX}"), ["weight_map"], values)
     if not changes or m.chance(0.1):
-        name = f"qwen/{m.pick([*shards, SINGLE, INDEX])}"
-        other = stage.read(f"qwen/{m.pick(shards)}")
+        name = f"mixtral/{m.pick([*shards, SINGLE, INDEX])}"
+        other = stage.read(f"mixtral/{m.pick(shards)}")
         changes[name] = m.pick([*ODD_FILES, other, other])
-    return _case(m, stage, "index", "qwen", changes, READING)
+    return _case(m, stage, "index", "mixtral", changes, READING)
 
 
 # ---------------------------------------------------------------- what config.json and others say
@@ -107,7 +107,7 @@ def configuration(m: Mutator, stage: Stage) -> Case:
         file = m.pick(stage.names("configs"))
         ways = {"skeleton PART": 97.0, "inspect PART": 3.0}
     else:
-        file = f"{m.pick([*CHECKPOINTS, 'artifact'])}/config.json"
+        file = f"{m.pick([*stage.models, 'artifact'])}/config.json"
         ways = {"store PART": 85.0, "inspect PART": 5.0, GENERATE: 5.0, SHORT: 3.0}
     part = file.rpartition("/")[0]
     keys, values = _settings(stage)

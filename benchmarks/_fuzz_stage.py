@@ -16,6 +16,7 @@ import torch
 from _fuzz_run import Action, Case, Runner
 
 from moecc.artifact import hf
+from moecc.backends.onnx import build
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.cli.arguments import parser
 from moecc.commands.rows import token_rows, tokenizer_of
@@ -34,7 +35,7 @@ import made  # noqa: E402
 import traces  # noqa: E402
 from families import FAMILIES, Missing, config  # noqa: E402
 
-# sharded as a large model is; in FP8; in MXFP4
+# The family of each checkpoint: the first is in shards, as a large one is; two have low bits.
 CHECKPOINTS = {"mixtral": "mixtral", "qwen": "qwen2_moe", "fp8": "deepseek_v3", "mxfp4": "gpt_oss"}
 TEXT = "def main(a, b): return [a + b, 'x' * 3]  # what it is for, in a few words\n" * 40
 CHAT = {"messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": TEXT}]}
@@ -54,15 +55,22 @@ def compilation(part: str) -> list[str]:
 
 
 class Stage:
-    """The parts, each made when it is first needed, in `folder`/stage. families: of configurations.
+    """The parts, each made when it is first needed, in `folder`/stage.
 
-    torch.export runs once for every configuration.
+    patch: makes torch.export run once for every configuration. models: the checkpoints that are
+    changed. families: those whose configurations are changed.
     """
 
-    def __init__(self, folder: Path, families: Sequence[str] = tuple(FAMILIES)):
-        self.folder, self.families = folder / "stage", list(families)
+    def __init__(
+        self,
+        folder: Path,
+        patch: pytest.MonkeyPatch,
+        models: Sequence[str] = tuple(CHECKPOINTS),
+        families: Sequence[str] = tuple(FAMILIES),
+    ):
+        self.folder, self.models, self.families = folder / "stage", models, families
         self.folder.mkdir(parents=True)
-        traces.trace_once(pytest.MonkeyPatch())
+        traces.trace_once(patch)
         self._names: dict[tuple[str, str], list[str]] = {}
         self._program: Program | None = None
         self.runner = Runner(self.folder, self._actions())
@@ -123,7 +131,7 @@ class Stage:
         settings = folder / "tokenizer_config.json"
         told = json.loads(settings.read_text()) | {"chat_template": TEMPLATE}
         settings.write_text(json.dumps(told))
-        if folder.name == "qwen":
+        if folder.name == "mixtral":
             model = made.load(folder)
             (folder / "model.safetensors").unlink()
             model.save_pretrained(folder, max_shard_size="60KB")
@@ -145,6 +153,7 @@ class Stage:
         self._keep(command, "out.partial", folder, code=130)
 
     def _exported(self, folder: Path) -> None:
+        build.library()  # else `bench` compiles it
         self._keep(["export", "artifact", "--to", "onnx", "-o", "out"], "out", folder, "artifact")
 
     def _keep(

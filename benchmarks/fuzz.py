@@ -23,7 +23,6 @@ import re
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 import gc
 
+import pytest
 import torch
 from _fuzz_inputs import DRAWS
 from _fuzz_ops import OpsRunner
@@ -42,7 +42,8 @@ from _fuzz_ops import draw as draw_ops
 from _fuzz_run import Case, Outcome
 from _fuzz_stage import Stage
 from _mutate import Mutator
-from transformers.utils import logging
+
+from moecc import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {**DRAWS, "ops": (draw_ops, 75)}
@@ -233,12 +234,13 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = options(argv)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="moecc-fuzz-") as place:
-        fuzzer = Fuzzer(Stage(Path(place)), args.seed, args.keep)
+    with (
+        tempfile.TemporaryDirectory(prefix="moecc-fuzz-") as place,
+        pytest.MonkeyPatch.context() as patch,
+        cli._quiet(debug=False),
+    ):
+        fuzzer = Fuzzer(Stage(Path(place), patch), args.seed, args.keep)
         try:
             if args.replay:
                 return replay(fuzzer, args.replay)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moecc.checkpoint.schema import METHODS
 from moecc.checkpoint.source import adapter_beside, checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
 from moecc.checkpoint.values import require_finite
 from moecc.commands.rows import tokenizer_of
-from moecc.errors import MoeccError, reason
+from moecc.errors import MoeccError, out_of_memory, reason
 from moecc.frontend.config import longest_row, quantization_method, read_config
 from moecc.frontend.skeleton import bare
 from moecc.frontend.traceable import logits_alone
@@ -64,17 +65,30 @@ def generate(
     if temperature > 0:
         settings["temperature"] = temperature
         torch.manual_seed(seed)
-    with logits_alone(loaded):  # generate() decides about the cache by itself
-        made = loaded.generate(
-            input_ids=ids.long(),
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            pad_token_id=tokenizer.eos_token_id if padding is None else padding,
-            **settings,
-        )
-    tokens = made[0, length:]
+    settings["pad_token_id"] = tokenizer.eos_token_id if padding is None else padding
+    tokens = _continued(model, loaded, ids, max_new_tokens=new_tokens, **settings)[0, length:]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return {"model": model, "prompt": prompt, "text": text, "tokens": tokens.tolist()}
+
+
+def _continued(model: str, loaded: FamilyModule, ids: Tensor, **settings: object) -> Tensor:
+    """Return token ids with those that generate() appends.
+
+    It takes further settings from the model's generation_config.json.
+    """
+    try:
+        with logits_alone(loaded):  # generate() decides about the cache by itself
+            made: Tensor = loaded.generate(
+                input_ids=ids.long(), attention_mask=torch.ones_like(ids), **settings
+            )
+    except Exception as error:  # transformers raises what the settings bring about
+        if out_of_memory(error):
+            raise
+        raise MoeccError(
+            f"{model}: transformers can't generate with it: {reason(error)}; "
+            "check its generation_config.json"
+        ) from error
+    return made
 
 
 def _checked_store(folder: Path) -> CheckpointStore | None:
