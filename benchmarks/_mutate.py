@@ -81,7 +81,7 @@ class Mutator:
             case int():
                 return self.pick([value + 1, value - 1, 2 * value, value // 2, -value, value + 0.0])
             case float():
-                return self.pick([-value, value * 1e30, value / 3, 0, round(min(value, 1e9))])
+                return self.pick([-value, value * 1e30, value / 3, 0, value + 0.5])
             case str():
                 return self.text(value)
             case list():

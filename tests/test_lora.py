@@ -18,6 +18,7 @@ from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.ir import vq4
 from moecc.ir.program import Program
+from moecc.passes._tune.adapter_settings import Settings
 from moecc.passes._tune.peft import Adapter
 from moecc.pipeline.bits import experts_bits
 from moecc.pipeline.order import resolve
@@ -174,7 +175,7 @@ SHAPES = r"updates \[32, 16\], but the weight is \[32, 32\]"
     ("shapes", "config", "message"),
     [
         ({}, {"use_dora": True}, DORA),
-        ({}, {"init_lora_weights": "pissa"}, "init_lora_weights=pissa in its"),
+        ({}, {"init_lora_weights": "pissa"}, "init_lora_weights='pissa' in its"),
         ({}, {"bias": "all"}, "bias in its"),
         ({}, {"peft_type": "IA3"}, "an adapter of type 'IA3'"),
         ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save in its"),
@@ -183,6 +184,12 @@ SHAPES = r"updates \[32, 16\], but the weight is \[32, 32\]"
         ({f"{Q_PROJ}.lora_A": (2, 32)}, {}, "q_proj' has lora_A alone"),
         ({"model.embed_tokens.lora_embedding_A": (2, 64)}, {}, "no LoRA matrix of a linear"),
         (linear(Q_PROJ, 32, 32), {"lora_alpha": None}, "no lora_alpha"),
+        ({}, {"lora_alpha": "8"}, "'lora_alpha' is '8'; save the adapter again"),
+        ({}, {"lora_alpha": 10**400}, "'lora_alpha' is '1000"),
+        ({}, {"lora_alpha": math.nan}, "'lora_alpha' is 'nan'"),
+        ({}, {"alpha_pattern": "q_proj"}, "'alpha_pattern' is 'q_proj'"),
+        ({}, {"alpha_pattern": {"q_proj": True}}, "'q_proj' is 'True'"),
+        ({}, {"target_parameters": 1}, "'target_parameters' is '1'"),
     ],
 )
 def test_adapters_that_cannot_be_merged_are_refused_in_one_line(
@@ -192,6 +199,35 @@ def test_adapters_that_cannot_be_merged_are_refused_in_one_line(
     with pytest.raises(MoeccError, match=message) as found:
         merge(make("qwen2_moe"), tmp_path / "a")
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module"),
+    [
+        ("v_proj", "model.layers.0.self_attn.v_proj"),
+        ("^model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.v_proj"),
+        (r"layers\.\d+\..*v_proj$", "model.layers.17.self_attn.v_proj"),
+        ("layers.[0-9]+.self_attn.(?:q_proj|v_proj)", "model.layers.17.self_attn.v_proj"),
+    ],
+)
+def test_patterns_choose_alpha_as_in_peft(pattern: str, module: str, tmp_path: Path) -> None:
+    from peft.utils.other import get_pattern_key
+
+    adapter(tmp_path / "a", {}, alpha_pattern={pattern: 3})
+    settings = Settings.read(tmp_path / "a" / "adapter_config.json")
+    for name in (module, module.replace("v_proj", "o_proj"), "v_proj_2", "y.v_proj"):
+        matches = get_pattern_key([pattern], name) == pattern
+        assert settings.scaling(name, 2) == (3 if matches else 8) / 2
+    assert settings.scaling(module, 0) == 3  # a matrix without rows
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+", "(.*)*", ".*.*.*", "(a|a)*", "(", "[", "x{9}", "a" * 501, "\\1", "(?i)a"]
+)
+def test_a_pattern_that_could_take_hours_is_refused(pattern: str, tmp_path: Path) -> None:
+    adapter(tmp_path / "a", {}, alpha_pattern={pattern: 3})
+    with pytest.raises(MoeccError, match="in alpha_pattern is no simple pattern"):
+        Settings.read(tmp_path / "a" / "adapter_config.json")
 
 
 @pytest.mark.parametrize("passes", ["lora{path=%s}", "vq,affine,fold,absorb{path=%s}"])

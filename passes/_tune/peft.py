@@ -17,44 +17,23 @@ tied to another, because it would change both.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from moecc.checkpoint.files import TensorFile
-from moecc.checkpoint.reading import inside, read_json
+from moecc.checkpoint.reading import inside
 from moecc.errors import MoeccError, quoted
 from moecc.ir.program import Program
+from moecc.passes._tune.adapter_settings import Settings
 from moecc.passes._tune.update import Update
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(
     r"^(?:base_model\.model\.)?(.+?)((?:\.base_layer)*)\.lora_([AB])(?:\.default)?\.weight$"
 )
-# Options that change the meaning of the tensors, or that train something else too: with one of
-# them, merging A and B alone would be wrong.
-_UNKNOWN = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "fan_in_fan_out",
-    "lora_bias",
-    "layer_replication",
-    "modules_to_save",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-)
-# Initialisations that leave the base weights as they are.
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
-Config = dict[str, Any]  # of adapter_config.json
 Pairs = dict[tuple[str, int], dict[str, Tensor]]  # (module path, nesting) -> "A" and "B"
 
 
@@ -74,10 +53,10 @@ def require_fitting(owner: str, path: str, program: Program) -> None:
 
 @dataclass
 class Adapter:
-    """An adapter folder: its configuration and its tensors."""
+    """An adapter folder: its settings and its tensors."""
 
     folder: Path
-    config: Config
+    settings: Settings
     pairs: Pairs
 
     @classmethod
@@ -94,9 +73,8 @@ class Adapter:
                 raise MoeccError(
                     f"{folder}: no {name}; give a folder that PEFT saved a LoRA adapter in"
                 )
-        config = read_json(folder / _CONFIG)
-        _require_plain(folder, config)
-        return cls(folder, config, _read_pairs(folder))
+        settings = Settings.read(folder / _CONFIG)
+        return cls(folder, settings, _read_pairs(folder))
 
     def updates(self, program: Program) -> dict[str, Update]:
         """The update of each weight by its name.
@@ -114,7 +92,8 @@ class Adapter:
                 )
             shape = tuple(program.store.shape(weight))  # type: ignore[union-attr]
             fused = (shape[0], _transposed(program, weight)) if len(shape) == 3 else ()
-            scaling = self._scaling(weight.removesuffix(".weight"), pair["A"], shape)
+            rank = len(pair["A"]) // (shape[0] if fused else 1)
+            scaling = self.settings.scaling(weight.removesuffix(".weight"), rank)
             update = Update(pair["A"], pair["B"], scaling, *fused)
             if update.shape() != shape:
                 raise MoeccError(
@@ -128,7 +107,7 @@ class Adapter:
         """Step 3's names: the weight of `module` that the tensors at this nesting adapt."""
         stored = [] if program.store is None else program.store.names()
         names = [n for n in stored if n.rpartition(".")[0] == module]
-        wanted = [str(t) for t in self.config.get("target_parameters") or ()]
+        wanted = self.settings.parameters
         parameters = [n for n in names if any(n == t or n.endswith("." + t) for t in wanted)]
         if parameters and depth < len(parameters):
             return parameters[-1 - depth]
@@ -138,18 +117,6 @@ class Adapter:
             f"{self.folder}: the model has no weight for the adapter of {quoted(module)}; "
             "give the model it was trained on"
         )
-
-    def _scaling(self, key: str, a: Tensor, shape: tuple[int, ...]) -> float:
-        """Step 1 for the module `key`."""
-        patterns = self.config.get("alpha_pattern") or {}
-        alpha = next(
-            (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", key)),
-            self.config.get("lora_alpha"),
-        )
-        if not isinstance(alpha, int | float):
-            raise MoeccError(f"{self.folder / _CONFIG}: no lora_alpha; save the adapter again")
-        rank = len(a) // (shape[0] if len(shape) == 3 else 1)
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else max(rank, 1))
 
 
 def _read_pairs(folder: Path) -> Pairs:
@@ -177,26 +144,6 @@ def _tied_to(program: Program, weight: str) -> list[str]:
     tied = {} if program.store is None else program.store.tied
     owner = tied.get(weight, weight)
     return [name for name in (owner, *tied) if name != weight and tied.get(name, name) == owner]
-
-
-def _require_plain(folder: Path, config: Config) -> None:
-    """Raise MoeccError if the configuration asks for more than scaling * B A."""
-    if config.get("peft_type") != "LORA":
-        raise MoeccError(
-            f"{folder}: an adapter of type {quoted(config.get('peft_type'))}; moecc merges LORA, "
-            "merge this one with PEFT first"
-        )
-    odd = [k for k in _UNKNOWN if config.get(k)]
-    if config.get("bias") not in (None, "none"):
-        odd.append("bias")
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in _PLAIN_STARTS:
-        odd.append(f"init_lora_weights={start}")
-    if odd:
-        raise MoeccError(
-            f"{folder}: {', '.join(odd)} in its {_CONFIG} can't be merged here; "
-            "merge it with PEFT first"
-        )
 
 
 def _transposed(program: Program, weight: str) -> bool:
