@@ -7,25 +7,30 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import slow_vq4 as slow
 import torch
 from coders import drawn
 from conftest import tiny_program
-from pipelines import Tiny, derive, resolved
+from pipelines import Tiny, compiled, derive, resolved
 from torch import Tensor
 
+from moecc.ir import vq4
 from moecc.ir.moe import Projection
 from moecc.ir.program import Program
 from moecc.passes import vq
 from moecc.passes._code.coding import encode_in_parts
+from moecc.passes._code.half import compact
 from moecc.passes._code.moments import Moments
 from moecc.passes._code.sharing import Case, Choice
 from moecc.passes.budget import PlanBits, Planned
 from moecc.passes.klt import SharedBasis
 from moecc.passes.vq import VectorQuantize
 from moecc.pipeline.bits import coded_bits
+from moecc.pipeline.fate import Fate
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
 from moecc.pipeline.run import run_passes
 
@@ -180,6 +185,62 @@ def test_experts_are_coded_with_the_options_of_the_pass(codebook: str, feedback:
     )
     for name, value in vars(want).items():
         assert torch.equal(vars(got)[name], value), name
+
+
+@pytest.mark.parametrize("planned", [None, (3, "expert"), (4, "layer")])
+def test_what_vq_stores_and_tells_of_a_projection(planned: tuple[int, str] | None) -> None:
+    """Ten columns are padded to 16. A plan goes before the options."""
+    experts, rows, columns = 3, 8, 10
+    weight, moment = drawn(experts=experts, rows=rows, columns=columns)
+    bias = torch.randn(experts, rows)
+    mean = slow.draw(2, experts=1, rows=rows, columns=columns, bits=3)
+    held = {f"mean_{n}": t for n, t in slow.tensors(mean).items() if n in slow.CODED}
+    (p, _) = tiny_program("M").moe_layers()[0].projections
+    layer = SimpleNamespace(
+        weight=lambda p, part="": {"": weight, "bias": bias}[part],
+        stored=lambda p: {"codes": None, **dict.fromkeys(vq4.SHARED), **held},
+    )
+    moments = SimpleNamespace(of=lambda name: moment, output_of=lambda name: None)
+    ctx = Context(seed=3)
+    if planned is not None:
+        ctx.data["budget"] = {p.path: Planned(*planned, 0, 0, 0.0, 0)}
+    bits, codebook = planned or (2, "layer")
+    got = VectorQuantize(codebook="layer", rounds=1).code(layer, p, moments, ctx)  # type: ignore[arg-type]
+    padded, wide = vq.pad_columns(weight, moment)
+    want = encode_in_parts(
+        padded,
+        wide,
+        bits=bits,
+        shared=codebook == "layer",
+        seed=ctx.seed_for(p.moe.path, p.name),
+        rounds=1,
+    )
+    expected = {**dict.fromkeys(vq4.SHARED), **want.stored(), "bias": compact(bias), **held}
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        found = got[name]
+        assert (found is None) == (tensor is None), name
+        assert found is None or tensor is None or torch.equal(found, tensor), name
+    row = ctx.audit[p.path]
+    assert row["codebook"] == codebook
+    assert str(Fate.of_json(row["fate"])) == f"vq4 {bits} bit"
+    d, lost = want.dense()[..., :columns] - weight, []
+    alone = slow.dense({**dict.fromkeys(slow.NAMES), **mean}, columns, input_side=True)
+    whole = weight + torch.from_numpy(alone).float()
+    for e in range(experts):
+        cost, all_of_it = (sum(float(row @ moment[e] @ row) for row in x) for x in (d[e], whole[e]))
+        lost.append(min(cost / all_of_it, 1))
+    assert row["expert_in_sample_error"] == pytest.approx(lost, rel=1e-3, abs=1e-6)
+    assert row["in_sample_error"] == pytest.approx(sum(lost) / experts, rel=1e-3)
+
+
+def test_vq_and_klt_change_the_layers_that_have_experts(tiny: Tiny, batches: list[Tensor]) -> None:
+    for kinds, changed in (("MD", True), ("D", False)):
+        run = compiled(
+            tiny(kinds), "klt{rank=1},vq{rounds=1},affine{offset=on},fold", batches=batches
+        )
+        told = {r.text.partition("{")[0]: r.changed for r in run.reports}
+        assert told == {"moments": False, **dict.fromkeys(("klt", "vq", "affine", "fold"), changed)}
 
 
 # ---- budget
