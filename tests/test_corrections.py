@@ -203,3 +203,20 @@ def test_fold_multiplies_slopes_into_scales_and_adds_offsets_to_biases(
                 a, b = held[part], stored[part]
                 assert a is b is None or torch.equal(a, b)  # type: ignore[arg-type]
     assert not [name for name in program.tensors if name.endswith(("slope", "offset"))]
+
+
+def test_an_offset_alone_becomes_the_bias(tiny: Tiny, batches: list[Tensor]) -> None:
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        for p in (p for moe in layer.moe for p in moe.projections):
+            rows = layer.stored(p)["scale"]
+            assert rows is not None
+            p.set_operands({"offset": layer.program.add(f"{p.path}.offset", rows.float() + 1)})
+        return bool(layer.moe)
+
+    found: list[Found] = []
+    passes = [*resolved("vq{rounds=1}"), derive(LayerPass, "shift", run_layer=run_layer)]
+    run_passes(tiny("M"), [*passes, *parse_passes("fold")[0], looking(found)], Context(), batches)
+    for held in found[0].held.values():
+        bias, scale = held["bias"], held["scale"]
+        assert held["offset"] is None and bias is not None and scale is not None
+        assert torch.equal(bias, (scale.float() + 1).half())
