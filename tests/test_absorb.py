@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import slow_vq4 as slow
 import torch
 from coders import drawn
-from pipelines import Tiny, derive, resolved
+from pipelines import Tiny, compiled, derive, resolved
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moecc.ir.program import Program
@@ -172,3 +175,51 @@ def test_an_adapted_weight_is_the_sum_before_rounding(tiny: Tiny) -> None:
     name = "layers.0.linear.weight"
     want = program.read(name) + 0.5 * b @ a
     torch.testing.assert_close(_sum(program, name, Update(a, b, 0.5)), want)
+
+
+@pytest.mark.parametrize("side", ["gate_up", "down", "both"])
+def test_an_adapter_of_experts_grows_their_bases_and_one_of_a_matrix_is_added(
+    tiny: Tiny, batches: list[Tensor], tmp_path: Path, side: str
+) -> None:
+    """PEFT names the experts' tensors by nesting: down, the last one, is the outermost."""
+    shapes = {"gate_up": (16, 16), "down": (16, 8)}
+    tensors, updates = {}, {}
+    for name, (rows, columns) in shapes.items():
+        a, b = 0.1 * normal(2 * 4, columns), normal(rows, 2 * 4, seed=1)
+        nested = ".base_layer" if (name, side) == ("gate_up", "both") else ""
+        if side in (name, "both"):
+            path = f"base_model.model.layers.0{nested}"
+            tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+            updates[name] = Update(a, b, 1.5, 4).delta()
+    a, b = normal(2, 16, seed=2), normal(16, 2, seed=3)
+    path = "base_model.model.layers.1.linear"
+    tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = dict(peft_type="LORA", r=2, lora_alpha=3, bias="none", target_parameters=list(updates))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+
+    text, program = "vq{rounds=1},affine,fold", tiny("MD")
+    plain = compiled(program, text, batches=batches).program
+    run = compiled(program, f"{text},absorb{{path={tmp_path},rank=16}}", batches=batches)
+    assert [r.changed for r in run.reports if r.text.startswith("absorb")] == [True]
+    for p, q in zip(*(x.moe_layers()[0].projections for x in (plain, run.program)), strict=True):
+        before, after = (
+            slow.dense(
+                slow.arrays(
+                    {n: None if (o := y.operand(n)) is None else x.value(o) for n in slow.NAMES}
+                ),
+                shapes[p.name][1],
+                input_side=p.input_side,
+            )
+            for x, y in ((plain, p), (run.program, q))
+        )
+        row = run.ctx.audit[p.path]
+        if p.name not in updates:
+            assert np.array_equal(before, after) and "lora" not in row
+            continue
+        update = updates[p.name].double().numpy()
+        assert np.linalg.norm(after - before - update) < 0.02 * np.linalg.norm(update)
+        assert row["lora"] == "rank 16 of the basis" and 0 < row["lora_lost"] < 1e-3
+    name = "layers.1.linear.weight"
+    torch.testing.assert_close(run.program.read(name), program.read(name) + 1.5 * b @ a)
+    assert run.ctx.audit[name]["lora"] == "rank 2, scaling 1.5"
