@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 from mutmut.mutation.file_mutation import mutate_file_contents
+from mutmut.stats import status_by_exit_code
 from mutmut.utils.format_utils import get_mutant_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,13 +81,17 @@ def report(target: Path, names: set[str]) -> int:
     """Print the survivors and their number; return 1 if there are any."""
     meta = json.loads((WORK / "mutants" / f"{target}.meta").read_text())
     codes = {k: v for k, v in meta["exit_code_by_key"].items() if not names or k in names}
-    # mutmut's exit codes: 0 survived, 33 no test runs it, 34 and None not tried
-    alive = [k for k, v in codes.items() if v in (0, 33)]
+    # mutmut's exit codes: 0 survived, 5 and 33 no test runs it, 34 and None not tried
+    alive = [k for k, v in codes.items() if v in (0, 5, 33)]
     for name in alive:
         print(f"# {name}\n{get_diff_for_mutant(name, path=target)}")
+    late = [k for k, v in codes.items() if status_by_exit_code[v] == "timeout"]
+    for name in late:  # an endless loop, or a busy machine
+        print(f"# {name} ran out of time")
     tried = [k for k, v in codes.items() if v not in (34, None)]
-    print(f"{target}: {len(tried) - len(alive)} of {len(tried)} mutants killed")
-    return 1 if alive or not tried else 0
+    killed = len(tried) - len(alive) - len(late)
+    print(f"{target}: {killed} of {len(tried)} mutants killed")
+    return 1 if killed < len(tried) or not tried else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pipelines import Tiny, compiled, derive, resolved
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moecc.ir.moe import Projection
 from moecc.ir.program import Program
 from moecc.passes._tune.update import Update
 from moecc.passes.absorb import AbsorbLora, _columns_joined, _moments, _rows_joined, _sum
@@ -131,8 +134,9 @@ def test_joined_columns_of_coefficients_keep_their_scales() -> None:
         assert torch.equal(got, torch.cat([a, b], dim))
 
 
+@pytest.mark.parametrize("biased", [False, True])
 def test_moments_of_absorb_are_means_over_the_tokens_of_the_float_model(
-    tiny: Tiny, batches: list[Tensor]
+    tiny: Tiny, batches: list[Tensor], biased: bool
 ) -> None:
     """An expert without tokens gets the mean of the others."""
     found: list[int] = []
@@ -143,7 +147,13 @@ def test_moments_of_absorb_are_means_over_the_tokens_of_the_float_model(
             x, index = (torch.cat(layer.tap(names)[n]) for n in names)
             gate_up, down = (layer.original(p) for p in moe.projections)
             assert gate_up is not None and down is not None
-            got = _moments(layer, moe)
+            bias = normal(len(gate_up), 16) if biased else None
+
+            def original(p: Projection, part: str = "", bias: Tensor | None = bias) -> Any:
+                return bias if part else layer.original(p)
+
+            seen = SimpleNamespace(tap=layer.tap, original=original)
+            got = _moments(seen, moe)  # type: ignore[arg-type]
             whole = sum(torch.outer(row, row) for row in x.double()) / len(x)
             for e in range(len(gate_up)):
                 torch.testing.assert_close(got["gate_up"][e].double(), whole, rtol=1e-4, atol=1e-6)
@@ -151,7 +161,10 @@ def test_moments_of_absorb_are_means_over_the_tokens_of_the_float_model(
             for e, w in enumerate(gate_up.double().numpy()):
                 rows = [t for t in range(len(x)) if e in index[t].tolist()]
                 for t in rows:
-                    h = torch.from_numpy(slow.silu_glu(w @ x[t].double().numpy()))
+                    h_rows = w @ x[t].double().numpy()
+                    if bias is not None:
+                        h_rows = h_rows + bias[e].double().numpy()
+                    h = torch.from_numpy(slow.silu_glu(h_rows))
                     want[e] += torch.outer(h, h) / len(rows)
                 used += [e] * bool(rows)
             found.append(len(gate_up) - len(used))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from moecc.ir.graph import run_nodes
 from moecc.ir.program import Program, output_node
-from moecc.passes._tune.block import Block
+from moecc.passes._tune.block import Block, output_logits
 from moecc.passes._tune.model_loss import ModelLoss
 from moecc.passes._tune.routing import (
     boundary_loss,
@@ -120,6 +121,19 @@ def test_the_terms_of_tuning_are_those_of_both_models_run_whole(
     output = output_node(program).name
     head = sum(divergence(theirs[r][output], ours[r][output]) for r in rows) / 2
     assert found[2]["head"] == pytest.approx(head, rel=1e-4) and head > 1e-4
+
+
+def test_the_tuning_of_a_head_needs_logits_of_the_text_s_vocabulary(tiny: Tiny) -> None:
+    """A model of images and text has its vocabulary in the configuration of its text."""
+    program = tiny("M")
+
+    def config(vocabulary: int) -> Any:
+        return SimpleNamespace(vocab_size=vocabulary)
+
+    nested = SimpleNamespace(vocab_size=7, get_text_config=lambda: config(16))
+    for found, there in ((config(16), True), (config(17), False), (nested, True), (None, False)):
+        program.config = found
+        assert output_logits(program) is (output_node(program) if there else None)
 
 
 def test_the_loss_of_adapters_is_that_of_both_models_run_whole(traced: Program) -> None:
