@@ -5,16 +5,23 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from checkpoints import fails
 from families import ALL, SAMPLE, make
 from made import TINYMOE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralModel
 
+from moecc.checkpoint.module import ModuleStore
+from moecc.commands import evaluate as command
 from moecc.commands.agreement import LayerAgreement, LayerSums, Totals, compare_sets
 from moecc.commands.evaluate import Evaluation, evaluate, table
+from moecc.commands.rows import rows_digest
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program
@@ -363,7 +370,6 @@ def test_rows_that_do_not_fit_are_refused(tinymoe: Program) -> None:
     assert "outside the model's vocabulary" in refused(tinymoe, tinymoe, torch.full((1, 8), 4096))
     assert "token -1 is outside" in refused(tinymoe, tinymoe, torch.full((1, 8), -1))
     assert "token rows must be" in refused(tinymoe, tinymoe, tokens(1, 1))
-    assert "token rows must be" in refused(tinymoe, tinymoe, tokens(1, 8)[0])
     program = trace(make("minimax"))
     assert "--length 63" in refused(program, program, tokens(1, 64))
     program.config.max_position_embeddings = 32
@@ -375,6 +381,12 @@ def test_rows_that_do_not_fit_are_refused(tinymoe: Program) -> None:
     assert evaluate(program, tinymoe, tokens(1, 3)).kl == 0
 
 
+def test_rows_of_another_kind_are_refused(twins: tuple[FamilyModule, FamilyModule]) -> None:
+    program = trace(twins[0], dtype=torch.float32)
+    for rows in (tokens(1, 8)[0], tokens(0, 8), tokens(1, 8).int(), tokens(1, 8)[None]):
+        assert f"not {rows.dtype} {list(rows.shape)}" in refused(program, program, rows)
+
+
 def test_logits_that_are_not_numbers_are_refused() -> None:
     model = make("mixtral")
     program, broken = trace(model), trace(model)
@@ -382,3 +394,169 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
     broken.add(name, broken.read(name) * torch.nan)
     message = "the compiled program computes logits that are not numbers"
     assert message in refused(broken, program, tokens(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "hidden", "width", "fits"),
+    [
+        (16, 32, 16, True),
+        (16, 32, 15, False),
+        (16, 32, 32, False),
+        (16, 32, 20, True),  # a head that is padded
+        (16, 32, 33, True),
+        (64, 32, 32, False),
+        (32, 32, 32, True),
+    ],
+)
+def test_a_program_ends_in_logits_if_its_width_is_no_hidden_state_s(
+    vocabulary: int, hidden: int, width: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config: Any = MixtralConfig(vocab_size=vocabulary, hidden_size=hidden)
+    monkeypatch.setattr(command, "_width", lambda program: width)
+    program: Any = SimpleNamespace(config=config)
+    if fits:
+        command._check_head(program, "it")
+        command._check_head(SimpleNamespace(config=None), "it")  # type: ignore[arg-type]
+    else:
+        said = f"it ends in {width} values per token, not in logits over {vocabulary}"
+        fails(lambda: command._check_head(program, "it"), said)
+
+
+def test_layers_are_paired_by_their_paths_if_those_are_the_same() -> None:
+    a, b, c, d = (SimpleNamespace(path=path) for path in "abab")
+    pairs: Any = command._pairs
+    assert pairs([a, b], [d, c]) == [(b, d), (a, c)] and pairs([a], [d]) == [(a, d)]
+    with pytest.raises(ValueError, match="argument 2"):
+        pairs([a, b], [c])
+
+
+def test_a_perplexity_is_a_number_however_large() -> None:
+    assert command._exp(2.0) == math.exp(2) and command._exp(1e9) == math.exp(700)
+
+
+# ---- experts that a pass has taken out
+
+
+def test_chosen_experts_have_the_source_s_numbers(twins: tuple[FamilyModule, FamilyModule]) -> None:
+    model, rows, order = twins[0], tokens(3, 11), (2, 0, 1, 3)
+    reference = trace(model, dtype=torch.float32)
+    program, path = reference.copy(), reference.moe_layers()[0].path
+    program.kept = {path: order}
+    first, second = evaluate(program, reference, rows, batch=2).per_layer
+    chosen = observed(model, rows)[0][0][0]
+    same = sum(len({order[e] for e in one} & one) for one in chosen) / (2 * len(chosen))
+    assert first.agreement == pytest.approx(same, rel=1e-12) and same < 1
+    assert second.agreement == 1 and first.output_error == 0
+
+
+def test_experts_that_the_reference_lacks_are_refused(
+    twins: tuple[FamilyModule, FamilyModule],
+) -> None:
+    program = trace(twins[0], dtype=torch.float32)
+    path, rows = program.moe_layers()[0].path, tokens(1, 8)
+    pruned, larger = program.copy(), program.copy()
+    pruned.kept = {path: (0, 1, 2, 4)}
+    assert f"{path}: the reference lacks experts" in refused(pruned, program, rows)
+    larger.kept = {path: (0, 1, 2, 3, 4)}
+    said = f"{path}: the reference has 5 experts, the compiled program 4, and nothing says which"
+    assert said in refused(program, larger, rows)
+    assert evaluate(pruned, larger, rows).kl == 0
+
+
+# ---- the command
+
+
+FOUND = Evaluation(2.0, 1.5, 0.25, 0.75, 0.5, 30, 2.5, 3.5, (LayerAgreement("a", 1.0, 1.0, 0.0),))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_command_compares_on_the_reference_s_own_tokens(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, said, seen = tokens(5, 7), [], {}
+    programs = {
+        "model": SimpleNamespace(restriction=""),
+        "source": SimpleNamespace(restriction="" if own else "even lengths"),
+    }
+
+    def noting(name: str, result: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            seen[name] = args, options
+            return result
+
+        return call
+
+    digest = rows_digest(ids) if own else "another"
+    monkeypatch.setattr(command, "checkpoint_folder", lambda name: tmp_path / name)
+    monkeypatch.setattr(command, "tokenizer_of", noting("tokenizer_of", "tokenizer"))
+    monkeypatch.setattr(command, "token_rows", noting("token_rows", ids))
+    monkeypatch.setattr(
+        command, "read_manifest", noting("manifest", {"calibration_digest": digest})
+    )
+    monkeypatch.setattr(command, "_traced", lambda path, say: programs[path.name])
+    monkeypatch.setattr(command, "evaluate", noting("evaluate", FOUND))
+    say, progress = said.append, lambda items, label: items
+    options: Any = dict(text=Path("t"), rows=6, length=8, batch=3, progress=progress, say=say)
+    found = command.evaluate_models("model", "source", **options, trust_remote_code=own)
+    assert found == {
+        "model": "model",
+        "reference": "source",
+        "rows": 5,
+        "length": 7,
+        "rows_digest": rows_digest(ids),
+        **FOUND.as_dict(),
+    }
+    assert seen["tokenizer_of"] == ((tmp_path / "source",), {"trust_remote_code": own})
+    asked = {"count": 6, "length": 8, "purpose": "evaluation", "say": say}
+    assert seen["token_rows"] == (("tokenizer", Path("t")), asked)
+    assert seen["manifest"] == ((tmp_path / "model",), {})
+    args, options = seen["evaluate"]
+    assert args[:2] == (programs["model"], programs["source"]) and args[2] is ids
+    assert options == {"batch": 3, "progress": progress}
+    rest = "they say little about others"
+    calibrated = f"note: model was calibrated on these very rows; {rest}"
+    assert said == ([calibrated] if own else ["note: the trace holds for even lengths only"])
+
+
+def test_a_traced_model_has_weights_that_fit_and_numbers_of_its_experts(
+    tmp_path: Path, twins: tuple[FamilyModule, FamilyModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, said, asked = trace(twins[0], dtype=torch.float32), [], []
+
+    def tracing(folder: Path, dtype: torch.dtype) -> Program:
+        asked.append((folder, dtype))
+        return program.copy()
+
+    monkeypatch.setattr(command, "trace", tracing)
+    path = program.moe_layers()[0].path
+
+    def kept(**rows: list[int]) -> dict[str, tuple[int, ...]]:
+        manifest = {"experts_kept": {path if k == "first" else k: v for k, v in rows.items()}}
+        (tmp_path / "moecc.json").write_text(json.dumps(manifest))
+        return command._traced(tmp_path, said.append).kept
+
+    assert command._traced(tmp_path, said.append).kept == {}
+    assert said == [f"tracing {tmp_path}"] and asked == [(tmp_path, torch.float32)]
+    assert kept(first=[1, 2, 5, 9]) == {path: (1, 2, 5, 9)}
+    for name, rows in (
+        ("first", [2, 1, 5, 9]),
+        ("first", [1, 1, 5, 9]),
+        ("first", [1, 5, 9]),
+        ("first", [1, 2, 5, 9, 10]),
+        ("other", [0]),
+    ):
+        shown = repr(path if name == "first" else name)
+        fails(
+            lambda name=name, rows=rows: kept(**{name: rows}),
+            f"{tmp_path / 'moecc.json'}: experts_kept of {shown} isn't one ascending number",
+        )
+    broken = program.copy()
+    broken.store = None
+    monkeypatch.setattr(command, "trace", lambda folder, dtype: broken)
+    fails(lambda: command._traced(tmp_path, said.append), f"{tmp_path} has no *.safetensors")
+    checked: list[bool] = []
+    monkeypatch.setattr(ModuleStore, "check", lambda self: checked.append(True))
+    monkeypatch.setattr(command, "trace", tracing)
+    (tmp_path / "moecc.json").unlink()
+    command._traced(tmp_path, said.append)
+    assert checked == [True]
