@@ -171,7 +171,11 @@ def test_what_a_user_puts_into_a_draft_outlives_it(tmp_path: Path) -> None:
     assert names(tmp_path / "out.export") == ["moecc.lock", "notes.txt"]
 
 
-@pytest.mark.parametrize("out", ["..", "new/..", "x" * 300, "a\0b", "\ud800"])
+@pytest.mark.parametrize(
+    "out",
+    ["..", "new/..", "x" * 300, "a\0b", "\ud800"],
+    ids=["up", "inside", "long", "NUL", "half"],
+)
 def test_a_name_that_no_folder_can_have_is_refused(
     out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,17 @@ def test_shapes_that_are_no_sizes_are_refused(shape: list[Any], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("shape", "end"), [([2], 4), ([2], 12), ([], 8), ([0], 4), ([2, 0], 8), ([1] * 65, 4)], ids=str
+)
+def test_a_shape_of_another_size_than_its_bytes_is_refused(
+    shape: list[int], end: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.safetensors"
+    write_file(file, {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}, bytes(end))
+    fails(lambda: TensorFile(file), str(file), "no valid safetensors header")
+
+
+@pytest.mark.parametrize(
     ("second", "third", "said"),
     [
         ([4, 12], [12, 16], "overlaps"),

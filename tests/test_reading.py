@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def test_a_json_file_of_just_the_bound_is_read(
     monkeypatch.setattr("moecc.checkpoint.reading.JSON_LIMIT", 3 << 20)
     file.write_bytes(b" " * (3 << 20) + content)
     fails(lambda: read_json(file, "try again"), f"{file} has more than 3 MiB; try again")
+
+
+def test_an_endless_file_is_read_up_to_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Endless(io.BytesIO):
+        def read(self, size: int | None = None) -> bytes:
+            assert size is not None and size <= 1001
+            return b" " * size
+
+    (tmp_path / "a.json").write_text("{}")  # the system says 2 bytes
+    monkeypatch.setattr("moecc.checkpoint.reading.JSON_LIMIT", 1000)
+    monkeypatch.setattr("moecc.checkpoint.reading.opened", lambda file: Endless())
+    fails(lambda: read_json(tmp_path / "a.json"), "has more than 0 MiB")
 
 
 def test_a_damaged_json_file_is_told_with_what_to_do(tmp_path: Path) -> None:

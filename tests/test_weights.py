@@ -12,11 +12,13 @@ import pytest
 import torch
 from checkpoints import EXPERT, FAMILIES, NORM, assert_same, edit, fails, saved, skeleton, tiny
 from made import TINYMOE
+from test_compression import TOLD
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moecc.checkpoint.files import TensorEntry, TensorFile, write_safetensors
 from moecc.checkpoint.module import ModuleStore
+from moecc.checkpoint.recipes import Recipe
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
 from moecc.checkpoint.values import kept_dtype
@@ -72,6 +74,33 @@ def test_a_subset_of_experts_touches_only_their_tensors(
     prefix = "model.layers.0.mlp.experts.2."
     assert sorted(touched) == [prefix + "gate_proj.weight", prefix + "up_proj.weight"]
     assert len(store.sources("model.layers.0.mlp.experts.gate_up_proj")) == 8
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_some_experts_are_rows_of_all_however_they_are_made(
+    one_by_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare, name = skeleton(saved(tmp_path)), "model.layers.0.mlp.experts.gate_up_proj"
+    bare.all_tied_weights_keys = {"alias": name}
+    store = CheckpointStore(tmp_path, bare)
+    whole = store.read(name)
+    assert_same(store.read("alias"), whole, "alias")
+    if not one_by_one:
+        monkeypatch.setattr(Recipe, "per_expert", False)
+    for asked in (name, "alias"):
+        assert_same(store.read(asked, experts=[3, 0]), whole[[3, 0]], asked)
+    norm = "model.norm.weight"
+    assert_same(store.read(norm, experts=[5, 2]), store.read(norm)[[5, 2]], norm)
+
+
+@pytest.mark.parametrize("kind", ["experts", "linears"])
+def test_compressed_weights_that_a_config_lists_must_be_there(kind: str, tmp_path: Path) -> None:
+    bare = skeleton(saved(tmp_path))
+    store = CheckpointStore(tmp_path, bare)
+    bare.config.quantization_config = {**TOLD, "experts": {}, "linears": {}, kind: TOLD[kind]}
+    fails(store.check, "the weight files have no '")
+    bare.config.quantization_config = {**TOLD, "experts": {}, "linears": {}}
+    store.check()
 
 
 def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
