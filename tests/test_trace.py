@@ -134,6 +134,14 @@ def test_parameters_are_fake_and_buffers_are_real() -> None:
     assert frequencies[0] == 1.0 and frequencies.device.type == "cpu"
 
 
+def test_a_tensor_that_no_machine_holds_is_never_allocated() -> None:
+    """One tensor of DeepSeek-V3's experts takes 30 GB in float32."""
+    huge = dict(num_local_experts=65536, hidden_size=8192, intermediate_size=8192)
+    found = skeleton(MixtralConfig(**{**TINY, **huge}), torch.float32)
+    assert max(p.nbytes for p in found.model.parameters()) == 65536 * 2 * 8192 * 8192 * 4
+    assert all(isinstance(p.data, FakeTensor) for p in found.model.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_is_the_one_asked_for(dtype: torch.dtype) -> None:
     found = skeleton(MixtralConfig(**TINY), dtype)

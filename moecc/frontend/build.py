@@ -1,24 +1,51 @@
 """The module tree of a configuration, with parameters that have no storage.
 
 Every parameter becomes a FakeTensor at the moment when it is registered: it has shape, dtype and
-device, but no storage. Buffers stay real, because constructors compute rotary frequencies and masks
+device, but no storage. A large one is fake from the start: one tensor of experts may need more
+memory than there is. Buffers stay real, because constructors compute rotary frequencies and masks
 that no checkpoint holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from moecc.checkpoint.values import planned_dtype
 from moecc.errors import MoeccError, reason
 from moecc.frontend import experts
 from moecc.frontend.config import text_config
 from moecc.types import Config, FamilyModule
+
+_LARGE = 1 << 28  # bytes
+
+
+class _WithoutLarge(TorchFunctionMode):
+    """Inside, what torch.empty would make of more than _LARGE bytes is fake."""
+
+    def __init__(self, mode: FakeTensorMode):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.mode = mode
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        if func is torch.empty:
+            with self.mode:
+                fake = torch.empty(*args, **(kwargs or {}))
+            if fake.numel() * fake.element_size() > _LARGE:
+                return fake
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -69,7 +96,7 @@ def build(
     experts.register()
     auto = hasattr(model_class, "from_config")
     try:
-        with fake_parameters(mode), no_init_weights():
+        with fake_parameters(mode), _WithoutLarge(mode), no_init_weights():
             make = model_class.from_config if auto else model_class._from_config
             model: nn.Module = make(config, dtype=dtype)
     except Exception as error:
