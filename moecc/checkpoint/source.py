@@ -106,7 +106,7 @@ def adapter_beside(folder: Path) -> str:
     """
     if not os.path.lexists(folder / ADAPTER):
         return ""
-    return f"an adapter ({ADAPTER}) beside the weights is left out; the pass lora merges one"
+    return f"an adapter ({ADAPTER}) beside the weights is left out; a pass can merge one"
 
 
 def _download(repo: str, files: Sequence[str], revision: str | None) -> Path:
