@@ -30,7 +30,7 @@ class _WithoutLarge(TorchFunctionMode):
     """Inside, what torch.empty would make of more than _LARGE bytes is fake."""
 
     def __init__(self, mode: FakeTensorMode):
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.mode = mode
 
     def __torch_function__(
