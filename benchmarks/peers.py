@@ -83,9 +83,9 @@ def environment(folder: Path, tool: str) -> Path:
     if stamp.exists() and stamp.read_text() == wanted:
         return python
     print(f"installing {REQUIREMENTS[tool][-1][0]} into {folder}", file=sys.stderr)
-    steps = [[sys.executable, "-m", "venv", str(folder)]]
+    steps = [[sys.executable, "-P", "-m", "venv", str(folder)]]
     steps += [
-        [str(python), "-m", "pip", "install", "--quiet", *line] for line in REQUIREMENTS[tool]
+        [str(python), "-P", "-m", "pip", "install", "--quiet", *line] for line in REQUIREMENTS[tool]
     ]
     for step in steps:
         done = subprocess.run(step, capture_output=True, text=True, check=False)

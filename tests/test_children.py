@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from made import ROOT
 
 from moecc.backends.onnx import build, speed
 from moecc.errors import MoeccError
@@ -21,6 +23,17 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_every_module_that_is_run_leaves_the_current_folder_out() -> None:
+    """`python -m` puts it first on the path, unless -P stands before."""
+    found = []
+    for folder in ("moecc", "passes", "backends", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                words = [ast.unparse(e) for e in node.elts] if isinstance(node, ast.List) else []
+                found += [words[words.index("'-m'") - 1]] if "'-m'" in words else []
+    assert len(found) >= 4 and set(found) == {"'-P'"}
 
 
 def test_bench_imports_nothing_from_the_current_folder(hostile: Path) -> None:

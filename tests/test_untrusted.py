@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,8 +17,11 @@ from made import QUICK, Command, Compile, tokenizer
 from refusals import Refused, edit_config
 from safetensors.torch import load_file, save_file
 from test_files import write_file
+from transformers import AutoModelForCausalLM
 
+from moecc.artifact import write
 from moecc.artifact.write import copy_small_files
+from moecc.checkpoint import reading
 from moecc.checkpoint.files import TensorFile
 from moecc.checkpoint.reading import JSON_LIMIT, parse_json, read_json
 from moecc.checkpoint.shards import INDEX, SINGLE
@@ -169,6 +173,22 @@ def test_json_of_too_many_values_is_refused_before_it_is_parsed(
     monkeypatch.setattr("json.loads", lambda text: pytest.fail("parsed"))
     with pytest.raises(ValueError, match="too many values"):
         parse_json(text)
+
+
+def test_bounds_count_what_is_read_not_what_the_system_says(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some files are longer, such as those of /proc."""
+    for module, bound in ((reading, "JSON_LIMIT"), (write, "_LARGEST_SMALL_FILE")):
+        monkeypatch.setattr(module, bound, 20)
+        monkeypatch.setattr(module, "opened", lambda file: io.BytesIO(b"{}" + b" " * 20))
+    (folder / "config.json").write_text("{}")
+    fails(lambda: read_json(folder / "config.json"), "config.json", "more than")
+    said: list[str] = []
+    (out := tmp_path / "out").mkdir()
+    copy_small_files(folder, out, said.append)
+    assert len(said) == 1 and "generation_config.json is left out: it has more than" in said[0]
+    assert list(out.iterdir()) == []
 
 
 def test_a_shape_of_many_huge_sizes_is_refused(tmp_path: Path) -> None:
@@ -328,13 +348,31 @@ def test_the_index_decides_between_two_copies_of_a_tensor(folder: Path, moecc: C
         save_file(stale, folder / shard, {"format": "pt"})
     store = CheckpointStore(folder, skeleton(folder))
     assert torch.equal(store.read(NORM), right)
-    assert len(store.notes) == 1 and store.notes[0].startswith(f"{len(other)} tensors")
-    assert NORM in store.notes[0] and other[0] in store.notes[0]
+    more = f", and so are {len(other) - 1} more"
+    left = f"'{NORM}' in {other[0]} is left out, because {INDEX} names another file for it{more}"
+    assert len(other) > 1 and store.notes == [left]
     tokenizer().save_pretrained(folder)
     run = moecc("generate", folder, "--prompt", "abc")  # by transformers, which takes any
     assert run.code == 2 and store.notes[0] in run.err and "mend the folder" in run.err
     write_index(folder, {name: shard for name, shard in where.items() if name != NORM})
     fails(lambda: CheckpointStore(folder, skeleton(folder)), NORM, "names neither")
+
+
+@TRACED
+def test_compile_says_which_copies_it_leaves_out(
+    mixtral: Path, compile: Compile, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_pretrained(mixtral).save_pretrained(tmp_path, max_shard_size="40KB")
+    where = index_of(tmp_path)
+    first, last = sorted(set(where.values()))[:: len(set(where.values())) - 1]
+    name = next(n for n, shard in where.items() if shard == first)
+    right = load_file(tmp_path / first)[name]
+    stale = {**load_file(tmp_path / last), name: right + 1}
+    save_file(stale, tmp_path / last, {"format": "pt"})
+    got = compile(tmp_path, tmp_path / "out", "dense{group=16}")
+    says = f"{tmp_path}: '{name}' in {last} is left out, because {INDEX} names another file for it"
+    assert got.code == 0 and f"note: {says}\n" in got.err
+    assert torch.equal(load_file(tmp_path / "out" / SINGLE)[name], right)
 
 
 def test_two_sets_of_weights_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -111,4 +111,5 @@ def checkpoint_entries(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]
     if not stale:
         return entries, []
     first = f"{quoted(stale[0].name)} in {stale[0].file.name}"
-    return entries, [f"{len(stale)} tensors are not where {INDEX} says and are left out: {first}"]
+    more = f", and so are {len(stale) - 1} more" if len(stale) > 1 else ""
+    return entries, [f"{first} is left out, because {INDEX} names another file for it{more}"]
