@@ -128,6 +128,21 @@ def test_weights_without_a_parameter_are_refused() -> None:
     )
 
 
+def test_a_parameter_of_another_shape_is_refused() -> None:
+    """Such as experts of which a pass takes one out; the configuration says how many there are."""
+
+    def fewer(program: Program, moe: MoE) -> None:
+        for projection in moe.projections:
+            (name,) = program.parameters_of(projection, "")
+            program.add(name, program.read(name)[:-1])
+
+    assert re.fullmatch(
+        r"a pass gave model.layers.0.mlp.experts.gate_up_proj the shape \[3, (\d+, \d+)\], "
+        r"but its configuration says \[4, \1\]",
+        refused("qwen2_moe", fewer),
+    )
+
+
 def test_experts_of_another_layout_are_changed_through_their_parameters() -> None:
     path = "model.layers.0.mlp.experts"
     message = f"{path}.gate_up is computed from {path}.gate_up_proj; give that its new value"
