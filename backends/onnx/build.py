@@ -51,6 +51,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "aarch64": {"kernel_neon.cc": ()},
 }
+_BUILDING = "building-"
 COMPILERS = ("c++", "g++", "clang++")
 _NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -81,8 +82,10 @@ def compiled(cxx: tuple[str, ...], machine: str, flags: tuple[str, ...] = ()) ->
         make_own(folder)
         require_own(folder)
         with FileLock(folder / ".lock"):  # a second process waits for the first's file
+            for left in folder.glob(f"{_BUILDING}*"):  # by a process that was killed
+                shutil.rmtree(left)
             if not result.is_file():
-                with tempfile.TemporaryDirectory(dir=folder) as place:
+                with tempfile.TemporaryDirectory(dir=folder, prefix=_BUILDING) as place:
                     made = _compile(cxx, sources, own, flags, Path(place))
                     made.chmod(0o755)
                     made.replace(result)  # at once: a killed process leaves none
