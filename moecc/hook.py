@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -54,13 +55,21 @@ class _Waiting(MetaPathFinder):
 
 
 def _register_after(loader: Loader, waiting: _Waiting) -> None:
-    """Make `loader` register the format once it has executed its module."""
+    """Make `loader` register the format once it has executed its module.
+
+    Programs that use transformers or PEFT for other models must go on where that fails.
+    """
     run = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         run(module)
         if waiting in sys.meta_path:  # what is searched for may not be imported, or fail
             sys.meta_path.remove(waiting)
-        importlib.import_module(_WANTED[waiting.wanted])
+        try:
+            importlib.import_module(_WANTED[waiting.wanted])
+        except Exception as error:
+            library = waiting.wanted.partition(".")[0]
+            what = f"moecc can't register with {library} ({error}); artifacts can't be used with it"
+            warnings.warn(what, stacklevel=2)
 
     loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import networkx as nx
 import pytest
 from made import ROOT
 
-from moecc import _OFFERED
+from moecc import _OFFERED, hook
 from moecc.pipeline.parse import FACTS
 from moecc.pipeline.parse import PASSES as PASS_NAMES
 from moecc.pipeline.passes import Pass
@@ -249,6 +250,19 @@ def loaded(code: str, before: str = "pass") -> set[str]:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests"
     )
     return set(done.stdout.split())
+
+
+def test_a_module_that_is_waited_for_is_imported_though_registering_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "waited_for.py").write_text("VALUE = 5")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(hook, "_WANTED", {"waited_for": "moecc.nothing"})
+    before = list(sys.meta_path)
+    hook.register_when_needed()
+    with pytest.warns(UserWarning, match=r"register with waited_for \(No module .*; artifacts can"):
+        assert importlib.import_module("waited_for").VALUE == 5
+    assert sys.meta_path == before
 
 
 @pytest.mark.parametrize("code", ["import moecc", "import moecc.cli; moecc.cli.main(['--help'])"])
