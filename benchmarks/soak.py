@@ -35,7 +35,7 @@ from itertools import count
 from pathlib import Path
 
 from _runs import UNDISTURBED, Case, Disk, Runner, Scenario
-from _soak import DRILLS, ON_DISK, Played, Whole, drill, kills, measure, play
+from _soak import DRILLS, EVERY, ON_DISK, Played, Whole, drill, kills, measure, play
 from _soak_page import document, failure
 from tqdm import tqdm
 
@@ -124,8 +124,8 @@ def prepare(work: Path, names: list[str]) -> Runner:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     parse_passes("vsraq,kbvq,rilq,merge,dense")
-    if any("onnx" in name for name in names):
-        importlib.import_module("moecc.backends.onnx.exporter")
+    if any("onnx" in name for name in names):  # not onnxruntime, which starts a thread
+        importlib.import_module("onnxscript")
     trace_once(pytest.MonkeyPatch())
     inputs = work / "inputs"
     forked(checkpoint, inputs / "plain" / "model")
@@ -188,7 +188,7 @@ class Soak:
     def drilled(self, name: str) -> Iterator[Case]:
         """Return the cases of a drill."""
         numbers = count()
-        for scenario in [self.every[n] for n in DRILLED if n in self.names]:
+        for scenario in [self.every[n] for n in self.names if n in DRILLED or name == EVERY]:
             rng = random.Random(f"{self.seed} {name} {scenario.name}")
             for fault in drill(name, self.whole(scenario), rng):
                 key, on_disk = f"{name}.{next(numbers)}", fault.kind in ON_DISK
@@ -246,7 +246,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=50, help="in all (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of all choices (default: 0)")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no case after these")
-    parser.add_argument("--drills", nargs="*", choices=list(DRILLS), default=list(DRILLS))
+    parser.add_argument(
+        "--drills",
+        nargs="*",
+        choices=list(DRILLS),
+        default=[name for name in DRILLS if name != EVERY],
+        help=f"all but {EVERY}, a kill before each write, by default",
+    )
     parser.add_argument("--commands", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--only", metavar="CASE", help="play one case again")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "soak.md")

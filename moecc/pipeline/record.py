@@ -30,8 +30,10 @@ def made(program: Program, stage: int, before: Held) -> dict[str, Tensor]:
 def describe(program: Program, stage: int, names: Iterable[str]) -> Json:
     """Return the record of a layer. names: the tensors that its passes made."""
     nodes = [n for n in stage_nodes(program, stage) if n.target in _OPS.values()]
+    made = set(names)
     return {
         "nodes": [_describe(program, n) for n in nodes],
+        "order": [name for name in _placeholders(program) if name in made],
         "rounded": [name for name in names if name in program.rounded],
         "text": _digest(program, stage),
     }
@@ -47,6 +49,10 @@ def restore(program: Program, stage: int, record: Json, tensors: TensorFile) -> 
         _restore(copy, entry, tensors)
     for name in tensors.keys() - {w for e in record["nodes"] for w in _weights_in(e)}:
         copy.add(name, tensors[name])
+    before, placeholders = _placeholders(program), _placeholders(copy)
+    for name in record["order"]:
+        if name not in before:  # it came after all that were there
+            copy.user_inputs[0].prepend(placeholders[name])
     copy.rounded.update(record["rounded"])
     return copy if _digest(copy, stage) == record["text"] else None
 
@@ -80,7 +86,7 @@ def _weights_in(entry: Json) -> list[str]:
 def _restore(program: Program, entry: Json, tensors: TensorFile) -> None:
     """Make one node the call that `entry` describes."""
     nodes = {n.name: n for n in program.graph.nodes}
-    placeholders = {w.name: nodes[p] for p, w in program.weights.items()}
+    placeholders = _placeholders(program)
 
     def operand(arg: Json) -> fx.node.Argument:
         if "weight" in arg:
@@ -91,6 +97,12 @@ def _restore(program: Program, entry: Json, tensors: TensorFile) -> None:
 
     args = tuple(operand(a) for a in entry["args"])
     program.replace(nodes[entry["name"]], _OPS[entry["op"]], args, entry["kwargs"])
+
+
+def _placeholders(program: Program) -> dict[str, fx.Node]:
+    """Return the placeholders of weights by the weights' names, in graph order."""
+    weights = program.weights
+    return {weights[n.name].name: n for n in program.graph.nodes if n.name in weights}
 
 
 def _held(program: Program, stage: int) -> list[str]:
@@ -104,5 +116,6 @@ def _held(program: Program, stage: int) -> list[str]:
 def _digest(program: Program, stage: int) -> str:
     """Return a digest of the layer's lines of the graph text, those of its inputs included."""
     nodes = stage_nodes(program, stage)
-    lines = [program.line(n) for n in {*nodes, *(i for n in nodes for i in n.all_input_nodes)}]
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    shown = {*nodes, *(i for n in nodes for i in n.all_input_nodes)}
+    lines = [program.line(n) for n in program.graph.nodes if n in shown]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
