@@ -12,6 +12,7 @@ from made import QUICK, Compile, content, interrupt, stop
 from moecc.artifact import draft
 from moecc.artifact.draft import Busy, Draft, new_folder
 from moecc.commands.compile import compile_model
+from moecc.commands.dump import finish
 from moecc.errors import MoeccError
 
 torch.set_num_threads(1)
@@ -93,6 +94,34 @@ def test_an_output_that_something_else_makes_during_the_run_costs_no_work(
     again = compile(mixtral, tmp_path / "out")
     assert again.code == 0 and "3 stages of it are finished" in again.err
     assert names(tmp_path) == ["away", "out"]
+
+
+@pytest.mark.parametrize("how", ["interrupted", "killed"])
+def test_a_dump_is_finished_with_its_run_and_no_other(
+    how: str, mixtral: Path, compile: Compile, tmp_path: Path
+) -> None:
+    out, dump, other = (tmp_path / name for name in ("out", "dump", "other"))
+    calls = iter([interrupt])
+
+    def late(*args: Path) -> None:
+        next(calls, lambda: finish(*args))()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moecc.commands.compile.finish", late)
+        if how == "killed":
+            patch.setattr(Draft, "remove", lambda self: None)
+        assert compile(mixtral, out, QUICK, "--dump", dump).code == 130
+    assert names(tmp_path) == ["dump", "out", *["out.partial"] * (how == "killed")]
+    assert (dump / "moecc.unfinished").exists() == (how == "killed")
+    again = compile(mixtral, out, QUICK, "--dump", dump)
+    assert again.code == 2 and ("removed now" in again.err) == (how == "killed")
+    assert names(tmp_path) == ["dump", "out"] and "moecc.unfinished" not in names(dump)
+    other.mkdir()
+    (other / "moecc.unfinished").write_text(
+        f'"{tmp_path}/another"\n00-traced.txt\n', encoding="utf-8"
+    )
+    finish(other, out)
+    assert names(other) == ["moecc.unfinished"]
 
 
 @pytest.mark.parametrize("after", ["", "mark"])

@@ -15,7 +15,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,12 +37,13 @@ class Busy(MoeccError):
 class Draft:
     """The draft of the new folder `out`, locked until it is closed. suffix: of the draft's name.
 
+    at_end: called when `out` is there, and again by the next run if this one was killed meanwhile.
     Raise MoeccError if `out` exists or can't be made, or if the draft's name is taken; Busy if
     another process writes it.
     """
 
-    def __init__(self, out: Path, suffix: str):
-        self.out = out
+    def __init__(self, out: Path, suffix: str, at_end: Callable[[], object] = lambda: None):
+        self.out, self._at_end = out, at_end
         if not out.name or out.name == "..":
             raise MoeccError(f"{out} exists; choose another output folder")
         self.folder = out.with_name(f"{out.name}.{suffix}")
@@ -89,11 +90,14 @@ class Draft:
         """
         (self.folder / _OVER).touch()
         self.output.rename(self.out)
+        self._at_end()
         self._empty()
         self._remove_made(self.folder)
 
     def remove(self) -> None:
         """Remove the draft, and the folders around it that were made for it."""
+        if os.path.lexists(self.out) and not self.output.exists():  # interrupted after the rename
+            self._at_end()
         with contextlib.suppress(OSError):
             (self.folder / _OVER).touch()
         self._empty()
@@ -123,6 +127,7 @@ class Draft:
             return ""
         try:
             with self._lock:
+                self._at_end()
                 self._empty()
                 self._remove_made(self.folder)
         except OSError:  # it is in use, or the disk refuses

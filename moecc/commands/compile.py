@@ -14,6 +14,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from moecc.checkpoint.low_bit import Decoded
 from moecc.checkpoint.reading import read_json
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
-from moecc.commands.dump import Dump
+from moecc.commands.dump import Dump, finish
 from moecc.commands.inspect import least_bytes
 from moecc.commands.report import write_report
 from moecc.commands.rows import longest, require_rows, rows_digest, token_rows, tokenizer_of
@@ -102,8 +103,8 @@ def compile_model(
     what was written. Raise MoeccError, in one line and with nothing left behind, for bad input. If
     the machine or code fails instead, finished work stays and the line says so.
     """
-    with Draft(out, "partial") as draft, _outlived(draft, say):
-        texts = Dump(dump)
+    with Draft(out, "partial", partial(finish, dump, out)) as draft, _outlived(draft, say):
+        texts = Dump(dump, out)
         target = None if backend is None else parse_target(backend)
         resolved = _pipeline(passes, bits, say)
         read_config(folder := checkpoint_folder(model))  # broken, it looks like a broken tokenizer
@@ -243,7 +244,6 @@ class _Run:
         reports = run_passes(self.program, self.passes, ctx, self.batches, hooks)
         result = self.write(ctx, reports)
         self.draft.finish()
-        self.texts.finish()
         return result
 
     def write(self, ctx: Context, reports: list[PassReport]) -> Json:

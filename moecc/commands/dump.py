@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +16,15 @@ _UNFINISHED = "moecc.unfinished"
 
 
 class Dump:
-    """The texts of one run, in `folder`; nothing is written if it is None.
+    """The texts of the run that makes `out`, in `folder`; nothing is written if it is None.
 
-    Until the run has ended well, `moecc.unfinished` beside the texts lists them. The same run adds
-    to them when it goes on; another run replaces them. Raise MoeccError if the folder holds
-    anything else: texts of two runs would mix.
+    Until the run has ended well, `moecc.unfinished` beside the texts says whose they are and lists
+    them. The same run adds to them when it goes on; another run replaces them. Raise MoeccError if
+    the folder holds anything else: texts of two runs would mix.
     """
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    def __init__(self, folder: Path | None, out: Path):
+        self.folder, self._whose = folder, _whose(out)
         if folder is None or not os.path.lexists(folder):
             return
         if not folder.is_dir():
@@ -32,36 +33,48 @@ class Dump:
             raise MoeccError(f"--dump {folder} is not empty; give a new folder for the texts")
 
     def start(self, *, resumes: bool) -> None:
-        """Make the folder; unless the run goes on, remove what an unfinished one has left."""
-        with self._writing() as folder:
+        """Make the folder; unless this run goes on, remove what an unfinished one has left."""
+        with _writing(self.folder) as folder:
             if folder is None:
                 return
             folder.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / _UNFINISHED
-            if unfinished.exists() and not resumes:
-                for name in unfinished.read_text(encoding="utf-8").splitlines():
-                    (folder / Path(name).name).unlink(missing_ok=True)
-                unfinished.unlink(missing_ok=True)
-            unfinished.touch()
+            whose, *names = _unfinished(folder) or [""]
+            if resumes and whose == self._whose:
+                return
+            for name in names:
+                (folder / Path(name).name).unlink(missing_ok=True)
+            (folder / _UNFINISHED).write_text(f"{self._whose}\n", encoding="utf-8")
 
     def write(self, name: str, program: Program, stage: int | None) -> None:
         """Write the text of a program, or of one stage, under a name."""
-        with self._writing() as folder:
+        with _writing(self.folder) as folder:
             if folder is not None:
                 with open(folder / _UNFINISHED, "a", encoding="utf-8") as listed:
                     listed.write(f"{name}.txt\n")
                 (folder / f"{name}.txt").write_text(program.text(stage), encoding="utf-8")
 
-    def finish(self) -> None:
-        """Leave the texts to the user: the run has ended well."""
-        with self._writing() as folder:
-            if folder is not None:
-                (folder / _UNFINISHED).unlink()
 
-    @contextmanager
-    def _writing(self) -> Iterator[Path | None]:
-        try:
-            yield self.folder
-        except OSError as error:
-            why = f"{error.strerror or error}; {make_room(error)}"
-            raise MoeccError(f"can't write to --dump {self.folder}: {why}") from error
+def finish(folder: Path | None, out: Path) -> None:
+    """Leave the texts of the run that has made `out` to the user."""
+    with _writing(folder):
+        if folder is not None and _unfinished(folder)[:1] == [_whose(out)]:
+            (folder / _UNFINISHED).unlink()
+
+
+def _whose(out: Path) -> str:
+    return json.dumps(os.path.abspath(out))
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """Return whose the texts of an unfinished run are, then their names; [] without one."""
+    file = folder / _UNFINISHED
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+
+
+@contextmanager
+def _writing(folder: Path | None) -> Iterator[Path | None]:
+    try:
+        yield folder
+    except OSError as error:
+        why = f"{error.strerror or error}; {make_room(error)}"
+        raise MoeccError(f"can't write to --dump {folder}: {why}") from error
