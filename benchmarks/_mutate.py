@@ -79,7 +79,8 @@ class Mutator:
             case bool():
                 return self.pick([not value, int(value), str(value)])
             case int():
-                return self.pick([value + 1, value - 1, 2 * value, value // 2, -value, value + 0.0])
+                real = float(max(min(value, 1 << 64), -(1 << 64)))
+                return self.pick([value + 1, value - 1, 2 * value, value // 2, -value, real])
             case float():
                 return self.pick([-value, value * 1e30, value / 3, 0, value + 0.5])
             case str():

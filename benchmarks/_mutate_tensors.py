@@ -68,7 +68,7 @@ def _change(m: Mutator, tensors: dict[str, Tensor]) -> None:
             tensors[name] = dtype, shape, _values(m, data)
         case 6:
             count = _MANY if m.chance(0.005) else m.pick([1, 2, 9, 300])
-            start = _name(m, name)
+            start = _name(m, name)[:200]
             tensors.update({f"{start}.{i}": ("U8", [0], b"") for i in range(count)})
         case _:
             sizes = _shape(m, shape)
