@@ -220,3 +220,39 @@ def test_an_offset_alone_becomes_the_bias(tiny: Tiny, batches: list[Tensor]) -> 
         bias, scale = held["bias"], held["scale"]
         assert held["offset"] is None and bias is not None and scale is not None
         assert torch.equal(bias, (scale.float() + 1).half())
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_behind_a_plan_there_is_no_offset_whatever_it_is_worth(
+    tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, planned: bool
+) -> None:
+    monkeypatch.setattr(affine, "gain", lambda *args: 1.0)
+
+    def run(self: Pass, program: Program, ctx: Context) -> bool:
+        ctx.data |= {"budget": {}} if planned else {}
+        return False
+
+    ctx, text = Context(), "vq{feedback=false},affine"
+    run_passes(tiny("M"), [derive(Pass, "plan", run=run), *resolved(text)], ctx, batches)
+    kinds = [ctx.audit[f"layers.0.{name}"]["affine"] for name in ("gate_up", "down")]
+    assert kinds == (["none", "slope"] if planned else ["slope+offset"] * 2)
+
+
+def test_tokens_are_routed_again_if_no_pass_has_kept_them(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        for moe in layer.moe:
+            del layer.data["routed", moe.path]
+        return False
+
+    found: list[Found] = []
+    forget = derive(LayerPass, "forget", run_layer=run_layer)
+    coding, correcting = (resolved("vq{feedback=false}"), parse_passes("affine{offset=on}")[0])
+    for between in ([], [forget]):
+        passes = [*coding, *between, *correcting, looking(found)]
+        run_passes(tiny("M"), passes, Context(), batches)
+    for name, held in found[0].held.items():
+        for part in ("slope", "offset"):
+            a, b = held[part], found[1].held[name][part]
+            assert a is not None and b is not None and torch.equal(a, b)
