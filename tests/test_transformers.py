@@ -196,6 +196,15 @@ def test_dequantize_takes_a_dtype(artifact: Path) -> None:
     assert float((logits(model) - logits(want)).norm() / logits(want).norm()) < 0.05
 
 
+def test_a_model_that_was_saved_can_be_dequantized(artifact: Path, tmp_path: Path) -> None:
+    """Saving puts the name of the type, a string, into the configuration of the model."""
+    model = load(artifact)
+    want, dtype = logits(model), model.dtype
+    model.save_pretrained(tmp_path)
+    assert {p.dtype for p in model.dequantize().parameters()} == {dtype}
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
+
+
 def test_offsets_without_a_place_in_the_float_model_change_nothing(
     compile: Compile, tmp_path: Path
 ) -> None:

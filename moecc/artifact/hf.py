@@ -85,7 +85,8 @@ class MoeccQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        restore(model, dtype)
+        # save_pretrained leaves the name of a type in the configuration
+        restore(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         for key in REFUSALS.keys() & vars(model.config).keys():  # the float model needs no moecc
             delattr(model.config, key)
         return model
