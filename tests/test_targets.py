@@ -250,6 +250,8 @@ def test_a_folder_without_an_export_to_measure_is_one_line(tmp_path: Path) -> No
     """An export may lie in it, of a target that has no benchmark or is used by its path."""
     with pytest.raises(MoeccError, match="holds no export that can be measured here; run "):
         bench_export(tmp_path)
+    with pytest.raises(MoeccError, match=r"^no folder '.*nothing'; give that of an "):
+        bench_export(tmp_path / "nothing")
 
 
 def test_bits_of_an_export_are_per_weight_of_the_model_whichever_the_reference(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moecc.checkpoint.source import checkpoint_folder
-from moecc.errors import MoeccError, naming
+from moecc.errors import MoeccError, naming, quoted
 from moecc.target import TARGETS, Emitted, Target, emit, parse_target
 from moecc.types import Say
 
@@ -50,6 +50,8 @@ def bench_export(
     Only targets that are found by name are asked. folder: the export, or an artifact with the
     export in a subfolder of the target's name. Raise MoeccError if there is no export.
     """
+    if not folder.is_dir():
+        raise MoeccError(f"no folder {quoted(folder)}; give that of an artifact or of an export")
     for name, cls in TARGETS.classes().items():
         with naming(name):
             target = cls()
