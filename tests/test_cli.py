@@ -53,6 +53,7 @@ BAD = {
     "generate more than there are positions for": "generate MODEL --max-new-tokens 100000",
     "generate from bytes that are no text": "generate MODEL --prompt \udcff",
     "a bar for a command that has none": "passes --progress",
+    "diff of three models": "diff MODEL MODEL MODEL",
     "passes with a misspelt name": "passes kbvqq",
     "passes of a missing file": "passes ./my_pass.py",
     "export of a profile with bits that it doesn't take": "export MODEL --to onnx{bits=8} -o OUT",
@@ -61,6 +62,32 @@ BAD = {
     "two references": "eval OUT --reference MODEL --reference MODEL",
     "threads twice": "bench OUT --threads 1 --threads 2",
 }
+
+
+WORDS = {
+    "compile M --pases kbvq -o O": "no option --pases; did you mean --passes?",
+    "compile M --passes kbvq --sed 1 -o O": "no option --sed; did you mean --seed?",
+    "generate M --zzz=1": "no option --zzz",
+    "generate M --prompt=--zzz --zzz x": "no option --zzz",
+    "generate M --prompt '--zzz x' --zzz x": "no option --zzz",
+    "compile M --passes kbvq --passes vsraq -o O": "argument --passes: given twice; leave one out",
+    "compile M --passes kbvq --bits 2 --bits 2 -o O": "argument --bits: given twice; leave one out",
+    "compile M --passes kbvq -o O --out P": "argument -o/--out: given twice; leave one out",
+    "diff M M M": "unrecognized arguments: M",
+}
+
+
+@pytest.mark.parametrize(("line", "says"), WORDS.items())
+def test_arguments_that_cannot_be_read_are_named(moecc: Command, line: str, says: str) -> None:
+    got = moecc(*shlex.split(line))
+    command = line.split()[0]
+    assert got.code == 2
+    assert got.err == f"moecc: error: {says}; see `moecc {command} --help`\n"
+
+
+def test_each_command_line_is_read_anew(moecc: Command) -> None:
+    for _ in range(2):
+        assert "no folder './nothing'" in moecc("generate", "./nothing", "--seed", "1").err
 
 
 @pytest.mark.parametrize("line", BAD.values(), ids=BAD.keys())

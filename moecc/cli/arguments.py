@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,50 @@ class Parser(argparse.ArgumentParser):
         raise MoeccError(f"{message}; see `{self.prog} --help`")
 
 
+class CommandParser(Parser):
+    """The parser of one command. It names a misspelt option before options that are missing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("action", None, Once)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._require_options(args)
+        found, others = super().parse_known_args(args, namespace)
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return found, others
+
+    def _require_options(self, args: Sequence[str]) -> None:
+        known = [*self._option_string_actions]
+        for argument in args:
+            name = argument.partition("=")[0]
+            if name == "--":  # the rest are no options
+                return
+            # with a space it is a value, for argparse too
+            if name.startswith("--") and " " not in argument and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                self.error(f"no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+class Once(argparse.Action):
+    """Store the value of an option, and refuse a second one instead of dropping the first."""
+
+    given = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option: str | None = None,
+    ) -> None:
+        if option and self.given:
+            raise argparse.ArgumentError(self, "given twice; leave one out")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
 @dataclass(frozen=True)
 class Command:
     """One command. arguments adds its own; tokenizer: whether it may run a tokenizer that is Python
@@ -81,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; its result has the command's function as `run`."""
     made = Parser(prog="moecc", description="A compiler for Mixture-of-Experts language models.")
     made.add_argument("--version", action="version", version=f"moecc {__version__}")
-    group = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    group = made.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=CommandParser
+    )
     for command in COMMANDS:
         one = group.add_parser(
             command.name, help=command.help, description=command.help, allow_abbrev=False
