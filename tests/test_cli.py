@@ -70,9 +70,6 @@ WORDS = {
     "generate M --zzz=1": "no option --zzz",
     "generate M --prompt=--zzz --zzz x": "no option --zzz",
     "generate M --prompt '--zzz x' --zzz x": "no option --zzz",
-    "compile M --passes kbvq --passes vsraq -o O": "argument --passes: given twice; leave one out",
-    "compile M --passes kbvq --bits 2 --bits 2 -o O": "argument --bits: given twice; leave one out",
-    "compile M --passes kbvq -o O --out P": "argument -o/--out: given twice; leave one out",
     "diff M M M": "unrecognized arguments: M",
 }
 

@@ -67,10 +67,6 @@ class Parser(argparse.ArgumentParser):
 class CommandParser(Parser):
     """The parser of one command. It names a misspelt option before options that are missing."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register("action", None, Once)
-
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._require_options(args)
         found, others = super().parse_known_args(args, namespace)
@@ -88,24 +84,6 @@ class CommandParser(Parser):
             if name.startswith("--") and " " not in argument and name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 self.error(f"no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
-
-
-class Once(argparse.Action):
-    """Store the value of an option, and refuse a second one instead of dropping the first."""
-
-    given = False
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option: str | None = None,
-    ) -> None:
-        if option and self.given:
-            raise argparse.ArgumentError(self, "given twice; leave one out")
-        self.given = True
-        setattr(namespace, self.dest, values)
 
 
 @dataclass(frozen=True)
