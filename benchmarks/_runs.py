@@ -201,12 +201,11 @@ def _streams(errors: int, fault: Fault) -> None:
 
 def _program(scenario: Scenario, spec: Spec) -> list[str]:
     """Return the command line of a process of its own; without a hook if none is needed."""
-    python = [sys.executable, "-P"]
     if scenario.program == "moecc" and not scenario.settings and not spec.fault.at:
         if spec.fault.kind in ("none", "moment", *STREAMS):
-            return [*python, "-m", "moecc", *scenario.arguments]
+            return [sys.executable, "-P", "-m", "moecc", *scenario.arguments]
     faults = str(Path(__file__).with_name("_faults.py"))
-    return [*python, faults, spec.to_json(), scenario.program, *scenario.arguments]
+    return [sys.executable, "-P", faults, spec.to_json(), scenario.program, *scenario.arguments]
 
 
 def _follow(pid: int, pipe: int, until: float, *, one_line: bool) -> tuple[str, int]:

@@ -390,10 +390,12 @@ def test_rows_of_another_kind_are_refused(twins: tuple[FamilyModule, FamilyModul
 def test_logits_that_are_not_numbers_are_refused() -> None:
     model = make("mixtral")
     program, broken = trace(model), trace(model)
-    name = broken.weights[broken.moe_layers()[0].operand("down").name].name
-    broken.add(name, broken.read(name) * torch.nan)
+    broken.add("lm_head.weight", broken.read("lm_head.weight") * torch.nan)
     message = "the compiled program computes logits that are not numbers"
     assert message in refused(broken, program, tokens(1, 8))
+    name = broken.weights[broken.moe_layers()[0].operand("down").name].name
+    broken.add(name, broken.read(name) * torch.nan)
+    assert "what layer 0 gives is NaN" in refused(broken, program, tokens(1, 8))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from moecc.pipeline.passes import Context, Kept
 from moecc.types import Json
 
 IDENTITY: Json = {"seed": 3, "sizes": (1, 2), "model": {"hash": "é" * 20}}
+FILES = [{"my_pass.py": "digest"}, {}]  # of two groups of passes
 UP, DOWN, LATER = "layers.0.gate_up", "layers.0.down", "layers.1.gate_up"
 
 
@@ -31,7 +32,7 @@ def program() -> Program:
 
 
 def opened(folder: Path, said: list[str] | None = None) -> Journal:
-    return Journal(folder, IDENTITY, [].append if said is None else said.append)
+    return Journal(folder, IDENTITY, [].append if said is None else said.append, FILES)
 
 
 def doubled(program: Program, name: str) -> None:
@@ -70,6 +71,7 @@ def test_a_new_journal_describes_its_run(tmp_path: Path) -> None:
     assert json.loads((folder / "run.json").read_text(encoding="utf-8")) == {
         **IDENTITY,
         "sizes": [1, 2],
+        "files": FILES,
     }
     assert whole(journal).keys() == {"run.json"}
     assert finished(folder) == 0 and not has_work(folder)
@@ -106,7 +108,7 @@ def test_a_layer_s_file_has_only_what_its_own_passes_made(program: Program, tmp_
     doubled(changed, DOWN)
     passed(journal, changed, [UP], ctx)
     assert load_file(journal.folder / "layer-0-0001.safetensors").keys() == {UP}
-    # a later round has the layer again
+    journal.begin(1)  # its passes go through the layers again
     assert not journal.restore(1, changed, ctx)
     doubled(changed, UP)
     journal.save(1, changed, ctx)
@@ -141,7 +143,9 @@ def test_the_next_run_goes_on_where_the_last_one_ended(program: Program, tmp_pat
     assert not again.restore(3, restored, found)
     third, last = opened(first.folder), program.copy()
     assert third.restore(1, last, found) and third.restore(2, last, found)
-    assert last.text() == restored.text() and not third.restore(1, last, found)
+    assert last.text() == restored.text()
+    third.begin(1)
+    assert not third.restore(1, last, found)
     assert not third.restore(2, last, found)
 
 
@@ -203,7 +207,7 @@ def test_kept_work_is_found_by_its_key(tmp_path: Path) -> None:
     facts = {"steps": [1, 2], "é": None}
     kept = journal.keep("a/b c", Kept(tensors, facts))
     assert kept.facts == facts and kept.tensors.keys() == tensors.keys()
-    assert whole(journal).keys() == {"run.json", "kept-a%2Fb%20c.safetensors"}
+    assert whole(journal).keys() == {"run.json", "kept-0-a%2Fb%20c.safetensors"}
     assert has_work(journal.folder) and finished(journal.folder) == 0
     said: list[str] = []
     again = opened(journal.folder, said)
@@ -216,7 +220,7 @@ def test_kept_work_is_found_by_its_key(tmp_path: Path) -> None:
     found = again.kept("a/b c")
     assert found is not None and found.facts is None and found.tensors.keys() == {"x"}
     whole(again)
-    file = journal.folder / "kept-a%2Fb%20c.safetensors"
+    file = journal.folder / "kept-0-a%2Fb%20c.safetensors"
     file.write_bytes(flip(file.read_bytes()))
     assert said == [] and again.kept("a/b c") is None
     assert said == [f"note: {file} does not match its digest; its work is done again"]

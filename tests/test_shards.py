@@ -89,7 +89,8 @@ def test_copies_that_the_index_does_not_name_are_counted_and_left_out(tmp_path: 
         **where,
         "x": "2",  # a tensor that the index doesn't know is read where it is
     }
-    assert notes == [f"3 tensors are not where {INDEX} says and are left out: 'a' in 1"]
+    says = f"is left out, because {INDEX} names another file for it, and so are 2 more"
+    assert notes == [f"'a' in 1 {says}"]
 
 
 def test_two_copies_that_the_index_does_not_know_are_refused(tmp_path: Path) -> None:
