@@ -40,13 +40,13 @@ class DenseTarget(Target):
 
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        tensors = float_tensors(artifact, dtype)
         with new_folder(out) as draft:
             copy_small_files(artifact, draft, say)
             config = read_json(artifact / "config.json")
             float_config(config, None if dtype is None else self.dtype)
             write_json(draft / "config.json", config, allow_nan=True)
             write_kept(artifact, draft)
+            tensors = float_tensors(artifact, dtype)
             say("writing")
             write_weights(draft, tensors)
         nbytes = sum(t.nbytes for t in tensors.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,54 @@ def test_infinity_in_the_configuration_is_kept(
     assert compile(model, tmp_path / "out").code == 0
     found = AutoConfig.from_pretrained(tmp_path / "out").to_dict()
     assert found["time_step_limit"] == [0.0, float("inf")]
+
+
+# ---------------------------------------------------------------- paths
+
+
+def deep(folder: Path) -> Path:
+    """Return a path that can be made, but none of what is written in it."""
+    left = 4095 - len(f"{folder.absolute()}/.partial") - 60
+    names = ["d" * 99] * (left // 100) + ["d" * (left % 100)]
+    return folder.joinpath(*filter(None, names))
+
+
+PATHS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "too long a name": (lambda folder: folder / ("x" * 300), "File name too long"),
+    "too long a path": (deep, "File name too long"),
+    "below a file": (lambda folder: Path(__file__) / "x", "Not a directory|is not a folder"),
+    "where no file can be": (lambda folder: Path("/proc/x/y"), "No such file|no permission"),
+}
+
+
+@pytest.mark.parametrize("option", ["--out", "--dump"])
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_are_tried_before_any_work(
+    path: str,
+    option: str,
+    refused: Refused,
+    mixtral: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make, says = PATHS[path]
+    monkeypatch.setattr(command, "trace", lambda *_, **__: pytest.fail("the model was traced"))
+    given = make(tmp_path)
+    if option == "--out":
+        line = refused(mixtral, out=given)
+        assert re.search(f"can't be made: .*({says}).*; choose another output folder", line)
+    else:
+        line = refused(mixtral, "--dump", given)
+        assert re.search(f"can't write to --dump .*({says}).*; write elsewhere", line)
+
+
+@pytest.mark.parametrize("inside", ["out", "out/texts", "out.partial/texts", "./x/../out/texts"])
+def test_texts_do_not_lie_in_the_output(
+    inside: str, refused: Refused, mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The draft could not get its name any more at the end."""
+    monkeypatch.setattr(command, "trace", lambda *_, **__: pytest.fail("the model was traced"))
+    assert "lies in out" in refused(mixtral, "--dump", inside)
 
 
 # ---------------------------------------------------------------- targets

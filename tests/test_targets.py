@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import ALL
-from made import ROOT, checkpoint, load
+from made import ROOT, TINYMOE, checkpoint, load
 from pipelines import MY_PASS
 from refusals import listing
 from safetensors.torch import load_file
@@ -52,6 +52,18 @@ def test_a_target_takes_only_the_choices_of_its_options(name: str) -> None:
             cls(**{option.name: "none"})
         with pytest.raises(MoeccError, match=f"^{name}: {option.name}='none' is out of range; it"):
             cls.build_from(f"{option.name}=none")
+
+
+def test_the_place_of_an_export_is_tried_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "moecc.backends.dense.float_tensors", lambda *_: pytest.fail("the model was traced")
+    )
+    for out, why in ((Path(__file__) / "x", "is not a folder"), (tmp_path / ("x" * 300), "too lo")):
+        with pytest.raises(MoeccError, match=f"can't be made: .*{why}"):
+            export_artifact(str(TINYMOE), "dense", out)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
-from moecc.checkpoint.files import make_room
+from moecc.checkpoint.files import LONGEST_NAME, make_room
 from moecc.errors import MoeccError
 
 _LOCK, _JOURNAL, _OUTPUT, _OVER = "moecc.lock", "journal", "output", "over"
@@ -110,6 +110,8 @@ class Draft:
 
     def _acquire(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # too long a path is another error
+            os.lstat(self.folder / ("x" * LONGEST_NAME))
         try:
             self._lock.acquire()
         except Timeout as e:

@@ -6,6 +6,7 @@ it is touched. One that shrinks or sits on a failing disk kills the process inst
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, cast
 
 import torch
@@ -24,6 +26,7 @@ from moecc.checkpoint.reading import JSON_LIMIT, opened, parse_json
 from moecc.errors import MoeccError, quoted
 from moecc.types import Json
 
+LONGEST_NAME = 100  # characters of a path inside a folder that moecc writes
 _DIMENSIONS = 64  # of one tensor; more make no tensor in torch
 MOST_TENSORS = 300_000  # of a checkpoint; one of 10^12 parameters in FP8 has 140 000
 
@@ -259,7 +262,24 @@ def make_room(error: OSError) -> str:
     """Return what to do about a failed write."""
     if error.errno == errno.EFBIG:
         return "raise the limit on file sizes (ulimit -f)"
-    return "free some space or write elsewhere"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "free some space or write elsewhere" if full else "write elsewhere"
+
+
+def try_folder(folder: Path) -> None:
+    """Raise OSError if files can't be written in `folder`; leave everything as it was.
+
+    It need not exist, and is then made for the trial.
+    """
+    made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, prefix="moecc-", suffix="x" * LONGEST_NAME):
+            pass
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def size(count: float) -> str:

@@ -104,7 +104,7 @@ def compile_model(
     the machine or code fails instead, finished work stays and the line says so.
     """
     with Draft(out, "partial", partial(finish, dump, out)) as draft, _outlived(draft, say):
-        texts = Dump(dump, out)
+        texts = Dump(dump, out, draft.folder)
         target = None if backend is None else parse_target(backend)
         resolved = _pipeline(passes, bits, say)
         read_config(folder := checkpoint_folder(model))  # broken, it looks like a broken tokenizer

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moecc.checkpoint.files import make_room
+from moecc.checkpoint.files import make_room, try_folder
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 
@@ -20,17 +20,23 @@ class Dump:
 
     Until the run has ended well, `moecc.unfinished` beside the texts says whose they are and lists
     them. The same run adds to them when it goes on; another run replaces them. Raise MoeccError if
-    the folder holds anything else: texts of two runs would mix.
+    the folder holds anything else, because texts of two runs would mix, if it lies in `out` or its
+    `draft`, or if nothing can be written there.
     """
 
-    def __init__(self, folder: Path | None, out: Path):
+    def __init__(self, folder: Path | None, out: Path, draft: Path):
         self.folder, self._whose = folder, _whose(out)
-        if folder is None or not os.path.lexists(folder):
+        if folder is None:
             return
-        if not folder.is_dir():
+        if os.path.lexists(folder) and not folder.is_dir():
             raise MoeccError(f"--dump {folder} is a file; give a folder for the texts")
-        if any(folder.iterdir()) and not (folder / _UNFINISHED).is_file():
-            raise MoeccError(f"--dump {folder} is not empty; give a new folder for the texts")
+        with _writing(folder):
+            if folder.is_dir() and any(folder.iterdir()) and not (folder / _UNFINISHED).is_file():
+                raise MoeccError(f"--dump {folder} is not empty; give a new folder for the texts")
+            for other in (out, draft):
+                if folder.resolve().is_relative_to(other.resolve()):
+                    raise MoeccError(f"--dump {folder} lies in {other}; give a folder beside it")
+            try_folder(folder)
 
     def start(self, *, resumes: bool) -> None:
         """Make the folder; unless this run goes on, remove what an unfinished one has left."""
