@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made import QUICK, checkpoint
+from made import Command, checkpoint
 from refusals import Refused, edit_config, edit_tensors
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -195,20 +195,37 @@ ENTRIES: dict[str, tuple[str, object, str]] = {
 
 @pytest.mark.parametrize(("entry", "value", "says"), ENTRIES.values(), ids=ENTRIES.keys())
 def test_a_config_that_makes_no_model_is_named_with_its_entry(
-    entry: str, value: object, says: str, refused: Refused, model: Path
+    entry: str, value: object, says: str, moecc: Command, model: Path
 ) -> None:
     edit_config(model, **{entry: value})
     (model / "model.safetensors").unlink()  # else they are what doesn't fit
-    line = refused(model)
-    assert line.startswith(str(model)) and says in line and line.endswith("; check config.json")
+    got = moecc("inspect", model)
+    assert got.code == 2 and got.err.startswith(f"moecc: error: {model}") and says in got.err
+    assert got.err.endswith("; check config.json\n")
 
 
-def test_a_process_prints_one_line_too(model: Path, tmp_path: Path) -> None:
+def test_a_config_of_more_layers_than_the_weights_is_refused_before_a_model_is_built(
+    refused: Refused, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "moecc.frontend.skeleton.build", lambda *_: pytest.fail("a model was built")
+    )
+    edit_config(model, num_hidden_layers=1024)
+    says = f"num_hidden_layers in {model}/config.json is 1024, and the weights there are of 2 layer"
+    assert says in refused(model)
+    edit_config(model, num_hidden_layers=10**9)
+    assert "is '1000000000', and moecc takes at most 1024" in refused(model)
+    (model / "model.safetensors").unlink()
+    edit_config(model, num_hidden_layers=1024)
+    assert f"{model} has no *.safetensors weights" in refused(model)
+
+
+def test_a_process_prints_one_line_too(model: Path) -> None:
     """torch logs a traceback for an op that can't be traced, which capsys does not see."""
     edit_config(model, num_attention_heads=3)
     (model / "model.safetensors").unlink()
-    args = ("compile", model, "--passes", QUICK, "-o", tmp_path / "out", "--json")
-    got = subprocess.run([sys.executable, "-m", "moecc.cli", *args], capture_output=True, text=True)
+    args = (sys.executable, "-m", "moecc.cli", "inspect", model, "--json")
+    got = subprocess.run(args, capture_output=True, text=True)
     assert (got.returncode, got.stdout) == (2, "")
     last = got.stderr.splitlines()[-1]
     assert "Traceback" not in got.stderr and last.startswith(f"moecc: error: {model} (mixtral): ")

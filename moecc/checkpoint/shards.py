@@ -7,6 +7,7 @@ map leaves no doubt about what is meant.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from moecc.checkpoint.files import TensorEntry, read_header, require_few
@@ -46,6 +47,13 @@ def has_weights(folder: Path) -> bool:
         return True
     indexed = os.path.lexists(folder / INDEX)
     return indexed and any(os.path.lexists(folder / s) for s in set(read_index(folder).values()))
+
+
+def tensor_names(folder: Path) -> Iterable[str]:
+    """Return the names of a checkpoint's tensors, as its index or its only header lists them."""
+    if os.path.lexists(folder / INDEX):
+        return read_index(folder)
+    return read_header(inside(folder, SINGLE))[0] if os.path.lexists(folder / SINGLE) else ()
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:

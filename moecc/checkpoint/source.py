@@ -41,20 +41,23 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = (".safetensors", *PICKLES)  # never a licence
 
 
-def checkpoint_folder(source: str, *, revision: str | None = None) -> Path:
+def checkpoint_folder(source: str) -> Path:
     """Return the checkpoint folder of `source`: a local folder, or the download of a hub id.
 
-    Raise MoeccError if there is no such model, if a file of it leads out of its folder, or if all
-    its weights are pickled."""
-    folder = model_folder(source, HUB_FILES, revision=revision)
+    Raise MoeccError if there is no such model, if a file of it leads out of its folder, or if it
+    has no weights but pickled ones."""
+    folder = model_folder(source, HUB_FILES)
     if not has_weights(folder):
         _refuse_pickles(folder, source)
-    elif any(os.path.lexists(folder / name) for name in (SINGLE, INDEX)):
+        raise MoeccError(
+            f"{source} has no *.safetensors weights; give a complete checkpoint or artifact"
+        )
+    if any(os.path.lexists(folder / name) for name in (SINGLE, INDEX)):
         weight_files(folder)
     return folder
 
 
-def model_folder(source: str, files: Sequence[str], *, revision: str | None = None) -> Path:
+def model_folder(source: str, files: Sequence[str]) -> Path:
     """Return the folder of `source`: a local folder, or a download of a hub id's `files`.
 
     Raise MoeccError if there is no such model or no config.json in its folder, or as `small_files`.
@@ -74,7 +77,7 @@ def model_folder(source: str, files: Sequence[str], *, revision: str | None = No
                 f"no folder '{source}'; "
                 "give a checkpoint folder or a hub id such as 'Qwen/Qwen1.5-MoE-A2.7B'"
             )
-        folder = _download(source, files, revision)
+        folder = _download(source, files)
     if not (folder / "config.json").is_file():
         raise MoeccError(
             f"{source} has no config.json; give the folder of a transformers checkpoint"
@@ -109,8 +112,8 @@ def adapter_beside(folder: Path) -> str:
     return f"an adapter ({ADAPTER}) beside the weights is left out; a pass can merge one"
 
 
-def _download(repo: str, files: Sequence[str], revision: str | None) -> Path:
-    folder = _snapshot(repo, files, HUB_SKIPPED, revision)
+def _download(repo: str, files: Sequence[str]) -> Path:
+    folder = _snapshot(repo, files, HUB_SKIPPED)
     if "*.safetensors" in files:
         shards = set(read_index(folder).values()) if (folder / INDEX).exists() else set()
         below = [glob.escape(shard) for shard in sorted(shards) if "/" in shard]
@@ -119,7 +122,7 @@ def _download(repo: str, files: Sequence[str], revision: str | None) -> Path:
 
 
 def _snapshot(
-    repo: str, files: Sequence[str], skipped: Sequence[str], revision: str | None
+    repo: str, files: Sequence[str], skipped: Sequence[str], revision: str | None = None
 ) -> Path:
     from huggingface_hub import snapshot_download
 

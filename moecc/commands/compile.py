@@ -345,13 +345,10 @@ def _calibration(
 def _require_fresh(program: Program, model: str, say: Say) -> str:
     """Return the source's digest.
 
-    Raise MoeccError if it has no weights, or they do not fit, or moecc has compressed them.
+    Raise MoeccError if its weights do not fit, or moecc has compressed them.
     """
     store = program.store
-    if store is None:
-        raise MoeccError(
-            f"{model}: no *.safetensors weights in this folder; give a complete checkpoint"
-        )
+    assert store is not None
     store.check()
     if getattr(program.config, "quantization_config", None) is not None:
         raise MoeccError(f"{model} is compressed already; give the checkpoint it was made from")

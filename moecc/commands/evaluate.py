@@ -141,10 +141,7 @@ def _traced(folder: Path, say: Say) -> Program:
     if left := adapter_beside(folder):
         say(f"note: {folder}: {left}")
     program = trace(folder, dtype=torch.float32)
-    if program.store is None:
-        raise MoeccError(
-            f"{folder} has no *.safetensors weights; give a complete checkpoint or artifact"
-        )
+    assert program.store is not None
     program.store.check()
     number_experts(program, folder)
     return program

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
+from moecc.checkpoint.fit import CHECK_CONFIG
 from moecc.checkpoint.reading import read_json
+from moecc.checkpoint.shards import tensor_names
 from moecc.checkpoint.source import model_folder
 from moecc.errors import MoeccError, quoted, reason
 from moecc.types import Config, FamilyModule, Json
@@ -98,6 +100,26 @@ def _most(key: str) -> float:
     if _COUNTS.search(key):
         return _MOST_LAYERS
     return _MOST_EXPERTS if _EXPERTS.search(key) else math.inf
+
+
+def require_layers(config: Config, folder: Path) -> None:
+    """Raise MoeccError if a configuration has far more layers than the weights in its folder.
+
+    A model of a thousand layers takes long to build, and would be refused only then. Half as many
+    may be right: longcat_flash counts two for a block.
+    """
+    layers = getattr(text_config(config), "num_hidden_layers", None)
+    stored = 1 + max(map(_layer, tensor_names(folder)), default=-1)
+    if type(layers) is int and 0 < 2 * stored < layers:
+        raise MoeccError(
+            f"num_hidden_layers in {folder / 'config.json'} is {layers}, and the weights there are "
+            f"of {stored} layers; {CHECK_CONFIG}"
+        )
+
+
+def _layer(name: str) -> int:
+    """Return the first number in a tensor's name, which is that of its layer, else -1."""
+    return next((int(p) for p in name.split(".") if p.isdecimal() and len(p) < 10), -1)
 
 
 # ---------------------------------------------------------------- facts

@@ -34,6 +34,7 @@ from moecc.frontend.config import (
     model_class,
     quantization_method,
     read_config,
+    require_layers,
     source_name,
     text_config,
 )
@@ -113,6 +114,8 @@ def bare(source: str | Path | nn.Module | Config, dtype: torch.dtype | None = No
             f"{source_name(source)}: its weights are quantized already ({method}); "
             f"give the unquantized checkpoint, or one of {' or '.join(low_bit.METHODS)}"
         )
+    if folder is not None:
+        require_layers(config, folder)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     given = str(source) if isinstance(source, (str, Path)) else ""
     cls = model_class(config)
