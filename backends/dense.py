@@ -24,8 +24,9 @@ from moecc.artifact.write import (
 )
 from moecc.checkpoint.files import size
 from moecc.checkpoint.reading import read_json
+from moecc.frontend.config import config_dtype, read_config
 from moecc.options import option
-from moecc.target import Emitted, Target
+from moecc.target import Emitted, Sizes, Target
 from moecc.types import Say
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -38,15 +39,20 @@ class DenseTarget(Target):
         "auto", help="of the weights; auto: as the configuration says", choices=DTYPES
     )
 
+    def least_bytes(self, source: Path, artifact: Sizes) -> int:
+        auto = self.dtype == "auto"
+        dtype = config_dtype(read_config(source)[0]) if auto else getattr(torch, self.dtype)
+        return artifact.weights * int(dtype.itemsize)
+
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         with new_folder(out) as draft:
+            tensors = float_tensors(artifact, dtype)
             copy_small_files(artifact, draft, say)
             config = read_json(artifact / "config.json")
             float_config(config, None if dtype is None else self.dtype)
             write_json(draft / "config.json", config, allow_nan=True)
             write_kept(artifact, draft)
-            tensors = float_tensors(artifact, dtype)
             say("writing")
             write_weights(draft, tensors)
         nbytes = sum(t.nbytes for t in tensors.values())

@@ -48,6 +48,14 @@ class Emitted:
     summary: str = ""
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """The number of weights that an artifact stands for, and the bytes that it takes."""
+
+    weights: int
+    nbytes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target(Options, ABC):
     """One form in which an artifact runs. Its fields are its options (`moecc.options.option`)."""
@@ -59,6 +67,13 @@ class Target(Options, ABC):
     def check(self, source: Path) -> None:
         """Raise MoeccError, before any pass runs, if what comes of the model can't be written."""
         return None
+
+    def least_bytes(self, source: Path, artifact: Sizes) -> int:
+        """Return the bytes that `emit` needs on the disk at least, for checks before any work.
+
+        source: the folder of the model that the artifact was or will be made from, or its own.
+        """
+        return 0
 
     @abstractmethod
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:

@@ -24,7 +24,7 @@ from typing import ClassVar, NamedTuple
 
 from moecc.errors import MoeccError
 from moecc.options import option
-from moecc.target import Emitted, Target
+from moecc.target import Emitted, Sizes, Target
 from moecc.types import Json, Say
 
 
@@ -88,6 +88,9 @@ class OnnxTarget(Target):
         from moecc.backends.onnx.exporter import require_exportable
 
         require_exportable(source, self)
+
+    def least_bytes(self, source: Path, artifact: Sizes) -> int:
+        return 2 * artifact.nbytes  # bfloat16 becomes float32
 
     def emit(self, artifact: Path, out: Path, say: Say) -> Emitted:
         from moecc.backends.onnx.exporter import export, summary

@@ -38,6 +38,7 @@ from moecc.frontend.skeleton import Skeleton, skeleton
 from moecc.frontend.trace import trace
 from moecc.ir.relative import relative
 from moecc.pipeline.stream import run_program
+from moecc.target import Sizes
 from moecc.types import Json, Say
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -80,7 +81,7 @@ def _export(folder: Path, partial: Path, options: OnnxTarget, say: Say) -> Json:
     found = skeleton(folder, DTYPES[options.dtype])
     store = CheckpointStore(folder, found.model)
     store.check()
-    free_space(partial, 2 * store.nbytes)  # bfloat16 of the artifact becomes float32
+    free_space(partial, options.least_bytes(folder, Sizes(0, store.nbytes)))
     copy_small_files(folder, partial, say)
     say(f"tracing {folder}")
     cached = capture_cached(found)

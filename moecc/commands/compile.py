@@ -32,7 +32,7 @@ from moecc.checkpoint.reading import read_json
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
 from moecc.commands.dump import Dump, finish
-from moecc.commands.inspect import least_bytes
+from moecc.commands.inspect import least_sizes
 from moecc.commands.report import write_report
 from moecc.commands.rows import longest, require_rows, rows_digest, token_rows, tokenizer_of
 from moecc.errors import Mendable, MoeccError, may_pass, naming, out_of_memory
@@ -138,7 +138,18 @@ def compile_model(
         )
         batches = [] if ids is None else list(ids.split(BATCH))
         run = _Run(
-            job, program, resolved, files, batches, target, config, draft, texts, progress, say
+            job,
+            folder,
+            program,
+            resolved,
+            files,
+            batches,
+            target,
+            config,
+            draft,
+            texts,
+            progress,
+            say,
         )
         return run.run()
 
@@ -195,6 +206,7 @@ class _Run:
     """One compilation, from the traced program to the finished folder."""
 
     job: Job
+    source: Path  # its folder
     program: Program
     passes: list[Pass]
     files: list[dict[str, str]]  # of each group of passes, with their digests
@@ -209,7 +221,12 @@ class _Run:
     def require_space(self) -> None:
         """Raise MoeccError if the disk is too small for the result: now, not hours later."""
         held = sum(f.stat().st_size for f in self.draft.journal.rglob("*") if f.is_file())
-        free_space(self.draft.folder, least_bytes(self.program, self.passes) - held)
+        artifact, journal = least_sizes(self.program, self.passes)
+        needed = artifact.nbytes + journal - held
+        if self.target is not None:
+            with naming(self.target):
+                needed += self.target.least_bytes(self.source, artifact)
+        free_space(self.draft.folder, needed)
 
     def run(self) -> Json:
         """Run the passes, write the folder, load it again and compare; return the summary.

@@ -36,6 +36,7 @@ from moecc.pipeline.estimate import Estimate, Matrix, Outlook
 from moecc.pipeline.order import require_whole, resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Pass
+from moecc.target import Sizes
 from moecc.types import Json
 
 # bookkeeping, which does not show how a router chooses
@@ -95,13 +96,14 @@ def inspect_model(model: str, *, passes: str | None = None, bits: float | None =
     return result
 
 
-def least_bytes(program: Program, passes: Sequence[Pass]) -> int:
-    """Return the least bytes that a compilation of a checkpoint's program has on disk at its end.
+def least_sizes(program: Program, passes: Sequence[Pass]) -> tuple[Sizes, int]:
+    """Return the least sizes of the artifact that `passes` make of a checkpoint's program.
 
-    They hold the artifact, and beside it the journal, which has the coded experts once more.
+    Beside it, the least bytes of the journal at the end, which has the coded experts once more.
     """
     found = _estimate(program, None, passes)
-    return round((found.experts[0] + found.rest + found.coded) / 8)
+    weights = found.weights + sum(m.weights for m in found.others.values())
+    return Sizes(weights, round((found.experts[0] + found.rest) / 8)), round(found.coded / 8)
 
 
 def _resolved(passes: str, bits: float | None) -> list[Pass]:
