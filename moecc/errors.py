@@ -56,8 +56,10 @@ def fault(error: BaseException, owner: object) -> str:
     """Return the type and message of an error in a pass or a target, and the line that raised it.
 
     owner: the pass or target, or what to call it. The line is the last one of its own file, else
-    of any.
+    of any. Too little memory is no fault of a line.
     """
+    if out_of_memory(error):
+        return too_little_memory(error)
     cls = owner if isinstance(owner, type) else type(owner)
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     frames = traceback.extract_tb(error.__traceback__)
@@ -84,6 +86,12 @@ def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory was too short."""
     short = isinstance(error, RuntimeError) and _SHORT.search(str(error))
     return isinstance(error, MemoryError) or bool(short)
+
+
+def too_little_memory(error: BaseException) -> str:
+    """Return what to say of an error for which `out_of_memory` is true."""
+    told = f" ({reason(error)})" if str(error) else ""
+    return f"out of memory{told}; end other programs or give fewer rows"
 
 
 def may_pass(error: BaseException) -> bool:

@@ -147,11 +147,19 @@ FAULTS = {
     ),
     "memory of Python": (
         failing("moecc.commands.compile.plan", no_memory),
-        "out of memory; end",
+        "out was not finished: out of memory; end other programs or give fewer rows; 3 fin",
         3,
     ),
-    "memory of torch": (failing("moecc.commands.compile.plan", no_tensor), "out of memory; end", 3),
-    "memory of a pass": (second_layer, "failed in layer 1 .* MemoryError", 1),
+    "memory of torch": (
+        failing("moecc.commands.compile.plan", no_tensor),
+        r"out of memory \(.*tried to allocate 4611686018427387904 bytes.*\); end other",
+        3,
+    ),
+    "memory of a pass": (
+        second_layer,
+        r"failed in layer 1 \(after moments\): out of memory; end other programs or give",
+        1,
+    ),
 }
 
 

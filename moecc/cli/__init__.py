@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from moecc.cli.arguments import parser
-from moecc.errors import MoeccError, out_of_memory, printable, quoted, reason
+from moecc.errors import MoeccError, out_of_memory, printable, quoted, too_little_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +61,7 @@ def _main(argv: Sequence[str] | None, debug: bool) -> int:
         return _fail(f"error: {quoted(error.filename)}: the path is too long", 2, debug)
     except (Exception, SystemExit) as error:  # a library's exit is no success of the command
         if out_of_memory(error):
-            why = f"out of memory ({reason(error)}); end other programs or give fewer rows"
-            return _fail(f"error: {why}", 2, debug)
+            return _fail(f"error: {too_little_memory(error)}", 2, debug)
         return _internal(error, debug)
 
 

@@ -35,7 +35,14 @@ from moecc.commands.dump import Dump, finish
 from moecc.commands.inspect import least_sizes
 from moecc.commands.report import write_report
 from moecc.commands.rows import longest, require_rows, rows_digest, token_rows, tokenizer_of
-from moecc.errors import Mendable, MoeccError, may_pass, naming, out_of_memory
+from moecc.errors import (
+    Mendable,
+    MoeccError,
+    may_pass,
+    naming,
+    out_of_memory,
+    too_little_memory,
+)
 from moecc.frontend.config import read_config, require_generation
 from moecc.frontend.trace import trace
 from moecc.ir import vq4
@@ -195,7 +202,7 @@ def _one_line(draft: Draft, error: BaseException) -> str | None:
     if isinstance(error, MoeccError):
         return str(error)
     if out_of_memory(error):
-        return f"{draft.out} was not finished: out of memory; end other programs or give fewer rows"
+        return f"{draft.out} was not finished: {too_little_memory(error)}"
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return failure(draft.out, draft.folder, error)
     return None
