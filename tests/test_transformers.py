@@ -292,6 +292,14 @@ def test_adapters_of_quantized_linears_are_those_of_the_float_model(artifact: Pa
     torch.testing.assert_close(logits(wrapped.merge_and_unload()), want, rtol=1e-4, atol=1e-5)
 
 
+def test_mixed_adapters_of_quantized_linears_are_not_merged_either(artifact: Path) -> None:
+    """Their tuner leaves out PEFT's own check before merging."""
+    wrapped = peft.get_peft_model(load(artifact), lora(), mixed=True)
+    for merge in (wrapped.merge_and_unload, wrapped.base_model.merge_adapter):
+        with pytest.raises(MoeccError, match=r"q_proj: the codes .* can't hold an adapter too"):
+            merge()
+
+
 def test_all_linear_finds_quantized_linears(artifacts: dict[str, Path]) -> None:
     wrapped = peft.get_peft_model(load(artifacts["qwen2_moe"]), lora(target_modules="all-linear"))
     adapted = {n for n, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.Linear)}

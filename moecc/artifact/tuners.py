@@ -6,7 +6,7 @@
 
 PEFT finds neither out: it takes codes for weights, and trains the rest of an adapter if parameters
 aren't there. So `moecc.hook` imports this module right after PEFT's base class, and the module
-extends two checks of that class.
+adds checks to methods of that class.
 """
 
 from __future__ import annotations
@@ -76,13 +76,17 @@ def _reader(config: Any) -> str | None:
     return next((key for key in ("use_dora", "kasa_config") if getattr(config, key, None)), None)
 
 
-def _checking(method: Callable[..., None], check: Callable[..., None]) -> Callable[..., None]:
+def _checking(method: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
     @wraps(method)
-    def checked(tuner: BaseTuner, *args: Any, **kwargs: Any) -> None:
+    def checked(tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:
         check(tuner, *args, **kwargs)
-        method(tuner, *args, **kwargs)
+        return method(tuner, *args, **kwargs)
 
     return checked
+
+
+def _on_merging(tuner: BaseTuner, *args: Any, **kwargs: Any) -> None:
+    _require_mergeable(tuner.model)
 
 
 def _extend(checks: Mapping[str, Callable[..., None]]) -> None:
@@ -100,7 +104,9 @@ def _extend(checks: Mapping[str, Callable[..., None]]) -> None:
 
 _extend(
     {
-        "_check_merge_allowed": lambda tuner: _require_mergeable(tuner.model),
+        # not PEFT's own check of this, which some tuners, such as that of mixed models, leave out
+        "merge_and_unload": _on_merging,
+        "merge_adapter": _on_merging,
         "_check_tied_modules": _require_adaptable,
     }
 )
