@@ -307,3 +307,35 @@ def test_passes_lists_every_pass_with_its_options(moecc: Command) -> None:
     assert "stands for moments,klt,vq,affine,fold" in moecc("passes", "kbvq").out
     options = {o["name"]: o for o in moecc("passes", "vq", "--json").json["options"]}
     assert options["bits"]["default"] == 2 and options["bits"]["help"]
+
+
+COMPOSITE = """from dataclasses import dataclass
+from moecc.passes.vq import VectorQuantize
+from moecc.pipeline.passes import Composite
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Composite):
+    name = "mine"
+    parts = (VectorQuantize,)
+
+    def stands_for(self):
+        {body}
+"""
+WRONG = {
+    "raise KeyError('x')": "failed: KeyError: 'x' ({file}, line 11)",
+    "raise SystemExit(3)": "failed: SystemExit: 3 ({file}, line 11)",
+    "return None": "stands for None; give a list of passes",
+    "return [VectorQuantize]": "stands for [<class 'moecc.passes.vq.VectorQuantize'>]; give a list",
+}
+
+
+@pytest.mark.parametrize("body", WRONG)
+def test_a_composite_of_ones_own_that_is_wrong_is_named(
+    body: str, moecc: Command, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(COMPOSITE.format(body=body))
+    for args in (("passes", file), ("inspect", TINYMOE, "--passes", file)):
+        got = moecc(*args)
+        assert got.code == 2
+        assert got.err.startswith(f"moecc: error: {file} " + WRONG[body].format(file=file))

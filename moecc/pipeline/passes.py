@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, naming
 from moecc.ir import vq4
 from moecc.ir.moe import MoE, Projection
 from moecc.ir.program import Program
@@ -113,7 +113,10 @@ class Composite(Pass):
 
         Raise MoeccError for an option of a part that does not occur among them.
         """
-        found, given = self.stands_for(), dict(self.passed_on)
+        with naming(self):
+            found, given = self.stands_for(), dict(self.passed_on)
+        if not isinstance(found, list) or not all(isinstance(p, Pass) for p in found):
+            raise MoeccError(f"{self} stands for {found!r}; give a list of passes")
         for key in given:
             if not any(key in _option_names(p) for p in found):
                 owner = next(p.name for p in self.parts if key in _option_names(p))
