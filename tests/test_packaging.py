@@ -225,6 +225,19 @@ def test_a_broken_moecc_does_not_break_transformers(pythons: dict[str, Path]) ->
     assert "moecc: artifacts can't be opened: No module named 'moecc'" in done.stderr
 
 
+def test_bench_finds_moecc_where_it_is_not_installed(pythons: dict[str, Path]) -> None:
+    """A process of its own gets it from the checkout, which is the current folder."""
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from moecc.backends.onnx import speed
+speed._apart(Path("nothing.onnx"), None, 1, 1, 1)
+"""
+    done = script(pythons["without"], code)
+    assert "MoeccError: nothing.onnx: ONNX Runtime can't load it" in done.stderr, done.stderr
+
+
 def test_uninstalling_takes_the_startup_file_away(built: tuple[Path, Path]) -> None:
     archive = zipfile.ZipFile(built[1])
     record = next(n for n in archive.namelist() if n.endswith("RECORD"))

@@ -18,11 +18,19 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import moecc
 from moecc.checkpoint.reading import read_json
 from moecc.errors import MoeccError
 from moecc.types import Json, Say
 
 _REPEATS = 5  # prefills
+# In the new process moecc comes from where it is here, which may be the current folder alone.
+_CHILD = f"""import sys
+sys.path.insert(0, sys.argv.pop(1))
+import moecc
+del sys.path[0]
+from {__name__} import main
+main()"""
 
 
 def bench(
@@ -75,7 +83,8 @@ def _apart(model: Path, library: Path | None, threads: int, prompt: int, new_tok
     """Return the row that `measure` finds in a new process."""
     arguments = [str(model), str(library or ""), str(threads), str(prompt), str(new_tokens)]
     # -P: without it, a statistics.py in the current folder would be imported, and run
-    command = [sys.executable, "-P", "-m", __name__, *arguments]
+    home = Path(moecc.__file__).parents[1]
+    command = [sys.executable, "-P", "-c", _CHILD, str(home), *arguments]
     done = subprocess.run(
         command, capture_output=True, encoding="utf-8", errors="replace", check=False
     )
@@ -145,6 +154,7 @@ def table(rows: list[Json]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure what the command line of a new process says, and print the row."""
     path, library, *numbers = sys.argv[1:]
     print(json.dumps(measure(Path(path), Path(library) if library else None, *map(int, numbers))))
