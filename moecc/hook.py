@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -68,8 +67,10 @@ def _register_after(loader: Loader, waiting: _Waiting) -> None:
         try:
             importlib.import_module(_WANTED[waiting.wanted])
         except Exception as error:
+            import logging  # which takes time, and every program with moecc imports this module
+
             library = waiting.wanted.partition(".")[0]
             what = f"moecc can't register with {library} ({error}); artifacts can't be used with it"
-            warnings.warn(what, stacklevel=2)
+            logging.getLogger("moecc").warning("%s", what)  # a warning may be made an error
 
     loader.exec_module = exec_module  # type: ignore[method-assign]

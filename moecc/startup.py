@@ -13,19 +13,26 @@ class _Waiting:
     """A finder that finds nothing itself and steps aside at the first import that concerns it."""
 
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
-        if fullname != "transformers.quantizers.auto":
+        if fullname != "transformers.quantizers.auto" or self not in sys.meta_path:
             return None
-        sys.meta_path.remove(self)
         try:
+            sys.meta_path.remove(self)
             from importlib.util import find_spec
 
             from moecc.hook import register_when_needed
 
             register_when_needed()
+            return find_spec(fullname)
         except Exception as error:  # transformers must go on where moecc is broken
-            print(f"moecc: artifacts can't be opened: {error}", file=sys.stderr)
+            _say(f"moecc: artifacts can't be opened: {error}\n")
             return None
-        return find_spec(fullname)
+
+
+def _say(line: str) -> None:
+    try:
+        sys.stderr.write(line)
+    except Exception:  # it is closed, or None
+        pass
 
 
 sys.meta_path.insert(0, _Waiting())
