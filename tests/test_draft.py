@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,6 +180,18 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
         "holds 'notes.txt', which moecc did not write",
     ),
 }
+FOREIGN |= {
+    f"{name} {kind}": (
+        lambda p, name=name, make=make: [killed(p.with_suffix(""), p.suffix[1:]), make(p / name)],
+        f"holds '{name}', which moecc did not write",
+    )
+    for name, kind, make in (
+        ("moecc.lock", "text", lambda p: p.write_text("mine", encoding="utf-8")),
+        ("over", "folder", lambda p: p.mkdir()),
+        ("over", "pipe", os.mkfifo),
+        ("journal", "link", lambda p: (p.rename(p.parents[1] / "far"), p.symlink_to("../far"))),
+    )
+}
 
 
 @pytest.mark.parametrize("suffix", ["partial", "export"])
@@ -202,8 +215,8 @@ def test_what_a_user_puts_into_a_draft_outlives_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "out",
-    ["..", "new/..", "x" * 300, "a\0b", "\ud800"],
-    ids=["up", "inside", "long", "NUL", "half"],
+    ["..", "new/..", "new/../new/" + "x" * 300, "x" * 300, "a\0b", "\ud800"],
+    ids=["up", "inside", "around", "long", "NUL", "half"],
 )
 def test_a_name_that_no_folder_can_have_is_refused(
     out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,6 @@ from moecc.checkpoint.files import LONGEST_NAME, make_room
 from moecc.errors import MoeccError
 
 _LOCK, _JOURNAL, _OUTPUT, _OVER = "moecc.lock", "journal", "output", "over"
-_PARTS = {_LOCK, _JOURNAL, _OUTPUT, _OVER}
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # what a rename says of a name in use
 
 
@@ -55,7 +55,8 @@ class Draft:
         self._require_own()
         _require_possible(out)
         around = (self.folder, *self.folder.parents)
-        self._made = [p for p in around if not os.path.lexists(p)] or [self.folder]
+        new = [p for p in around if p.name != ".." and not os.path.lexists(p)]
+        self._made = new or [self.folder]
         try:
             self._acquire()
         except Busy:
@@ -151,8 +152,18 @@ class Draft:
             return f"can't be read ({error.strerror})"
         if names and not names & {_LOCK, _OVER}:
             return "holds no interrupted run"
-        other = sorted(names - _PARTS)
+        other = sorted(name for name in names if not self._is_part(name))
         return f"holds {other[0]!r}, which moecc did not write" if other else None
+
+    def _is_part(self, name: str) -> bool:
+        """Return whether moecc writes such a thing: a folder, or a mark, which is an empty file."""
+        try:
+            found = (self.folder / name).lstat()
+        except FileNotFoundError:  # another run has just ended
+            return True
+        if name in (_LOCK, _OVER):
+            return stat.S_ISREG(found.st_mode) and found.st_size == 0
+        return name in (_JOURNAL, _OUTPUT) and stat.S_ISDIR(found.st_mode)
 
     def _require_own(self) -> None:
         why = self._foreign()
