@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 # torch raises RuntimeError where memory is short
 _SHORT = re.compile("out of memory|can't allocate memory|cannot allocate memory|bad_alloc", re.I)
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but line breaks and tabs
 _LONGEST = 200  # characters that are shown of a name
 
 
@@ -35,6 +36,11 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Return `text` with its lines as they are, and each of them `printable`."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def for_terminal(text: str) -> str:
+    """Return a result with what a terminal would obey escaped, and all else as it is."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def quoted(name: object) -> str:

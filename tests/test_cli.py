@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import shlex
 import subprocess
@@ -40,6 +41,7 @@ BAD = {
     "compile for a missing backend": "compile MODEL --passes vq --backend nope -o OUT",
     "compile onto itself": "compile MODEL --passes vq -o MODEL",
     "inspect a missing model": "inspect ./nothing",
+    "inspect in the home of nobody": "inspect ~no-such-user/model",
     "inspect a file": "inspect MODEL/config.json",
     "inspect with bits alone": "inspect MODEL --bits 2",
     "inspect with a misspelt pass": "inspect MODEL --passes kbvqq",
@@ -49,6 +51,7 @@ BAD = {
     "eval with no rows": "eval MODEL --reference MODEL --rows -1",
     "generate from a missing model": "generate ./nothing",
     "generate with a negative temperature": "generate MODEL --temperature -1",
+    "generate with a seed beyond 64 bits": "generate MODEL --seed 99999999999999999999",
     "generate from an empty prompt": "generate MODEL --prompt ''",
     "generate more than there are positions for": "generate MODEL --max-new-tokens 100000",
     "generate from bytes that are no text": "generate MODEL --prompt \udcff",
@@ -238,6 +241,34 @@ def test_help_and_version_go_to_stdout(moecc: Command) -> None:
     for args in ([], ["compile"], ["inspect"], ["eval"], ["generate"], ["passes"], ["diff"]):
         got = moecc(*args, "--help")
         assert got.code == 0 and "usage: moecc" in got.out and got.err == ""
+
+
+def test_a_stdout_that_takes_no_more_is_one_line() -> None:
+    code = (
+        "import sys; from moecc import cli; cli._run = lambda *args: cli._write('x' * 9000)\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    says = "moecc: error: stdout can't be written: No space left on device; free some space"
+    for line in (["--version"], ["passes"]):
+        with open("/dev/full", "w") as full:
+            got = subprocess.run(
+                [sys.executable, "-c", code, *line], stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert (got.returncode, got.stderr) == (2, f"{says} or write elsewhere\n")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_gets_no_control_characters_of_a_result(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdout = io.StringIO()
+    monkeypatch.setattr(stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    said = "caf\u00e9\t\u200d\U0001f44d\n\x1b[2J\r\x9b\x7f"
+    found = argparse.Namespace(run=lambda options: (0, {}, said), json=False)
+    assert cli._run(found, debug=True) == 0
+    shown = "caf\u00e9\t\u200d\U0001f44d\n\\x1b[2J\\r\\x9b\\x7f"
+    assert stdout.getvalue() == (shown if terminal else said) + "\n"
 
 
 def process(*args: str) -> tuple[int, str, str]:

@@ -22,7 +22,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from moecc.cli.arguments import parser
-from moecc.errors import MoeccError, out_of_memory, printable, quoted, too_little_memory
+from moecc.errors import (
+    MoeccError,
+    for_terminal,
+    out_of_memory,
+    printable,
+    quoted,
+    reason,
+    too_little_memory,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +51,7 @@ def _main(argv: Sequence[str] | None, debug: bool) -> int:
             try:
                 options = parser().parse_args(argv)
             except SystemExit as stop:  # --help and --version
+                _write()
                 return int(stop.code or 0)
             return _run(options, debug)
     except Terminated:
@@ -50,8 +59,7 @@ def _main(argv: Sequence[str] | None, debug: bool) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130, False)
     except BrokenPipeError:
-        # whoever read stdout has gone; nothing can be said to it, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop(1)  # whoever read stdout has gone
         return 141
     except MoeccError as error:
         return _fail(f"error: {error}", 2, debug)
@@ -107,9 +115,13 @@ class _Remarks:
         try:
             call()
         except OSError:
-            # what is still in buffers must not fail at exit
             with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+                _drop(self._stream.fileno())
+
+
+def _drop(number: int) -> None:
+    """Make a stream write nothing from now on: what is in its buffer must not fail at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 @contextlib.contextmanager
@@ -156,9 +168,25 @@ def _run(options: argparse.Namespace, debug: bool) -> int:
     # nothing that a library prints may join the result
     with _quiet(debug), contextlib.redirect_stdout(sys.stderr):
         code, result, text = options.run(options)
-    print(json.dumps(result) if options.json else text)
-    sys.stdout.flush()
+    if sys.stdout.isatty():  # a model's text may come from anyone's tokenizer
+        text = for_terminal(text)
+    _write(json.dumps(result) if options.json else text, end="\n")
     return int(code)
+
+
+def _write(text: str = "", end: str = "") -> None:
+    """Write the result, and what is in the buffer of stdout.
+
+    Raise MoeccError if stdout takes no more, as on a full disk.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop(1)
+        why = f"stdout can't be written: {error.strerror}; free some space or write elsewhere"
+        raise MoeccError(why) from error
 
 
 def _internal(error: BaseException, debug: bool) -> int:

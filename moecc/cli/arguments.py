@@ -175,7 +175,11 @@ def _compile(parser: argparse.ArgumentParser) -> None:
         help="write the result in the form of a target too, NAME{option=value}; see moecc targets",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of everything that is random (default: 0)"
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="S",
+        help="of everything that is random (default: 0)",
     )
     parser.add_argument(
         "--dump",
@@ -223,7 +227,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         help="0 is greedy (the default)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="for a temperature above 0 (default: 0)"
+        "--seed", type=_seed, default=0, metavar="S", help="for a temperature above 0 (default: 0)"
     )
 
 
@@ -291,6 +295,13 @@ def _positive(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not -(1 << 63) <= value < 1 << 64:  # those that torch takes
+        raise argparse.ArgumentTypeError(f"{text} is no number of 64 bits")
+    return value
 
 
 def _bits(text: str) -> float:
