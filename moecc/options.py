@@ -48,6 +48,8 @@ def accepts(f: Field[object], value: object) -> bool:
 def accepted(f: Field[object]) -> str:
     """Return the values that option `f` takes, in words."""
     choices, low, high = (f.metadata.get(k) for k in ("choices", "low", "high"))
+    if isinstance(f.default, bool):
+        return "true | false"
     parts = [" | ".join(map(str, choices))] if choices else []
     if low is not None or high is not None:
         least = "" if low is None else f"{low:g} <= "
@@ -181,5 +183,4 @@ def read_option(owner: str, f: Field[object], text: str) -> object:
             return kind(text)
         except ValueError:
             continue
-    takes = "true | false" if isinstance(default, bool) else accepted(f)
-    raise MoeccError(f"{owner}: {f.name}={text!r} is out of range; it takes {takes}")
+    raise MoeccError(f"{owner}: {f.name}={text!r} is out of range; it takes {accepted(f)}")

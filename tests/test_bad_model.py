@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("traced_once")
 
 def test_a_missing_folder_is_refused(refused: Refused) -> None:
     assert "nothing" in refused("./nothing")
+    assert "no folder ''; give a checkpoint folder or a hub id" in refused("")
     assert "no folder 'owner/nothing' here" in refused("owner/nothing")
 
 

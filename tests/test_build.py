@@ -94,6 +94,9 @@ def test_without_a_compiler_the_error_says_what_to_do(
         MoeccError, match=r"needs a C\+\+17 compiler: install g\+\+ or clang\+\+, or set CXX"
     ):
         build.library()
+    monkeypatch.setenv("CXX", "g++ 'x")
+    with pytest.raises(MoeccError, match=r"CXX is no command \(No closing quotation\)"):
+        build.library()
     monkeypatch.setenv("CXX", "nosuchcompiler -O2")
     with pytest.raises(MoeccError, match="CXX is 'nosuchcompiler', which is not installed"):
         build.library()

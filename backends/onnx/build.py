@@ -76,7 +76,8 @@ def compiled(cxx: tuple[str, ...], machine: str, flags: tuple[str, ...] = ()) ->
     digest = hashlib.sha256(repr((_version(cxx), machine, FLAGS, flags, own)).encode())
     for path in sorted((*NATIVE.glob("*.h"), *NATIVE.glob("*.cc"))):
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
-    folder = Path(os.environ.get("MOECC_CACHE") or "~/.cache/moecc").expanduser().resolve() / "ops"
+    place = os.path.expanduser(os.environ.get("MOECC_CACHE") or "~/.cache/moecc")
+    folder = Path(os.path.realpath(place)) / "ops"
     result = folder / f"moecc_ops-{digest.hexdigest()[:16]}.so"
     try:
         make_own(folder)
@@ -151,7 +152,11 @@ def compiler() -> tuple[str, ...]:
 
     Raise MoeccError if there is none.
     """
-    if chosen := shlex.split(os.environ.get("CXX", "")):
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise MoeccError(f"CXX is no command ({error}); set it to a C++17 compiler") from error
+    if chosen:
         if not (found := shutil.which(chosen[0])):
             raise MoeccError(f"CXX is '{chosen[0]}', which is not installed")
         return (os.path.abspath(found), *chosen[1:])  # for `run`, which is in another folder

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moecc.checkpoint.low_bit import Entry
 from moecc.checkpoint.recipes import Recipe, Recipes
+from moecc.checkpoint.schema import Compression
 from moecc.errors import MoeccError, quoted, reason
 
 _MOST_LEFT_OUT = 100_000  # tensors: those of the largest models would do, with one layer configured
@@ -69,7 +70,9 @@ class Fit:
         return MoeccError(f"{self.folder} has no tensor for '{missing[0]}' ({lost}{hint}); {todo}")
 
     def _quantized(self) -> str:
-        if getattr(self.recipes.model.config, "quantization_config", None):
+        config = self.recipes.model.config
+        by_another = Compression.of(config) == Compression()  # an artifact lacks what was damaged
+        if getattr(config, "quantization_config", None) and by_another:
             return "the checkpoint is quantized already; use one in bf16, fp16 or fp32"
         return ""
 

@@ -62,9 +62,9 @@ def model_folder(source: str, files: Sequence[str]) -> Path:
 
     Raise MoeccError if there is no such model or no config.json in its folder, or as `small_files`.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))  # leaves the home of nobody as it is
     try:
-        there = folder.exists()
+        there = bool(source) and folder.exists()  # Path("") would be the current folder
     except OSError as error:  # such as a name that is too long
         raise MoeccError(f"no folder {quoted(source)}: {error.strerror}") from error
     if there and not folder.is_dir():
