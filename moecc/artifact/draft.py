@@ -182,7 +182,8 @@ class Draft:
         with contextlib.suppress(OSError, ValueError):
             if self._names() == {_LOCK}:
                 (self.folder / _LOCK).unlink()
-            for folder in folders:
+        for folder in folders:
+            with contextlib.suppress(OSError, ValueError):  # it isn't there, or not empty
                 folder.rmdir()
 
 
