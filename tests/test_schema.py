@@ -195,6 +195,13 @@ def test_files_that_lack_a_tensor_or_have_another_are_refused(copied: Path) -> N
         load(copied)
 
 
+def test_an_artifact_that_lacks_another_tensor_is_not_called_quantized(copied: Path) -> None:
+    edit_tensors(copied, lambda tensors: tensors.pop("model.norm.weight"))
+    advice = "check that config.json belongs to these weights, or fetch them again"
+    with pytest.raises(MoeccError, match=f"no tensor for 'model.norm.weight' .*; {advice}"):
+        trace(copied)
+
+
 def test_an_artifact_of_version_1_computes_the_same(copied: Path) -> None:
     """It has no guard and no advice."""
     right, told = logits(load(copied)), said(copied)
