@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 # torch raises RuntimeError where memory is short
@@ -33,9 +33,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def printable_lines(text: str) -> str:
-    """Return `text` with its lines as they are, and each of them `printable`."""
-    return "\n".join(map(printable, text.split("\n")))
+def printable_lines(lines: Iterable[str]) -> str:
+    """Return a text of these lines, each `printable`: a name in one adds no line of its own."""
+    return "\n".join(map(printable, lines))
 
 
 def for_terminal(text: str) -> str:

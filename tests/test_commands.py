@@ -146,13 +146,13 @@ def test_diff_compares_names_shapes_codes_and_files(moecc: Command, tmp_path: Pa
     for folder in (a, b):
         (folder / "chat_template.jinja").write_text(f"{{{{ {folder.name} }}}}")
         (folder / "merges.txt").write_text("a b")
-    (b / "moecc.json").write_text(json.dumps({"pipeline": "vq", "source": "x"}))
+    (b / "moecc.json").write_text(json.dumps({"pipeline": "vq", "source": "x\nidentical: 2"}))
     found = moecc("diff", a, b, "--json").json
     rows = {row["name"]: row for row in found["different_tensors"]}
     assert rows.keys() == {"codes", "shape"} and rows["codes"]["unequal"] == 0.25
     assert found["only_in_a"] == ["only.a"] and found["only_in_b"] == []
     assert found["different_files"] == ["chat_template.jinja", "moecc.json"]
-    assert "vq of x" in moecc("diff", a, b).out
+    assert "vq of x\\nidentical: 2\n" in moecc("diff", a, b).out
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moecc.errors import MoeccError, printable, printable_lines
+from moecc.errors import MoeccError, printable
 from moecc.types import Json, Progress
 
 Outcome = tuple[int, Json, str]
@@ -81,7 +81,7 @@ def inspect(options: argparse.Namespace) -> Outcome:
     if options.bits is not None and options.passes is None:
         raise MoeccError("--bits says something about passes; give --passes too")
     found = inspect_model(options.model, passes=options.passes, bits=options.bits)
-    return 0, found, printable_lines(table(found))
+    return 0, found, table(found)
 
 
 def eval(options: argparse.Namespace) -> Outcome:
@@ -102,7 +102,7 @@ def eval(options: argparse.Namespace) -> Outcome:
         progress=progress(options),
         say=say,
     )
-    return 0, found, printable_lines(table(found))
+    return 0, found, table(found)
 
 
 def generate(options: argparse.Namespace) -> Outcome:
@@ -170,7 +170,7 @@ def diff(options: argparse.Namespace) -> Outcome:
     from moecc.commands.diff import compare_models, table
 
     found = compare_models(options.a, options.b, progress(options))
-    return int(not found["identical"]), found, printable_lines(table(found))
+    return int(not found["identical"]), found, table(found)
 
 
 def passes(options: argparse.Namespace) -> Outcome:

@@ -25,7 +25,7 @@ from moecc.checkpoint.files import TensorEntry, read_header, size
 from moecc.checkpoint.reading import inside, opened, read_json
 from moecc.checkpoint.shards import INDEX, SINGLE, checkpoint_entries
 from moecc.checkpoint.source import checkpoint_folder, small_files
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, printable_lines
 from moecc.ir.relative import relative
 from moecc.types import Json, Progress
 
@@ -182,7 +182,7 @@ def table(found: Json, most: int = 40) -> str:
     lines = [_side_line(key, found[key]) for key in ("a", "b")]
     same, different = found["same_tensors"], found["different_tensors"]
     if found["identical"]:
-        return "\n".join([*lines, f"identical: {same} tensors"])
+        return printable_lines([*lines, f"identical: {same} tensors"])
     lines.append(f"{same} tensors are the same, {len(different)} differ")
     lines += _first([f"{row['name']}: {_difference(row)}" for row in different], most)
     for key, side in (("only_in_a", "A"), ("only_in_b", "B")):
@@ -191,7 +191,7 @@ def table(found: Json, most: int = 40) -> str:
             lines += _first(found[key], most)
     if found["different_files"]:
         lines.append(f"other files: {', '.join(found['different_files'])}")
-    return "\n".join(lines)
+    return printable_lines(lines)
 
 
 def _first(texts: list[str], most: int) -> list[str]:

@@ -29,7 +29,7 @@ from moecc.checkpoint.schema import METHOD
 from moecc.checkpoint.source import adapter_beside, checkpoint_folder
 from moecc.commands.agreement import LayerAgreement, LayerSums, Totals
 from moecc.commands.rows import require_rows, rows_digest, token_rows, tokenizer_of
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, printable_lines
 from moecc.frontend.config import as_if_plain, quantization_method, text_config
 from moecc.frontend.skeleton import bare
 from moecc.frontend.trace import trace
@@ -164,7 +164,7 @@ def table(found: Json) -> str:
     for row in found["per_layer"]:
         chosen = f"{100 * row['agreement']:10.2f} %  {100 * row['exact_agreement']:7.2f} %"
         lines.append(f"{row['path']:<{width}}  {chosen}  {row['output_error']:12.5f}")
-    return "\n".join(lines)
+    return printable_lines(lines)
 
 
 def _evaluation(

@@ -21,7 +21,7 @@ from torch import fx, nn
 from moecc.checkpoint.files import size
 from moecc.checkpoint.roles import ROUTED, role_of
 from moecc.checkpoint.schema import Compression
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, printable_lines
 from moecc.frontend.capture import capture
 from moecc.frontend.resize import expert_groups
 from moecc.frontend.skeleton import skeleton
@@ -280,7 +280,7 @@ def table(found: Json) -> str:
         lines += ["", f"The trace holds for {held} only."]
     if "estimate" in found:
         lines += ["", *_estimate_lines(found["estimate"])]
-    return "\n".join(lines)
+    return printable_lines(lines)
 
 
 def _model_line(found: Json) -> str:
