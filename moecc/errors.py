@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-# torch raises RuntimeError where memory is short
 _SHORT = re.compile("out of memory|can't allocate memory|cannot allocate memory|bad_alloc", re.I)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but line breaks and tabs
 _LONGEST = 200  # characters that are shown of a name
@@ -52,10 +52,11 @@ def quoted(name: object) -> str:
 def reason(error: BaseException) -> str:
     """Return a library's error message as one line: its first line.
 
-    If that line ends in a colon, the next line is appended.
+    If that line ends in a colon, the next line is appended. If memory was too short, it says so.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")
+    said = (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")
+    return f"out of memory ({said})" if out_of_memory(error) else said
 
 
 def fault(error: BaseException, owner: object) -> str:
@@ -89,9 +90,15 @@ def naming(what: object) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory was too short."""
-    short = isinstance(error, RuntimeError) and _SHORT.search(str(error))
-    return isinstance(error, MemoryError) or bool(short)
+    """Return whether an error says that memory was too short.
+
+    Libraries have errors of their own for it, and some leave it to the message.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, ValueError):  # of a name in a file, say, as every MoeccError is one
+        return False
+    return isinstance(error, MemoryError) or bool(_SHORT.search(str(error)))
 
 
 def too_little_memory(error: BaseException) -> str:

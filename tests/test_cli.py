@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
+import os
 import shlex
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from made import ROOT, TINYMOE, Command, copy_tokenizer
 
 from moecc import cli
 from moecc.cli import calls
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, may_pass
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -193,12 +195,23 @@ def test_each_kind_of_error_has_its_exit_code(
         monkeypatch.delenv("MOECC_DEBUG")
 
 
+class OfALibrary(Exception):
+    """An error as onnxruntime has it, of no base class but Python's."""
+
+
 def test_too_little_memory_is_one_line(moecc: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        OfALibrary("std::bad_alloc"),
+    ):
+        assert may_pass(error)
         monkeypatch.setattr("moecc.commands.inspect.inspect_model", raising(error))
         got = moecc("inspect", TINYMOE)
         line = got.err.splitlines()[-1]
         assert got.code == 2 and line.startswith("moecc: error: out of memory (")
+    assert not may_pass(MoeccError("'out of memory' is the name of a tensor"))
 
 
 class Closed(io.StringIO):

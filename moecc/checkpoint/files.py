@@ -262,6 +262,8 @@ def make_room(error: OSError) -> str:
     """Return what to do about a failed write."""
     if error.errno == errno.EFBIG:
         return "raise the limit on file sizes (ulimit -f)"
+    if error.errno == errno.ENOMEM:
+        return "end other programs"
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "free some space or write elsewhere" if full else "write elsewhere"
 

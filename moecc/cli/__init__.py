@@ -28,7 +28,6 @@ from moecc.errors import (
     out_of_memory,
     printable,
     quoted,
-    reason,
     too_little_memory,
 )
 
@@ -63,11 +62,9 @@ def _main(argv: Sequence[str] | None, debug: bool) -> int:
         return 141
     except MoeccError as error:
         return _fail(f"error: {error}", 2, debug)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            return _internal(error, debug)
-        return _fail(f"error: {quoted(error.filename)}: the path is too long", 2, debug)
     except (Exception, SystemExit) as error:  # a library's exit is no success of the command
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _fail(f"error: {quoted(error.filename)}: the path is too long", 2, debug)
         if out_of_memory(error):
             return _fail(f"error: {too_little_memory(error)}", 2, debug)
         return _internal(error, debug)
