@@ -185,8 +185,8 @@ def _stages(scenario: Scenario, box: Path) -> int:
 # ---------------------------------------------------------------- faults by chance
 
 
-def kills(whole: Whole, rng: random.Random, before: float) -> tuple[Fault, ...]:
-    """Draw kills of runs in a row. before: the seconds in which a process only imports."""
+def kills(whole: Whole, rng: random.Random, before: float = 0.0) -> tuple[Fault, ...]:
+    """Draw kills of runs in a row. before: seconds that a process of its own imports and traces."""
     found = [_kill(whole, rng, before)]
     while rng.random() < 0.6 and len(found) < 6:
         found.append(_kill(whole, rng, before))
@@ -196,7 +196,8 @@ def kills(whole: Whole, rng: random.Random, before: float) -> tuple[Fault, ...]:
 def _kill(whole: Whole, rng: random.Random, before: float) -> Fault:
     kind, at = rng.choice(list(KILLED)), rng.randint(1, whole.ended.writes)
     if kind == "moment":
-        return Fault(kind, amount=before + rng.random() * whole.ended.seconds)
+        moment = rng.uniform(before / 2, before + whole.ended.seconds)
+        return Fault(kind, amount=moment)
     return Fault(kind, at, _size(whole, rng) if kind == "bytes" else 0)
 
 
@@ -232,7 +233,7 @@ DRILLS: dict[str, tuple[Draw, ...]] = {
     ),
     "memory": (
         lambda whole, rng: [
-            Fault("memory", amount=int(whole.ended.growth * rng.random())) for _ in range(3)
+            Fault("memory", amount=int(whole.ended.growth * rng.random() ** 3)) for _ in range(3)
         ],
     ),
     "stopped": (_writes("signal", signal.SIGINT, signal.SIGTERM),),

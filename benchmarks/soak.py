@@ -12,7 +12,7 @@ a random write, and after a random number of a file's bytes. Drills are a full-d
 sizes of files, a closed stderr, a read-only target, too little memory, and Ctrl-C and SIGTERM. What
 is refused must end in one line and keep its finished work.
 
-Most runs are forks of this process, which has imported torch and traced the model; one case in ten
+Most runs are forks of this process, which has imported torch and traced the model; one case in six
 runs as processes of their own. A kill is not a power failure: what was written stays written.
 Linux only.
 """
@@ -20,8 +20,6 @@ Linux only.
 from __future__ import annotations
 
 import argparse
-import importlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -29,122 +27,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from _runs import UNDISTURBED, Case, Disk, Runner, Scenario
+from _runs import Case, Disk, Scenario
 from _soak import DRILLS, EVERY, ON_DISK, Played, Whole, drill, kills, measure, play
+from _soak_inputs import ROOT, scenarios, warm
 from _soak_page import document, failure
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
 MOUNTS = "MOECC_SOAK_MOUNTS"  # set where this process may mount a disk
-ROWS = ("--rows", "8", "--length", "32")
-QUICK = "vq{rounds=1,codebook=layer}"
-# a compiler whose results take no time; what is tested is the cache that they go to
-COMPILER = '#!/bin/sh\n[ "$1" = --version ] && exit\nfor last; do :; done\necho made > "$last"\n'
-
-
-def compilation(work: Path, name: str, passes: str, *more: str, inputs: str = "plain") -> Scenario:
-    arguments = ("compile", "model", "--passes", passes, "-o", "out", *ROWS, *more)
-    settings = {"moecc.artifact.write:SHARD_BYTES": 30_000} if inputs == "shards" else {}
-    return Scenario(name, arguments, work / "inputs" / inputs, "out", settings=settings)
-
-
-def scenarios(work: Path) -> list[Scenario]:
-    inputs = work / "inputs"
-    return [
-        compilation(work, "vsraq,kbvq", "vsraq{steps=3},kbvq{rank=4,mean=2}"),
-        compilation(work, "sensitivity,kbvq", "sensitivity,kbvq{rank=4}", "--dump", "dump"),
-        compilation(work, "kbvq,rilq,merge", "kbvq{bits=3.5},rilq{steps=4,rank=2,lr=15},merge"),
-        compilation(work, "shards: vq,dense", f"{QUICK},dense{{group=16}}", inputs="shards"),
-        compilation(work, "vq --backend onnx", QUICK, "--backend", "onnx{profile=portable}"),
-        Scenario(
-            "export --to dense",
-            ("export", "artifact", "--to", "dense", "-o", "new/folder"),
-            inputs / "artifact",
-            "new/folder",
-        ),
-        Scenario(
-            "export --to onnx",
-            ("export", "artifact", "--to", "onnx"),
-            inputs / "artifact",
-            "artifact/onnx",
-        ),
-        Scenario(
-            "build-ops",
-            ("build-ops",),
-            inputs / "ops",
-            "cache",
-            at_once=False,
-            environment={"CXX": str(inputs / "c++")},
-        ),
-    ]
-
-
 DRILLED = ("vsraq,kbvq", "export --to dense", "export --to onnx")
 SELDOM = ("vq --backend onnx", "export --to onnx", "build-ops")  # one case of every three
-
-
-# ---------------------------------------------------------------- preparing
-
-
-def forked(call: Callable[..., object], *arguments: object) -> None:
-    """Call a function in a fork, where threads that it starts stay.
-
-    Raise SystemExit if it fails.
-    """
-    process = multiprocessing.get_context("fork").Process(target=call, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"{call.__name__} failed")
-
-
-def prepare(work: Path, names: list[str]) -> Runner:
-    """Make the inputs of the scenarios of these names.
-
-    Import what forks need, and trace the models, so that forks need not.
-    """
-    sys.path.append(str(ROOT / "tests"))
-    import pytest
-    import torch
-    from made import checkpoint
-    from traces import trace_once
-    from transformers.utils import logging
-
-    from moecc import cli
-    from moecc.artifact.decode import float_tensors
-    from moecc.frontend.trace import trace
-    from moecc.pipeline.parse import parse_passes
-
-    warnings.simplefilter("ignore")
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    parse_passes("vsraq,kbvq,rilq,merge,dense")
-    if any("onnx" in name for name in names):  # not onnxruntime, which starts a thread
-        importlib.import_module("onnxscript")
-    trace_once(pytest.MonkeyPatch())
-    inputs = work / "inputs"
-    forked(checkpoint, inputs / "plain" / "model")
-    forked(lambda: checkpoint(inputs / "shards" / "model", shard="60KB"))
-    (inputs / "ops").mkdir()
-    (inputs / "c++").write_text(COMPILER, encoding="utf-8")
-    (inputs / "c++").chmod(0o755)
-    trace(inputs / "plain" / "model", dtype=torch.float32)
-    runner = Runner(work, cli.main)
-    box = shutil.copytree(inputs / "plain", inputs / "artifact")
-    arguments = ("compile", "model", "--passes", QUICK, "-o", "artifact", *ROWS)
-    scenario = Scenario("the artifact", arguments, inputs / "plain", "artifact")
-    ended = runner.run(Case("", scenario), box, UNDISTURBED)
-    if ended.code:
-        raise SystemExit(f"the artifact can't be made:\n{ended.errors}")
-    float_tensors(inputs / "artifact" / "artifact", None)
-    if len(os.listdir("/proc/self/task")) > 1:
-        raise SystemExit("this process has threads, whose locks forks would wait for")
-    return runner
 
 
 def in_namespace() -> bool:
@@ -152,9 +47,11 @@ def in_namespace() -> bool:
     allowed = ["unshare", "--user", "--map-root-user", "--mount"]
     if os.environ.get(MOUNTS):
         return True
-    if not shutil.which("unshare") or subprocess.run([*allowed, "true"], check=False).returncode:
+    attempt = [*allowed, "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()]  # nobody sees it
+    if not shutil.which("unshare") or subprocess.run(attempt, capture_output=True).returncode:
         return False
-    os.execvpe("unshare", [*allowed, sys.executable, *sys.argv], {**os.environ, MOUNTS: "1"})
+    command = [*allowed, sys.executable, *sys.orig_argv[1:]]
+    os.execvpe("unshare", command, {**os.environ, MOUNTS: "1"})
 
 
 # ---------------------------------------------------------------- cases
@@ -164,10 +61,9 @@ class Soak:
     """The cases of a seed."""
 
     def __init__(self, work: Path, args: argparse.Namespace, mounts: bool):
-        self.seed, self.names, start = args.seed, args.commands, time.perf_counter()
-        self.runner = prepare(work, self.names)
-        self.start = time.perf_counter() - start  # seconds that a process needs to begin
-        self.every = {s.name: s for s in scenarios(work)}
+        self.seed, self.names = args.seed, args.commands
+        self.every = {s.name: s for s in scenarios(work) if s.name in self.names}
+        self.runner, self.before = warm(work, list(self.every.values()))
         self.wholes: dict[str, Whole] = {}
         self.disk = Disk.mounted(work / "disk", 32 << 20) if mounts else None
 
@@ -180,9 +76,9 @@ class Soak:
         """Return a case of kills."""
         often = [name for name in self.names if name not in SELDOM]
         turns = [*often, *self.names]
-        scenario, apart = self.every[turns[key % len(turns)]], key % 10 == 9
+        scenario, apart = self.every[turns[key % len(turns)]], key % 6 == 5
         rng = random.Random(f"{self.seed} {key}")
-        faults = kills(self.whole(scenario), rng, self.start if apart else 0)
+        faults = kills(self.whole(scenario), rng, self.before if apart else 0)
         return Case(str(key), scenario, faults, apart)
 
     def drilled(self, name: str) -> Iterator[Case]:

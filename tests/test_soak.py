@@ -111,7 +111,8 @@ def soak(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_careful_program_passes(soak: Any, tmp_path: Path) -> None:
     play, rng, met = Played(soak, tmp_path, ""), random.Random(0), set()
-    cases = [soak.kills(play.whole, rng, 0.0) for _ in range(6)]
+    cases = [soak.kills(play.whole, rng) for _ in range(4)]
+    cases.append([soak.Fault("bytes", BEFORE_THE_MODEL, 100), soak.Fault("write", 3)])
     cases += [
         [fault]
         for name in soak.DRILLS
