@@ -98,7 +98,7 @@ def test_an_equal_loss_is_not_better_than_the_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "at"), [(6, [2, 4, 6]), (8, [2, 4, 6, 8]), (2, [1, 2]), (1, [1]), (3, [1, 2, 3])]
+    ("steps", "at"), [(6, [2, 4, 6]), (10, [3, 6, 9, 10]), (2, [1, 2]), (1, [1]), (3, [1, 2, 3])]
 )
 def test_there_is_a_check_after_each_third_and_one_at_the_end(steps: int, at: list[int]) -> None:
     line, found = Line(terms(*[(1, 1, 0)] * (len(at) + 1))), []
