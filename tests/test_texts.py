@@ -89,6 +89,17 @@ def test_a_chat_needs_a_template(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("row", [{"text": "abc"}, {"messages": []}])
+def test_rows_in_a_file_of_text_are_refused(row: dict[str, Any], tmp_path: Path) -> None:
+    file = lines(tmp_path, row, row, name="rows.txt")
+    assert "rows of JSON; give it a name that ends in .jsonl" in refused(Letters(), file)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"text": ', '["text"]', "[" * 10_000])
+def test_json_that_is_no_row_is_text(text: str, tmp_path: Path) -> None:
+    assert stream(Letters(), lines(tmp_path, text + text, name="code.txt")).startswith(text)
+
+
 def test_json_that_is_no_list_of_rows_is_refused(tmp_path: Path) -> None:
     assert "holds no list of rows" in refused(Letters(), lines(tmp_path, {"a": 1}, name="a.json"))
     file = lines(tmp_path, [{"text": "a"}, {}], name="b.json")

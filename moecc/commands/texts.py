@@ -75,7 +75,18 @@ def _read(file: Path, count: int, length: int) -> str:
     text = "\0".join(_decode(part, file) for part in raw).removeprefix("\ufeff")
     if text.count("\0") > 16 + len(text) // 100:
         raise MoeccError(f"{file} is binary; give a UTF-8 text file")
+    _require_no_rows(text, file)
     return text.replace("\r\n", "\n")
+
+
+def _require_no_rows(text: str, file: Path) -> None:
+    """Raise MoeccError if the first line is a row: braces and keys are no text of a model's."""
+    try:
+        row = json.loads(text.lstrip().partition("\n")[0])
+    except (ValueError, RecursionError):
+        return
+    if isinstance(row, dict) and row.keys() & {"text", "messages"}:
+        raise MoeccError(f"{file} holds rows of JSON; give it a name that ends in .jsonl")
 
 
 def _slices(file: Path, size: int, parts: int, each: int) -> Iterator[bytes]:
