@@ -103,8 +103,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def too_little_memory(error: BaseException) -> str:
     """Return what to say of an error for which `out_of_memory` is true."""
-    told = f" ({reason(error)})" if str(error) else ""
-    return f"out of memory{told}; end other programs or give fewer rows"
+    said = reason(error) if str(error) else "out of memory"
+    return f"{said}; end other programs or give fewer rows"
 
 
 def may_pass(error: BaseException) -> bool:
