@@ -126,8 +126,8 @@ class _Watch:
     def audit(self, event: str, args: tuple[Any, ...]) -> None:
         path = _changed(event, args)
         if path is not None and not self._happening:
-            if os.path.abspath(os.fsdecode(path)).startswith(self.folder):
-                self.write(event, os.path.basename(os.fsdecode(path)))
+            if os.path.abspath(path).startswith(self.folder):
+                self.write(event, os.path.basename(path))
 
     def write(self, event: str, name: str = "") -> None:
         self.tally[WRITES] += 1
@@ -156,19 +156,17 @@ class _Watch:
             _fill(self.ballast)
 
 
-def _changed(event: str, args: tuple[Any, ...]) -> str | bytes | None:
+def _changed(event: str, args: tuple[Any, ...]) -> str | None:
     """Return the path that an audit event is about to change, None if it changes none."""
     if event == "open":
         path, _, flags = args
-        return path if isinstance(path, str | bytes) and flags & _TO_WRITE else None
+        return os.fsdecode(path) if isinstance(path, str | bytes) and flags & _TO_WRITE else None
     if event == "os.rename":
-        return os.fspath(args[1])
+        return os.fsdecode(args[1])
     if event not in ("os.mkdir", "os.remove", "os.rmdir"):
         return None
-    path, folder = os.fspath(args[0]), args[-1]
-    if folder == -1:
-        return path
-    return os.path.join(os.path.realpath(f"/proc/self/fd/{folder}"), os.fsdecode(path))
+    path, folder = os.fsdecode(args[0]), args[-1]
+    return path if folder == -1 else os.path.join(os.path.realpath(f"/proc/self/fd/{folder}"), path)
 
 
 def _limit(what: int, count: int) -> None:

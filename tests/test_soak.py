@@ -133,8 +133,8 @@ NOTICED = {
     "removes a neighbour": (KILLED, "out.old/notes.txt is missing"),
     "says nothing": (KILLED, "4 stages were finished, 0 are taken up"),
     "begins anew": (KILLED, "4 stages were finished, 4 are done again"),
-    "writes in place": (CUT, "out/model is another"),
-    "other bytes": (KILLED, "out/model is another"),
+    "writes in place": (CUT, "out/model has other bytes"),
+    "other bytes": (KILLED, "out/model has other bytes"),
     "a traceback": (FULL, "a traceback"),
     "loses its work": (FULL, "0 + 4 stages were finished, 0 are kept"),
 }

@@ -107,7 +107,7 @@ class Draft:
     def is_over(self) -> bool:
         """Return whether nothing in the draft is needed, as once its output has its name."""
         names = self._names()
-        return bool(names) and _OUTPUT not in names and (_OVER in names or _JOURNAL not in names)
+        return _OUTPUT not in names and (_OVER in names or _JOURNAL not in names)
 
     def _acquire(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ class Draft:
 
     def _remnant(self) -> str:
         """Remove what is left of the run that made OUT; return what to say of it."""
-        if not (self._foreign() is None and self.is_over()):
+        if not (self.folder.is_dir() and self._foreign() is None and self.is_over()):
             return ""
         try:
             with self._lock:
