@@ -1,4 +1,4 @@
-"""One input of the fuzzer: run by a forked process that has all imports already, and judged.
+"""One input of the fuzzer: run by a process that has all imports (`_fuzz_worker`), and judged.
 
 An input may end in two ways: refused, with exit code 2 and one sentence, and nothing written; or
 done, with all of its output. Everything else is a fault.
@@ -7,28 +7,22 @@ done, with all of its output. Everything else is a fault.
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import re
-import resource
 import shutil
 import signal
-import sys
 import tempfile
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from _fuzz_worker import MEMORY, SECONDS, Done, Task, Worker
+
 from moecc import cli
 
-SECONDS = 10  # of one core
-MEMORY = 1 << 30  # bytes beyond those that the process starts with
-_PATIENCE = 20  # a process that waits for something uses none of a core: so many times the time
-_SLACK = 256 << 20  # of the limit on addresses: stacks and libraries
 _LONGEST = 1000  # characters of a sentence
 # Room that an input asked for in vain counts as memory that it took.
 _REFUSED_MEMORY = re.compile(
@@ -84,39 +78,57 @@ class Outcome:
     bytes: int
 
 
+@dataclass(frozen=True)
+class _ActionParser:
+    """A parser of a command line whose first word is the name of an action."""
+
+    action: Action
+
+    def parse_args(self, command: Sequence[str]) -> Namespace:
+        def run(options: Namespace) -> tuple[int, None, str]:
+            self.action(command[1:])
+            return 0, None, ""
+
+        return Namespace(run=run, json=False)
+
+
 @dataclass
 class Runner:
-    """Runs cases whose parts lie in the folder `stage`. actions: besides the command line."""
+    """Runs cases whose parts lie in the folder `stage`. actions: besides the command line.
+
+    A forked process runs one case after another, and another takes over when it ends or has run
+    `most`: a fork costs as much as an input, because reading an object copies its page.
+    """
 
     stage: Path
     actions: Mapping[str, Action] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        process = os.fork()
-        if process == 0:
-            os._exit(0)
-        self._least = os.wait4(process, 0)[2].ru_maxrss  # kB of a process that does nothing
+    most: int = 40
+    _worker: Worker | None = None
 
     def run(self, case: Case, debug: bool = False) -> Outcome:
-        """Run a case in a folder of its own and judge it. debug: with tracebacks."""
+        """Run a case in a folder of its own and judge it.
+
+        debug: in a new process, with tracebacks.
+        """
         with tempfile.TemporaryDirectory(dir=self.stage.parent) as place:
-            folder, streams = Path(place) / "run", [Path(place) / name for name in ("out", "err")]
-            self.prepare(case, folder)
-            before = listing(folder)
-            code, seconds, size = self._apart(case, folder, streams, debug)
-            out, err = (s.read_bytes().decode("utf-8", "backslashreplace") for s in streams)
-            fault = _fault(code, out, err, size) or self._left(case, folder, before, code)
+            task = Task(Path(place), case.command, debug)
+            self.prepare(case, task.folder)
+            before = listing(task.folder)
+            code, seconds, size = self._done(task, alone=debug)
+            out, err = (s.read_bytes().decode("utf-8", "backslashreplace") for s in task.streams)
+            fault = _fault(code, out, err, size) or self._left(case, task.folder, before, code)
             return Outcome(code, fault, err[-4000:], seconds, size)
 
     def keep(self, case: Case, made: str, to: Path, code: int = 0) -> None:
         """Run a case that ends with `code`, and move the folder that it makes to `to`."""
         with tempfile.TemporaryDirectory(dir=self.stage.parent) as place:
-            folder, streams = Path(place) / "run", [Path(place) / name for name in ("out", "err")]
-            self.prepare(case, folder)
-            got, *_ = self._apart(case, folder, streams, debug=False, seconds=600)
+            task = Task(Path(place), case.command, debug=False, seconds=600)
+            self.prepare(case, task.folder)
+            got, *_ = self._done(task, alone=True)
             if got != code:
-                raise RuntimeError(f"{case.line()} ended with {got}: {streams[1].read_text()}")
-            (folder / made).rename(to)
+                said = task.streams[1].read_text(errors="replace")
+                raise RuntimeError(f"{case.line()} ended with {got}: {said}")
+            (task.folder / made).rename(to)
 
     def prepare(self, case: Case, folder: Path) -> None:
         """Make the folder that a case runs in."""
@@ -133,38 +145,32 @@ class Runner:
         for path, item in case.changes.items():
             _put(folder / path, item)
 
-    def _apart(
-        self,
-        case: Case,
-        folder: Path,
-        streams: Sequence[Path],
-        debug: bool,
-        seconds: int = SECONDS,
-    ) -> tuple[int, float, int]:
+    def close(self) -> None:
+        """End the process that runs cases."""
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
+
+    def _done(self, task: Task, alone: bool) -> Done:
         """Return the exit code (negative: a signal), seconds of one core and bytes of memory."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        process = os.fork()
-        if process == 0:
-            code = 70
-            try:
-                _enter(folder, streams, debug, seconds)
-                code = self._perform(case.command)
-                sys.stdout.flush()
-                sys.stderr.flush()
-            except BaseException:
-                os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
-            finally:
-                os._exit(code)
-        _, status, usage = os.wait4(process, 0)
-        grown = max(usage.ru_maxrss - self._least, 0) * 1024
-        return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, grown
+        if alone or (self._worker is not None and self._worker.ran >= self.most):
+            self.close()
+        if self._worker is None:
+            self._worker = Worker(self._perform)
+        found = self._worker.run(task)
+        if found[0] < 0:
+            self._worker = None
+        return found
 
     def _perform(self, command: Sequence[str]) -> int:
+        before = cli.parser
         action = self.actions.get(command[0]) if command else None
         if action is not None:  # as if there were a command of that name
             cli.parser = lambda: _ActionParser(action)
-        return cli.main(command)
+        try:
+            return cli.main(command)
+        finally:
+            cli.parser = before
 
     def _left(self, case: Case, folder: Path, before: Mapping[str, object], code: int) -> str:
         """Return what is wrong with the files after a run, "" if nothing is."""
@@ -181,53 +187,6 @@ class Runner:
         if case.result and content(folder / "out") != content(self.stage / case.result):
             return "its result differs from that of an undisturbed run"
         return ""
-
-
-# ---------------------------------------------------------------- in the process of an input
-
-
-@dataclass(frozen=True)
-class _ActionParser:
-    """A parser of a command line whose first word is the name of an action."""
-
-    action: Action
-
-    def parse_args(self, command: Sequence[str]) -> Namespace:
-        def run(options: Namespace) -> tuple[int, None, str]:
-            self.action(command[1:])
-            return 0, None, ""
-
-        return Namespace(run=run, json=False)
-
-
-def _enter(folder: Path, streams: Sequence[Path], debug: bool, seconds: int) -> None:
-    """Make this forked process one that runs an input: its folder, its streams, its limits."""
-    os.environ["MOECC_DEBUG"] = "1" if debug else "0"
-    os.chdir(folder)
-    for number, path in ((0, Path(os.devnull)), *zip((1, 2), streams, strict=True)):
-        opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        os.dup2(opened, number)
-        os.close(opened)
-    sys.stdin = open(0, encoding="utf-8")
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        setattr(
-            sys, name, io.TextIOWrapper(open(number, "wb", 0), encoding="utf-8", write_through=True)
-        )
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-    limits = {
-        resource.RLIMIT_AS: _addresses() + MEMORY + _SLACK,
-        resource.RLIMIT_FSIZE: MEMORY,
-        resource.RLIMIT_CORE: 0,
-    }
-    for kind, most in limits.items():
-        resource.setrlimit(kind, (most, most))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(_PATIENCE * seconds)
-
-
-def _addresses() -> int:
-    """Return the bytes of addresses that this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 # ---------------------------------------------------------------- the judgement

@@ -32,8 +32,6 @@ from pathlib import Path
 # nothing is asked of the network.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-import gc
-
 import pytest
 import torch
 from _fuzz_inputs import DRAWS
@@ -75,7 +73,9 @@ class Row:
 
     def cells(self, name: str) -> list[str]:
         counts = (self.inputs, self.refused, self.succeeded, self.failed)
-        return [name, *map(str, counts), f"{self.slowest:.1f}", f"{self.bytes / 1e6:.0f}"]
+        each = 1e3 * self.seconds / max(self.inputs, 1)
+        figures = (f"{each:.0f}", f"{self.slowest:.1f}", f"{self.bytes / 1e6:.0f}")
+        return [name, *map(str, counts), *figures]
 
 
 @dataclass
@@ -108,8 +108,9 @@ class Fuzzer:
             self._keep(case, found, f"{target}-{self.seed}-{number}.json")
 
     def _keep(self, case: Case, found: Outcome, name: str) -> None:
-        seen = self.run(case, debug=True) if found.code >= 0 else found
-        kind = f"{case.target}: {found.fault}: {_kind(seen.said)}"
+        seen = self.run(case, debug=True)
+        alone = "" if seen.fault else " (only after other inputs)"
+        kind = f"{case.target}: {found.fault}{alone}: {_kind(seen.said)}"
         self.faults[kind] += 1
         if self.faults[kind] > _KEPT:
             return
@@ -122,6 +123,7 @@ class Fuzzer:
 
     def close(self) -> None:
         self._ops.close()
+        self.stage.runner.close()
 
 
 def _kind(said: str) -> str:
@@ -165,9 +167,6 @@ def fuzz(fuzzer: Fuzzer, targets: Sequence[str], inputs: int, minutes: float) ->
             failed = sum(row.failed for row in fuzzer.rows.values())
             say(f"{n} inputs, {failed} failed, {left / 60:.1f} minutes left")
         fuzzer.judge(target, number)
-        if n % 500 == 0:
-            gc.collect()
-            gc.freeze()  # so that forked processes copy no page to count references
 
 
 def table(rows: dict[str, Row]) -> str:
@@ -177,7 +176,8 @@ def table(rows: dict[str, Row]) -> str:
         for name in ("refused", "succeeded", "failed", "seconds"):
             setattr(total, name, getattr(total, name) + getattr(row, name))
         total.slowest, total.bytes = max(total.slowest, row.slowest), max(total.bytes, row.bytes)
-    head = ["target", "inputs", "refused", "succeeded", "failed", "slowest s", "most memory MB"]
+    head = ["target", "inputs", "refused", "succeeded", "failed"]
+    head += ["ms each", "slowest s", "most memory MB"]
     lines = [head, ["---"] * len(head)]
     lines += [rows[name].cells(name) for name in TARGETS if name in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [*lines, total.cells("all")])
@@ -191,7 +191,7 @@ def document(fuzzer: Fuzzer, minutes: float) -> str:
         "",
         f"Made by `python benchmarks/fuzz.py --seed {fuzzer.seed}` in {minutes:.0f} minutes; the "
         f"inputs took {core / 60:.0f} minutes of one core. What an input is and how it may end is "
-        "said there. Seconds are those of one core, memory is what an input took beyond the "
+        "said there. Times are those of one core, memory is what an input took beyond the "
         "process it started in.",
         "",
         table(fuzzer.rows),
