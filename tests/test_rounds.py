@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from coders import BITS, E, K, N, costs, drawn, random_state
+from coders import BITS, E, K, N, costs, drawn, error_of, random_state
 from torch import Tensor
 
 from moecc.passes._code import coding
@@ -167,6 +167,13 @@ def test_of_two_states_each_expert_keeps_its_better_one(bits: int) -> None:
         got, left = _better(best, least, state, error, True)
         assert got is taken and torch.equal(left, error if taken is state else least)
     assert _better(None, least, state, error, False) == (state, error)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_the_error_of_a_state_by_its_definition(coupled: bool) -> None:
+    c, state = random_state(3)
+    c = replace(c, output=costs(1.0, rows=N) if coupled else None)
+    torch.testing.assert_close(c.error(state).double(), error_of(c, state), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("shared", [True, False])
