@@ -199,10 +199,11 @@ def new_folder(out: Path) -> Iterator[Path]:
             draft.start()  # what a killed export left goes
             yield draft.output
             draft.finish()
-        except OSError as error:
-            raise MoeccError(failure(out, draft.folder, error)) from error
-        finally:
+        except BaseException as error:
             draft.remove()
+            if isinstance(error, OSError):
+                raise MoeccError(failure(out, draft.folder, error)) from error
+            raise
 
 
 def failure(out: Path, draft: Path, error: OSError) -> str:
