@@ -12,6 +12,7 @@ few rows at a time.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -164,12 +165,12 @@ def _other_files(a: Side, b: Side) -> list[str]:
 
 
 def _content(file: Path) -> object:
-    """Return the bytes of a file, or the values of a JSON file, whose layout does not count."""
+    """Return the values of a JSON file, whose layout does not count; of any other, its digest."""
     if file.suffix == ".json":
         return read_json(file)
     try:
         with opened(file) as stream:
-            return stream.read()
+            return hashlib.file_digest(stream, "sha256").digest()
     except OSError as error:
         raise MoeccError(f"can't read {file}: {error.strerror or error}") from error
 
