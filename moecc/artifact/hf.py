@@ -1,8 +1,8 @@
-"""transformers' side of an artifact: `import moecc`, then
-`AutoModelForCausalLM.from_pretrained(OUT)` works.
+"""transformers' side of an artifact, for `AutoModelForCausalLM.from_pretrained(OUT)`.
 
-config.json of an artifact tells the constructor which modules are compressed and how
-(`moecc.checkpoint.schema`), and nothing that is in the weights.
+`moecc.hook` imports this module right after transformers' quantizers. config.json of an artifact
+tells the constructor which modules are compressed and how (`moecc.checkpoint.schema`), and nothing
+that is in the weights.
 """
 
 from __future__ import annotations
