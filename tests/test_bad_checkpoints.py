@@ -142,7 +142,7 @@ def test_sources_that_cannot_be_used_are_refused(
     fails(lambda: checkpoint_folder(str(tmp_path)), "config.json")
     (tmp_path / "config.json").write_text("{}")
     fails(lambda: checkpoint_folder(str(tmp_path / "config.json")), "is a file")
-    assert checkpoint_folder(str(tmp_path)) == tmp_path
+    fails(lambda: checkpoint_folder(str(tmp_path)), "no *.safetensors weights")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     fails(
         lambda: checkpoint_folder(str(tmp_path)), "pytorch_model.bin", "never loads", "safetensors"
@@ -169,9 +169,9 @@ def test_hub_ids_ask_for_safetensors_only(tmp_path: Path, monkeypatch: pytest.Mo
         return str(saved(commit))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert checkpoint_folder("some/model", revision="v1") == commit
+    assert checkpoint_folder("some/model") == commit
     assert [(a["repo"], a["revision"]) for a in asked] == [
-        ("some/model", "v1"),
+        ("some/model", None),
         ("some/model", "0123abcd"),
     ]
     patterns = [pattern for a in asked for pattern in a["allow_patterns"]]

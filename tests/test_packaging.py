@@ -235,7 +235,7 @@ from moecc.backends.onnx import speed
 speed._apart(Path("nothing.onnx"), None, 1, 1, 1)
 """
     done = script(pythons["without"], code)
-    assert "MoeccError: nothing.onnx: ONNX Runtime can't load it" in done.stderr, done.stderr
+    assert "can't load it: [ONNXRuntimeError] : 3 : NO_SUCHFILE" in done.stderr, done.stderr
 
 
 def test_uninstalling_takes_the_startup_file_away(built: tuple[Path, Path]) -> None:
