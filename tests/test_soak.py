@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from made import ROOT
 
+if sys.platform != "linux":
+    pytest.skip("it kills and limits processes as Linux does", allow_module_level=True)
 SOAK = ROOT / "benchmarks" / "soak.py"
 
 
