@@ -8,6 +8,7 @@ ends the process.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -21,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _fuzz_run import MEMORY, Case, Outcome, Runner
+from _fuzz_run import Case, Outcome, Runner, fault_of_signal
 from _fuzz_stage import Stage
+from _fuzz_worker import MEMORY, PATIENCE, asleep
 from _mutate import NUMBERS, STRINGS, WHOLE, Mutator
 
 _SESSIONS = Path(__file__).with_name("_fuzz_sessions.py")
-_WALL = 60  # seconds that one input may take
 _REPORT = "==ERROR: ", "runtime error: "
 _FLOATS = [n for n in NUMBERS if isinstance(n, float)]
 _INT64 = [n for n in WHOLE if -(1 << 63) <= n < 1 << 63]
@@ -210,23 +211,23 @@ class OpsRunner:
     def _asked(self, isa: str, folder: Path) -> Outcome:
         process = self._running[isa]
         assert process.stdin and process.stdout
-        try:
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.write(f"{folder}\n")
             process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], _WALL)
-            told = process.stdout.readline() if ready else ""
-        except BrokenPipeError:
-            told, ready = "", [process]
-        if told:
+        slept = 0
+        while slept <= PATIENCE and not select.select([process.stdout], [], [], 1)[0]:
+            slept += asleep(process.pid)
+        if slept > PATIENCE:
+            process.kill()
+        if told := process.stdout.readline():
             code, said, seconds, size = json.loads(told)
             return Outcome(code, _fault(said, size), said, seconds, size)
-        process.kill()
         del self._running[isa]
-        process.wait()
+        ended = process.wait()
         report = self._log(isa).read_text(errors="replace")
         first = next((line for line in report.splitlines() if any(r in line for r in _REPORT)), "")
-        fault = f"a sanitizer said {first.strip()[:200]}" if first else "its process ended"
-        return Outcome(-1, fault if ready else f"it took more than {_WALL} s", report[-4000:], 0, 0)
+        fault = f"a sanitizer said {first.strip()[:200]}" if first else fault_of_signal(ended)
+        return Outcome(ended, fault, report[-4000:], 0, 0)
 
 
 def _fault(said: str, size: int) -> str:
@@ -246,7 +247,7 @@ def _process(isa: str, log: Path) -> subprocess.Popen[str]:
     environment["ASAN_OPTIONS"] += ":quarantine_size_mb=16:allocator_may_return_null=1"
     with log.open("w") as reports:
         process = subprocess.Popen(
-            [sys.executable, "-P", str(_SESSIONS), str(library)],
+            [sys.executable, str(_SESSIONS), str(library)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=reports,

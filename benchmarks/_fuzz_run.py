@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from _fuzz_worker import MEMORY, SECONDS, Done, Task, Worker
+from _fuzz_worker import MEMORY, PATIENCE, SECONDS, Done, Task, Worker
 
 from moecc import cli
 
@@ -194,10 +194,8 @@ class Runner:
 
 def _fault(code: int, out: str, err: str, size: int) -> str:
     """Return what is wrong with how a command ended, "" if nothing is."""
-    if code in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL):
-        return f"it took more than {SECONDS} s"
     if code < 0:
-        return f"it was ended by {signal.Signals(-code).name}"
+        return fault_of_signal(code)
     if size > MEMORY or _REFUSED_MEMORY.search(err):
         return "it took more than 1 GiB of memory"
     if code not in (0, 1, 2):
@@ -207,6 +205,15 @@ def _fault(code: int, out: str, err: str, size: int) -> str:
     if bad := [c for c in out + err if not (c.isprintable() or c == "\n")]:
         return f"it printed {bad[0]!a}"
     return "" if code != 2 else _sentence_fault(out, err)
+
+
+def fault_of_signal(code: int) -> str:
+    """Return what is wrong with a process that a signal has ended; code: minus its number."""
+    if code == -signal.SIGXCPU:
+        return f"it took more than {SECONDS} s of a core"
+    if code == -signal.SIGKILL:
+        return f"it waited for more than {PATIENCE} s"
+    return f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _sentence_fault(out: str, err: str) -> str:

@@ -1,4 +1,4 @@
-"""The process in which `_fuzz_ops` runs nodes: it has the sanitizers, and imports no torch."""
+"""The process in which `_fuzz_ops` runs nodes: it has the sanitizers, and no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from _fuzz_worker import SECONDS, limit_seconds
 
 
 def run(library: str, folder: Path) -> None:
@@ -27,6 +28,7 @@ def main() -> None:
     """Run each folder that stdin names; print its exit code, message, seconds and bytes as JSON."""
     print("ready", flush=True)
     for line in sys.stdin:
+        limit_seconds(SECONDS)
         start = resource.getrusage(resource.RUSAGE_SELF)
         code, said = 0, ""
         try:

@@ -18,7 +18,7 @@ from typing import NoReturn, TypeAlias
 
 SECONDS = 10  # of one core
 MEMORY = 1 << 30  # bytes beyond those that the process has before
-_PATIENCE = 20  # a process that waits for something uses none of a core: so many times the time
+PATIENCE = 300  # seconds for which a process may sleep: it waits for something, such as a pipe
 _SLACK = 256 << 20  # of the limit on addresses: stacks and libraries
 Done: TypeAlias = tuple[int, float, int]  # exit code or signal, seconds of one core, bytes
 
@@ -64,12 +64,21 @@ class Worker:
         self.ran += 1
         try:
             self._pipe.send(task)
+            self._wait()
             found: Done = self._pipe.recv()
             return found
         except (EOFError, OSError):
             _, status, usage = os.wait4(self._process, 0)
             self._pipe.close()
             return os.waitstatus_to_exitcode(status) or -1, usage.ru_utime + usage.ru_stime, 0
+
+    def _wait(self) -> None:
+        """Wait for an answer; end the process if it does nothing for too long."""
+        slept = 0
+        while not self._pipe.poll(1):
+            slept += asleep(self._process)
+            if slept > PATIENCE:
+                os.kill(self._process, signal.SIGKILL)
 
     def end(self) -> None:
         self._pipe.close()
@@ -91,7 +100,6 @@ def _serve(pipe: Connection, perform: Callable[[Sequence[str]], int]) -> NoRetur
             code = perform(task.command)
         except BaseException:
             os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
-        signal.alarm(0)
         sys.stdout.flush()
         sys.stderr.flush()
         pipe.send((code, _seconds() - start, _memory("VmHWM") - size))
@@ -110,16 +118,30 @@ def _enter(task: Task) -> None:
         raw = io.FileIO(number, "w", closefd=False)
         setattr(sys, name, io.TextIOWrapper(raw, encoding="utf-8", write_through=True))
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    limit_seconds(task.seconds)
     limits = {
-        resource.RLIMIT_CPU: int(_seconds()) + 1 + task.seconds,
         resource.RLIMIT_AS: _memory("VmSize") + MEMORY + _SLACK,
         resource.RLIMIT_FSIZE: MEMORY,
         resource.RLIMIT_CORE: 0,
     }
     for kind, most in limits.items():
         resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(_PATIENCE * task.seconds)
+
+
+def limit_seconds(seconds: int) -> None:
+    """Let SIGXCPU end this process if it uses more than so many seconds of a core from now on."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = int(used.ru_utime + used.ru_stime) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def asleep(process: int) -> bool:
+    """Tell whether a process waits for something else than a core."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "SD"
 
 
 def _seconds() -> float:
