@@ -1,6 +1,7 @@
 """Removes the bias of a compressed projection if it hardly moves the output.
 
   1. Divide each row's bias by the row's norm, the size of its output for an input of unit variance.
+     A row of zeros is all bias: 1, and 0 without one.
   2. Take the root mean square of these shares over all rows and experts. If it is under `below`,
      remove the bias; that saves 16/K bits per weight.
 
@@ -16,6 +17,7 @@ from typing import ClassVar
 
 from moecc.ir.moe import Projection
 from moecc.ir.ops import VQ_EXPERTS
+from moecc.ir.relative import relative
 from moecc.options import option
 from moecc.pipeline.passes import Context, Layer, LayerPass
 
@@ -36,7 +38,7 @@ class DropBias(LayerPass):
         bias, weight = layer.weight(projection, "bias"), layer.original(projection)
         if bias is None or weight is None:
             return False
-        share = float((bias / weight.norm(dim=-1).clamp(min=1e-12)).square().mean().sqrt())
+        share = float(relative(bias.abs(), weight.norm(dim=-1)).square().mean().sqrt())
         ctx.record(projection.path, bias_share=share)
         if share >= self.below:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from made import ROOT
 from pipelines import MY_PASS, compiled
 
 from moecc.ir.program import Program
+from moecc.pipeline.parse import find_pass
+from moecc.pipeline.passes import Context
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -25,6 +28,17 @@ def test_a_pass_of_the_users_own_removes_biases(traced: Program) -> None:
     assert "gate_up.bias" in kept.program.text() and "gate_up.bias" not in gone.program.text()
     assert gone.reports[-1].bits < kept.reports[-1].bits
     assert 0 < gone.ctx.audit["model.layers.0.mlp.experts.gate_up"]["bias_share"] < 100
+
+
+def test_the_example_measures_biases_of_rows_of_zeros_too() -> None:
+    """A row of zeros is all bias, or has none: shares of 0.6, 0.8, 1 and 0."""
+    bias = torch.tensor([[-3.0, 4.0], [1e-20, 0.0]])
+    weight = torch.tensor([[[3.0, 4.0], [0.0, 5.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    layer = SimpleNamespace(weight=lambda p, part: bias, original=lambda p: weight)
+    ctx = Context()
+    p: Any = find_pass(MY_PASS)(below=0.0)  # type: ignore[call-arg]
+    assert not p.drop(layer, SimpleNamespace(path="experts.down"), ctx)
+    assert ctx.audit["experts.down"]["bias_share"] == pytest.approx(0.5**0.5)
 
 
 def test_the_python_code_of_the_guide_runs(
