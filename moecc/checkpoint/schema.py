@@ -50,7 +50,7 @@ _FLOATS = ("float16", "bfloat16", "float32")
 _STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
 
 
-class Tensor(Protocol):
+class TensorLike(Protocol):
     """A tensor, or an entry of a file's header."""
 
     @property
@@ -182,7 +182,7 @@ class Compression:
         require_version(found.get("version", 1))
         return _parsed(rest)
 
-    def require(self, stored: Mapping[str, Tensor]) -> None:
+    def require(self, stored: Mapping[str, TensorLike]) -> None:
         """Raise MoeccError unless `stored` has these compressed tensors and no others.
 
         Shapes and dtypes are compared. stored: what files have, by name.
