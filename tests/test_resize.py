@@ -21,8 +21,9 @@ from transformers import AutoConfig
 from moecc.artifact.schema import read_manifest
 from moecc.checkpoint.cut import Cut
 from moecc.commands.compile import compile_model
-from moecc.commands.evaluate import evaluate_models
+from moecc.commands.evaluate import evaluate_models, table
 from moecc.commands.export import export_artifact
+from moecc.commands.inspect import inspect_model
 from moecc.commands.rows import token_rows, tokenizer_of
 from moecc.errors import MoeccError
 from moecc.frontend.skeleton import EXPERT_COUNTS
@@ -131,13 +132,21 @@ def test_experts_that_nothing_chooses_go_first(qwen: Path, tmp_path: Path) -> No
 
 
 def test_eval_numbers_experts_as_in_the_source(qwen: Path, tmp_path: Path) -> None:
-    pruned(qwen, tmp_path / "out", f"{PRUNE}{{keep=0.75}}")
+    passes = f"{PRUNE}{{keep=0.75}},vq{{rounds=1,feedback=false}}"
+    pruned(qwen, tmp_path / "out", passes)
     found = evaluate_models(str(tmp_path / "out"), str(qwen), rows=2, length=16)
     first = found["per_layer"][0]
     # before the first experts both see the same: what differs is what was taken out
     assert 0.4 < first["agreement"] < 1
-    assert found["bits_per_weight_experts"] == pytest.approx(32 * 0.75)
+    # bits are per weight that is left, whoever counts them
     manifest = tmp_path / "out" / "moecc.json"
+    summary = json.loads(manifest.read_text())["summary"]
+    estimate = inspect_model(str(qwen), passes=passes)["estimate"]
+    assert found["experts_left"] == estimate["experts_left"] == 0.75
+    for key in ("bits_per_weight_experts", "bits_per_weight"):
+        assert found[key] == pytest.approx(summary[key])
+        assert estimate[key] == pytest.approx([found[key]] * 2, rel=0.01)
+    assert "75.00 % of the routed experts' weights; bits" in table(found)
     manifest.unlink()
     with pytest.raises(
         MoeccError, match="the reference has 4 experts, the compiled program 3, and"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from moecc.artifact.schema import number_experts, read_manifest
-from moecc.checkpoint.schema import METHOD
+from moecc.checkpoint.schema import METHODS
 from moecc.checkpoint.source import adapter_beside, checkpoint_folder
 from moecc.commands.agreement import LayerAgreement, LayerSums, Totals
 from moecc.commands.rows import require_rows, rows_digest, token_rows, tokenizer_of
@@ -49,7 +49,8 @@ class Evaluation:
     """The result of `evaluate`.
 
     kl: in nats per predicted token. agreement, exact_agreement: over all layers. tokens: predicted
-    ones.
+    ones. Bits are per weight that is left; experts_left: the share of the reference's routed-expert
+    weights that is, 1 if none were pruned.
     """
 
     perplexity: float
@@ -61,6 +62,7 @@ class Evaluation:
     bits_per_weight_experts: float
     bits_per_weight: float
     per_layer: tuple[LayerAgreement, ...]
+    experts_left: float = 1.0
 
     def as_dict(self) -> Json:
         """Return plain numbers, lists and dicts, for --json."""
@@ -157,8 +159,11 @@ def table(found: Json) -> str:
         f"KL              {found['kl']:z.5f} nats per token, over {found['tokens']} tokens",
         f"experts chosen  {same:.2f} % the same, whole set {exact:.2f} %",
         f"bits per weight {experts:.3f} over routed experts, {everything:.3f} over everything",
-        "",
     ]
+    if found["experts_left"] < 1:
+        share = f"{100 * found['experts_left']:.2f} %"
+        lines.append(f"weights left    {share} of the routed experts' weights; bits are per these")
+    lines.append("")
     width = max(len(row["path"]) for row in found["per_layer"])
     lines.append(f"{'layer':<{width}}  same experts  whole set  output error")
     for row in found["per_layer"]:
@@ -186,18 +191,31 @@ def _evaluation(
         agreement=sum(s.same for s in layers) / sum(s.slots for s in layers),
         exact_agreement=sum(s.exact for s in layers) / sum(s.tokens for s in layers),
         tokens=totals.tokens,
-        bits_per_weight_experts=experts_bits(program, reference),
-        bits_per_weight=everything_bits(program, reference, _weights(reference)),
+        bits_per_weight_experts=experts_bits(program),
+        bits_per_weight=everything_bits(program, reference, _weights(program)),
         per_layer=tuple(s.layer() for s in layers),
+        experts_left=_left(program, reference),
     )
 
 
-def _weights(reference: Program) -> int | None:
-    """Return the number of weights that a compressed reference stands for; None for another."""
-    if reference.store is None or quantization_method(reference.config) != METHOD:
+def _weights(program: Program) -> int | None:
+    """Return the number of weights that a program stands for, without those that were pruned.
+
+    None if it has no weights.
+    """
+    store = program.store
+    if store is None:
         return None
-    plain = bare(as_if_plain(reference.config)).model.state_dict()
-    return sum(int(t.numel()) for name, t in plain.items() if name not in reference.store.tied)
+    if quantization_method(program.config) not in METHODS:
+        return sum(math.prod(store.shape(n)) for n in store.names() if n not in store.tied)
+    plain = bare(as_if_plain(program.config)).model.state_dict()
+    return sum(int(t.numel()) for name, t in plain.items() if name not in store.tied)
+
+
+def _left(program: Program, reference: Program) -> float:
+    """Return the share of the reference's routed-expert weights that pruning has left."""
+    ours, theirs = (sum(m.weights for m in p.moe_layers()) for p in (program, reference))
+    return ours / theirs
 
 
 def _exp(x: float) -> float:

@@ -92,7 +92,9 @@ def inspect_model(model: str, *, passes: str | None = None, bits: float | None =
         if any(layer.form != "moecc::experts" for layer in layers):
             raise MoeccError(f"{model} is compressed already; give the checkpoint it was made from")
         estimate = _estimate(program, found.model, wanted)
-        result["estimate"] = _estimated(estimate, wanted, result["parameters"])
+        experts = sum(moe.weights for moe in program.moe_layers())
+        rest = result["parameters"] - experts
+        result["estimate"] = _estimated(estimate, wanted, rest, estimate.weights / experts)
     return result
 
 
@@ -248,14 +250,19 @@ def _estimate(program: Program, model: nn.Module | None, passes: Sequence[Pass])
     return Estimate(outlooks, others).run(passes)
 
 
-def _estimated(found: Estimate, passes: Sequence[Pass], weights: int) -> Json:
-    """Return bytes and bits per weight, each as [low, high]. weights: the float model's."""
+def _estimated(found: Estimate, passes: Sequence[Pass], rest: int, left: float) -> Json:
+    """Return bytes and bits per weight that is left, each as [low, high].
+
+    rest: weights besides the routed experts'. left: the share of theirs that isn't pruned.
+    """
     both = [experts + found.rest for experts in found.experts]
+    weights = rest + found.weights
     return {
         "pipeline": ",".join(map(str, passes)),
         "bytes": [round(bits / 8) for bits in both],
         "bits_per_weight_experts": [per_weight(bits, found.weights) for bits in found.experts],
         "bits_per_weight": [per_weight(bits, weights) for bits in both],
+        "experts_left": left,
         "remarks": found.remarks,
         "not_estimated": found.unknown,
     }
@@ -313,6 +320,9 @@ def _estimate_lines(found: Json) -> list[str]:
         f"per routed-expert weight, {_span(_bits(everything))} over everything",
         *(f"  {remark}" for remark in found["remarks"]),
     ]
+    if found["experts_left"] < 1:
+        share = f"{100 * found['experts_left']:.2f} %"
+        lines.append(f"  {share} of the routed experts' weights are left; bits are per these")
     if found["not_estimated"]:
         lines.append(f"  what {', '.join(found['not_estimated'])} would change isn't known")
     return lines
