@@ -12,6 +12,7 @@ from contextlib import contextmanager
 _SHORT = re.compile("out of memory|can't allocate memory|cannot allocate memory|bad_alloc", re.I)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but line breaks and tabs
 _LONGEST = 200  # characters that are shown of a name
+_LONGEST_REASON = 400  # characters that are shown of a library's message, with the names in it
 
 
 class MoeccError(ValueError):
@@ -50,12 +51,14 @@ def quoted(name: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return a library's error message as one line: its first line.
+    """Return a library's error message as one line: its first line, cut if it is long.
 
     If that line ends in a colon, the next line is appended. If memory was too short, it says so.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     said = (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")
+    if len(said) > _LONGEST_REASON:
+        said = f"{said[:_LONGEST_REASON]}..."
     return f"out of memory ({said})" if out_of_memory(error) else said
 
 

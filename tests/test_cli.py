@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import json
 import os
 import shlex
 import subprocess
@@ -224,6 +225,25 @@ class Closed(io.StringIO):
         raise BrokenPipeError
 
 
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_what_compiled_libraries_print_joins_no_result(debug: str) -> None:
+    code = (
+        "import ctypes, os, sys\n"
+        "from moecc import cli\n"
+        "from moecc.commands import passes\n"
+        "real = passes.describe_pass\n"
+        "def found(name):\n"
+        "    os.write(1, b'chatter of Rust\\n')\n"
+        "    ctypes.CDLL(None).printf(b'chatter of C\\n')\n"
+        "    return real(name)\n"
+        "passes.describe_pass = found\n"
+        "sys.exit(cli.main(['passes', 'vq', '--json']))\n"
+    )
+    exit_code, out, err = process("-c", code, MOECC_DEBUG=debug)
+    assert exit_code == 0 and json.loads(out)["name"] == "vq"
+    assert err == ("chatter of Rust\nchatter of C\n" if debug == "1" else "")
+
+
 def test_a_closed_stderr_ends_no_run(moecc: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[int] = []
 
@@ -284,9 +304,15 @@ def test_a_terminal_gets_no_control_characters_of_a_result(
     assert stdout.getvalue() == (shown if terminal else said) + "\n"
 
 
-def process(*args: str) -> tuple[int, str, str]:
+def process(*args: str, **environment: str) -> tuple[int, str, str]:
     """Run Python with these arguments; return exit code, stdout and stderr."""
-    got = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT)
+    got = subprocess.run(
+        [sys.executable, *args],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
     return got.returncode, got.stdout, got.stderr
 
 

@@ -182,6 +182,13 @@ SHAPES = r"updates \[32, 16\], but the weight is \[32, 32\]"
         (linear(Q_PROJ, 32, 16), {}, SHAPES),
         (linear(NOT_THERE, 32, 32), {}, f"no weight for the adapter of '{NOT_THERE}'"),
         ({f"{Q_PROJ}.lora_A": (2, 32)}, {}, "q_proj' has lora_A alone"),
+        ({f"{Q_PROJ}.lora_A": (), f"{Q_PROJ}.lora_B": (32, 2)}, {}, "lora_A.weight' is no LoRA"),
+        ({f"{Q_PROJ}.lora_A": (2, 32, 1), f"{Q_PROJ}.lora_B": (32, 2)}, {}, "is no LoRA matrix"),
+        (
+            {f"{Q_PROJ}.lora_A": (2, 32), f"{Q_PROJ}.lora_B": (32, 3)},
+            {},
+            "q_proj' has lora_A of rank 2 and lora_B of rank 3",
+        ),
         ({"model.embed_tokens.lora_embedding_A": (2, 64)}, {}, "no LoRA matrix of a linear"),
         (linear(Q_PROJ, 32, 32), {"lora_alpha": None}, "no lora_alpha"),
         ({}, {"lora_alpha": "8"}, "'lora_alpha' is '8'; save the adapter again"),
@@ -199,6 +206,16 @@ def test_adapters_that_cannot_be_merged_are_refused_in_one_line(
     with pytest.raises(MoeccError, match=message) as found:
         merge(make("qwen2_moe"), tmp_path / "a")
     assert "\n" not in str(found.value)
+
+
+def test_matrices_that_hold_no_numbers_are_refused(tmp_path: Path) -> None:
+    tensors = adapter(tmp_path / "a", linear(Q_PROJ, 32, 32))
+    name = f"base_model.model.{Q_PROJ}.lora_A.weight"
+    for value, says in ((tensors[name].int(), "is no LoRA matrix"), (math.nan, "holds 64 NaN")):
+        wrong = value if isinstance(value, Tensor) else torch.full_like(tensors[name], value)
+        save_file({**tensors, name: wrong}, tmp_path / "a" / "adapter_model.safetensors")
+        with pytest.raises(MoeccError, match=says):
+            Adapter.read("lora", str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize(

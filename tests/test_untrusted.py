@@ -308,6 +308,13 @@ def test_names_from_files_never_reach_a_terminal_raw(
     assert run.code == 2 and r"m\x1b[2J" in run.err and "\x1b" not in run.err
 
 
+def test_a_long_name_in_a_library_s_message_is_cut(tmp_path: Path) -> None:
+    edit_config(saved(tmp_path), hidden_act="n" * 5000)
+    with pytest.raises(MoeccError) as caught:
+        bare(tmp_path)
+    assert "nnn..." in str(caught.value) and len(str(caught.value)) < 800
+
+
 @pytest.mark.parametrize("bad", ["x\0y", "x\udcffy", "n" * 5000], ids=["NUL", "bytes", "long"])
 def test_an_argument_that_is_no_path_is_refused_in_a_sentence(bad: str, moecc: Command) -> None:
     for line in (["inspect", bad], ["bench", bad], ["passes", bad], ["passes", f"{bad}.py"]):

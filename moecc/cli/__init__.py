@@ -163,7 +163,7 @@ def _termination() -> Iterator[None]:
 
 def _run(options: argparse.Namespace, debug: bool) -> int:
     # nothing that a library prints may join the result
-    with _quiet(debug), contextlib.redirect_stdout(sys.stderr):
+    with _quiet(debug), _unheard(debug), contextlib.redirect_stdout(sys.stderr):
         code, result, text = options.run(options)
     if sys.stdout.isatty():  # a model's text may come from anyone's tokenizer
         text = for_terminal(text)
@@ -184,6 +184,27 @@ def _write(text: str = "", end: str = "") -> None:
         _drop(1)
         why = f"stdout can't be written: {error.strerror}; free some space or write elsewhere"
         raise MoeccError(why) from error
+
+
+@contextlib.contextmanager
+def _unheard(debug: bool) -> Iterator[None]:
+    """Drop what compiled libraries write to stdout, which don't know Python's; to stderr if debug.
+
+    What is still in C's buffers goes the same way.
+    """
+    import ctypes
+
+    sys.stdout.flush()
+    kept, elsewhere = os.dup(1), os.dup(2) if debug else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(elsewhere, 1)
+    os.close(elsewhere)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, TypeError):  # no such library on Windows
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _internal(error: BaseException, debug: bool) -> int:

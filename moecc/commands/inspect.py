@@ -68,11 +68,15 @@ def inspect_model(model: str, *, passes: str | None = None, bits: float | None =
     """Return what `moecc inspect --json` prints of `model`, a folder or a hub id.
 
     passes: a pipeline to estimate. bits: the default of its options of that name. Raise MoeccError
-    if the model cannot be traced, or if it is compressed already and a pipeline is given.
+    if the model cannot be traced, if its weights do not fit it, or if it is compressed already and
+    a pipeline is given.
     """
     wanted = _resolved(passes, bits) if passes is not None else None
     found = skeleton(model)
-    program = program_of(capture(found), found, model, store_of(found))
+    store = store_of(found)
+    if store is not None:
+        store.check()
+    program = program_of(capture(found), found, model, store)
     sizes = _sizes(program, found.model)
     layers = [_layer(program, moe) for moe in program.moe_layers()]
     result: Json = {

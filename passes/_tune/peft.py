@@ -27,6 +27,7 @@ from moecc.checkpoint.files import TensorFile
 from moecc.checkpoint.reading import inside
 from moecc.errors import MoeccError, quoted
 from moecc.ir.program import Program
+from moecc.ir.tensors import nonfinite
 from moecc.passes._tune.adapter_settings import Settings
 from moecc.passes._tune.update import Update
 
@@ -92,10 +93,10 @@ class Adapter:
                 )
             shape = tuple(program.store.shape(weight))  # type: ignore[union-attr]
             fused = (shape[0], _transposed(program, weight)) if len(shape) == 3 else ()
-            rank = len(pair["A"]) // (shape[0] if fused else 1)
+            rank, rest = divmod(len(pair["A"]), max(shape[0], 1) if fused else 1)
             scaling = self.settings.scaling(weight.removesuffix(".weight"), rank)
             update = Update(pair["A"], pair["B"], scaling, *fused)
-            if update.shape() != shape:
+            if update.shape() != shape or rest:
                 raise MoeccError(
                     f"{self.folder}: the adapter of {weight} updates {list(update.shape())}, but "
                     f"the weight is {list(shape)}; give the model that the adapter was trained on"
@@ -123,17 +124,24 @@ def _read_pairs(folder: Path) -> Pairs:
     pairs = Pairs()
     for key, tensor in TensorFile(inside(folder, _TENSORS)).items():
         match = _KEY.match(key)
-        if not match:
+        if not match or tensor.dim() != 2 or not tensor.is_floating_point():
             raise MoeccError(
                 f"{folder}: {quoted(key)} is no LoRA matrix of a linear or of experts; "
                 "merge it with PEFT first"
             )
+        if found := nonfinite(tensor):
+            raise MoeccError(f"{folder}: {quoted(key)} holds {found}; train the adapter again")
         module, nesting, side = match.groups()
         pairs.setdefault((module, nesting.count("base_layer")), {})[side] = tensor
     for (module, _), pair in pairs.items():
         if len(pair) != 2:
             raise MoeccError(
                 f"{folder}: {quoted(module)} has lora_{next(iter(pair))} alone; "
+                "save the adapter again"
+            )
+        if (rank := len(pair["A"])) != (other := pair["B"].shape[1]):
+            raise MoeccError(
+                f"{folder}: {quoted(module)} has lora_A of rank {rank} and lora_B of rank {other}; "
                 "save the adapter again"
             )
     return pairs
