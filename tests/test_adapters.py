@@ -12,6 +12,7 @@ from pipelines import Tiny, resolved
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.passes import rilq
 from moecc.passes._tune.low_rank import attach, attached
@@ -98,6 +99,17 @@ def test_lora_merges_every_weight_of_its_folder_and_says_so(tiny: Tiny, tmp_path
     assert MergeLora(path=str(tmp_path)).files() == [
         tmp_path / n for n in ("adapter_config.json", "adapter_model.safetensors")
     ]
+
+
+def test_lora_without_a_folder_is_refused_by_name_at_every_step(tiny: Tiny) -> None:
+    nothing, program = MergeLora(), tiny("D")
+    for step in (
+        nothing.files,
+        lambda: nothing.check(program),
+        lambda: nothing.run(program, Context()),
+    ):
+        with pytest.raises(MoeccError, match=r"^lora: no adapter given; write lora\{path=FOLDER\}"):
+            step()
 
 
 # ---- rilq and merge
