@@ -207,6 +207,8 @@ def test_a_shape_of_many_huge_sizes_is_refused(tmp_path: Path) -> None:
         {"num_hidden_layers": 10**9},
         {"num_experts": 10**9},
         {"head_dim": 10**9},
+        {"hidden_size": 10**9},
+        {"text_config": {"d_model": 10**9}},
         {"text_config": {"n_layer": 1e9}},
         {"vision_config": {"depths": [2, 10**9]}},
     ],

@@ -21,7 +21,8 @@ from moecc.types import Config, FamilyModule, Json
 # Constructors of configurations and models loop over the numbers that have these names.
 _COUNTS = re.compile(r"(layers?|blocks|depths?|loops|passes|iters|stages|levels|codebooks)$")
 _EXPERTS = re.compile(r"(experts|heads|head_dim)$")
-_MOST_LAYERS, _MOST_EXPERTS = 1024, 65536
+_WIDTHS = re.compile(r"(size|dim|d_model|n_embd)$")
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_WIDTH = 1024, 65536, 1 << 26
 
 # ---------------------------------------------------------------- reading
 
@@ -83,7 +84,7 @@ def require_generation(folder: Path) -> None:
 
 
 def _require_countable(file: Path, config: Json) -> None:
-    """Raise MoeccError if a configuration asks for more modules than any model has."""
+    """Raise MoeccError if a configuration asks for more or wider modules than any model has."""
     for key, value in config.items():
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, dict):
@@ -99,7 +100,9 @@ def _most(key: str) -> float:
     """Return the largest number that an entry of a configuration may have."""
     if _COUNTS.search(key):
         return _MOST_LAYERS
-    return _MOST_EXPERTS if _EXPERTS.search(key) else math.inf
+    if _EXPERTS.search(key):
+        return _MOST_EXPERTS
+    return _MOST_WIDTH if _WIDTHS.search(key) else math.inf
 
 
 def require_layers(config: Config, folder: Path) -> None:
