@@ -12,17 +12,23 @@ from contextlib import contextmanager
 _SHORT = re.compile("out of memory|can't allocate memory|cannot allocate memory|bad_alloc", re.I)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but line breaks and tabs
 _LONGEST = 200  # characters that are shown of a name
+_LONGEST_LINE = 900  # characters of a message
 _LONGEST_REASON = 400  # characters that are shown of a library's message, with the names in it
 
 
 class MoeccError(ValueError):
     """Bad input, or a model that moecc cannot compile; the command line prints it, exit code 2.
 
-    The message is one line of printable characters, whatever names of files and tensors are in it.
+    The message is one line of printable characters, whatever names of files and tensors are in it;
+    of a very long one, the middle is left out.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(printable(" ".join(message.split())))
+        line = printable(" ".join(message.split()))
+        end = _LONGEST_LINE // 3  # what to do is said there
+        if len(line) > _LONGEST_LINE:
+            line = f"{line[: _LONGEST_LINE - end]} ... {line[-end:]}"
+        super().__init__(line)
 
 
 class Mendable(MoeccError):

@@ -229,6 +229,25 @@ def test_what_is_written_is_read_back(artifact: Path) -> None:
     assert set(found.experts) == {EXPERTS, EXPERTS.replace("0", "1")}
 
 
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"summary": []}, "'summary': Input should be"),
+        ({"summary": {"bits_per_weight": "2"}}, "'summary.bits_per_weight': Input should be"),
+        ({"experts_kept": {"x": [0.5]}}, "'experts_kept.x.0': Input should be"),
+        ({"experts_kept": {"x": [-1]}}, "experts_kept has a number below 0"),
+        ({"pipeline": 3}, "'pipeline': Input should be"),
+    ],
+)
+def test_an_entry_of_moecc_json_that_moecc_does_not_write_is_named(
+    entry: Json, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "moecc.json").write_text(json.dumps(entry))
+    with pytest.raises(MoeccError) as caught:
+        read_manifest(tmp_path)
+    assert says in str(caught.value) and "compile the model again" in str(caught.value)
+
+
 @settings(
     max_examples=200,
     deadline=None,

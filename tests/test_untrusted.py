@@ -27,7 +27,7 @@ from moecc.checkpoint.reading import JSON_LIMIT, parse_json, read_json
 from moecc.checkpoint.shards import INDEX, SINGLE
 from moecc.checkpoint.source import HUB_FILES, checkpoint_folder, small_files
 from moecc.checkpoint.store import CheckpointStore
-from moecc.errors import MoeccError, quoted
+from moecc.errors import MoeccError, quoted, reason
 from moecc.frontend.config import read_config
 from moecc.frontend.skeleton import bare
 from moecc.frontend.trace import store_of, trace
@@ -314,7 +314,10 @@ def test_a_long_name_in_a_library_s_message_is_cut(tmp_path: Path) -> None:
     edit_config(saved(tmp_path), hidden_act="n" * 5000)
     with pytest.raises(MoeccError) as caught:
         bare(tmp_path)
-    assert "nnn..." in str(caught.value) and len(str(caught.value)) < 800
+    assert "nnn...' is unknown" in str(caught.value) and len(str(caught.value)) < 800
+    assert reason(ValueError("x" * 5000)) == "x" * 400 + "..."
+    line = str(MoeccError(f"no {'n' * 5000}; give another"))
+    assert len(line) < 1000 and line.startswith("no nnn") and line.endswith("nnn; give another")
 
 
 @pytest.mark.parametrize("bad", ["x\0y", "x\udcffy", "n" * 5000], ids=["NUL", "bytes", "long"])

@@ -5,18 +5,23 @@ What config.json says is in `moecc.checkpoint.schema`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 from moecc.checkpoint.reading import read_json_if_there
 from moecc.checkpoint.roles import ROUTED
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, quoted
 from moecc.ir.program import Program
 from moecc.pipeline.bits import per_weight
 from moecc.pipeline.fate import Fate
 from moecc.types import Json
+
+_STRICT = {"strict": True, "extra": "ignore", "allow_inf_nan": False}
 
 
 @dataclass
@@ -93,16 +98,55 @@ def summary(rows: Iterable[Row]) -> Json:
     }
 
 
+@dataclass(frozen=True)
+class _Summary:
+    """The sums that are shown."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    bits_per_weight: float | None = None
+    bits_per_weight_experts: float | None = None
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What is looked up in moecc.json; its other entries are for people.
+
+    experts_kept: numbers of the source's experts by their module's path. Raise ValueError for one
+    below 0.
+    """
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    pipeline: str = ""
+    source: str = ""
+    calibration_digest: str = ""
+    summary: _Summary = field(default_factory=_Summary)
+    experts_kept: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(expert < 0 for rows in self.experts_kept.values() for expert in rows):
+            raise ValueError("experts_kept has a number below 0")
+
+
 def read_manifest(folder: Path) -> Json:
     """Return the content of moecc.json, {} if the folder has none: moecc did not write it.
 
     Raise MoeccError if the file can't be read, or if what is looked up in it isn't what moecc
     writes.
     """
+    from pydantic import ValidationError
+
     file = folder / "moecc.json"
     found = read_json_if_there(file, "compile the model again")
-    if not (isinstance(found.get("summary", {}), dict) and _kept(found)):
-        raise MoeccError(f"{file} isn't what moecc writes; compile the model again")
+    try:
+        _adapter().validate_json(json.dumps(found))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = quoted(".".join(map(str, first["loc"])))
+        raise MoeccError(
+            f"{file} isn't what moecc writes ({where}: {first['msg']}); compile the model again"
+        ) from None
     return found
 
 
@@ -120,10 +164,9 @@ def number_experts(program: Program, folder: Path) -> None:
             raise MoeccError(f"{folder / 'moecc.json'}: {what}; compile the model again")
 
 
-def _kept(manifest: Json) -> bool:
-    """Tell whether `experts_kept` gives numbers of the source's experts by their module's path."""
-    kept = manifest.get("experts_kept", {})
-    return isinstance(kept, dict) and all(
-        isinstance(rows, list) and all(type(e) is int and e >= 0 for e in rows)
-        for rows in kept.values()
-    )
+@cache
+def _adapter() -> Any:
+    """Return the check of moecc.json; pydantic is imported when the first one is read."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_Manifest)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from moecc.checkpoint.values import planned_dtype
-from moecc.errors import MoeccError, reason
+from moecc.errors import MoeccError, quoted, reason
 from moecc.frontend import experts
 from moecc.frontend.config import text_config
 from moecc.types import Config, FamilyModule
@@ -117,7 +117,8 @@ def _unbuilt(config: Config, error: Exception) -> str:
         return reason(error)
     entries = text_config(config).to_dict().items()
     entry = next((key for key, value in entries if value == error.args[0]), None)
-    return f"{entry} {error} is unknown" if entry else f"{error} is unknown"
+    name = quoted(error.args[0])
+    return f"{entry} {name} is unknown" if entry else f"{name} is unknown"
 
 
 def _keep_float32(model: FamilyModule, dtype: torch.dtype) -> None:
