@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from made import PROMPT, Compile, checkpoint, load, logits
 from pipelines import ROOT
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -78,6 +80,26 @@ def test_another_head_takes_the_place_of_the_first(artifact: Path) -> None:
     assert set(info["missing_keys"]) == {"score.weight"}
     assert set(info["unexpected_keys"]) == {"lm_head.weight"}
     assert model(input_ids=PROMPT).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("auto", "stored", "said"),
+    [
+        (AutoModelForCausalLM, "model.layers.1.mlp.router.weight", ""),
+        (AutoModelForCausalLM, "lm_head.weight", ""),
+        (AutoModel, "model.layers.1.mlp.router.weight", "layers.1.mlp.router.weight"),
+        (AutoModelForSequenceClassification, "model.norm.weight", ""),
+    ],
+)
+def test_a_lost_tensor_is_named_and_not_drawn_at_random(
+    artifacts: dict[str, Path], auto: Any, stored: str, said: str, tmp_path: Path
+) -> None:
+    shutil.copytree(artifacts["gpt_oss"], tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[stored]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MoeccError, match=rf" has no tensor for '{re.escape(said or stored)}' "):
+        auto.from_pretrained(tmp_path)
 
 
 def test_a_class_without_the_stored_modules_is_refused(artifact: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ that is in the weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moecc.checkpoint.files import read_header
+from moecc.checkpoint.recipes import Recipes
 from moecc.checkpoint.schema import METHOD, METHODS, REFUSALS, Compression
+from moecc.errors import MoeccError
 from moecc.frontend import experts
 from moecc.frontend.compressed import settle
 from moecc.frontend.config import model_class, read_config
@@ -57,10 +59,11 @@ class MoeccQuantizer(HfQuantizer):
         said = self.quantization_config.compression
         # with the paths of this model, by which it is saved
         self.quantization_config.compression = prepare(model, said)
-        # transformers fills in what files lack, and only says so
-        stored = {n: e for f in checkpoint_files or () for n, e in read_header(Path(f))[0].items()}
         if checkpoint_files:
+            headers = [read_header(Path(file))[0] for file in checkpoint_files]
+            stored = {name: entry for header in headers for name, entry in header.items()}
             said.require(stored)
+            _require_whole(model, stored, Path(checkpoint_files[0]).parent)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -90,6 +93,22 @@ class MoeccQuantizer(HfQuantizer):
         for key in REFUSALS.keys() & vars(model.config).keys():  # the float model needs no moecc
             delattr(model.config, key)
         return model
+
+
+def _require_whole(model: Any, stored: Iterable[str], folder: Path) -> None:
+    """Raise MoeccError if `folder` with tensors `stored` lacks one that it was saved with.
+
+    transformers draws what files lack at random and only says so. That is right for a new head, on
+    a model that was saved with another one or with none.
+    """
+    missing = Recipes(model, stored).missing
+    if type(model).__name__ not in (model.config.architectures or ()):
+        base = model.base_model  # the model itself, if it has no head
+        body = f"{model.base_model_prefix}." if base is not model else ""
+        missing = [name for name in missing if name.startswith(body)]
+    if missing:
+        lost = f"{len(missing)} missing" if len(missing) > 1 else "no other is missing"
+        raise MoeccError(f"{folder} has no tensor for {missing[0]!r} ({lost}); fetch it again")
 
 
 def load(folder: str, dtype: torch.dtype | None = None) -> Any:
