@@ -43,3 +43,8 @@ def test_changed_inputs_end_in_a_sentence_or_in_success(fuzz: Any, fuzzer: Any) 
     rows = fuzzer.rows.values()
     assert sum(row.inputs for row in rows) == 100
     assert min(sum(row.refused for row in rows), sum(row.succeeded for row in rows)) > 20
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.stem for case in CASES])
+def test_a_kept_input_ends_as_it_should(case: Path, fuzz: Any, fuzzer: Any) -> None:
+    assert fuzz.replay(fuzzer, [case]) == 0

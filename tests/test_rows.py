@@ -11,6 +11,7 @@ import torch
 from made import TINYMOE
 
 from moecc.commands import rows, texts
+from moecc.commands.generate import generate
 from moecc.commands.rows import default_text, rows_digest, token_rows, tokenizer_of
 from moecc.errors import MoeccError
 from moecc.ir.restriction import Restriction
@@ -155,6 +156,17 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0"})[:-3])
     with pytest.raises(MoeccError, match="its tokenizer can't be used"):
         tokenizer_of(tmp_path)
+
+
+def test_a_tokenizer_that_fails_in_use_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(TINYMOE, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["model_max_length"] = "many"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(MoeccError, match=f"^{tmp_path}: its tokenizer can't be used .*again$"):
+        token_rows(tokenizer_of(tmp_path), count=1, length=8)
+    with pytest.raises(MoeccError, match=f"^{tmp_path}: its tokenizer can't be used .*again$"):
+        generate(str(tmp_path), "def", new_tokens=1)
 
 
 def test_a_tokenizer_that_is_code_runs_only_if_asked_for(

@@ -11,7 +11,7 @@ from moecc.checkpoint.schema import METHODS
 from moecc.checkpoint.source import adapter_beside, checkpoint_folder
 from moecc.checkpoint.store import CheckpointStore
 from moecc.checkpoint.values import require_finite
-from moecc.commands.rows import tokenizer_of
+from moecc.commands.rows import tokenizer_of, using
 from moecc.errors import MoeccError, out_of_memory, reason
 from moecc.frontend.config import longest_row, quantization_method, read_config
 from moecc.frontend.skeleton import bare
@@ -41,7 +41,8 @@ def generate(
         raise MoeccError("the prompt has bytes that are no UTF-8 text; give text") from error
     folder = checkpoint_folder(model)
     tokenizer = tokenizer_of(folder, trust_remote_code=trust_remote_code)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with using(tokenizer):
+        ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
     length = ids.shape[-1]
     if length == 0:
         raise MoeccError("the prompt has no tokens; give some text with --prompt")
@@ -67,7 +68,8 @@ def generate(
         torch.manual_seed(seed)
     settings["pad_token_id"] = tokenizer.eos_token_id if padding is None else padding
     tokens = _continued(model, loaded, ids, max_new_tokens=new_tokens, **settings)[0, length:]
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    with using(tokenizer):
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
     return {"model": model, "prompt": prompt, "text": text, "tokens": tokens.tolist()}
 
 

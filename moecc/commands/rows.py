@@ -18,6 +18,7 @@ import itertools
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -145,21 +146,37 @@ def _no_tokenizer(folder: str | Path, error: Exception, trust_remote_code: bool)
     if has_code(Path(folder)) and not trust_remote_code:
         return f"{folder}: its tokenizer is Python code; read it, then --trust-remote-code"
     if Path(folder, "tokenizer.json").is_file():
-        return f"{folder}: its tokenizer can't be used ({why}); {_COPY} again"
+        return _unusable(folder, why)
     return f"{folder} has no tokenizer that can be used ({why}); {_COPY}"
+
+
+def _unusable(folder: str | Path, why: str) -> str:
+    return f"{folder}: its tokenizer can't be used ({why}); {_COPY} again"
 
 
 # ---------------------------------------------------------------- tokens
 
 
+@contextmanager
+def using(tokenizer: Tokenizer) -> Iterator[None]:
+    """Raise MoeccError for what a tokenizer raises: some of its settings are read at each use."""
+    try:
+        yield
+    except Exception as error:
+        where = getattr(tokenizer, "name_or_path", "the model")
+        raise MoeccError(_unusable(where, reason(error))) from error
+
+
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    with using(tokenizer):
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
 def _beginning(tokenizer: Tokenizer) -> list[int]:
     """Return [the token that begins every text], [] if the tokenizer puts none there."""
-    first = tokenizer("", verbose=False)["input_ids"][:1]
+    with using(tokenizer):
+        first = tokenizer("", verbose=False)["input_ids"][:1]
     return first if first and first[0] == getattr(tokenizer, "bos_token_id", None) else []
 
 
