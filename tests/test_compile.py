@@ -24,6 +24,7 @@ from made import (
     load,
     logits,
 )
+from refusals import edit_tensors
 from safetensors.torch import save_file
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -96,6 +97,18 @@ def test_bits_choose_the_codes_and_more_bits_come_closer(
 
 
 # ---------------------------------------------------------------- options
+
+
+def test_weights_that_are_changed_during_the_run_are_noticed(
+    model: Path, tmp_path: Path, compile: Compile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*args: object) -> None:
+        edit_tensors(model, lambda tensors: tensors["model.norm.weight"].mul_(2))
+
+    monkeypatch.setattr("moecc.commands.compile.write_report", late)
+    run = compile(model, tmp_path / "out", "dense{group=16}")
+    assert run.code == 2 and f"{model} was changed during the run; run again\n" in run.err
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_dump_writes_each_layer_after_every_pass_and_the_whole_after_the_last(

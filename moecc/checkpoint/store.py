@@ -13,9 +13,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -139,20 +140,26 @@ class CheckpointStore:
             compression.require(self.stored)
         Fit(self.folder, self.entries, self._recipes).check()
 
+    @cached_property
+    def _config(self) -> bytes:
+        return (self.folder / "config.json").read_bytes()
+
     def digest(self) -> str:
         """Return SHA-256 over config.json, and the names, sizes and content of the weight files.
+
+        config.json is read the first time only: what is copied of a model may be gone later.
 
         A file of up to 16 MiB counts whole. A larger one counts with its header and 256 bytes from
         the middle of each tensor. That tells checkpoints apart, even fine-tunes of one another, but
         it doesn't prove that every byte is intact.
         """
-        sha, by_file = hashlib.sha256((self.folder / "config.json").read_bytes()), defaultdict(list)
+        sha, by_file = hashlib.sha256(self._config), defaultdict(list)
         for entry in sorted(self.stored.values(), key=lambda e: e.start):
             by_file[entry.file].append(entry)
         for file, entries in sorted(by_file.items()):
-            size = file.stat().st_size
-            sha.update(f"{file.name}\0{size}\0".encode())
             with opened(file) as f:
+                size = os.fstat(f.fileno()).st_size
+                sha.update(f"{file.name}\0{size}\0".encode())
                 sha.update(f.read(size if size <= WHOLE else entries[0].start))
                 for entry in entries if size > WHOLE else []:
                     f.seek(entry.start + max(0, entry.nbytes // 2 - SAMPLE // 2))

@@ -267,8 +267,15 @@ class _Run:
         )
         reports = run_passes(self.program, self.passes, ctx, self.batches, hooks)
         result = self.write(ctx, reports)
+        self.require_same_source()
         self.draft.finish()
         return result
+
+    def require_same_source(self) -> None:
+        """Raise MoeccError if a weight file has changed since the run began: layers would mix."""
+        assert self.program.store is not None
+        if self.program.store.digest() != self.job.source_digest:
+            raise MoeccError(f"{self.job.source} was changed during the run; run again")
 
     def write(self, ctx: Context, reports: list[PassReport]) -> Json:
         """Write the output, check it, and return its summary."""
