@@ -169,6 +169,8 @@ def _codes(fault: Fault, made: bool) -> list[int]:
         return [0]
     if fault.kind == "signal":
         return [0, 128 + int(fault.amount)]
+    if fault.kind == "bytes":  # the compiler that build-ops runs may be what the system kills
+        return [0, KILLED[fault.kind], 2]
     return [0, KILLED.get(fault.kind, 141 if fault.kind == "head" else 2)]
 
 

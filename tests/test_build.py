@@ -102,16 +102,23 @@ def test_without_a_compiler_the_error_says_what_to_do(
         build.library()
 
 
-def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("echo 'x.cc:1: error: no such thing' >&2; exit 1", "x.cc:1: error: no such thing"),
+        ("exit 4", "exit code 4"),
+        ("kill -9 $$", "a signal ended it"),
+    ],
+)
+def test_a_compiler_that_fails_is_quoted(
+    end: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "cache"))
     script = tmp_path / "cxx"
-    complaint = "{ echo 'x.cc:1: error: no such thing' >&2; exit 1; }"
-    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || {complaint}\n')
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || {{ {end}; }}\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    with pytest.raises(
-        MoeccError, match=r"can't compile the op library: x.cc:1: error: no such thing; set CXX"
-    ):
+    with pytest.raises(MoeccError, match=f"can't compile the op library: {said}; set CXX"):
         build.library()
     assert [p.name for p in (tmp_path / "cache" / "ops").iterdir()] == [".lock"]
 

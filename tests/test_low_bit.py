@@ -307,6 +307,13 @@ def test_scales_of_another_grid_are_refused(
         read_back(tensors, tmp_path / "x.safetensors", block)
 
 
+@pytest.mark.parametrize("shape", [(), (24,)])
+def test_scales_of_what_is_no_matrix_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(shape).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(1)}
+    with pytest.raises(MoeccError, match="no scales of 'w'"):
+        read_back(tensors, tmp_path / "x.safetensors")
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 1), (2, 2, 2), (1, 3, 2)])
 def test_mxfp4_scales_of_another_shape_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     blocks = torch.zeros(2, 3, 2, 16, dtype=torch.uint8)

@@ -139,7 +139,8 @@ def run(command: list[str]) -> str:
         ) from error
     if done.returncode:
         lines = done.stderr.splitlines()
-        said = [line for line in lines if "error" in line] or lines or ["nothing"]
+        ended = f"exit code {done.returncode}" if done.returncode > 0 else "a signal ended it"
+        said = [line for line in lines if "error" in line] or lines or [ended]
         raise MoeccError(
             f"{command[0]} can't compile the op library: {said[0].strip()}; "
             "set CXX to another C++17 compiler"

@@ -125,6 +125,8 @@ def _plain(scale: Tensor) -> Tensor:
 
 def _in_blocks(codes: Entry, scale: Entry, block: tuple[int, int] | None) -> Decoded:
     pairs = 2 if codes.dtype == torch.int8 else 1
+    if len(codes.shape) < 2:
+        raise _no_scales(codes, scale)
     *lead, rows, columns = codes.shape
     columns *= pairs
     if math.prod(scale.shape) == 1 and not lead:
