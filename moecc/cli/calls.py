@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moecc.errors import MoeccError, printable
+from moecc.errors import MoeccError, printable, printable_lines
 from moecc.types import Json, Progress
 
 Outcome = tuple[int, Json, str]
@@ -68,7 +68,8 @@ def compile(options: argparse.Namespace) -> Outcome:
         )
         if result[key] is not None
     ]
-    return 0, result, f"{result['out']}: " + ", ".join([size(result["bytes"]), *bits])
+    facts = ", ".join([size(result["bytes"]), *bits])
+    return 0, result, printable(f"{result['out']}: {facts}")
 
 
 def inspect(options: argparse.Namespace) -> Outcome:
@@ -131,7 +132,8 @@ def export(options: argparse.Namespace) -> Outcome:
     from moecc.commands.export import export_artifact
 
     found = export_artifact(options.model, options.to, options.out, say=say)
-    return 0, {"out": None if found.out is None else str(found.out), **found.facts}, found.summary
+    summary = printable_lines(found.summary.splitlines())
+    return 0, {"out": None if found.out is None else str(found.out), **found.facts}, summary
 
 
 def bench(options: argparse.Namespace) -> Outcome:
