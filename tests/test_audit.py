@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import make
-from made import TINYMOE, checkpoint
+from made import checkpoint
 from torch import Tensor, fx
 
 from moecc.artifact.audit import Plan, plan
@@ -19,6 +19,7 @@ from moecc.checkpoint.files import LazyTensor
 from moecc.checkpoint.roles import ROUTED, role_of
 from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
+from moecc.ir import ops
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program
 from moecc.pipeline.fate import HEADER, KEPT, REWRITTEN, UNUSED, Fate
@@ -65,82 +66,16 @@ def planned(family: str, change: Change, ctx: Context | None = None) -> Plan:
     return plan(program, original, ctx or Context())
 
 
-def refused(family: str, change: Change) -> str:
-    """Return the message with which an artifact is refused after `change`."""
-    with pytest.raises(MoeccError) as error:
-        planned(family, change)
-    return str(error.value)
-
-
-def scaled(program: Program, moe: MoE) -> None:
-    """Multiply the experts' input by a factor."""
-    x = moe.node.args[0]
-    assert isinstance(x, fx.Node)
-    factor = program.add(f"{moe.path}.factor", torch.ones(x.meta["val"].shape[-1]))
-    with program.graph.inserting_before(moe.node):
-        product = program.graph.call_function(torch.ops.aten.mul.Tensor, (x, factor))
-    product.meta.update(val=x.meta["val"], layer=moe.layer, path=moe.path)
-    moe.node.update_arg(0, product)
-
-
-def negated(program: Program, moe: MoE) -> None:
-    """Put a negation in the place of the first silu."""
-    node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.silu.default)
-    node.target = torch.ops.aten.neg.default
-
-
-def bypassed(program: Program, moe: MoE) -> None:
-    """Take the first silu out of the graph."""
-    node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.silu.default)
-    node.replace_all_uses_with(node.args[0])
-    program.graph.erase_node(node)
-
-
-def test_nodes_that_cannot_be_stored_are_refused() -> None:
-    end = (
-        "; a compiled model runs its family's code for all but coded experts and quantized "
-        "linears, so say it in weights"
-    )
-    added = refused("qwen2_moe", scaled)
-    assert added.startswith(("a pass made %experts : f32[", "a pass added %mul"))
-    assert added.endswith(end)
-    changed = refused("qwen2_moe", negated)
-    assert changed.startswith("a pass made %silu")
-    assert "= aten.silu(" in changed and "= aten.neg(" in changed
-    assert refused("qwen2_moe", bypassed).startswith("a pass ")
-    attribute = refused("qwen2_moe", lambda p, moe: moe.node.update_kwarg("act", "gelu"))
-    assert attribute.startswith("a pass made %experts")
-
-
-def test_weights_without_a_parameter_are_refused() -> None:
-    name = "model.layers.0.mine"
-    assert refused("qwen2_moe", lambda p, moe: p.add(name, torch.ones(2))) == (
-        f"a pass gave {name} a value that can't be stored: the model has no parameter of that name"
-    )
-    program = trace(TINYMOE, dtype=torch.float32)
+def test_what_cannot_be_stored_is_refused(tiny: Callable[[str], Program]) -> None:
+    program = tiny("M")
     original = program.copy()
-    program.add("lm_head.weight", program.read("lm_head.weight") * 2)
-    with pytest.raises(MoeccError) as error:
+    program.add("mine", torch.ones(2))
+    with pytest.raises(MoeccError, match="a pass gave mine a value that can't be stored"):
         plan(program, original, Context())
-    assert str(error.value) == (
-        "a pass gave lm_head.weight a value that can't be stored: "
-        "it is tied to model.embed_tokens.weight"
-    )
-
-
-def test_a_parameter_of_another_shape_is_refused() -> None:
-    """Such as experts of which a pass takes one out; the configuration says how many there are."""
-
-    def fewer(program: Program, moe: MoE) -> None:
-        for projection in moe.projections:
-            (name,) = program.parameters_of(projection, "")
-            program.add(name, program.read(name)[:-1])
-
-    assert re.fullmatch(
-        r"a pass gave model.layers.0.mlp.experts.gate_up_proj the shape \[3, (\d+, \d+)\], "
-        r"but its configuration says \[4, \1\]",
-        refused("qwen2_moe", fewer),
-    )
+    program = original.copy()
+    program.moe_layers()[0].node.update_kwarg("act", "gelu")
+    with pytest.raises(MoeccError, match="a pass made %experts"):
+        plan(program, original, Context())
 
 
 def test_experts_of_another_layout_are_changed_through_their_parameters() -> None:
@@ -291,6 +226,84 @@ def test_every_row_of_a_small_program_has_its_bytes_its_bits_and_its_fate(
 
 def pairs(found: Plan, tensors: dict[str, Tensor]) -> list[tuple[Any, Tensor]]:
     return [(t, tensors[name]) for name, t in found.tensors.items()]
+
+
+def with_bias(program: Program, name: str, bias: Tensor) -> fx.Node:
+    """Give a small float32 program one more parameter, and return its placeholder."""
+    store: Any = program.store
+    store.tensors[name] = bias
+    node = program.add(name, bias.float())
+    program.tensors.pop(name)
+    return node
+
+
+def test_a_bias_of_coded_experts_of_a_small_program_is_in_the_row_of_their_weight(
+    tiny: Callable[[str], Program], batches: list[Tensor]
+) -> None:
+    program, ctx, path = tiny("DM"), Context(), "layers.1.gate_up"
+    moe = program.moe_layers()[0]
+    bias = with_bias(program, f"{path}_bias", torch.ones(4, 16))
+    program.replace(moe.node, ops.EXPERTS, (*moe.node.args[:5], bias, None, None), moe.attributes)
+    original = program.copy()
+    run_passes(program, resolve(parse_passes("vq{rounds=1}")[0])[0], ctx, batches)
+    for facts in ctx.audit.values():
+        facts.pop("fate", None)
+    ctx.record(path, fallback="too small")
+    found = plan(program, original, ctx)
+    rows = {r.name: r for r in found.rows}
+    first, part = rows[path], rows[f"{path}_bias"]
+    for row in (first, part):
+        assert (row.role, row.experts, row.projection, row.layer) == (
+            ROUTED,
+            "layers.1",
+            "gate_up",
+            1,
+        )
+        assert row.fallback == "too small" and rows["layers.1.down"].fallback == ""
+        assert row.in_sample_error == ctx.audit[path]["in_sample_error"] and row.tokens
+        assert row.tokens == first.tokens and row.starved == first.starved and row.starved
+    assert (str(first.fate), str(part.fate), part.nbytes) == ("vq4 2 bit", f"in {path}", 0)
+    assert found.compression.experts["layers.1"].remove == ["gate_up", "gate_up_bias", "down"]
+    assert f"{path}.bias" in found.tensors and f"{path}_bias" not in found.tensors
+
+
+@pytest.mark.parametrize(("rewritten", "dtype"), [(False, "bfloat16"), (True, "float32")])
+def test_a_quantized_linear_of_a_small_program_has_its_bytes_its_bits_and_its_fate(
+    rewritten: bool, dtype: str, tiny: Callable[[str], Program]
+) -> None:
+    program, ctx, path = tiny("DM"), Context(), "layers.0.linear"
+    bias = with_bias(program, f"{path}.bias", torch.ones(16).bfloat16())
+    original = program.copy()
+    if rewritten:
+        program.add(f"{path}.bias", torch.full((16,), 1 / 3))
+    made = {
+        "weight": torch.arange(128, dtype=torch.uint8).view(16, 8),
+        "scale": torch.rand(16, 2).half(),
+        "zero": torch.full((16, 2), 7, dtype=torch.uint8),
+    }
+    node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.tanh.default).args[0]
+    held = [program.add(f"{path}.{'codes' if k == 'weight' else k}", t) for k, t in made.items()]
+    program.replace(node, ops.Q_LINEAR, (node.args[0], *held, bias), {"bits": 4})
+    program.verify()
+    ctx.record(f"{path}.weight", error=0.5, looked=True)
+    found = plan(program, original, ctx)
+    for part, tensor in made.items():
+        assert torch.equal(found.tensors[f"{path}.{part}"].read(), tensor)
+    stored = found.tensors[f"{path}.bias"].read()
+    assert torch.equal(stored, torch.full((16,), 1 / 3) if rewritten else torch.ones(16).bfloat16())
+    entry = found.compression.linears[path]
+    assert entry.bits == 4 and entry.tensors == {
+        "weight": ((16, 8), "uint8"),
+        "scale": ((16, 2), "float16"),
+        "zero": ((16, 2), "uint8"),
+        "bias": ((16,), dtype),
+    }
+    (row,) = (r for r in found.rows if r.name == f"{path}.weight")
+    assert row.nbytes == 16 * (8 + 2 * 2 + 2) and row.bits == 8 * row.nbytes / 256
+    assert str(row.fate) == "4 bit, groups of 8" and row.shape == (16, 16)
+    assert row.error == 0.5 and row.details == {"source_bits": 32, "looked": True}
+    (row,) = (r for r in found.rows if r.name == f"{path}.bias")
+    assert row.fate == (REWRITTEN if rewritten else KEPT) and row.nbytes == stored.nbytes
 
 
 def test_dense_experts_of_a_small_program_are_placed_and_keep_what_was_recorded(

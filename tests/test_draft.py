@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from made import QUICK, Compile, content, interrupt, stop
 
 from moecc.artifact import draft
-from moecc.artifact.draft import Busy, Draft, new_folder
+from moecc.artifact.draft import Busy, Draft, failure, new_folder
 from moecc.commands.compile import compile_model
 from moecc.commands.dump import finish
 from moecc.errors import MoeccError
@@ -52,6 +54,61 @@ def test_the_rest_of_a_run_that_made_its_output_is_removed_and_said(
     says = f"out exists and is complete: {left}; choose another output folder or remove it\n"
     assert got.code == 2 and got.err.endswith(says)
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("holds", "over"),
+    [
+        ("", True),
+        ("journal", False),
+        ("over", True),
+        ("over journal", True),
+        ("output", False),
+        ("output over", False),
+        ("output over journal", False),
+    ],
+)
+def test_a_draft_is_over_once_its_output_has_its_name(
+    holds: str, over: bool, tmp_path: Path
+) -> None:
+    with Draft(tmp_path / "out", "partial") as made:
+        for name in holds.split():
+            (made.folder / name).touch()
+        assert made.is_over() == over
+
+
+@pytest.mark.parametrize("left", ["free", "in use"])
+def test_the_rest_of_a_run_beside_its_output_is_removed_unless_it_is_in_use(
+    left: str, tmp_path: Path
+) -> None:
+    out, ended = tmp_path / "out", []
+    folder = killed(out, after="rename").folder
+    other = FileLock(folder / "moecc.lock", timeout=0)
+    if left == "in use":
+        other.acquire()
+    with pytest.raises(MoeccError) as error:
+        Draft(out, "partial", lambda: ended.append(1))
+    other.release()
+    rest = f" and is complete: the rest of its run in {folder} is removed now"
+    advice = "choose another output folder or remove it"
+    assert str(error.value) == f"{out} exists{rest if left == 'free' else ''}; {advice}"
+    assert names(tmp_path) == (["out"] if left == "free" else ["out", "out.partial"])
+    assert ended == ([1] if left == "free" else [])
+
+
+def test_what_is_said_of_a_failure_is_what_the_user_can_mend(tmp_path: Path) -> None:
+    out, draft = tmp_path / "out", tmp_path / "out.partial"
+    full = OSError(errno.ENOSPC, "No space left", str(draft / "output"))
+    taken = OSError(errno.ENOTEMPTY, "Directory not empty", str(draft / "output"))
+    lost = OSError(errno.EIO, "Input/output error", str(tmp_path / "model"))
+    for there in (False, True):
+        assert failure(out, draft, full).startswith(f"writing {out} failed: No space left; ")
+        says = failure(out, draft, taken)
+        mine = f"{out} was made by something else in the meantime; move it away"
+        assert says == mine if there else says.startswith(f"writing {out} failed: Directory not")
+        end = "Input/output error; mend it and run again"
+        assert failure(out, draft, lost) == f"can't read {tmp_path / 'model'}: {end}"
+        out.mkdir(exist_ok=True)
 
 
 def test_a_run_killed_before_the_rename_goes_on(

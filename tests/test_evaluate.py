@@ -134,6 +134,9 @@ def test_chosen_experts_and_output_errors_are_those_of_two_models_of_transformer
     rows = tokens(5, 23)
     reference, program = (observed(model, rows)[0] for model in twins)
     found = evaluate(*(trace(m, dtype=torch.float32) for m in reversed(twins)), rows, batch=2)
+    assert [layer.path for layer in found.per_layer] == [
+        f"model.layers.{i}.mlp.experts" for i in range(2)
+    ]
     same, whole = [], []
     for (theirs, before), (ours, after), layer in zip(
         reference, program, found.per_layer, strict=True
@@ -212,6 +215,9 @@ def test_the_table_shows_every_figure_in_its_unit() -> None:
         "model.layers.0.mlp.experts        50.00 %    25.00 %       0.01235",
         "model.layers.10.mlp.experts      100.00 %    98.77 %       1.50000",
     ]
+    pruned = table({**found.as_dict(), "experts_left": 0.87654}).splitlines()
+    says = "weights left    87.65 % of the routed experts' weights; bits are per these"
+    assert pruned == [*table(found.as_dict()).splitlines()[:4], says, *pruned[5:]]
     below = table({**found.as_dict(), "kl": -1e-9}).splitlines()[1]  # of a model with itself
     assert below.split()[1] == "0.00000"
 

@@ -137,6 +137,13 @@ def test_experts_against_the_loop(gate: str, optional: bool) -> None:
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
+def test_experts_compute_in_the_type_of_their_weights() -> None:
+    args = [*routed(), *dense(optional=True)]
+    args[0] = args[0].bfloat16()
+    got, want = ops.EXPERTS(*args, **ATTRIBUTES), slow_experts(args, ATTRIBUTES)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, want.bfloat16())
+
+
 def undone(args: list[Any]) -> list[Any]:
     """Return the arguments of `experts` that equal those of a klt_experts call."""
     r, weights, rest = args[:3], [args[3].clone(), args[4].clone()], args[19:]

@@ -204,6 +204,13 @@ def test_layer_output_against_the_slow_layer(
     assert_layers_equal(*routed, gate_up, down)
 
 
+def test_each_of_two_experts_of_a_layer_has_its_codebook() -> None:
+    gate_up, down = slow.draw_layer(5, experts=2)
+    assert len(gate_up["codebook"]) == 2
+    routed = slow.draw_routing(11, tokens=4, top_k=1, experts=2, hidden=12)
+    assert_layers_equal(*routed, gate_up, down)
+
+
 @pytest.mark.parametrize(("bits", "mean"), [(2, 2), (2, 3), (3, 4), (4, 2)])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_layer_output_with_a_mean_against_the_slow_layer(bits: int, mean: int, rank: int) -> None:

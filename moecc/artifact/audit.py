@@ -191,11 +191,8 @@ class _Planner:
         for part, found in stored.items():
             self.found.put(f"{path}.{part}", self.held(found))
         specs = {part: _spec(found) for part, found in stored.items()}
-        if (
-            bias := operand(node, "bias")
-        ) is not None:  # stored with the rest, in the source's type
-            name = self.program.weights[bias.name].name
-            specs["bias"] = _spec(bias, self.store.dtype(name))
+        if (bias := operand(node, "bias")) is not None:  # stored with the rest
+            specs["bias"] = _spec(bias, self.left(self.program.weights[bias.name].name).dtype)
         bits, name = cast(Literal[4, 8], node.kwargs["bits"]), f"{path}.weight"
         self.found.compression.linears[path] = StoredLinear(bits, specs)
         nbytes, facts = sum(map(_nbytes, stored.values())), self.ctx.audit.get(name, {})
@@ -231,8 +228,7 @@ class _Planner:
             projection = dense.get(name)
             recorded = {} if projection is None else self.ctx.audit.get(projection.path, {})
             facts = {**recorded, **self.ctx.audit.get(name, {})}
-            rewritten = name in self.program.tensors
-            tensor = self.rewritten(name) if rewritten else self.kept(name)
+            rewritten, tensor = name in self.program.tensors, self.left(name)
             self.found.put(name, tensor)
             fate = _fate(facts, REWRITTEN if rewritten else KEPT)
             row = self.row(name, fate, tensor.nbytes, facts)
@@ -277,6 +273,10 @@ class _Planner:
         val: Tensor = node.meta["val"]
         name = self.program.weights[node.name].name
         return LazyTensor(tuple(val.shape), val.dtype, partial(self.program.read, name))
+
+    def left(self, name: str) -> LazyTensor:
+        """Give a weight that nothing compressed stands for."""
+        return self.rewritten(name) if name in self.program.tensors else self.kept(name)
 
     def kept(self, name: str) -> LazyTensor:
         """Give a weight of the source as it is."""

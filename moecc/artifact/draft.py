@@ -179,7 +179,7 @@ class Draft:
 
     def _remove_made(self, *folders: Path) -> None:
         """Remove these folders, the innermost first, if they hold no more than the lock."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             if self._names() == {_LOCK}:
                 (self.folder / _LOCK).unlink()
         for folder in folders:

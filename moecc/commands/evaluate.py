@@ -289,7 +289,7 @@ def _width(program: Program) -> int:
 
 
 def _check_head(program: Program, what: str) -> None:
-    config = text_config(program.config) if program.config is not None else None
+    config = text_config(program.config)
     vocabulary, hidden = getattr(config, "vocab_size", None), getattr(config, "hidden_size", None)
     width = _width(program)
     # A head may be padded beyond the vocabulary, but a model without one ends in hidden states.
