@@ -86,6 +86,37 @@ def test_sensitivity_is_the_same_if_weights_do_not_stay_in_memory(
         assert all(torch.equal(s, got[kind][n]) for n, s in found.items())
 
 
+@pytest.mark.parametrize(("kind", "last"), [("routing", 2), ("kl", 4)])
+def test_nothing_behind_the_last_loss_runs(
+    kind: str, last: int, tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts are in stages 1 and 2; without a router behind it, a layer's routing has no loss."""
+    ran, run = [], Whole.run_with
+
+    def noting(self: Whole, weights: StageWeights, stage: int, *more: Any) -> Any:
+        ran.append(stage)
+        return run(self, weights, stage, *more)
+
+    monkeypatch.setattr(Whole, "run_with", noting)
+    Gradients(tiny("MMD"), Context()).measure(kind, batches[:1])
+    assert ran == [*range(last), *range(last, 0, -1)]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_weights_that_stay_in_memory_are_read_once(
+    kept: bool, tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, read = tiny("MD"), []
+    monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: kept)
+    reading = program.read
+    monkeypatch.setattr(program, "read", lambda name: read.append(name) or reading(name))
+    whole = Whole(program, set())
+    for ids in batches[:2]:
+        whole.forward(ids, lambda wanted: {})
+    layers = [w.name for w in program.weights.values() if w.name != "head.weight"]
+    assert sorted(read) == sorted(layers * (1 if kept else 2))
+
+
 def test_sensitivity_of_routing_counts_later_routers_alone(traced: Program) -> None:
     run = compiled(traced, "sensitivity{kl=0}")
     first, last = (m.path for m in traced.moe_layers())

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import tiny_batches, tiny_program
 from pipelines import resolved
-from torch import Tensor
+from torch import Tensor, fx
 
 from moecc.ir.program import Program
+from moecc.ir.tensors import Weight
 from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.tuned import RATES, Tuned, split
 from moecc.pipeline.passes import Context
@@ -174,6 +175,36 @@ def test_an_adapter_adds_its_product_to_the_weight(whole: Program) -> None:
         assert float(trained.a[k].detach().std()) == pytest.approx(columns**-0.5, rel=0.35)
     (group,) = trained.groups()
     assert group["lr"] == pytest.approx(6e-4) and len(group["params"]) == 2 * len(trained.a)
+
+
+def test_an_adapter_starts_with_numbers_of_its_own(whole: Program) -> None:
+    ctx = Context()
+    for _ in range(2):  # the same again
+        trained = Trained(whole, ctx, rank=3, experts=False, lr=1.0)
+        for k, a in trained.a.items():
+            seed = ctx.seed_for("rilq", whole.weights[k].name)
+            draw = torch.randn(a.shape, generator=torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(a.detach(), draw / a.shape[1] ** 0.5)
+            assert not trained.b[k].any()
+
+
+def test_a_linear_without_an_adapter_has_its_reason_in_the_audit(whole: Program) -> None:
+    ctx = Context()
+    derived, *others = Trained(whole, ctx, rank=1, experts=False, lr=1.0).a
+    name = whole.weights[derived].name
+    assert name not in ctx.audit
+    assert ctx.audit["model.layers.0.mlp.gate.weight"] == {"adapter": "none: router"}
+    recipe = fx.symbolic_trace(torch.nn.Identity())
+    whole.weights[derived] = Weight(name, recipe, ("another",))
+    assert list(Trained(whole, ctx, rank=1, experts=False, lr=1.0).a) == others
+    assert ctx.audit[name] == {"adapter": "none: computed from other weights"}
+
+
+def test_experts_may_be_trained_without_adapters(whole: Program) -> None:
+    trained = Trained(whole, Context(), rank=0, experts=True, lr=2.0)
+    assert trained.placeholders == set(trained.experts.parameters) and not trained.a
+    rates = [g["lr"] for g in trained.experts.groups(0.3)]
+    assert [g["lr"] for g in trained.groups()] == rates and rates
 
 
 def test_trained_adapters_are_left_in_the_program_only_if_they_are_better(

@@ -79,7 +79,7 @@ class Gradients:
 
         One, or as many as memory holds activations of if the weights are read anew each time.
         """
-        if self.whole.keep:
+        if self.whole.kept is not None:
             return 1
         kept = self.whole.forward(batch, lambda wanted: {})
         tensors = [v for values in kept for v in values.values() if isinstance(v, Tensor)]
@@ -94,12 +94,12 @@ class Gradients:
         kept: list[list[Values]] = [[{self.whole.input: ids} for ids in batches]]
         with torch.no_grad():
             for stage in range(self.top):
-                weights = self.whole.weights(stage)
+                weights = self.whole.weights()
                 kept.append([self.whole.run_with(weights, stage, values) for values in kept[-1]])
         # gradients of the values that are alive after the stage
         after: list[dict[str, Tensor]] = [{} for _ in batches]
         for stage in range(self.top, self.first - 1, -1):
-            weights, entering = self.whole.weights(stage), kept.pop()
+            weights, entering = self.whole.weights(), kept.pop()
             for i, values in enumerate(entering):
                 after[i] = self._pull(stage, start + i, values, weights, after[i])
 

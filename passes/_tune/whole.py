@@ -37,7 +37,8 @@ class Whole:
 
         Weights stay in memory once they are read, if all of them fit.
         """
-        self.program, self.keep = program, fits_in_memory(program)
+        self.program = program
+        self.kept = StageWeights(program) if fits_in_memory(program) else None
         self.input, self.output = program.user_inputs[0].name, output_node(program).name
         self.stages = [stage_nodes(program, i) for i in range(program.layers)]
         stream = Stream(program, ())
@@ -50,17 +51,14 @@ class Whole:
         ]
         roots = [n for n in program.graph.nodes if n.name in trained]
         self.moving = {n.name for n in descendants([n for s in self.stages for n in s], roots)}
-        self._weights: dict[int, StageWeights] = {}
 
-    def weights(self, stage: int) -> StageWeights:
-        """The stored weights of a stage."""
-        if not self.keep:
-            return StageWeights(self.program)
-        return self._weights.setdefault(stage, StageWeights(self.program))
+    def weights(self) -> StageWeights:
+        """The stored weights: those that stay in memory, or some to be read anew."""
+        return StageWeights(self.program) if self.kept is None else self.kept
 
     def run(self, stage: int, values: Values, trained: TrainedValues) -> Values:
         """Take the values before `stage` through it; return those alive after it or watched."""
-        weights = StageWeights.sharing(self.weights(stage), trained(self.reads[stage]))
+        weights = StageWeights.sharing(self.weights(), trained(self.reads[stage]))
         return self.run_with(weights, stage, values)
 
     def run_with(
