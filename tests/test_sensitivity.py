@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pipelines import TOKENS, Tiny, compiled
 from torch import Tensor
 
+from moecc.errors import MoeccError
 from moecc.ir.graph import run_nodes
 from moecc.ir.program import Program, output_node, stage_nodes
 from moecc.passes._tune.gradients import Gradients
@@ -100,6 +101,15 @@ def test_nothing_behind_the_last_loss_runs(
     monkeypatch.setattr(Whole, "run_with", noting)
     Gradients(tiny("MMD"), Context()).measure(kind, batches[:1])
     assert ran == [*range(last), *range(last, 0, -1)]
+
+
+def test_a_head_that_gives_no_numbers_is_named_as_a_loss_is_taken(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    program = tiny("M")
+    program.add("head.weight", torch.full((16, 16), torch.nan))
+    with pytest.raises(MoeccError, match=r"^what the head gives is NaN: "):
+        Gradients(program, Context()).measure("kl", batches[:1])
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -234,3 +244,31 @@ def test_gradients_layer_by_layer_equal_those_of_the_whole_graph(traced: Program
         assert (g is None) == (w is None)
         if g is not None and w is not None:
             torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [(), (0,), (1,), (0, 1)])
+def test_losses_inside_the_layers_count_where_they_depend_on_what_is_trained(
+    layers: tuple[int, ...], tiny: Tiny, batches: list[Tensor]
+) -> None:
+    """The first layer's router does not see the first layer's experts, the second's does."""
+    program, ids = tiny("MM"), batches[0]
+    moes = program.moe_layers()
+    place, routers = moes[0].operand("gate_up").name, [selection_scores(m).name for m in moes]
+    parameter = program.read("layers.0.gate_up").requires_grad_()
+    whole = Whole(program, {place}, watch=routers)
+    inner = {routers[i]: lambda scores: scores.sin().sum() for i in layers}
+
+    def trained(wanted: set[str]) -> dict[str, Tensor]:
+        return {place: parameter} if place in wanted else {}
+
+    whole.backward(ids, trained, lambda values, logits: logits.square().mean(), inner)
+    values: dict[str, Any] = {program.user_inputs[0].name: ids}
+    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+    with torch.enable_grad():
+        weights = StageWeights.sharing(StageWeights(program), {place: parameter})
+        for _ in run_nodes(nodes, values, weights):
+            pass
+        want = values[whole.output].square().mean()
+        want = want + sum(values[name].sin().sum() for name in inner)
+        (grad,) = torch.autograd.grad(want, [parameter])
+    torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-6)

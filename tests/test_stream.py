@@ -15,7 +15,14 @@ from torch import Tensor, fx
 from moecc.errors import MoeccError
 from moecc.ir.graph import run_nodes
 from moecc.ir.program import Program, stage_nodes
-from moecc.pipeline.stream import Stream, run_program
+from moecc.pipeline.stream import (
+    StageWeights,
+    Stream,
+    first_tokens,
+    fits_in_memory,
+    require_squares,
+    run_program,
+)
 
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -48,6 +55,69 @@ def test_a_stream_taps_without_advancing_and_keeps_values_for_later_stages(
         stream.tap(1, ["linear"])
     with pytest.raises(AssertionError, match="has not reached the end"):
         stream.output()
+
+
+@pytest.mark.parametrize(
+    ("weight", "place"),
+    [
+        ("embed.weight", "the embedding"),
+        ("layers.0.down", "layer 0"),
+        ("layers.1.linear.weight", "layer 1"),
+        ("head.weight", "the head"),
+    ],
+)
+def test_what_is_no_number_is_named_by_its_place(
+    weight: str, place: str, tiny: Tiny, batches: list[Tensor]
+) -> None:
+    program = tiny("MD")
+    program.add(weight, torch.full_like(program.read(weight), torch.nan))
+    with pytest.raises(MoeccError, match=f"^what {place} gives is NaN: "):
+        run_program(program, batches)
+    if place == "layer 0":
+        stream = Stream(program, batches)
+        stream.advance()
+        with pytest.raises(MoeccError, match=r"^experts in layer 0 is NaN: "):
+            stream.tap(1, ["experts"])
+
+
+def test_squares_must_add_up_in_float32() -> None:
+    require_squares(torch.full((3,), 1e19), "it")
+    require_squares(torch.full((3,), 1e4, dtype=torch.float16), "it")  # of itself it could not
+    with pytest.raises(MoeccError, match=r"^it has squares of more than float32 holds: "):
+        require_squares(torch.full((4,), 1e19), "it")
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(0, 1), (12, 1), (23, 1), (24, 2), (47, 3), (99, 4)])
+def test_so_many_tokens_are_in_so_many_batches(tokens: int, count: int) -> None:
+    batches = [torch.full((2, 6), i) for i in range(4)]
+    found = first_tokens(batches, tokens)
+    assert [int(b[0, 0]) for b in found] == list(range(count))
+
+
+def test_weights_fit_if_they_are_less_than_half_of_what_is_free(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tiny("M")
+    experts, router, ends = 4 * (16 * 16 + 16 * 8), 4 * 16, 2 * 16 * 16
+    nbytes = 4 * (experts + router + ends)
+    for free, fits in ((2 * nbytes + 2, True), (2 * nbytes + 1, False), (0, False)):
+        monkeypatch.setattr("moecc.pipeline.stream.free_memory", lambda free=free: free)
+        assert fits_in_memory(program) is fits
+
+
+def test_weights_are_read_once_and_may_be_overridden(tiny: Tiny) -> None:
+    program, read = tiny("M"), []
+    names = {w.name: placeholder for placeholder, w in program.weights.items()}
+    reading = program.read
+    program.read = lambda name: read.append(name) or reading(name)  # type: ignore[method-assign]
+    base, mine = StageWeights(program), torch.zeros(2)
+    over = StageWeights.sharing(base, {names["head.weight"]: mine})
+    assert over[names["head.weight"]] is mine and not read
+    down = over[names["layers.0.down"]]
+    assert base[names["layers.0.down"]] is over[names["layers.0.down"]] is down
+    assert torch.equal(base[names["head.weight"]], reading("head.weight"))
+    assert read == ["layers.0.down", "head.weight"]
+    assert list(over) == list(base) == list(program.weights) and len(over) == len(base) == 5
 
 
 def test_a_node_that_fails_is_named(tiny: Tiny) -> None:
