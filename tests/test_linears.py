@@ -62,6 +62,11 @@ def test_a_router_is_what_chooses_and_does_not_make_the_experts_input(program: P
     assert "softmax" in before - after and found(program)["layers.1.gate.weight"] == "router"
 
 
+def test_every_layer_has_its_router(tiny: Callable[[str], Program]) -> None:
+    program = tiny("MM")
+    assert found(program) == {f"layers.{i}.gate.weight": "router" for i in range(2)}
+
+
 def test_a_weight_that_is_no_parameter_is_not_taken(program: Program) -> None:
     (node,) = (n for n, name, _ in linears(program, 1) if name == NAME)
     weight = node.args[1]

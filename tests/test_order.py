@@ -137,6 +137,22 @@ def test_after_and_spoils_order_without_inserting() -> None:
     assert sorted_names(spoiler, user, giver) == ["giver", "user", "spoiler"]
 
 
+def test_passes_that_make_the_float_model_come_before_all_that_they_need_nothing_of() -> None:
+    def maker(name: str, **facts: str) -> Pass:
+        sets = {key: frozenset(value.split()) for key, value in facts.items()}
+        run = lambda self, program, ctx: False  # noqa: E731
+        return derive(Pass, name, run=run, makes_reference=True, **sets)
+
+    a, b, giver = idle("a"), idle("b"), idle("giver", provides="x")
+    assert sorted_names(a, maker("n"), b, maker("m")) == ["n", "m", "a", "b"]
+    assert sorted_names(a, giver, b, maker("m", requires="x")) == ["giver", "m", "a", "b"]
+    spoiler = maker("m", spoils="y")  # not before what it would spoil
+    assert sorted_names(a, spoiler, idle("user", requires="y"), giver, idle("y", provides="y")) == [
+        *("y", "user", "m"),
+        *("a", "giver"),
+    ]
+
+
 def test_passes_that_need_each_other_are_refused() -> None:
     a, b = idle("a", requires="y", provides="x"), idle("b", requires="x", provides="y")
     message = r"these passes need each other: (a -> b|b -> a); leave one out"

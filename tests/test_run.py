@@ -22,7 +22,7 @@ from moecc.pipeline.bits import experts_bits
 from moecc.pipeline.order import resolve
 from moecc.pipeline.parse import find_pass
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
-from moecc.pipeline.run import Hooks, run_passes
+from moecc.pipeline.run import Hooks, PassReport, run_passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,12 +244,21 @@ def test_a_pass_that_needs_data_asks_for_it(tiny: Tiny) -> None:
 def test_layer_passes_of_one_round_see_inputs_before_and_targets_after_a_layer(
     tiny: Tiny, batches: list[Tensor]
 ) -> None:
-    ctx, dumps, layers = Context(), [], []
-    hooks = Hooks(
-        dump=lambda name, program, stage: dumps.append(name),
-        after_layer=lambda stage, program, ctx: layers.append(stage),
-    )
-    run_passes(tiny("MD"), [Touch(), idle("model"), Touch(), Touch()], ctx, batches, hooks)
+    program, dumps, layers, labels = tiny("MD"), [], [], []
+
+    def progress(items: Any, label: str) -> Any:
+        labels.append((label, list(items)))
+        return items
+
+    def dump(name: str, dumped: Program, stage: int | None) -> None:
+        assert dumped is program
+        dumps.append(name)
+        assert (stage is None) == ("after" in name) and (stage is None or str(stage) in name)
+
+    ctx = Context(progress=progress)
+    hooks = Hooks(dump=dump, after_layer=lambda stage, program, ctx: layers.append(stage))
+    run_passes(program, [Touch(), idle("model"), Touch(), Touch()], ctx, batches, hooks)
+    assert labels == [("layers", [0, 1, 2, 3])] * 2
     # the last stage is the head; its output for all the text is never held
     once = [f"{i}: inputs before {i}, targets before {min(i + 1, 3)}" for i in (1, 2, 3)]
     assert ctx.notes == once + [line for line in once for _ in range(2)]
@@ -297,10 +306,20 @@ def test_the_float_model_stays_float_behind_a_model_pass(tiny: Tiny, batches: li
 
 
 def test_a_restored_layer_is_not_run_again(tiny: Tiny, batches: list[Tensor]) -> None:
-    ctx = Context()
-    hooks = Hooks(restore_layer=lambda stage, program, ctx: stage < 2)
-    run_passes(tiny("MD"), [Touch()], ctx, batches, hooks)
-    assert [note[0] for note in ctx.notes] == ["2", "3"]
+    program, ctx, asked = tiny("MD"), Context(), []
+    nodes = sum(n.op == "call_function" for n in program.graph.nodes)
+
+    def restore(*args: Any) -> bool:
+        asked.append(args)
+        return args[0] < until
+
+    for until in (2, 4):
+        (report,) = run_passes(program, [Touch()], ctx, batches, Hooks(restore_layer=restore))
+        assert asked == [(stage, program, ctx) for stage in (1, 2, 3)]
+        assert [note[0] for note in ctx.notes] == (["2", "3"] if until == 2 else [])
+        assert report.nodes == (nodes if until == 2 else 0) and not report.changed
+        for noted in (ctx.notes, ctx.ledger, asked):
+            noted.clear()
 
 
 def test_facts_hold_after_a_run(tiny: Tiny) -> None:
@@ -324,6 +343,56 @@ def test_a_report_gives_change_bits_and_error_of_each_pass(
     assert "nothing changed" not in lines[2]
     assert "bits/weight, in-sample error 0." in lines[2]
     assert result[0].bits == 32.0 and len({r.bits for r in result}) == 3  # each pass its own
+
+
+def test_the_figures_of_a_report_are_those_of_its_program_and_its_audit(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    program, ctx, found = tiny("MDM"), Context(), []
+
+    def noting(report: PassReport, program: Program) -> None:
+        found.append((report.bits, experts_bits(program)))
+
+    reports = run_passes(
+        program, [*resolved("vq"), idle("model")], ctx, batches, Hooks(after_pass=noting)
+    )
+    sides = [f"layers.{i}.{side}" for i in (0, 2) for side in ("gate_up", "down")]
+    errors = [ctx.audit[side]["in_sample_error"] for side in sides]
+    assert len(set(errors)) == 4
+    assert [r.in_sample_error for r in reports] == [None, *[pytest.approx(sum(errors) / 4)] * 2]
+    assert found[0][0] == 32 != found[1][0] == found[2][0] == found[2][1]
+    nodes = sum(n.op == "call_function" for n in program.graph.nodes)
+    assert {r.nodes for r in reports} == {nodes} and all(r.seconds > 0 for r in reports)
+    whole = {str(stage) for stage in range(program.layers)}
+    assert [set(entries) for entries in ctx.ledger.values()] == [whole - {"0"}] * 2 + [whole]
+    assert list(ctx.ledger) == ["0 moments", "1 vq", "2 model"] == [r.key for r in reports]
+
+
+def test_a_report_is_one_line() -> None:
+    report = PassReport("vq{bits=3}", "1 vq{bits=3}", True, 12.34, 7, 3.14159, 0.01234)
+    assert report.line() == "vq{bits=3}: 7 nodes, 3.142 bits/weight, in-sample error 0.0123, 12.3 s"
+    empty = PassReport("look", nodes=1, bits=2.0)
+    assert empty.line() == "look: 1 nodes, 2.000 bits/weight, nothing changed, 0.0 s"
+
+
+def test_a_pass_that_makes_the_float_model_leaves_it_to_the_next_ones(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    def double(self: Pass, program: Program, ctx: Context) -> bool:
+        program.add("head.weight", 2 * program.read("head.weight"))
+        return True
+
+    def look(self: Pass, program: Program, ctx: Context) -> bool:
+        assert ctx.reference is not None and ctx.traced is not None and ctx.reference is not program
+        seen.append([float(p.read("head.weight")[0, 0]) for p in (ctx.traced, ctx.reference)])
+        return False
+
+    program, seen = tiny("M"), []
+    first = float(program.read("head.weight")[0, 0])
+    looking, doubling = derive(Pass, "look", run=look), derive(Pass, "double", run=double)
+    making = derive(Pass, "make", run=double, makes_reference=True)
+    run_passes(program, [looking, doubling, looking, making, looking], Context(), batches)
+    assert seen == [[first, first], [first, first], [first, 4 * first]]
 
 
 def test_a_pass_that_stands_twice_has_two_reports(tiny: Tiny, batches: list[Tensor]) -> None:

@@ -1,0 +1,111 @@
+"""What a run hands to passes: seeds, kept work, and the tensors of a layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from pipelines import resolved
+from torch import Tensor
+
+from moecc.errors import MoeccError
+from moecc.ir import ops, vq4
+from moecc.ir.program import Program
+from moecc.pipeline.fate import Fate
+from moecc.pipeline.parse import find_pass, parse_passes
+from moecc.pipeline.passes import Context, Kept, Layer
+from moecc.pipeline.run import run_passes
+from moecc.pipeline.stream import Stream
+
+
+def test_a_seed_is_six_bytes_of_the_digest_of_its_key() -> None:
+    digest = hashlib.sha256(b"7/vq/layers.0/3").digest()
+    assert Context(7).seed_for("vq", "layers.0", 3) == sum(
+        byte << 8 * (5 - i) for i, byte in enumerate(digest[:6])
+    )
+    assert Context(8).seed_for("vq") != Context(7).seed_for("vq") != Context(7).seed_for("vr")
+
+
+def test_work_is_done_once_and_kept_under_its_key() -> None:
+    kept: dict[str, Kept] = {}
+    made, other = Kept(facts="made"), Kept(facts="on disk")
+
+    def keep(key: str, work: Kept) -> Kept:
+        kept[key] = work
+        return other
+
+    ctx = Context(keep=keep, kept=kept.get)
+    assert ctx.once("a", lambda: made) is other and kept == {"a": made}
+    assert ctx.once("a", lambda: pytest.fail("made twice")) is made
+    plain = Context()
+    assert plain.once("a", lambda: made) is made is plain.once("a", lambda: made)
+
+
+def test_facts_of_a_weight_add_up() -> None:
+    ctx = Context()
+    ctx.record("w", fate=Fate("grouped", bits=4, group=16), error=0.5)
+    ctx.record("w", error=0.25, by=[1, "a"])
+    fate = {"kind": "grouped", "bits": 4, "group": 16}
+    for odd in (float("inf"), {1, 2}):
+        with pytest.raises(MoeccError) as error:
+            ctx.record("w", more=odd, by=1)
+        said = str(error.value)
+        assert said.startswith("w: can't record ['by', 'more'] (")
+        assert said.endswith("); give finite numbers, text, lists or dicts")
+    assert ctx.audit == {"w": {"fate": fate, "error": 0.25, "by": [1, "a"]}}
+
+
+def test_a_layer_gives_the_tensors_of_the_program_and_of_the_float_model(
+    tiny: Callable[[str], Program], batches: list[Tensor]
+) -> None:
+    program = tiny("MM")
+    moe = program.moe_layers()[1]
+    bias = program.add("layers.1.down_bias", torch.ones(4, 16))
+    program.replace(moe.node, ops.EXPERTS, (*moe.node.args[:6], bias, None), moe.attributes)
+    reference = program.copy()
+    program.add("layers.1.down", 2 * program.read("layers.1.down"))
+    program.add("layers.1.down_bias", torch.full((4, 16), 3.0))
+    layer = Layer(2, program, reference, Stream(program, batches), Stream(reference, batches))
+    (moe,) = layer.moe
+    assert moe.path == "layers.1"
+    first = reference.read("layers.1.down")
+    weight, original = layer.weight(moe.down), layer.original(moe.down)
+    assert weight is not None and torch.equal(weight, 2 * first)
+    assert original is not None and torch.equal(original, first)
+    shift, before = layer.weight(moe.down, "bias"), layer.original(moe.down, "bias")
+    assert shift is not None and before is not None
+    assert float(shift.mean()) == 3 and float(before.mean()) == 1
+    assert layer.weight(moe.gate_up, "bias") is None and layer.original(moe.gate_up, "bias") is None
+
+
+def test_a_layer_gives_the_stored_tensors_of_coded_experts(
+    tiny: Callable[[str], Program], batches: list[Tensor]
+) -> None:
+    program = tiny("M")
+    reference = program.copy()
+    run_passes(program, resolved("vq{rounds=1,bits=3}"), Context(), batches)
+    layer = Layer(1, program, reference, Stream(program, []), Stream(reference, []))
+    found = layer.stored(layer.moe[0].down)
+    assert tuple(found) == vq4.TENSORS
+    there = {name: t for name, t in found.items() if t is not None}
+    assert there.keys() == {"codes", "signs", "codebook", "scale"}
+    for name, t in there.items():
+        assert torch.equal(t, program.read(f"layers.0.down.{name}"))
+    original = layer.original(layer.moe[0].down)
+    assert original is not None and torch.equal(original, reference.read("layers.0.down"))
+
+
+# ---- composites
+
+
+def test_a_composite_passes_on_the_options_that_it_lacks() -> None:
+    (composite,) = parse_passes("kbvq{rounds=8,min_tokens=3}", bits=3)[0]
+    assert str(composite) == "kbvq{bits=3,rounds=8,min_tokens=3}"
+    texts = [str(p) for p in composite.expand()]  # type: ignore[attr-defined]
+    assert "moments{min_tokens=3}" in texts and "vq{bits=3,rounds=8}" in texts
+    own = find_pass("kbvq").build_from("bits=2,rounds=8", {"bits": 4, "rank": 5})
+    assert str(own) == "kbvq{rank=5,rounds=8}"
+    with pytest.raises(MoeccError, match="kbvq stands for"):
+        own.run(None, Context())  # type: ignore[arg-type]
