@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapters import adapter, linear
 from families import make
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,25 +32,6 @@ pytestmark = pytest.mark.usefixtures("traced_once")
 
 IDS = [torch.arange(24).view(1, 24) % 64]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-
-def adapter(folder: Path, shapes: dict[str, tuple[int, ...]], **config: Any) -> dict[str, Tensor]:
-    """Write an adapter with random matrices as PEFT saves it; return its tensors."""
-    folder.mkdir(exist_ok=True)
-    g = torch.Generator().manual_seed(0)
-    tensors = {
-        f"base_model.model.{name}.weight": torch.randn(shape, generator=g) * 0.2
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, folder / "adapter_model.safetensors")
-    plain = dict(peft_type="LORA", r=2, lora_alpha=8, bias="none", use_dora=False)
-    (folder / "adapter_config.json").write_text(json.dumps(plain | config))
-    return tensors
-
-
-def linear(module: str, rows: int, columns: int, rank: int = 2) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a linear's adapter."""
-    return {f"{module}.lora_A": (rank, columns), f"{module}.lora_B": (rows, rank)}
 
 
 def merge(model: FamilyModule, folder: Path) -> tuple[Program, Context]:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import slow_vq4 as slow
 import torch
-from pipelines import TOKENS, Tiny
+from pipelines import Tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moecc.ir import ops
 from moecc.ir.program import Program
 from moecc.passes._code.moments import (
     Routed,
@@ -25,8 +26,9 @@ from moecc.passes._code.moments import (
     measure,
     routed_tokens,
 )
-from moecc.pipeline.passes import Layer
-from moecc.pipeline.stream import Stream, first_tokens
+from moecc.passes.moments import MeasureMoments
+from moecc.pipeline.passes import Context, Layer
+from moecc.pipeline.stream import Stream
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -212,6 +214,37 @@ def test_moments_are_held_in_memory_only_once(tiny: Tiny, batches: list[Tensor])
     assert size <= peak.most < 1.1 * size
 
 
-def test_tokens_are_counted_in_whole_batches() -> None:
-    for tokens, count in ((1, 1), (47, 1), (48, 2), (10**6, 8)):
-        assert [id(b) for b in first_tokens(TOKENS, tokens)] == [id(b) for b in TOKENS[:count]]
+@pytest.mark.parametrize("routing", ["squared", "one"])
+@pytest.mark.parametrize("sensitive", [True, False])
+def test_the_pass_leaves_measurements_for_its_options_and_says_how_errors_count(
+    routing: str, sensitive: bool, tiny: Tiny, batches: list[Tensor]
+) -> None:
+    layer, ctx, cost = entered(tiny("M"), batches), Context(), torch.eye(16)
+    (moe,) = layer.moe
+    if sensitive:
+        ctx.data["sensitivity"] = {moe.path: cost}
+    assert MeasureMoments(min_tokens=28, routing=routing).run_layer(layer, ctx) is False
+    found, routed = layer.data["moments", moe.path], layer.data["routed", moe.path]
+    behind = cost if sensitive else None
+    want = measure(layer, moe, routed, behind, 28, squared=routing == "squared")
+    for name in ("gate_up", "down"):
+        assert torch.equal(found.of(name), want.of(name))
+        errors = "weighted by sensitivity" if sensitive else "all channels alike"
+        assert ctx.audit[f"{moe.path}.{name}"] == {"errors": errors}
+    assert found.output.keys() == want.output.keys() and found.starved == want.starved
+    assert ctx.notes == want.notes and len(ctx.notes) == len(want.starved) > 0
+
+
+def test_the_pass_leaves_coded_experts_alone(tiny: Tiny, batches: list[Tensor]) -> None:
+    layer, ctx = entered(tiny("MM"), batches), Context()
+    coded, dense = layer.program.moe_layers()
+    coded.node.target = ops.VQ_EXPERTS
+    dense.node.meta["layer"] = 1
+    assert layer.moe[0].path == coded.path and len(layer.moe) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moecc.passes.moments.routed_tokens", lambda layer, moe: moe.path)
+        patch.setattr(
+            "moecc.passes.moments.measure", lambda *a, **k: SimpleNamespace(output={}, notes=[a[2]])
+        )
+        MeasureMoments().run_layer(layer, ctx)
+    assert layer.data.keys() == {("routed", dense.path), ("moments", dense.path)}

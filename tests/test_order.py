@@ -36,6 +36,30 @@ def test_a_composite_stands_for_its_passes_with_its_options() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "stands_for"),
+    [
+        ("kbvq", "moments,klt,vq,affine,fold"),
+        (
+            "kbvq{bits=4,rank=8,mean=off,codebook=layer,offset=on}",
+            "moments,klt{rank=8,mean=off,bits=4},vq{bits=4,codebook=layer},affine{offset=on},fold",
+        ),
+        ("kbvq{codebook=expert}", "moments,klt,vq,affine,fold"),
+        (
+            "kbvq{bits=3.5}",
+            "sensitivity,budget{bits=3.5},moments,klt,vq,affine{offset=off},fold",
+        ),
+        (
+            "kbvq{bits=2.25,rank=8,mean=off,codebook=layer}",
+            "sensitivity,budget{bits=2.25,rank=8,mean=off,codebook=layer},moments,"
+            "klt{rank=8,mean=off},vq{codebook=layer},affine{offset=off},fold",
+        ),
+    ],
+)
+def test_kbvq_hands_its_options_to_its_passes(text: str, stands_for: str) -> None:
+    assert ",".join(map(str, resolved(text))) == stands_for
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("kbvq,kbvq{bits=3}", "kbvq is there twice; leave one out"),

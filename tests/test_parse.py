@@ -107,6 +107,8 @@ def test_an_unknown_name_unlike_any_other_lists_all_passes() -> None:
 def test_bits_is_the_default_of_every_option_of_that_name() -> None:
     parsed, remarks = parse_passes("kbvq,moments,vq{bits=4}", bits=3)
     assert [str(p) for p in parsed] == ["kbvq{bits=3}", "moments", "vq{bits=4}"] and remarks == []
+    assert [str(p) for p in parse_passes("vq", bits=3.0)[0]] == ["vq{bits=3}"]
+    assert [str(p) for p in parse_passes("kbvq", bits=2.5)[0]] == ["kbvq{bits=2.5}"]
 
 
 def test_a_pass_that_does_not_take_the_bits_keeps_its_own_and_says_so() -> None:
@@ -185,6 +187,18 @@ INCOMPLETE = {
 def test_a_class_that_is_no_whole_pass_is_refused(body: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(HEAD + body)
     assert refusal(str(tmp_path / "mine.py")) == f"mine.py: {message}"
+
+
+@pytest.mark.parametrize("parts", ["[VectorQuantize]", "(3,)", "(int,)"])
+def test_a_composite_has_a_tuple_of_passes(parts: str, tmp_path: Path) -> None:
+    text = HEAD.replace("LayerPass", "Composite") + f"    name = 'mine'\n    parts = {parts}\n"
+    needed = "from moecc.passes.vq import VectorQuantize\n"
+    (tmp_path / "mine.py").write_text(
+        needed + text + "    def stands_for(self):\n        return []\n"
+    )
+    said = refusal(str(tmp_path / "mine.py"))
+    assert said.startswith("mine.py: Mine.parts is ")
+    assert said.endswith("; give a tuple of the passes that it may stand for")
 
 
 def test_the_default_of_an_option_may_be_none(tmp_path: Path) -> None:
