@@ -109,3 +109,30 @@ def test_a_composite_passes_on_the_options_that_it_lacks() -> None:
     assert str(own) == "kbvq{rank=5,rounds=8}"
     with pytest.raises(MoeccError, match="kbvq stands for"):
         own.run(None, Context())  # type: ignore[arg-type]
+
+
+# ---- fates
+
+
+@pytest.mark.parametrize(
+    ("fate", "says", "as_json"),
+    [
+        (Fate("kept"), "as it was", {}),
+        (Fate("rewritten"), "rewritten", {}),
+        (Fate("coded", bits=3, format="vq4"), "vq4 3 bit", {"bits": 3, "format": "vq4"}),
+        (Fate("grouped", bits=4, group=16), "4 bit, groups of 16", {"bits": 4, "group": 16}),
+        (Fate("part", of="a"), "in a", {"of": "a"}),
+        (Fate("tied", of="a"), "tied to a", {"of": "a"}),
+        (Fate("unused"), "left out", {}),
+        (Fate("header"), "names, shapes and types", {}),
+    ],
+)
+def test_a_fate_is_words_and_json(fate: Fate, says: str, as_json: dict[str, object]) -> None:
+    assert str(fate) == says and fate.as_json() == {"kind": fate.kind, **as_json}
+    assert Fate.of_json(fate.as_json()) == fate
+
+
+def test_a_fate_of_no_kind_is_refused() -> None:
+    kinds = "kept, rewritten, coded, grouped, part, tied, unused, header"
+    with pytest.raises(ValueError, match=f"^no fate 'lost'; there are {kinds}$"):
+        Fate("lost")

@@ -211,7 +211,9 @@ def test_an_output_has_one_writer(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with new_folder(out) as folder:
         (folder / "mine").touch()
-        with pytest.raises(Busy, match=r"out\.export is in use by another run"), new_folder(out):
+        advice = "wait for it, or choose another output folder"
+        says = rf"out\.export is in use by another run; {advice}$"
+        with pytest.raises(Busy, match=says), new_folder(out):
             pass
         with new_folder(tmp_path / "other"), Draft(out, "partial") as other:
             other.remove()

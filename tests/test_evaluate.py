@@ -438,6 +438,51 @@ def test_layers_are_paired_by_their_paths_if_those_are_the_same() -> None:
         pairs([a, b], [c])
 
 
+@pytest.mark.parametrize(
+    ("batch", "most", "sizes"),
+    [(8, 99, [7]), (3, 99, [3, 3, 1]), (8, 4, [4, 3]), (8, 1, [1] * 7), (8, 0, [1] * 7)],
+)
+def test_a_batch_holds_no_more_logits_than_fit(
+    batch: int, most: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 5 tokens, each with 11 logits."""
+
+    def stop(program: object, moes: object, batches: list[Tensor]) -> None:
+        raise InterruptedError([len(b) for b in batches])
+
+    monkeypatch.setattr(command, "_check", lambda *args: [])
+    monkeypatch.setattr(command, "_width", lambda program: 11)
+    monkeypatch.setattr(command, "_LOGITS_AT_ONCE", most * 5 * 11 + 54)
+    monkeypatch.setattr(command, "_Side", stop)
+    with pytest.raises(InterruptedError) as found:
+        evaluate(None, None, torch.zeros(7, 5), batch=batch)  # type: ignore[arg-type]
+    assert found.value.args == (sizes,)
+
+
+def test_an_evaluation_is_made_of_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [
+        SimpleNamespace(same=s, slots=n, exact=e, tokens=t, layer=lambda s=s: s)
+        for s, n, e, t in ((3, 8, 1, 4), (5, 12, 2, 6))
+    ]
+    sizes = {"ours": (6, 10), "theirs": (12, 20)}
+    ours, theirs = (
+        SimpleNamespace(moe_layers=lambda k=k: [SimpleNamespace(weights=n) for n in sizes[k]])
+        for k in sizes
+    )
+    monkeypatch.setattr(command, "experts_bits", lambda program: (program is ours) * 2.5)
+    monkeypatch.setattr(command, "_weights", lambda program: (program is ours) * 77)
+    monkeypatch.setattr(command, "everything_bits", lambda *args: args)
+    totals = SimpleNamespace(nll=8.0, reference_nll=4.0, kl=2.0, tokens=4)
+    made: Any = command._evaluation
+    assert made(totals, layers, ours, theirs) == Evaluation(
+        math.exp(2), math.exp(1), 0.5, 8 / 20, 3 / 10, 4, 2.5, (ours, theirs, 77), (3, 5), 0.5
+    )
+    for name, who in (("nll", "the compiled program"), ("reference_nll", "the reference")):
+        broken = SimpleNamespace(**{**vars(totals), name: math.nan})
+        says = "computes logits that are not numbers (NaN); its weights or dtype don't hold this"
+        fails(lambda broken=broken: made(broken, layers, ours, theirs), f"{who} {says} model")
+
+
 def test_a_perplexity_is_a_number_however_large() -> None:
     assert command._exp(2.0) == math.exp(2) and command._exp(1e9) == math.exp(700)
 

@@ -55,7 +55,7 @@ class Draft:
         self._require_own()
         _require_possible(out)
         around = (self.folder, *self.folder.parents)
-        new = [p for p in around if p.name != ".." and not os.path.lexists(p)]
+        new = [p for p in around if not os.path.lexists(p)]
         self._made = new or [self.folder]
         try:
             self._acquire()
@@ -175,7 +175,7 @@ class Draft:
         for part in (self.output, self.journal):
             shutil.rmtree(part, ignore_errors=True)
         with contextlib.suppress(OSError):
-            (self.folder / _OVER).unlink(missing_ok=True)
+            (self.folder / _OVER).unlink()
 
     def _remove_made(self, *folders: Path) -> None:
         """Remove these folders, the innermost first, if they hold no more than the lock."""
