@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 from moecc.errors import MoeccError
 from moecc.types import Json
 
-_ITEM = re.compile(r"\s*([^,{}]*[^\s,{}])\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+_ITEM = re.compile(r"\s*([^,{}]*[^\s,{}])\s*(?:\{([^{}]*)\})?\s*(,|$)")
 
 
 def option(
@@ -110,8 +110,8 @@ class Options(ABC):
         known = {f.name: f for f in cls.options()}
         if key not in known:
             names = sorted(cls.option_names())
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {names}"
+            near = nearest(key, names)
+            hint = f"did you mean {near!r}?" if near else f"it has {names}"
             raise MoeccError(f"{cls.name} has no option {key!r}; {hint}")
         return known[key]
 
@@ -139,12 +139,25 @@ def items(text: str, what: str = "pipeline") -> list[tuple[str, str]]:
             raise MoeccError(f"{where}: {text[at:]!r}; expected name or name{{key=value,...}}")
         found.append((m[1], m[2] or ""))
         at = m.end()
+        if m[3] and not text[at:].strip():
+            raise MoeccError(
+                f"the {what} {text!r} ends in a comma; take it away or name what follows"
+            )
     return found
+
+
+def nearest(name: str, names: Sequence[str]) -> str | None:
+    """Return the name that is most like `name`, in letters of any case, None if none is."""
+    folded = {n.casefold(): n for n in names}
+    found = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return folded[found[0]] if found else None
 
 
 def _pairs(owner: str, text: str) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
-    for item in filter(None, (o.strip() for o in text.split(","))):
+    for item in text.split(",") if text.strip() else ():
+        if not item.strip():
+            raise MoeccError(f"{owner}: there is a comma too many in {{{text}}}; take it away")
         key, equals, value = (part.strip() for part in item.partition("="))
         if key in found:
             raise MoeccError(f"{owner}: option {key!r} is there twice; leave one out")
@@ -183,4 +196,6 @@ def read_option(owner: str, f: Field[object], text: str) -> object:
             return kind(text)
         except ValueError:
             continue
-    raise MoeccError(f"{owner}: {f.name}={text!r} is out of range; it takes {accepted(f)}")
+    whole = "whole " if kinds == [int] else ""
+    wrong = f"is no {whole}number" if kinds else "is out of range"
+    raise MoeccError(f"{owner}: {f.name}={text!r} {wrong}; it takes {accepted(f)}")

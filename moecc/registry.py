@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import logging
@@ -18,7 +17,7 @@ from types import ModuleType
 from typing import Generic, TypeVar
 
 from moecc.errors import MoeccError, reason
-from moecc.options import Options
+from moecc.options import Options, nearest
 
 T = TypeVar("T", bound=Options)
 
@@ -108,8 +107,8 @@ class Registry(Generic[T]):
         if "/" in name or Path(name).is_file():
             path = f"the path of a {self.word} file ends in .py, e.g. ./my_{self.word}.py"
             return f"{name} is no {self.word}: {path}"
-        near = difflib.get_close_matches(name, self.names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.names())}"
+        near = nearest(name, self.names())
+        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(self.names())}"
         return f"no {self.word} {name!r}; {hint}"
 
     def _load(self, path: Path) -> ModuleType:

@@ -57,26 +57,29 @@ def test_every_pass_explains_itself(name: str) -> None:
     assert str(cls()) == name
 
 
-def test_a_pipeline_is_read_with_spaces_and_a_last_comma() -> None:
-    parsed, _ = parse_passes(" klt{ rank=8 , bits=3 } , vq,")
+def test_a_pipeline_is_read_with_spaces() -> None:
+    parsed, _ = parse_passes(" klt{ rank=8 , bits=3 } , vq{ } ")
     assert [str(p) for p in parsed] == ["klt{rank=8,bits=3}", "vq"]
 
 
 RANGES = {
     "vq{bits=5}": "vq: bits=5 is out of range; it takes 2 | 3 | 4",
-    "vq{bits=two}": "vq: bits='two' is out of range; it takes 2 | 3 | 4",
+    "vq{bits=two}": "vq: bits='two' is no whole number; it takes 2 | 3 | 4",
     "vq{rounds=0}": "vq: rounds=0 is out of range; it takes 1 <= number <= 50",
-    "vq{rounds=2.5}": "vq: rounds='2.5' is out of range; it takes 1 <= number <= 50",
+    "vq{rounds=2.5}": "vq: rounds='2.5' is no whole number; it takes 1 <= number <= 50",
     "vq{feedback=maybe}": "vq: feedback='maybe' is out of range; it takes true | false",
     "vq{codebook=any}": "vq: codebook='any' is out of range; it takes auto | expert | layer",
     "klt{rank=-1}": "klt: rank=-1 is out of range; it takes auto | 0 <= number <= 1024",
-    "klt{rank=most}": "klt: rank='most' is out of range; it takes auto | 0 <= number <= 1024",
+    "klt{rank=most}": "klt: rank='most' is no whole number; it takes auto | 0 <= number <= 1024",
+    "kbvq{bits=two}": "kbvq: bits='two' is no number; it takes 2 <= number <= 4",
     "vsraq{value=nan}": "vsraq: value=nan is out of range; it takes 0 <= number <= 10000",
 }
 EXPECTED = "expected name or name{key=value,...}"
 ENDS_IN_PY = "is no pass: the path of a pass file ends in .py, e.g. ./my_pass.py"
 UNREADABLE = {
     "kbvqq": "no pass 'kbvqq'; did you mean 'kbvq'?",
+    "KBVQ": "no pass 'KBVQ'; did you mean 'kbvq'?",
+    "vq{BITS=3}": "vq has no option 'BITS'; did you mean 'bits'?",
     "vq{bitz=3}": "vq has no option 'bitz'; did you mean 'bits'?",
     "kbvq{zzz=3}": (
         "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'feedback', 'mean', 'min_tokens', "
@@ -88,6 +91,8 @@ UNREADABLE = {
     "vq klt": f"can't read the pipeline at column 1: 'vq klt'; {EXPECTED}",
     "klt,vq{bits=3": f"can't read the pipeline at column 5: 'vq{{bits=3'; {EXPECTED}",
     "klt,,vq": f"can't read the pipeline at column 5: ',vq'; {EXPECTED}",
+    "vq, ": "the pipeline 'vq, ' ends in a comma; take it away or name what follows",
+    "vq{bits=2,}": "vq: there is a comma too many in {bits=2,}; take it away",
     "": "no passes given; `moecc passes` lists what there is",
     "./nothing.py": "no pass file nothing.py; give the path of a Python file that defines a pass",
     "./my_pass": f"./my_pass {ENDS_IN_PY}",

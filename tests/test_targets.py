@@ -50,7 +50,7 @@ def test_a_target_takes_only_the_choices_of_its_options(name: str) -> None:
     for option in (o for o in cls.options() if o.metadata["choices"]):
         with pytest.raises(MoeccError, match=f"^{name}: {option.name}=none is out of range; it ta"):
             cls(**{option.name: "none"})
-        with pytest.raises(MoeccError, match=f"^{name}: {option.name}='none' is out of range; it"):
+        with pytest.raises(MoeccError, match=f"^{name}: {option.name}='none' is .*; it takes "):
             cls.build_from(f"{option.name}=none")
 
 
