@@ -56,6 +56,11 @@ def quoted(name: object) -> str:
     return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words: "1 token", "2 tokens"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def reason(error: BaseException) -> str:
     """Return a library's error message as one line: its first line, cut if it is long.
 

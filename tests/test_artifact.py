@@ -167,7 +167,10 @@ def test_a_starved_expert_is_named(build: Build, tmp_path: Path) -> None:
     assert starved
     assert sorted(map(int, row["starved"])) == starved
     assert set(row["starved"].values()) == {100}
-    assert any("calibrated on 100 sent to it on purpose" in note for note in got.manifest["notes"])
+    path, few = "model.layers.0.mlp.experts: ", len(starved)
+    (note,) = [note for note in got.manifest["notes"] if note.startswith(path)]
+    assert note.startswith(f"{path}{few} of 4 experts got fewer than 100 routed tokens, expert ")
+    assert note.endswith("; calibrated on 100 sent to each on purpose")
 
 
 # ---------------------------------------------------------------- files

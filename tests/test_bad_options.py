@@ -38,7 +38,7 @@ OPTIONS = {
     "--bits 0": "0 is no number of bits",
     "--rows 0": "number of 1 or more",
     "--length 0": "number of 1 or more",
-    "--length 1": "at least 1 row of 2 tokens",
+    "--length 1": "of 1 token; give at least 1 row of 2 tokens",
     "--seed x": "seed",
     "--backend cuda": "no target 'cuda'; there are ",
     "--bit 2": "--bit",

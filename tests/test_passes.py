@@ -193,9 +193,9 @@ def starved() -> Program:
 def test_an_expert_with_no_routed_token_works_and_is_named(starved: Program, text: str) -> None:
     run = compiled(starved, text)
     path = starved.moe_layers()[0].path
-    start = f"{path} expert 3: 0 routed tokens; calibrated on "
-    named = [note for note in run.ctx.notes if note.startswith(start)]
-    assert len(named) == 1 and named[0].endswith(" sent to it on purpose")
+    named = [note for note in run.ctx.notes if note.startswith(f"{path}: ")]
+    assert len(named) == 1 and named[0].endswith(" sent to each on purpose")
+    assert ", expert 3 only 0; calibrated on " in named[0]
     row = run.ctx.audit[f"{path}.gate_up"]
     assert row["tokens"][3] == 0 and "3" in {str(e) for e in row["starved"]}
     for projection in ("gate_up", "down"):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moecc.checkpoint.source import has_code
 from moecc.commands.texts import documents
-from moecc.errors import MoeccError, reason
+from moecc.errors import MoeccError, counted, reason
 from moecc.frontend import shapes
 from moecc.frontend.config import longest_row, text_config
 from moecc.ir.program import Program, output_node
@@ -57,7 +57,8 @@ def token_rows(
     if it is too short for one row, or is no text.
     """
     if count < 1 or length < 2:
-        raise MoeccError(f"{count} rows of {length} tokens; give at least 1 row of 2 tokens")
+        many = f"{counted(count, 'row')} of {counted(length, 'token')}"
+        raise MoeccError(f"{many}; give at least 1 row of 2 tokens")
     start = _beginning(tokenizer)
     body = length - len(start)
     given = [Path(f) for f in ([files] if isinstance(files, str | Path) else files or ())]
@@ -71,11 +72,11 @@ def token_rows(
     if found == 0:
         shorter = f"--length {len(stream)}" if len(stream) > 1 else "a smaller --length"
         raise MoeccError(
-            f"{name or 'the text that comes with Python'} has {len(stream)} tokens, "
+            f"{name or 'the text that comes with Python'} has {counted(len(stream), 'token')}, "
             f"fewer than one row of {length}; give a longer text or {shorter}"
         )
     if found < count:
-        rows = f"{found} rows of {length} tokens, not {count}"
+        rows = f"{counted(found, 'row')} of {length} tokens, not {count}"
         say(f"note: {name or 'the default text'} has {rows}; all are taken")
     take = min(count, found)
     cut = torch.tensor(stream[: found * body], dtype=torch.int64).view(found, body)

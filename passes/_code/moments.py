@@ -6,12 +6,13 @@ tokens routed to one expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
-from moecc.errors import MoeccError
+from moecc.errors import MoeccError, counted
 from moecc.ir.gates import apply_gate
 from moecc.ir.moe import MoE, Projection
 from moecc.pipeline.passes import Layer
@@ -126,14 +127,21 @@ def measure(
         if "gate_up" in output:
             slopes = mean_outer(gate_slopes(moe, routed.x[rows], *reached), weight)
             output["gate_up"][e] = _behind(down[e], output["down"][0], rows_of_gate_up) * slopes
-    for e, sent in starved.items():
-        seen = f"{moe.path} expert {e}: {tokens[e]} routed tokens"
-        notes.append(f"{seen}; calibrated on {sent} sent to it on purpose")
+    if starved:
+        notes.append(f"{moe.path}: {_starvation(tokens, starved, min_tokens)}")
     counts = torch.tensor(tokens), torch.tensor(mass)
     found = Moments(*counts, inputs, reaching, starved, output, notes)
     for projection, weights in zip(moe.projections, (gate_up, down), strict=True):
         _require_range(projection, weights, found)
     return found
+
+
+def _starvation(tokens: Sequence[int], starved: dict[int, int], least: int) -> str:
+    """One remark for a layer, whose starved experts may be hundreds; the audit has each of them."""
+    worst = min(starved, key=lambda e: tokens[e])
+    who = f"{len(starved)} of {counted(len(tokens), 'expert')}"
+    seen = f"fewer than {counted(least, 'routed token')}, expert {worst} only {tokens[worst]}"
+    return f"{who} got {seen}; calibrated on {starved[worst]} sent to each on purpose"
 
 
 def _require_range(projection: Projection, weight: Tensor, moments: Moments) -> None:
