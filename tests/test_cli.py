@@ -76,6 +76,10 @@ WORDS = {
     "generate M --zzz=1": "no option --zzz",
     "generate M --prompt=--zzz --zzz x": "no option --zzz",
     "generate M --prompt '--zzz x' --zzz x": "no option --zzz",
+    "compile M --passes kbvq -o ''": "argument -o/--out: '' is no path; is a variable empty?",
+    "compile M --passes kbvq -o O --dump=": "argument --dump: '' is no path; is a variable empty?",
+    "eval M --reference M --text ''": "argument --text: '' is no path; is a variable empty?",
+    "bench ''": "argument OUT: '' is no path; is a variable empty?",
     "diff M M M": "unrecognized arguments: M",
 }
 

@@ -163,7 +163,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--out",
         required=True,
-        type=Path,
+        type=_path,
         metavar="OUT",
         help="folder to write; must not exist",
     )
@@ -183,7 +183,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dump",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="write the program's text after every pass into DIR",
     )
@@ -242,7 +242,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="folder to write (default: OUT/NAME of the target)",
     )
@@ -250,7 +250,10 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="OUT", help="exported folder, or an artifact with one in it"
+        "model",
+        type=_path,
+        metavar="OUT",
+        help="exported folder, or an artifact with one in it",
     )
     parser.add_argument(
         "--threads", type=_positive, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)"
@@ -275,7 +278,7 @@ def _text(parser: argparse.ArgumentParser, option: str, purpose: str) -> None:
     parser.add_argument(
         option,
         action="append",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help=f"{purpose} text, or .jsonl of texts or chats; several are read as one "
         "(default: text of this Python)",
@@ -289,6 +292,12 @@ def _rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=_positive, default=512, metavar="L", help="tokens of a row (default: 512)"
     )
+
+
+def _path(text: str) -> Path:
+    if not text:  # Path("") would be the current folder
+        raise argparse.ArgumentTypeError("'' is no path; is a variable empty?")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

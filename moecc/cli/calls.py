@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from moecc.errors import MoeccError, printable, printable_lines
@@ -144,13 +143,13 @@ def bench(options: argparse.Namespace) -> Outcome:
     from moecc.commands.export import bench_export
 
     target, rows = bench_export(
-        Path(options.model),
+        options.model,
         threads=options.threads,
         prompt=options.prompt_tokens,
         new_tokens=options.new_tokens,
         say=say,
     )
-    return 0, {"model": options.model, "rows": rows}, target.table(rows)
+    return 0, {"model": str(options.model), "rows": rows}, target.table(rows)
 
 
 def build_ops(options: argparse.Namespace) -> Outcome:
