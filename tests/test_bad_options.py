@@ -64,6 +64,15 @@ def test_options_out_of_range_are_refused(
     assert says in refused(mixtral, *options.split())
 
 
+@pytest.mark.parametrize("name", ["lora", "absorb"])
+def test_an_adapter_that_is_not_there_is_refused_before_the_model_is_traced(
+    name: str, refused: Refused, mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moecc.commands.compile.trace", pytest.fail)
+    says = "nowhere: no adapter_config.json; give a folder that PEFT saved a LoRA adapter in"
+    assert refused(mixtral, passes=f"vq,{name}{{path=nowhere}}") == says
+
+
 def test_a_file_without_a_pass_is_refused(refused: Refused, mixtral: Path, tmp_path: Path) -> None:
     for text, says in (
         ("x = 1", "defines 0 passes"),

@@ -114,6 +114,7 @@ def compile_model(
         texts = Dump(dump, out, draft.folder)
         target = None if backend is None else parse_target(backend)
         resolved = _pipeline(passes, bits, say)
+        files = [_pass_files(group) for group in groups(resolved)]
         read_config(folder := checkpoint_folder(model))  # broken, it looks like a broken tokenizer
         config = read_json(folder / "config.json")
         require_generation(folder)
@@ -131,7 +132,6 @@ def compile_model(
                 target.check(folder)
         if program.restriction:
             say(f"note: the trace holds for {program.restriction} only")
-        files = [_pass_files(group) for group in groups(resolved)]
         job = Job(
             source=str(model),
             source_digest=digest,
