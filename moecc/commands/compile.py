@@ -337,7 +337,8 @@ def _lower(target: Target, artifact: Path, say: Say) -> Json:
     try:
         emitted = emit(target, artifact, artifact / target.name, say)
     except MoeccError as error:
-        raise Mendable(f"{error}; --backend may be left out or be another") from error
+        advice = "all passes are done, so --backend may be left out or be another"
+        raise Mendable(f"{error}; {advice}") from error
     files = [] if emitted.out is None else sorted(emitted.out.rglob("*"))
     return {
         "name": target.name,
