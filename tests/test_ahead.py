@@ -184,7 +184,10 @@ def test_a_run_whose_target_fails_goes_on_without_it(
     file = tmp_path / "mine.py"
     file.write_text(MINE.format(check="pass", emit=FAILS), encoding="utf-8")
     got = compile(mixtral, tmp_path / "out", QUICK, "--backend", file)
-    assert got.code == 2 and "mine knows no such model; all passes are done, so --backend may be left out" in got.err
+    assert (
+        got.code == 2
+        and "mine knows no such model; all passes are done, so --backend may be left out" in got.err
+    )
     assert f"3 finished stages are kept in {tmp_path}/out.partial" in got.err
     again = compile(mixtral, tmp_path / "out")
     assert again.code == 0 and "3 stages of it are finished" in again.err

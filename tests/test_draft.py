@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -289,6 +291,19 @@ def test_a_name_that_no_folder_can_have_is_refused(
     with pytest.raises(MoeccError, match=r"exists|can't be made: "), new_folder(Path(out)):
         pass
     assert names(tmp_path) == []
+
+
+def test_a_draft_on_another_disk_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mounted(source: str, target: Path) -> NoReturn:
+        raise OSError(errno.EXDEV, "Invalid cross-device link", source, None, target)
+
+    monkeypatch.setattr(os, "rename", mounted)
+    says = f"{tmp_path}/out can't be made: {tmp_path}/out.partial lies on another disk; choose"
+    with pytest.raises(MoeccError, match=re.escape(says)):
+        Draft(tmp_path / "out", "partial")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_export_removes_the_folders_that_were_made_for_it(tmp_path: Path) -> None:

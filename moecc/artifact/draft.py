@@ -113,6 +113,7 @@ class Draft:
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # too long a path is another error
             os.lstat(self.folder / ("x" * LONGEST_NAME))
+        self._require_same_disk()
         try:
             self._lock.acquire()
         except Timeout as e:
@@ -123,6 +124,17 @@ class Draft:
             self._lock.release()
             self._remove_made(*self._made)
             raise Busy(f"{self.folder} was in use by another run; run again")
+
+    def _require_same_disk(self) -> None:
+        """Raise OSError if a disk is mounted on the draft: its output could never get its name.
+
+        No system renames ".", but it says first if both names are not of one disk.
+        """
+        try:
+            os.rename(os.path.join(self.folder, "."), self.out)
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                raise OSError(errno.EXDEV, f"{self.folder} lies on another disk") from error
 
     def _remnant(self) -> str:
         """Remove what is left of the run that made OUT; return what to say of it."""
