@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from moecc import cli
 from moecc.artifact.decode import float_tensors
+from moecc.artifact.draft import Busy
 from moecc.commands.compile import compile_model
 from moecc.commands.evaluate import evaluate_models
 from moecc.commands.export import bench_export, export_artifact
@@ -235,6 +236,24 @@ def test_a_target_s_own_fault_names_it(body: str, line: str, tmp_path: Path) -> 
             export_artifact(str(source), target, folder)
         assert without_line(str(error.value)).endswith(line.format(folder))
         assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("with new_folder(out): out.mkdir(); (out / 'a').touch()", "was made by something else"),
+        ("out.mkdir()\n        with new_folder(out): pass", "exists; choose another"),
+    ],
+)
+def test_what_another_run_has_made_is_not_called_a_part_of_the_export(
+    body: str, says: str, tmp_path: Path
+) -> None:
+    source = checkpoint(tmp_path / "model", "mixtral")
+    body = f"from moecc.artifact.draft import new_folder\n        {body}"
+    with pytest.raises(Busy) as error:
+        export_artifact(str(source), emitting(tmp_path, body), tmp_path / "out")
+    assert says in str(error.value) and "a part of the export" not in str(error.value)
+    assert (tmp_path / "out").is_dir()
 
 
 @pytest.mark.parametrize(("body", "line"), FAULTS)

@@ -31,14 +31,14 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # what a rename says of
 
 
 class Busy(MoeccError):
-    """Another process writes the output."""
+    """Another process writes the output, or has made it."""
 
 
 class Draft:
     """The draft of the new folder `out`, locked until it is closed. suffix: of the draft's name.
 
     at_end: called when `out` is there, and again by the next run if this one was killed meanwhile.
-    Raise MoeccError if `out` exists or can't be made, or if the draft's name is taken; Busy if
+    Raise MoeccError if `out` can't be made or the draft's name is taken, Busy if `out` exists or
     another process writes it.
     """
 
@@ -51,7 +51,7 @@ class Draft:
         self._lock = FileLock(self.folder / _LOCK, timeout=0)
         if os.path.lexists(out):
             advice = "choose another output folder or remove it"
-            raise MoeccError(f"{out} exists{self._remnant()}; {advice}")
+            raise Busy(f"{out} exists{self._remnant()}; {advice}")
         self._require_own()
         _require_possible(out)
         around = (self.folder, *self.folder.parents)
@@ -204,7 +204,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Give a folder to write in, which becomes `out` if nothing fails and is gone otherwise.
 
     It lies in a draft of its own beside `out`, and nothing else that lies there is touched. Raise
-    MoeccError if `out` exists, can't be made or is written by another process.
+    MoeccError if `out` can't be made, Busy if it exists or another process writes it.
     """
     with Draft(out, "export") as draft:
         try:
@@ -214,7 +214,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         except BaseException as error:
             draft.remove()
             if isinstance(error, OSError):
-                raise MoeccError(failure(out, draft.folder, error)) from error
+                kind = Busy if _is_taken(out, error) else MoeccError
+                raise kind(failure(out, draft.folder, error)) from error
             raise
 
 
@@ -227,9 +228,13 @@ def failure(out: Path, draft: Path, error: OSError) -> str:
     why, file = error.strerror or error, error.filename
     if isinstance(file, str) and not Path(file).is_relative_to(draft):
         return f"can't read {file}: {why}; mend it and run again"
-    if error.errno in _TAKEN and os.path.lexists(out):
+    if _is_taken(out, error):
         return f"{out} was made by something else in the meantime; move it away"
     return f"writing {out} failed: {why}; {make_room(error)}"
+
+
+def _is_taken(out: Path, error: OSError) -> bool:
+    return error.errno in _TAKEN and os.path.lexists(out)
 
 
 def _require_possible(out: Path) -> None:

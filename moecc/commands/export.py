@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from moecc.artifact.draft import Busy
 from moecc.checkpoint.source import checkpoint_folder
 from moecc.errors import MoeccError, naming, quoted
 from moecc.target import TARGETS, Emitted, Target, emit, parse_target
@@ -30,6 +31,8 @@ def export_artifact(
         if out is not None and found.out is None:
             why = "writes nothing, the artifact runs as it is"
             raise MoeccError(f"{target} {why}; leave -o {out} out")
+    except Busy:  # what lies there is another's
+        raise
     except MoeccError as error:
         if before or not os.path.lexists(where):
             raise
