@@ -45,6 +45,21 @@ def test_a_link_may_lead_into_the_cache_around_a_snapshot_and_nowhere_else(tmp_p
             fails(lambda f=folder: inside(f, "linked.json"), "'linked.json'", "outside this folder")
 
 
+def test_blobs_may_lie_on_another_disk_in_the_user_s_own_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "1").write_text("{}")
+    folder = tmp_path / "hub" / "models--a--b" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder.parents[1] / "blobs").symlink_to(tmp_path / "disk")
+    (folder / "a.json").symlink_to("../../blobs/1")
+    fails(lambda: inside(folder, "a.json"), "'a.json'", "outside this folder and its hub cache")
+    (tmp_path / "cache").symlink_to("hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert inside(folder, "a.json") == folder / "a.json"
+
+
 def test_only_regular_files_are_opened_for_reading(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\x00\r\n\xff")
     with opened(tmp_path / "a") as file:

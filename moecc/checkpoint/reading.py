@@ -39,8 +39,7 @@ def inside(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # no file, a loop of links, a NUL
         why = getattr(error, "strerror", None) or error
         raise MoeccError(f"can't read {quoted(name)} in {folder}: {why}: fetch it again") from error
-    cache = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
-    if not any(found.is_relative_to(place) for place in (home, *cache)):
+    if not any(found.is_relative_to(place) for place in (home, *_blobs(home))):
         raise MoeccError(
             f"{quoted(name)} in {folder} is a link to {quoted(found)}, outside this folder and its "
             "hub cache; put the file itself there"
@@ -48,6 +47,21 @@ def inside(folder: Path, name: str) -> Path:
     if not regular:
         raise _irregular(file)
     return file
+
+
+def _blobs(home: Path) -> list[Path]:
+    """Return the folder that the links of a hub cache's snapshot lead to, none of another folder.
+
+    The blobs may be a link themselves in the user's own cache, which people spread over disks. In a
+    folder from anyone such a link could lead anywhere.
+    """
+    from huggingface_hub import constants
+
+    repository = home.parent.parent
+    if home.parent.name != "snapshots":
+        return []
+    own = repository.parent == Path(constants.HF_HUB_CACHE).resolve()
+    return [(repository / "blobs").resolve() if own else repository / "blobs"]
 
 
 def opened(file: Path) -> BufferedReader:
