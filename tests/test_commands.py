@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from made import QUICK, TINYMOE, Command, copy_tokenizer
 from torch import Tensor
 
 from moecc.checkpoint.files import TensorFile, write_safetensors
+from moecc.commands.generate import generate
+from moecc.errors import MoeccError
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -206,6 +209,12 @@ def test_generate_is_greedy_and_repeats(moecc: Command) -> None:
     assert got.code == 0 and len(got.json["tokens"]) == 8 and got.json == moecc(*args).json
     warm = moecc(*args, "--temperature", "2", "--seed", "1").json
     assert warm == moecc(*args, "--temperature", "2", "--seed", "1").json != got.json
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-31, -1.0, math.inf, math.nan])
+def test_a_temperature_that_nothing_can_be_divided_by_is_refused(temperature: float) -> None:
+    with pytest.raises(MoeccError, match="no tokens can be drawn at temperature .*; give 0 for"):
+        generate("./nothing", "a", temperature=temperature)
 
 
 Change = Callable[[dict[str, Tensor]], object]

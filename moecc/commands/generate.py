@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from moecc.frontend.skeleton import bare
 from moecc.frontend.traceable import logits_alone
 from moecc.types import FamilyModule, Json
 
+_LEAST_TEMPERATURE = 1e-30  # logits are divided by it, in float32
+
 
 @torch.no_grad()
 def generate(
@@ -32,13 +35,16 @@ def generate(
     """Return the prompt, the text that follows it and that text's token ids.
 
     model: folder or hub id. temperature: 0 is greedy; above 0, `seed` decides what is drawn. Raise
-    MoeccError if the prompt is no text, or if the model cannot be loaded, does not fit its
-    tokenizer, or has too few positions.
+    MoeccError if the prompt is no text, if no token can be drawn at the temperature, or if the
+    model cannot be loaded, does not fit its tokenizer, or has too few positions.
     """
     try:
         prompt.encode()
     except UnicodeEncodeError as error:  # the command line makes surrogates of such bytes
         raise MoeccError("the prompt has bytes that are no UTF-8 text; give text") from error
+    if temperature != 0 and not _LEAST_TEMPERATURE <= temperature < math.inf:
+        advice = f"give 0 for the likeliest token, or {_LEAST_TEMPERATURE} and more"
+        raise MoeccError(f"no tokens can be drawn at temperature {temperature}; {advice}")
     folder = checkpoint_folder(model)
     tokenizer = tokenizer_of(folder, trust_remote_code=trust_remote_code)
     with using(tokenizer):
