@@ -79,6 +79,21 @@ def test_a_draft_is_over_once_its_output_has_its_name(
         assert made.is_over() == over
 
 
+def test_a_draft_that_another_run_removes_while_it_is_looked_at_is_nobody_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(tmp_path / "out")
+    seen = {"moecc.lock", "journal", "output"}
+    shutil.rmtree(tmp_path / "out.partial" / "journal")
+    monkeypatch.setattr(Draft, "_names", lambda self: seen)
+    with Draft(tmp_path / "out", "partial") as made:
+        assert made.folder == tmp_path / "out.partial"
+    seen.add("notes.txt")
+    (tmp_path / "out.partial" / "notes.txt").touch()
+    with pytest.raises(MoeccError, match=r"holds 'notes\.txt'"):
+        Draft(tmp_path / "out", "partial")
+
+
 @pytest.mark.parametrize("left", ["free", "in use"])
 def test_the_rest_of_a_run_beside_its_output_is_removed_unless_it_is_in_use(
     left: str, tmp_path: Path

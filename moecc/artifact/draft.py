@@ -82,7 +82,7 @@ class Draft:
         """Make `output` an empty folder."""
         (self.folder / _OVER).unlink(missing_ok=True)  # first: else the journal would be over too
         shutil.rmtree(self.output, ignore_errors=True)
-        self.output.mkdir(parents=True)
+        self.output.mkdir()
 
     def finish(self) -> None:
         """Give the output its name and remove the draft.
