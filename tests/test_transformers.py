@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -100,6 +101,19 @@ def test_a_lost_tensor_is_named_and_not_drawn_at_random(
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(MoeccError, match=rf" has no tensor for '{re.escape(said or stored)}' "):
         auto.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_stored_scale_that_is_no_number_is_refused(
+    artifact: Path, value: float, tmp_path: Path
+) -> None:
+    shutil.copytree(artifact, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("down.scale"))
+    tensors[name][1, 2] = value
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MoeccError, match=rf"^'{re.escape(name)}' of .* holds .*: fetch it again"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_class_without_the_stored_modules_is_refused(artifact: Path, tmp_path: Path) -> None:

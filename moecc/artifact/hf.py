@@ -21,9 +21,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moecc.checkpoint.files import read_header
+from moecc.checkpoint.files import TensorEntry, read_header
 from moecc.checkpoint.recipes import Recipes
 from moecc.checkpoint.schema import METHOD, METHODS, REFUSALS, Compression
+from moecc.checkpoint.values import require_finite
 from moecc.errors import MoeccError
 from moecc.frontend import experts
 from moecc.frontend.compressed import settle
@@ -63,6 +64,7 @@ class MoeccQuantizer(HfQuantizer):
             headers = [read_header(Path(file))[0] for file in checkpoint_files]
             stored = {name: entry for header in headers for name, entry in header.items()}
             said.require(stored)
+            _require_finite(stored[name] for name in said.names())
             _require_whole(model, stored, Path(checkpoint_files[0]).parent)
         return model
 
@@ -93,6 +95,14 @@ class MoeccQuantizer(HfQuantizer):
         for key in REFUSALS.keys() & vars(model.config).keys():  # the float model needs no moecc
             delattr(model.config, key)
         return model
+
+
+def _require_finite(entries: Iterable[TensorEntry]) -> None:
+    """Raise MoeccError if a float of compressed modules, such as a scale, is NaN or infinite."""
+    with torch.device("cpu"):  # transformers makes models without storage here
+        for entry in entries:
+            if entry.dtype.is_floating_point:
+                require_finite(entry.read(), f"{entry.name!r} of {entry.file}")
 
 
 def _require_whole(model: Any, stored: Iterable[str], folder: Path) -> None:

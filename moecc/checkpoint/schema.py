@@ -201,6 +201,10 @@ class Compression:
                 what = f"{name!r} is {found}, and config.json says {dtype} {shape}"
                 raise MoeccError(f"{what}; fetch config.json and the weight files again")
 
+    def names(self) -> list[str]:
+        """Return the names of all compressed tensors."""
+        return [name for name, _ in self._tensors()]
+
     def _tensors(self) -> Iterator[tuple[str, TensorSpec]]:
         for path, entry in self.experts.items():
             for projection, specs in (("gate_up", entry.gate_up), ("down", entry.down)):
