@@ -312,6 +312,20 @@ def test_a_model_without_an_adapter_is_not_trained(artifact: Path, tmp_path: Pat
         trained(load(artifact), tmp_path)
 
 
+def test_a_model_with_an_adapter_inside_is_not_saved_as_an_artifact(
+    artifact: Path, tmp_path: Path
+) -> None:
+    model = load(artifact)
+    wrapped = peft.get_peft_model(model, lora())
+    with pytest.raises(MoeccError, match=r"q_proj is a layer of PEFT, .* save the adapter alone"):
+        model.save_pretrained(tmp_path / "inside")
+    assert list(tmp_path.glob("inside/*")) == []
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    wrapped.unload().save_pretrained(tmp_path / "alone")
+    assert torch.equal(logits(load(tmp_path / "alone")), logits(load(artifact)))
+
+
 def test_adapters_of_quantized_linears_are_those_of_the_float_model(artifact: Path) -> None:
     """Merging must wait for the float model: codes can't hold the sum."""
     wrapped = adapted(load(artifact))

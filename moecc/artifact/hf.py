@@ -77,6 +77,7 @@ class MoeccQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: nn.Module
     ) -> tuple[dict[str, Any], dict[str, Any]]:
+        _require_own_modules(model)
         # transformers splits what it merged when it loaded, so the guard has a size to split
         guard = self.quantization_config.compression.guard
         return model.state_dict() | {name: torch.zeros(1, 2, 2) for name in guard}, {}
@@ -95,6 +96,19 @@ class MoeccQuantizer(HfQuantizer):
         for key in REFUSALS.keys() & vars(model.config).keys():  # the float model needs no moecc
             delattr(model.config, key)
         return model
+
+
+def _require_own_modules(model: nn.Module) -> None:
+    """Raise MoeccError if PEFT's layers would be saved within the model: no class loads them.
+
+    A model that transformers itself gave an adapter saves the adapter alone.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return
+    for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            advice = "save the adapter alone by save_pretrained of the PeftModel, or unload() it"
+            raise MoeccError(f"{path} is a layer of PEFT, which no artifact holds; {advice}")
 
 
 def _require_finite(entries: Iterable[TensorEntry]) -> None:
