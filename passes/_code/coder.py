@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moecc.ir import vq4
 from moecc.passes._code.coded import Coded
-from moecc.passes._code.metric import feedback_factor, weighted_error
+from moecc.passes._code.metric import feedback_factor
 
 _BLOCKS = 32  # of rows that are coded one after the other if the metric couples rows
 _ROWS = 16  # in a block, at least
@@ -32,6 +32,7 @@ class Coder:
     bits: int
     feedback: bool  # False: plain nearest codes by importance
     output: Tensor | None = None  # S [E, N, N], the costly rows first; None: the identity
+    _left: tuple[Coded, Tensor] | None = None  # of the last state that was asked for
 
     @property
     def v(self) -> int:
@@ -109,6 +110,29 @@ class Coder:
         metric: Tensor = torch.linalg.inv(self.upper[:, group, group])
         return metric
 
+    @cached_property
+    def pulled(self) -> Tensor:
+        """W H of the weights W to be coded, [E, N, K]."""
+        return self.target @ self.moment
+
+    @cached_property
+    def costly(self) -> Tensor:
+        """S W H, [E, N, K]; W H if S is the identity."""
+        return self.pulled if self.output is None else self.output @ self.pulled
+
+    def left(self, state: Coded, image: Tensor | None = None) -> Tensor:
+        """(W - Q) H of a state's weights Q, [E, N, K].
+
+        image: Q H in units of the rows' scales, if it is known. The last state's is kept, because
+        each product with H costs as much as coding all weights.
+        """
+        if self._left is None or self._left[0] is not state:
+            image = state.unscaled() @ self.moment if image is None else image
+            self._left = state, self.pulled - image * state.scale.unsqueeze(-1)
+        return self._left[1]
+
     def error(self, state: Coded) -> Tensor:
         """The cost of each expert's error, [E]."""
-        return weighted_error(state.dense() - self.target, self.moment, self.output)
+        left = self.left(state)
+        cost = left if self.output is None else self.output @ left
+        return (cost * (self.target - state.dense())).sum((-2, -1))

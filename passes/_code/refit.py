@@ -13,6 +13,8 @@ from moecc.passes._code.coded import Coded, lookup
 from moecc.passes._code.coder import Coder
 from moecc.passes._code.metric import damped, weighted
 
+_TURNS = 6  # of conjugate gradients: the error is within 0.3 % of that after 12
+
 
 def refit_scale(coder: Coder, state: Coded) -> Coded:
     """The best row scales under S and H.
@@ -21,13 +23,15 @@ def refit_scale(coder: Coder, state: Coded) -> Coded:
     """
     q = state.unscaled()
     qh = q @ coder.moment
+    top = (coder.costly * q).sum(-1)
     if coder.output is None:
-        top, bottom = (qh * coder.target).sum(-1), (qh * q).sum(-1)
+        bottom = (qh * q).sum(-1)
         scale = torch.where(bottom > 0, top / bottom.clamp(min=1e-20), state.scale)
     else:
-        top = (weighted(coder.target, coder.moment, coder.output) * q).sum(-1)
         scale = torch.linalg.solve(damped(coder.output * (qh @ q.mT), 1e-6), top)
-    return replace(state, scale=torch.where(scale > 0, scale, state.scale))
+    found = replace(state, scale=torch.where(scale > 0, scale, state.scale))
+    coder.left(found, qh)
+    return found
 
 
 def refit_codebook(coder: Coder, state: Coded) -> Coded:
@@ -35,7 +39,7 @@ def refit_codebook(coder: Coder, state: Coded) -> Coded:
     return rescaled(state, best_codebook(coder, state), coder.bits)
 
 
-def best_codebook(coder: Coder, state: Coded, turns: int = 12) -> Tensor:
+def best_codebook(coder: Coder, state: Coded, turns: int = _TURNS) -> Tensor:
     """The least-squares codebook under S and H, not rounded, [C, 256, v].
 
     A weight is linear in its centroid, q = sign * c - [negative]. So preconditioned conjugate
@@ -52,14 +56,13 @@ def best_codebook(coder: Coder, state: Coded, turns: int = 12) -> Tensor:
     def back(w: Tensor) -> Tensor:
         return _gather((w if sign is None else w * sign) * scale, state.codes, books, coder.v)
 
-    # the part that does not follow the codebook: -1 of negative weights at 3 bit, zero otherwise
-    fixed = state.dense() - weights_of(state.codebook)
     c = state.codebook.clone()
     diagonal = coder.moment.diagonal(dim1=-2, dim2=-1).unsqueeze(1) * scale.square()
     if coder.output is not None:
         diagonal = diagonal * coder.output.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     precondition = 1 / _gather(diagonal, state.codes, books, coder.v).clamp(min=1e-12)
-    residual = back(weighted(coder.target - fixed - weights_of(c), coder.moment, coder.output))
+    left = coder.left(state)
+    residual = back(left if coder.output is None else coder.output @ left)
     z = precondition * residual
     direction, rz = z, (residual * z).sum((-2, -1), keepdim=True)
     for _ in range(turns):

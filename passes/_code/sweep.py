@@ -13,14 +13,16 @@ from moecc.passes._code.codebooks import Nearest
 from moecc.passes._code.coded import Coded
 from moecc.passes._code.coder import Coder
 
+_BLOCK = 128  # columns whose changes are carried over to all later ones at once
+_TILE = 1024  # rows of all experts that go through the columns together
+
 
 def sweep(coder: Coder, state: Coded) -> Coded:
     """Go once through all groups of all rows, one block of rows after the other."""
     codes = state.codes.clone()
     negative = None if state.negative is None else state.negative.clone()
     dense, scale = state.unscaled(), state.scale.unsqueeze(-1)
-    # (w - q) H, kept up to date between blocks
-    carried = (coder.target - dense * scale) @ coder.moment
+    carried = coder.left(state).clone()  # kept up to date between blocks
     groups = range(coder.roots.shape[1])
     finders = [Nearest(state.codebook, coder.roots[:, g], coder.bits) for g in groups]
     for rows in coder.blocks:
@@ -51,22 +53,55 @@ def _sweep_rows(
 ) -> None:
     """Change codes, signs and values (`dense`) of some rows in place.
 
-    pull: (w - q) H in units of the row, [E, n, K]; it follows every change.
+    pull: (w - q) H in units of the row, [E, n, K]; used up. Rows go in tiles and columns in blocks,
+    so that what changes often stays in the cache: inside a block every change is carried over at
+    once, behind it the changes of all its columns with one product. Columns before are done.
     """
-    v = coder.v
-    for g, find in enumerate(finders):
-        cols = slice(g * v, g * v + v)
-        old = dense[:, :, cols]
-        t = old + pull[:, :, cols] @ coder.inverses[:, g]
+    count, wide = pull.shape[1:]
+    step = max(1, _TILE // len(pull))
+    for first in range(0, count, step):
+        rows = slice(first, min(first + step, count))
+        for start in range(0, wide, _BLOCK):
+            cols = slice(start, min(start + _BLOCK, wide))
+            own, old = pull[:, rows, cols].contiguous(), dense[:, rows, cols].contiguous()
+            new = _sweep_block(coder, part, old, own, finders, rows, start)
+            dense[:, rows, cols] = new
+            if cols.stop < wide:
+                behind = coder.moment[:, cols, cols.stop :]
+                pull[:, rows, cols.stop :].baddbmm_(new - old, behind, alpha=-1)
+
+
+def _sweep_block(
+    coder: Coder,
+    part: Coded,
+    dense: Tensor,
+    pull: Tensor,
+    finders: list[Nearest],
+    rows: slice,
+    start: int,
+) -> Tensor:
+    """Choose the codes of `rows` in the columns from `start` on; return their values, [E, n, b].
+
+    dense, pull: of these rows and columns.
+    """
+    v, made = coder.v, torch.empty_like(dense)
+    for j in range(0, dense.shape[-1], v):
+        g, cols = (start + j) // v, slice(j, j + v)
+        find, old = finders[g], dense[:, :, cols]
+        t = torch.baddbmm(old, pull[:, :, cols], coder.inverses[:, g])
         code, sign, q = find(t)
         if part.negative is not None and sign is not None:
+            there = slice(start + j, start + j + v)
             # `find` takes the signs of t only, so the code so far, of other signs, may be better.
             new_cost, old_cost = (((t - x) @ find.metric).square().sum(-1) for x in (q, old))
             better = new_cost < old_cost
-            code = torch.where(better, code, part.codes[:, :, g])
+            code = torch.where(better, code, part.codes[:, rows, g])
             q = torch.where(better.unsqueeze(-1), q, old)
-            signs = torch.where(better.unsqueeze(-1), sign, part.negative[:, :, cols])
-            part.negative[:, :, cols] = signs
-        part.codes[:, :, g] = code
-        pull -= (q - old) @ coder.moment[:, cols, :]
-        dense[:, :, cols] = q
+            signs = torch.where(better.unsqueeze(-1), sign, part.negative[:, rows, there])
+            part.negative[:, rows, there] = signs
+        part.codes[:, rows, g] = code
+        made[:, :, cols] = q
+        later = slice(start + j + v, start + dense.shape[-1])
+        inner = coder.moment[:, start + j : start + j + v, later]
+        pull[:, :, j + v :].baddbmm_(q - old, inner, alpha=-1)
+    return made
