@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from test_native import isas  # noqa: F401 (a fixture)
 
-from moecc.backends.onnx import build
+from moecc.backends.onnx.build import KERNELS, OPS, library
 from moecc.errors import MoeccError
+from moecc.native import build
 
 if not any(map(shutil.which, build.COMPILERS)) and not os.environ.get("CXX"):
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -29,7 +30,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
     made: list[list[str]] = []
 
-    def fake(command: list[str]) -> str:
+    def fake(command: list[str], what: str = "") -> str:
         if command[-2] == "-o":
             made.append(command)
             Path(command[-1]).write_bytes(b"")
@@ -40,14 +41,14 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_the_library_is_built_once_and_found_again(tmp_path: Path, calls: list[list[str]]) -> None:
-    first = build.library()
+    first = library()
     assert first.parent == tmp_path / "ops" and len(calls) > 3
     count = len(calls)
     (first.parent / "building-killed").mkdir()
     (first.parent / "building-killed" / "reader.o").write_bytes(b"")
-    assert build.library() == first and len(calls) == count
-    assert build.library(sanitize=True) != first
-    names = {first.name, build.library(sanitize=True).name}
+    assert library() == first and len(calls) == count
+    assert library(sanitize=True) != first
+    names = {first.name, library(sanitize=True).name}
     assert {p.name for p in first.parent.iterdir()} == {*names, ".lock"}
 
 
@@ -55,16 +56,16 @@ def test_two_who_need_one_library_compile_it_once(
     calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lock is of an open file, so it keeps threads apart as it does processes."""
-    begun, real = [], build._compile
+    begun, real = [], build.Library._compile
 
     def slowly(*args: Any) -> Path:
         begun.append(args)
         time.sleep(0.1)
         return real(*args)
 
-    monkeypatch.setattr(build, "_compile", slowly)
+    monkeypatch.setattr(build.Library, "_compile", slowly)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: build.library(), range(2))
+        first, second = pool.map(lambda _: library(), range(2))
     assert first == second and len(begun) == 1
 
 
@@ -75,7 +76,7 @@ def test_a_kernel_file_gets_the_flags_of_its_instruction_set(calls: list[list[st
         ("riscv64", "scalar", "neon"),
     ):
         calls.clear()
-        build.compiled(("c++",), machine)
+        OPS.compiled(("c++",), machine)
         lines = [" ".join(c) for c in calls]
         for expected in (f"kernel_{own}.cc", "kernel_scalar.cc"):
             assert any(expected in line for line in lines)
@@ -93,13 +94,13 @@ def test_without_a_compiler_the_error_says_what_to_do(
     with pytest.raises(
         MoeccError, match=r"needs a C\+\+17 compiler: install g\+\+ or clang\+\+, or set CXX"
     ):
-        build.library()
+        library()
     monkeypatch.setenv("CXX", "g++ 'x")
     with pytest.raises(MoeccError, match=r"CXX is no command \(No closing quotation\)"):
-        build.library()
+        library()
     monkeypatch.setenv("CXX", "nosuchcompiler -O2")
     with pytest.raises(MoeccError, match="CXX is 'nosuchcompiler', which is not installed"):
-        build.library()
+        library()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_a_compiler_that_fails_is_quoted(
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     with pytest.raises(MoeccError, match=f"can't compile the op library: {said}; set CXX"):
-        build.library()
+        library()
     assert [p.name for p in (tmp_path / "cache" / "ops").iterdir()] == [".lock"]
 
 
@@ -127,7 +128,7 @@ def test_an_unwritable_cache_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "file"))
     with pytest.raises(MoeccError, match=r"can't write the op library to .*; set MOECC_CACHE"):
-        build.library()
+        library()
 
 
 @pytest.mark.parametrize("what", ["cache", "cache/ops", "cache/ops/library"])
@@ -135,26 +136,26 @@ def test_a_library_that_others_could_replace_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[list[str]], what: str
 ) -> None:
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "cache"))
-    library = build.library()
-    count, part = len(calls), library if what.endswith("library") else tmp_path / what
+    made = OPS.path()
+    count, part = len(calls), made if what.endswith("library") else tmp_path / what
     for mode in (0o775, 0o757):
         part.chmod(mode)
         with pytest.raises(MoeccError, match=rf"others may write to {part}; chmod go-w"):
-            build.library()
+            library()
         part.chmod(0o755)
-    assert build.library() == library and len(calls) == count
+    assert library() == made and len(calls) == count
 
 
 def test_a_library_that_belongs_to_another_user_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[list[str]]
 ) -> None:
-    build.library()
+    library()
     owner = tmp_path.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     if owner == 0:
         os.chown(tmp_path / "ops", 4711, -1)
     with pytest.raises(MoeccError, match="belongs to another user; set MOECC_CACHE"):
-        build.library()
+        library()
 
 
 def test_nobody_else_may_write_to_a_new_cache(
@@ -163,10 +164,10 @@ def test_nobody_else_may_write_to_a_new_cache(
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path / "a" / "b"))
     before = os.umask(0)
     try:
-        library = build.library()
+        made = OPS.path()
     finally:
         os.umask(before)
-    for part in (library, *library.parents[:3]):
+    for part in (made, *made.parents[:3]):
         assert not part.stat().st_mode & 0o022, part
 
 
@@ -183,9 +184,9 @@ def test_kernels_compute_what_plain_loops_do(
     names = {"x86_64": "AVX2", "aarch64": "NEON"}
     if not compiler or emulator == [""] or (here and names[machine].lower() not in isas):
         pytest.skip(f"no compiler for {machine}, or nothing that it could run on")
-    flags, objects = build.KERNELS[machine], []
-    define = (f"-DOTHER={names[machine]}_KERNELS", f"-I{build.NATIVE}")
-    for source in (*(build.NATIVE / name for name in ("kernel_scalar.cc", *flags)), CHECK):
+    flags, objects = KERNELS[machine], []
+    define = (f"-DOTHER={names[machine]}_KERNELS", f"-I{OPS.folder}")
+    for source in (*(OPS.folder / name for name in ("kernel_scalar.cc", *flags)), CHECK):
         made = str(tmp_path / f"{source.stem}.o")
         own = (*build.FLAGS, "-Werror", *flags.get(source.name, ()), *define)
         subprocess.run([*compiler.split(), *own, "-c", str(source), "-o", made], check=True)
@@ -201,4 +202,4 @@ def test_the_sources_compile_without_a_warning(
 ) -> None:
     monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
     # The test above compiles the kernels with optimisation.
-    build.compiled(build.compiler(), platform.machine(), ("-Werror", "-O1"))
+    OPS.compiled(build.compiler(), platform.machine(), ("-Werror", "-O1"))

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from made import ROOT
 
-from moecc.backends.onnx import build, speed
+from moecc.backends.onnx import speed
 from moecc.errors import MoeccError
+from moecc.native.build import COMPILERS, compiler, run
 
 
 @pytest.fixture
@@ -46,11 +47,11 @@ def test_bench_imports_nothing_from_the_current_folder(hostile: Path) -> None:
 def test_a_compiler_imports_nothing_from_the_current_folder(hostile: Path) -> None:
     """CXX may be a Python program: `python -m ziglang c++`."""
     with pytest.raises(MoeccError, match="No module named own"):
-        build.run([sys.executable, "-m", "own"])
+        run([sys.executable, "-m", "own"])
     assert not (hostile / "ran").exists()
 
 
-@pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
 def test_a_compiler_includes_nothing_from_the_current_folder(
     hostile: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,4 +60,4 @@ def test_a_compiler_includes_nothing_from_the_current_folder(
     source.write_text("#include <vector>\n")
     (hostile / "vector").write_text("#error hostile\n")
     monkeypatch.setenv("CPATH", os.pathsep)
-    build.run([*build.compiler(), "-fsyntax-only", str(source)])
+    run([*compiler(), "-fsyntax-only", str(source)])

@@ -22,12 +22,12 @@ from moecc.target import TARGETS
 # A room sees the rooms to its left; those between two < do not see each other. Nothing outside
 # backends sees them, and no target sees another.
 RULE = (
-    "errors types < hook options < registry startup < target < ir < checkpoint"
+    "errors types < hook options native < registry startup < target < ir < checkpoint"
     " < frontend pipeline < artifact < backends commands < cli"
 )
 # What a pass sees.
 PASSES_SEE = (
-    *("moecc.errors", "moecc.types", "moecc.options", "moecc.ir"),
+    *("moecc.errors", "moecc.types", "moecc.options", "moecc.native", "moecc.ir"),
     *(f"moecc.checkpoint.{part}" for part in ("memory", "files", "reading")),
     *(f"moecc.pipeline.{part}" for part in ("passes", "estimate", "stream", "bits", "fate")),
     *("moecc.passes._code", "moecc.passes._tune"),

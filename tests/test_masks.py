@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from moecc.backends.onnx import build
+from moecc.native.build import COMPILERS
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
@@ -63,7 +64,7 @@ def test_an_operand_of_a_wrong_shape_is_named() -> None:
 
 def one(window: int, library: bool) -> Any:
     """A session of one node."""
-    if library and not any(map(shutil.which, build.COMPILERS)):
+    if library and not any(map(shutil.which, COMPILERS)):
         pytest.skip("no C++ compiler")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

@@ -28,10 +28,11 @@ from torch import Tensor
 from moecc.backends.onnx import build, layout
 from moecc.ir import gates, vq4
 from moecc.ir.ops import VQ_EXPERTS
+from moecc.native.build import COMPILERS, compiler
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-if not any(map(shutil.which, build.COMPILERS)) and not os.environ.get("CXX"):
+if not any(map(shutil.which, COMPILERS)) and not os.environ.get("CXX"):
     pytest.skip("no C++ compiler", allow_module_level=True)
 
 TOLERANCE = 3e-5  # norm-wise, of y
@@ -664,7 +665,7 @@ def sanitized() -> tuple[Path, dict[str, str]]:
     """The library with address and undefined-behaviour sanitizers, and its environment."""
     runtime = [
         subprocess.run(
-            [*build.compiler(), f"-print-file-name={name}"],
+            [*compiler(), f"-print-file-name={name}"],
             capture_output=True,
             text=True,
             check=True,

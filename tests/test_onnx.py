@@ -43,6 +43,7 @@ from moecc.errors import MoeccError
 from moecc.frontend.skeleton import Skeleton
 from moecc.frontend.trace import trace
 from moecc.ir import vq4
+from moecc.native.build import COMPILERS
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once", "translated_once")
@@ -162,11 +163,7 @@ def test_a_family_is_exported(family: str, tmp_path: Path) -> None:
 
 def library() -> Path | None:
     """The op library, None without a compiler: then the function runs again."""
-    return (
-        build.library()
-        if os.environ.get("CXX") or any(map(shutil.which, build.COMPILERS))
-        else None
-    )
+    return build.library() if os.environ.get("CXX") or any(map(shutil.which, COMPILERS)) else None
 
 
 def greedy(session: run.Session, steps: int) -> list[list[int]]:

@@ -1,0 +1,1 @@
+"""C++ sources, compiled once per machine."""
