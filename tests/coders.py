@@ -5,11 +5,15 @@ Shapes: E experts, N rows, K columns, v columns per code. Shared codebooks have 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from moecc.ir import vq4
+from moecc.passes._code import native
 from moecc.passes._code.coded import Coded
 from moecc.passes._code.coder import Coder
 from moecc.passes._code.feedback import choose
@@ -17,6 +21,17 @@ from moecc.passes._code.metric import weighted_error
 
 E, N, K = 2, 6, 16  # experts, rows, columns
 BITS = [2, 3, 4]
+
+
+@pytest.fixture(scope="module", params=["compiled", "pytorch"])
+def loops(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a module's tests with both inner loops of coding."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pytorch":
+            patch.setattr(native, "compiled", lambda: None)
+        elif native.compiled() is None:
+            pytest.skip("no C++ compiler")
+        yield
 
 
 def drawn(

@@ -18,6 +18,7 @@ from coders import (
     distance,
     drawn,
     error_of,
+    loops,  # noqa: F401 (a fixture)
     random_state,
     scales,
     slow_nearest,
@@ -33,6 +34,8 @@ from moecc.passes._code.feedback import choose, choose_rows, finders
 from moecc.passes._code.metric import damped, feedback_factor, pivots, weighted, weighted_error
 
 # ---- measures
+
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 def test_weighted_error_against_the_loop() -> None:

@@ -18,6 +18,7 @@ from coders import (
     coder,
     costs,
     error_of,
+    loops,  # noqa: F401 (a fixture)
     never_more,
     random_state,
     scales,
@@ -34,6 +35,8 @@ from moecc.passes._code.refit import best_codebook, refit_codebook, refit_scale,
 from moecc.passes._code.sweep import sweep
 
 Start = Callable[..., tuple[Coder, Coded]]  # `state` or `random_state`
+
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 @given(bits=st.sampled_from(BITS), seed=st.integers(0, 10_000), likeness=st.floats(0, 30))

@@ -90,7 +90,7 @@ class Coder:
     def inverses(self) -> Tensor:
         """Their inverses, [E, G, v, v]."""
         found: Tensor = torch.linalg.inv(self.inner)
-        return found
+        return found.contiguous()
 
     @cached_property
     def roots(self) -> Tensor:
@@ -98,17 +98,19 @@ class Coder:
         found: Tensor = torch.linalg.cholesky(self.inner)
         return found
 
-    def metric(self, start: int) -> Tensor:
-        """M of the group that begins at column `start` of the order of coding, [E, v, v].
+    @cached_property
+    def metrics(self) -> Tensor:
+        """M of each group in the order of coding, [E, G, v, v].
 
         An error d of the group costs |d M|^2 if all later groups make up for it as well as they
         can. Without feedback M is the root of the columns' importance.
         """
-        group = slice(start, start + self.v)
         if not self.feedback:
-            return torch.diag_embed(self.ordered_importance[:, group].sqrt())
-        metric: Tensor = torch.linalg.inv(self.upper[:, group, group])
-        return metric
+            groups = self.ordered_importance.sqrt().unflatten(-1, (-1, self.v))
+            return torch.diag_embed(groups)
+        blocks = self.upper.unflatten(-2, (-1, self.v)).unflatten(-1, (-1, self.v))
+        found: Tensor = torch.linalg.inv(blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1))
+        return found
 
     @cached_property
     def pulled(self) -> Tensor:

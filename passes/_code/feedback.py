@@ -6,12 +6,18 @@ With M = U_gg^-1 of a group g: code = argmin_c |(t - c) M|^2, then R_rest -= (t 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
+from moecc.passes._code import native
 from moecc.passes._code.codebooks import Nearest
 from moecc.passes._code.coded import Coded, joined
 from moecc.passes._code.coder import Coder
+
+Search: TypeAlias = list[Nearest] | native.Tables
 
 
 def choose(coder: Coder, codebook: Tensor, scale: Tensor) -> Coded:
@@ -31,10 +37,12 @@ def choose(coder: Coder, codebook: Tensor, scale: Tensor) -> Coded:
     return joined(parts, 1, codebook)
 
 
-def finders(coder: Coder, codebook: Tensor) -> list[Nearest]:
-    """One per group, in the order of coding: each finds codes once all groups before are coded."""
-    starts = range(0, coder.columns.shape[-1], coder.v)
-    return [Nearest(codebook, coder.metric(j), coder.bits) for j in starts]
+def finders(coder: Coder, codebook: Tensor) -> Search:
+    """What finds codes group by group, in the order of coding."""
+    if coder.feedback and native.serves(coder.target):
+        return native.Tables.of(codebook, coder.metrics, coder.bits)
+    groups = range(coder.metrics.shape[1])
+    return [Nearest(codebook, coder.metrics[:, g], coder.bits) for g in groups]
 
 
 def choose_rows(
@@ -42,38 +50,61 @@ def choose_rows(
     target: Tensor,
     codebook: Tensor,
     scale: Tensor,
-    nearest: list[Nearest],
+    search: Search,
     block: int = 128,
 ) -> Coded:
     """Codes for some rows [E, n, K] that do not depend on each other.
 
-    nearest: as `finders` returns them. block: columns after which the errors so far are carried
-    over to all later ones at once.
+    search: as `finders` returns it. block: columns after which the errors so far are carried over
+    to all later ones at once.
     """
     experts, rows, columns = target.shape
-    v, index = coder.v, coder.columns.unsqueeze(1).expand(-1, rows, -1)
+    index = coder.columns.unsqueeze(1).expand(-1, rows, -1)
     rest = torch.gather(target, 2, index) / scale.unsqueeze(-1)
-    codes = torch.empty(experts, rows, columns // v, dtype=torch.long, device=rest.device)
+    codes = torch.empty(experts, rows, columns // coder.v, dtype=torch.long, device=rest.device)
     negative = None
     if coder.bits == 3:
         negative = torch.zeros(experts, rows, columns, dtype=torch.bool, device=rest.device)
+    found = Coded(codes, negative, codebook, scale.contiguous())
     for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.empty(experts, rows, stop - start, device=rest.device)
-        for j in range(start, stop, v):
-            t = rest[:, :, j : j + v]
-            find = nearest[j // v]
-            code, sign, q = find(t)
-            codes[:, :, j // v] = code
-            if negative is not None and sign is not None:
-                negative[:, :, j : j + v] = sign
-            if coder.feedback:
-                carried = (t - q) @ find.metric
-                errors[:, :, j - start : j - start + v] = carried
-                rest[:, :, j + v : stop] -= carried @ coder.upper[:, j : j + v, j + v : stop]
-        if coder.feedback and stop < columns:
-            rest[:, :, stop:] -= errors @ coder.upper[:, start:stop, stop:]
+        cols = slice(start, min(start + block, columns))
+        if isinstance(search, native.Tables):
+            _compiled_block(coder, search, cols, rest, found)
+        else:
+            _choose_block(coder, search, cols, rest, found)
     codes = torch.empty_like(codes).scatter_(2, coder.order.unsqueeze(1).expand_as(codes), codes)
     if negative is not None:
         negative = torch.empty_like(negative).scatter_(2, index, negative)
-    return Coded(codes, negative, codebook, scale.contiguous())
+    return replace(found, codes=codes, negative=negative)
+
+
+def _choose_block(
+    coder: Coder, nearest: list[Nearest], block: slice, rest: Tensor, found: Coded
+) -> None:
+    """Write the codes and signs of a block of columns, in the order of coding, into `found`."""
+    v, stop = coder.v, block.stop
+    errors = torch.empty_like(rest[:, :, block])
+    for j in range(block.start, stop, v):
+        t, find, group = rest[:, :, j : j + v], nearest[j // v], slice(j, j + v)
+        code, sign, q = find(t)
+        found.codes[:, :, j // v] = code
+        if found.negative is not None and sign is not None:
+            found.negative[:, :, group] = sign
+        if coder.feedback:
+            carried = (t - q) @ find.metric
+            errors[:, :, j - block.start : j - block.start + v] = carried
+            rest[:, :, j + v : stop] -= carried @ coder.upper[:, group, j + v : stop]
+    if coder.feedback and stop < rest.shape[-1]:
+        rest[:, :, stop:].baddbmm_(errors, coder.upper[:, block, stop:], alpha=-1)
+
+
+def _compiled_block(
+    coder: Coder, tables: native.Tables, block: slice, rest: Tensor, found: Coded
+) -> None:
+    """Do what `_choose_block` does with the compiled loops."""
+    for e, upper in enumerate(coder.upper):
+        negative = None if found.negative is None else found.negative[e]
+        out = native.Out(found.codes[e], negative, torch.empty_like(rest[e, :, block]))
+        native.choose(tables, e, block, rest[e], upper, out)
+        if block.stop < rest.shape[-1]:
+            rest[e, :, block.stop :].addmm_(out.moved, upper[block, block.stop :], alpha=-1)

@@ -42,7 +42,7 @@ def feedback_factor(metric: Tensor) -> Tensor:
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(metric))
     upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper
+    return upper.contiguous()  # LAPACK's has its columns in a row
 
 
 def pivots(metric: Tensor, share: float = 0.01) -> Tensor:

@@ -6,13 +6,19 @@ t = q_g + ((w - q) H)_g H_gg^-1 the best value that the group could have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
+from moecc.passes._code import native
 from moecc.passes._code.codebooks import Nearest
 from moecc.passes._code.coded import Coded
 from moecc.passes._code.coder import Coder
 
+_Search: TypeAlias = Callable[[Coded, Tensor, Tensor], None]
 _BLOCK = 128  # columns whose changes are carried over to all later ones at once
 _TILE = 1024  # rows of all experts that go through the columns together
 
@@ -23,13 +29,18 @@ def sweep(coder: Coder, state: Coded) -> Coded:
     negative = None if state.negative is None else state.negative.clone()
     dense, scale = state.unscaled(), state.scale.unsqueeze(-1)
     carried = coder.left(state).clone()  # kept up to date between blocks
-    groups = range(coder.roots.shape[1])
-    finders = [Nearest(state.codebook, coder.roots[:, g], coder.bits) for g in groups]
+    search: _Search
+    if native.serves(dense):
+        search = partial(_native, coder, native.Tables.of(state.codebook, coder.roots, coder.bits))
+    else:
+        groups = range(coder.roots.shape[1])
+        finders = [Nearest(state.codebook, coder.roots[:, g], coder.bits) for g in groups]
+        search = partial(_sweep_rows, coder, finders)
     for rows in coder.blocks:
         own = carried[:, rows] if coder.output is None else _coupled(coder, carried, rows)
         signs = None if negative is None else negative[:, rows]
         part = Coded(codes[:, rows], signs, state.codebook, state.scale)
-        _sweep_rows(coder, part, dense[:, rows], own / scale[:, rows], finders)
+        search(part, dense[:, rows], own / scale[:, rows])
         if coder.output is not None:
             error = coder.target[:, rows] - dense[:, rows] * scale[:, rows]
             carried[:, rows] = error @ coder.moment
@@ -48,8 +59,22 @@ def _coupled(coder: Coder, carried: Tensor, rows: slice) -> Tensor:
     return pull
 
 
+def _native(coder: Coder, tables: native.Tables, part: Coded, dense: Tensor, pull: Tensor) -> None:
+    """Do what `_sweep_rows` does with the compiled loops."""
+    rows, wide = pull.shape[1:]
+    for e in range(len(pull)):
+        moment, negative = coder.moment[e], None if part.negative is None else part.negative[e]
+        for start in range(0, wide, _BLOCK):
+            cols = slice(start, min(start + _BLOCK, wide))
+            moved = pull.new_empty(rows, cols.stop - start)
+            out = native.Out(part.codes[e], negative, moved)
+            native.sweep(tables, e, cols, pull[e], dense[e], moment, coder.inverses[e], out)
+            if cols.stop < wide:
+                pull[e, :, cols.stop :].addmm_(moved, moment[cols, cols.stop :], alpha=-1)
+
+
 def _sweep_rows(
-    coder: Coder, part: Coded, dense: Tensor, pull: Tensor, finders: list[Nearest]
+    coder: Coder, finders: list[Nearest], part: Coded, dense: Tensor, pull: Tensor
 ) -> None:
     """Change codes, signs and values (`dense`) of some rows in place.
 
