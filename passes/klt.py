@@ -28,6 +28,7 @@ from moecc.ir import vq4
 from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS, KLT_EXPERTS
 from moecc.options import option
+from moecc.passes._code import native
 from moecc.passes._code.basis import Shared
 from moecc.passes._code.moments import Moments
 from moecc.passes._code.rate import gain
@@ -59,6 +60,9 @@ class SharedBasis(LayerPass):
         help="bits that coding will use; options that are auto are judged by them",
         choices=(2, 3, 4),
     )
+
+    def machinery(self) -> str:
+        return native.machinery()
 
     def estimate(self, found: Estimate) -> None:
         for p in found.projections:

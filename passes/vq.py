@@ -27,6 +27,7 @@ from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
 from moecc.ir.relative import relative
 from moecc.options import option
+from moecc.passes._code import native
 from moecc.passes._code.coded import Coded, pad_columns
 from moecc.passes._code.coding import encode_in_parts
 from moecc.passes._code.half import compact
@@ -55,6 +56,9 @@ class VectorQuantize(LayerPass):
     feedback: bool = option(
         True, help="error feedback and refits; false is plain k-means, for ablation"
     )
+
+    def machinery(self) -> str:
+        return native.machinery()
 
     def estimate(self, found: Estimate) -> None:
         plan = found.data.get("budget")

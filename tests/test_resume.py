@@ -30,6 +30,7 @@ from made import (
 
 from moecc import cli
 from moecc.checkpoint.files import TensorFile
+from moecc.passes._code import native
 from moecc.pipeline import journal
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -208,6 +209,10 @@ def test_the_unfinished_work_of_another_run_is_not_touched(
     assert f"{tmp_path}/out.partial belongs to another run" in last
     got = compile(mixtral, tmp_path / "out", QUICK, "--length", 16)
     assert re.search(r"calibration was [0-9a-f]{8}, now [0-9a-f]{8}\); remove", got.err)
+    if native.compiled() is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "compiled", lambda: None)
+            assert "now coding by torch); remove" in compile(mixtral, tmp_path / "out").err
     assert content(tmp_path) == before
     damaged = next((tmp_path / "out.partial" / "journal").glob("layer-*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1])  # so that layer is compiled again

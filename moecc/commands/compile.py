@@ -75,6 +75,7 @@ class Job:
     threads: int  # the last bits of a sum depend on how threads split it
     backend: str
     versions: dict[str, str]
+    machinery: str  # what of the machine the last bits depend on, by `Pass.machinery`
 
     def identity(self) -> Json:
         """What a resumed run must share.
@@ -142,6 +143,7 @@ def compile_model(
             threads=torch.get_num_threads(),
             backend="" if target is None else str(target),
             versions=versions(),
+            machinery=", ".join(sorted({p.machinery() for p in resolved} - {""})),
         )
         batches = [] if ids is None else list(ids.split(BATCH))
         run = _Run(

@@ -70,6 +70,14 @@ class Pass(Options):
         """Change `found` as this pass would change the stored bits; uses sizes only."""
         found.unknown.append(self.name)
 
+    def machinery(self) -> str:
+        """Return what of this machine the last bits of a result depend on, in a word or two.
+
+        An interrupted run goes on only where it is the same. Raise MoeccError if something that
+        the pass needs of the machine fails.
+        """
+        return ""
+
     def files(self) -> list[Path]:
         """Return the files, besides model and text, on whose contents a run depends.
 
