@@ -213,7 +213,7 @@ def test_generate_is_greedy_and_repeats(moecc: Command) -> None:
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-31, -1.0, math.inf, math.nan])
 def test_a_temperature_that_nothing_can_be_divided_by_is_refused(temperature: float) -> None:
-    with pytest.raises(MoeccError, match="no tokens can be drawn at temperature .*; give 0 for"):
+    with pytest.raises(MoeccError, match=r"no tokens can be drawn at temperature .*; give 0 for"):
         generate("./nothing", "a", temperature=temperature)
 
 
