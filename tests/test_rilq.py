@@ -71,7 +71,9 @@ def test_rilq_measures_the_loss_on_next_tokens_only_with_a_weight(traced: Progra
 
 
 def test_rilq_without_a_gain_changes_nothing(traced: Program) -> None:
-    run = compiled(traced, "vq{bits=4},affine,fold,rilq{steps=1,lr=100,rank=2,patience=1},merge")
+    run = compiled(
+        traced, "vq{bits=4},affine,fold,rilq{steps=1,lr=100,hidden=0,rank=2,patience=1},merge"
+    )
     assert not run.differed["rilq"] and not run.differed["merge"]
     with pytest.raises(MoeccError, match="patience=11 is out of range"):  # there are ten checks
         parse_passes("rilq{patience=11}")
