@@ -88,20 +88,24 @@ class Sums:
 
 @dataclass
 class CoupledSums:
-    """The same if an error r [N] of the output costs r^T S r: sums of all pairs of channels."""
+    """The same if an error r [N] of the output costs r^T S r: sums over all pairs of channels.
+
+    Each pair counts by its cost right away, so that one matrix is kept and none for t.
+    """
 
     cost: Tensor  # S [N, N]
     plain: Sums
-    vv: Tensor  # [N, N] sum of w v v^T; the others likewise
-    vt: Tensor
-    tt: Tensor
+    vv: Tensor  # [N, N] S times the sum of w v v^T, number by number
+    vt: Tensor  # [N] its like for v t^T, added up over the channels of t
+    tt: Tensor  # [] for t t^T, added up over all pairs
 
     @classmethod
     def of(cls, v: Tensor, t: Tensor, weight: Tensor, cost: Tensor) -> CoupledSums:
         """The sums of v, t [n, N] under `weight` [n] and S = `cost` [N, N]."""
-        wv, wt = (weight.unsqueeze(-1) * x for x in (v, t))
-        products = [x.double() for x in (wv.T @ v, wv.T @ t, wt.T @ t)]
-        return cls(cost.double(), Sums.of(v, t, weight), *products)
+        w, costly = weight.unsqueeze(-1), t @ cost.to(t.dtype)
+        vt, tt = ((w * x * costly).double().sum(0) for x in (v, t))
+        vv = ((w * v).T @ v).double().mul_(cost)
+        return cls(cost.double(), Sums.of(v, t, weight), vv, vt, tt.sum())
 
     def __add__(self, other: CoupledSums) -> CoupledSums:
         names = ("plain", "vv", "vt", "tt")
@@ -111,9 +115,11 @@ class CoupledSums:
         """The slopes that are best together, and the offsets that take out the rest of the mean."""
         p, total = self.plain, self.plain.w.clamp(min=1e-30)
         mean_v, mean_t = (p.v / total, p.t / total) if offset else (p.v * 0, p.t * 0)
-        joint = self.cost * (self.vt / total - torch.outer(mean_v, mean_t))
-        spread = self.cost * (self.vv / total - torch.outer(mean_v, mean_v))
-        beyond = torch.linalg.solve(damped(spread.unsqueeze(0), 1e-6)[0], (joint - spread).sum(1))
+        joint = self.vt / total - mean_v * (self.cost @ mean_t)
+        spread = self.vv / total
+        if offset:
+            spread -= self.cost * torch.outer(mean_v, mean_v)
+        beyond = _solved(damped(spread.unsqueeze(0), 1e-6)[0], joint - spread.sum(1))
         trust = p.count / (p.count + _PRIOR)
         slope = 1 + trust * beyond
         return slope, trust * (mean_t - slope * mean_v)
@@ -122,9 +128,19 @@ class CoupledSums:
         """sum of w r^T S r, with r = t - slope v - offset."""
         p = self.plain
         a, b = (torch.zeros_like(p.v) + x for x in (slope, offset))
-        rr = self.tt - 2 * a.unsqueeze(1) * self.vt + torch.outer(a, a) * self.vv
-        rr = rr - 2 * torch.outer(b, p.t - a * p.v) + torch.outer(b, b) * p.w
-        return float((self.cost * rr).sum())
+        found = self.tt - 2 * a @ self.vt + a @ (self.vv @ a)
+        if b.any():
+            found += (self.cost @ b) @ (p.w * b - 2 * (p.t - a * p.v))
+        return float(found)
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """x with matrix x = right; rounding may have left the matrix [N, N] just not positive."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        found: Tensor = torch.linalg.solve(matrix, right)
+        return found
+    return torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
 
 
 def sums_of(v: Tensor, t: Tensor, weight: Tensor, cost: Tensor | None) -> Regression:
