@@ -13,6 +13,7 @@ import torch
 from coders import BITS, codebooks, coder, scales
 from torch import Tensor
 
+from moecc.errors import MoeccError
 from moecc.native.build import COMPILERS, FLAGS, compiler
 from moecc.passes._code import native
 from moecc.passes._code.coded import Coded
@@ -93,6 +94,22 @@ def test_the_loops_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     native.compiled.cache_clear()
     try:
         assert native.compiled() is None and not native.serves(torch.ones(1))
+    finally:
+        native.compiled.cache_clear()
+
+
+def test_a_compiler_that_fails_is_said_with_the_way_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOECC_CACHE", str(tmp_path))
+    (tmp_path / "cxx").write_text('#!/bin/sh\n[ "$1" = --version ] || exit 1\n')
+    (tmp_path / "cxx").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+    native.compiled.cache_clear()
+    said = r"can't compile the coder: exit code 1; set CXX .*, or MOECC_NATIVE=0 to do without it"
+    try:
+        with pytest.raises(MoeccError, match=said):
+            native.machinery()
     finally:
         native.compiled.cache_clear()
 

@@ -310,6 +310,11 @@ def test_names_from_files_never_reach_a_terminal_raw(
     assert run.code == 2 and r"m\x1b[2J" in run.err and "\x1b" not in run.err
 
 
+def test_aliases_are_those_of_the_class_whatever_a_file_says(tmp_path: Path) -> None:
+    edit_config(saved(tmp_path), attribute_map="none")
+    assert bare(tmp_path).config.num_experts_per_tok == 2
+
+
 def test_a_long_name_in_a_library_s_message_is_cut(tmp_path: Path) -> None:
     edit_config(saved(tmp_path), hidden_act="n" * 5000)
     with pytest.raises(MoeccError) as caught:

@@ -196,7 +196,7 @@ def _edited(
         prefix = next((f"{k}." for k, v in vars(config).items() if v is part), "")
     if (inner := getattr(part, "ffn_config", None)) is not None:
         part, prefix = inner, prefix + "ffn_config."
-    aliases = getattr(part, "attribute_map", {})
+    aliases = getattr(type(part), "attribute_map", {})  # the file's may be anything
     edits: dict[str, object] = {}
     for key in dict.fromkeys(aliases.get(key, key) for key in EXPERT_COUNTS):
         value = getattr(part, key, None)

@@ -208,7 +208,7 @@ def _check_top_k(found: Skeleton) -> None:
 
 def _first_count(config: Config, keys: tuple[str, ...]) -> tuple[str, int | None]:
     """Return the first of `keys` that gives one number for all layers, and the number."""
-    aliases = getattr(config, "attribute_map", {})
+    aliases = getattr(type(config), "attribute_map", {})  # the file's may be anything
     values = ((aliases.get(key, key), getattr(config, key, None)) for key in keys)
     return next(((key, value) for key, value in values if type(value) is int), ("", None))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moecc.errors import MoeccError, reason
 from moecc.ir import vq4
 from moecc.native.build import Library, found_compiler
 
@@ -72,7 +73,10 @@ def compiled() -> _Coder | None:
     """
     if os.environ.get("MOECC_NATIVE") == "0" or not found_compiler():
         return None
-    library = ctypes.CDLL(str(CODER.path()))
+    try:
+        library = ctypes.CDLL(str(CODER.path()))
+    except (MoeccError, OSError) as error:
+        raise MoeccError(f"{reason(error)}, or MOECC_NATIVE=0 to do without it") from error
     library.moecc_coder.restype = POINTER(_Coder)
     coder: _Coder = library.moecc_coder().contents
     return coder
