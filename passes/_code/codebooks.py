@@ -78,6 +78,12 @@ def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Gener
     return centroids
 
 
+def signs_of(v: int, like: Tensor) -> Tensor:
+    """The signs that the bits of a number stand for, 1 for a 0: [2^v, v], of the type of `like`."""
+    patterns = torch.arange(2**v, device=like.device).unsqueeze(-1)
+    return 1.0 - 2.0 * ((patterns >> torch.arange(v, device=like.device)) & 1).to(like.dtype)
+
+
 class Nearest:
     """Finds the nearest entry of a codebook under a metric.
 
@@ -100,9 +106,7 @@ class Nearest:
         v = metric.shape[-1]
         self.gram = metric @ metric.mT
         self.powers = torch.arange(v, device=metric.device)
-        patterns = torch.arange(2**v, device=metric.device).unsqueeze(-1)
-        bits_of_pattern = (patterns >> self.powers) & 1
-        signs = 1.0 - 2.0 * bits_of_pattern.to(metric.dtype)
+        signs = signs_of(v, metric)
         signed = self.table.unsqueeze(1) * signs.unsqueeze(1)  # [E, 2^v, 256, v]
         self.norms = ((signed @ self.gram.unsqueeze(1)) * signed).sum(-1)  # [E, 2^v, 256]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from moecc.errors import MoeccError, reason
 from moecc.ir import vq4
 from moecc.native.build import Library, found_compiler
+from moecc.passes._code.codebooks import signs_of
 
 _LEAST_ROWS = 64  # of a thread
 
@@ -114,18 +115,12 @@ class Tables:
             base = image.square().sum(-1).unsqueeze(2)
             return cls(metric, metric, image.mT.contiguous(), base, table)
         gram = metric @ metric.mT
-        signs = signs_of(v)
+        signs = signs_of(v, metric)
         base = torch.empty(experts, groups, 2**v, vq4.CODEBOOK_SIZE)
         for pattern in range(2**v):
             signed = table * signs[pattern]
             base[:, :, pattern] = ((signed.unsqueeze(1) @ gram) * signed.unsqueeze(1)).sum(-1)
         return cls(gram, metric, table.mT.unsqueeze(1).contiguous(), base, table)
-
-
-def signs_of(v: int) -> Tensor:
-    """The signs that the bits of a number stand for, 1 for a 0: [2^v, v]."""
-    numbers = torch.arange(2**v).unsqueeze(-1)
-    return 1.0 - 2.0 * ((numbers >> torch.arange(v)) & 1)
 
 
 def choose(
