@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from made import Command, checkpoint
 from refusals import Refused, edit_config, edit_tensors
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -203,6 +205,20 @@ def test_a_config_that_makes_no_model_is_named_with_its_entry(
     got = moecc("inspect", model)
     assert got.code == 2 and got.err.startswith(f"moecc: error: {model}") and says in got.err
     assert got.err.endswith("; check config.json\n")
+
+
+@pytest.mark.parametrize("where", ["__init__", "forward"])
+def test_too_little_memory_is_no_fault_of_the_config(
+    where: str, moecc: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*args: object, **kwargs: object) -> NoReturn:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
+
+    edit_config(model, rms_norm_eps=0.0009)  # no test has traced it before
+    monkeypatch.setattr(MixtralSparseMoeBlock, where, short)
+    got = moecc("inspect", model)
+    assert got.code == 2 and got.err.startswith("moecc: error: out of memory (")
+    assert "config.json" not in got.err
 
 
 def test_a_config_of_more_layers_than_the_weights_is_refused_before_a_model_is_built(

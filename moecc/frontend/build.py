@@ -1,9 +1,9 @@
 """The module tree of a configuration, with parameters that have no storage.
 
 Every parameter becomes a FakeTensor at the moment when it is registered: it has shape, dtype and
-device, but no storage. A large one is fake from the start: one tensor of experts may need more
-memory than there is. Buffers stay real, because constructors compute rotary frequencies and masks
-that no checkpoint holds.
+device, but no storage. A large one is never allocated before that either: one tensor of experts may
+need more memory than there is. Buffers stay real, because constructors compute rotary frequencies
+and masks that no checkpoint holds.
 """
 
 from __future__ import annotations
@@ -14,52 +14,66 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moecc.checkpoint.values import planned_dtype
-from moecc.errors import MoeccError, quoted, reason
+from moecc.errors import MoeccError, out_of_memory, quoted, reason
 from moecc.frontend import experts
 from moecc.frontend.config import text_config
 from moecc.types import Config, FamilyModule
 
-_LARGE = 1 << 28  # bytes
+aten = torch.ops.aten
+# no numbers that a buffer could be computed from
+_EMPTY = {aten.empty, aten.empty_strided, aten.empty_permuted, aten.empty_like, aten.new_empty}
+_RANDOM = {aten.rand, aten.randn, aten.rand_like, aten.randn_like, aten.randint, aten.normal}
+_CONSTANT = {aten.zeros, aten.ones, aten.full}
+# The most bytes that are allocated. Some constructors write a table, such as one of positions, into
+# a constant.
+_LIMITS = dict.fromkeys(_EMPTY | _RANDOM, 1 << 20) | dict.fromkeys(_CONSTANT, 1 << 25)
 
 
-class _WithoutLarge(TorchFunctionMode):
-    """Inside, what torch.empty would make of more than _LARGE bytes is fake."""
+class _NoLarge(TorchDispatchMode):
+    """Inside, no empty, random or constant tensor takes more than its limit.
+
+    A large one that would be empty or random is fake. A constant is one element that every index
+    reads, so that masks can be computed from it; writing to it raises RuntimeError.
+    """
 
     def __init__(self, mode: FakeTensorMode):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mode = mode
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self,
-        func: Callable[..., object],
+        func: OpOverload,
         types: object,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        if func is torch.empty:
+        kwargs, made = kwargs or {}, func.overloadpacket
+        if made in _LIMITS:
             with self.mode:
-                fake = torch.empty(*args, **(kwargs or {}))
-            if fake.numel() * fake.element_size() > _LARGE:
-                return fake
-        return func(*args, **(kwargs or {}))
+                fake = func(*args, **kwargs)
+            if fake.nbytes > _LIMITS[made]:
+                return func((), *args[1:], **kwargs).expand(args[0]) if made in _CONSTANT else fake
+        return func(*args, **kwargs)
 
 
 @contextmanager
 def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
-    """Inside, replace every parameter that is registered by a CPU one without storage."""
+    """Inside, replace every parameter that is registered by a CPU one without storage.
+
+    Also allocate no large one before that.
+    """
     original, original_apply = nn.Module.register_parameter, nn.Module._apply
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(self, name, param)
         if param is not None and not isinstance(param.data, FakeTensor):
             with mode:
-                fake = torch.empty_strided(
-                    param.shape, param.stride(), dtype=param.dtype, device="cpu"
-                )
+                fake = torch.empty_like(param.data, device="cpu")
             self._parameters[name] = nn.Parameter(fake, requires_grad=param.requires_grad)
 
     # Constructors call this to give a part another dtype. torch's own swaps storage, and fake
@@ -77,7 +91,8 @@ def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
 
     nn.Module.register_parameter, nn.Module._apply = register, apply  # type: ignore[method-assign]
     try:
-        yield
+        with _NoLarge(mode):
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
         nn.Module._apply = original_apply  # type: ignore[method-assign]
@@ -89,22 +104,32 @@ def build(
     """Return a model of `model_class` in evaluation mode, its parameters fake in `mode`.
 
     The parameters that transformers keeps in float32 stay so. Raise MoeccError if the constructor
-    fails.
+    fails; too little memory comes as it is.
     """
     from transformers.initialization import no_init_weights
 
     experts.register()
     auto = hasattr(model_class, "from_config")
     try:
-        with fake_parameters(mode), _WithoutLarge(mode), no_init_weights():
+        with fake_parameters(mode), no_init_weights():
             make = model_class.from_config if auto else model_class._from_config
             model: nn.Module = make(config, dtype=dtype)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise MoeccError(
             f"the model can't be built from its config: {_unbuilt(config, error)}"
         ) from error
+    _spread_constants(model)
     _keep_float32(model, dtype)
     return model.eval()
+
+
+def _spread_constants(model: nn.Module) -> None:
+    """Give the elements of large constant buffers a place each: a trace holds their strides."""
+    for buffer in model.buffers():
+        if buffer.untyped_storage().nbytes() < buffer.nbytes:
+            buffer.data = buffer.contiguous()
 
 
 def _unbuilt(config: Config, error: Exception) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
@@ -86,7 +87,7 @@ def program_of(
 
 
 def _weights(exported: ExportedProgram) -> tuple[dict[str, Weight], dict[str, Tensor]]:
-    """Return each placeholder's weight, and the captured tensors: buffers and lifted constants."""
+    """Return each placeholder's weight, and the captured tensors: real buffers and constants."""
     weights: dict[str, Weight] = {}
     tensors: dict[str, Tensor] = {}
     for spec in exported.graph_signature.input_specs:
@@ -96,7 +97,7 @@ def _weights(exported: ExportedProgram) -> tuple[dict[str, Weight], dict[str, Te
         weights[spec.arg.name] = Weight(spec.target)
         if spec.kind != InputKind.PARAMETER:
             held = exported.constants.get(spec.target, exported.state_dict.get(spec.target))
-            if isinstance(held, Tensor):
+            if isinstance(held, Tensor) and not isinstance(held, FakeTensor):
                 tensors[spec.target] = held.detach()
     return weights, tensors
 

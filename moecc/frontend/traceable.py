@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from moecc.errors import MoeccError, reason
+from moecc.errors import MoeccError, out_of_memory, reason
 from moecc.frontend import experts
 from moecc.frontend.families import methods_replaced
 from moecc.frontend.scans import opaque_scans
@@ -27,7 +27,10 @@ Mask: TypeAlias = Callable[..., torch.Tensor]  # of indices that broadcast
 
 @contextmanager
 def traceable(found: Skeleton) -> Iterator[None]:
-    """Make the model traceable; raise MoeccError, with its name, for whatever its code raises."""
+    """Make the model traceable; raise MoeccError, with its name, for whatever its code raises.
+
+    Too little memory is no fault of the model, and comes as it is.
+    """
     model = found.model
     try:
         with (
@@ -44,6 +47,8 @@ def traceable(found: Skeleton) -> Iterator[None]:
     except MoeccError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise MoeccError(
             f"{found.name}: the model can't be traced: {reason(error)}{found.advice}"
         ) from error
