@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 import traceback
@@ -14,6 +15,8 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but line breaks and t
 _LONGEST = 200  # characters that are shown of a name
 _LONGEST_LINE = 900  # characters of a message
 _LONGEST_REASON = 400  # characters that are shown of a library's message, with the names in it
+# An error that was raised in another process has this attribute: files and lines, innermost last.
+FRAMES = "frames_of_a_worker"
 
 
 class MoeccError(ValueError):
@@ -33,6 +36,11 @@ class MoeccError(ValueError):
 
 class Mendable(MoeccError):
     """Code failed, or what the user may change: the same command can succeed once it is mended."""
+
+
+def debugging() -> bool:
+    """Return whether MOECC_DEBUG asks for tracebacks."""
+    return os.environ.get("MOECC_DEBUG", "0") not in ("", "0")
 
 
 def printable(text: str) -> str:
@@ -83,9 +91,10 @@ def fault(error: BaseException, owner: object) -> str:
         return too_little_memory(error)
     cls = owner if isinstance(owner, type) else type(owner)
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    frames = traceback.extract_tb(error.__traceback__)
-    last = [*frames, *(f for f in frames if f.filename == file)][-1]
-    return f"{type(error).__name__}: {reason(error)} ({last.filename}, line {last.lineno})"
+    here = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    frames = [*here, *getattr(error, FRAMES, ())]
+    path, line = [*frames, *(f for f in frames if f[0] == file)][-1]
+    return f"{type(error).__name__}: {reason(error)} ({path}, line {line})"
 
 
 @contextmanager

@@ -14,12 +14,43 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from moecc.errors import MoeccError, reason
 from moecc.options import Options, nearest
 
 T = TypeVar("T", bound=Options)
+
+# module name -> path and content of the file that it was made of
+Sources: TypeAlias = dict[str, tuple[str, bytes]]
+# of the modules that were found by path; another process gets them as they are here, though their
+# files may have changed since
+SOURCES: Sources = {}
+
+
+def take(sources: Sources) -> None:
+    """Take the sources of another process, in the place of what is here under their names."""
+    for name, source in sources.items():
+        if SOURCES.get(name) != source:
+            SOURCES[name] = source
+            sys.modules.pop(name, None)
+
+
+def provide(module: str) -> None:
+    """Import a module of `SOURCES`, unless it is imported already; others are left alone."""
+    if module in SOURCES and module not in sys.modules:
+        _imported(module)
+
+
+def _imported(name: str) -> ModuleType:
+    """Run what a module of `SOURCES` consists of; no byte code is written beside its file."""
+    path, source = SOURCES[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.origin is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    exec(compile(source, spec.origin, "exec"), vars(module))
+    return module
 
 
 @cache
@@ -116,21 +147,13 @@ class Registry(Generic[T]):
             advice = f"give the path of a Python file that defines a {self.word}"
             raise MoeccError(f"no {self.word} file {path}; {advice}")
         key = f"moecc_{self.word}_{path.stem}"
-        spec = importlib.util.spec_from_file_location(key, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[key] = module
-        before = sys.dont_write_bytecode
-        sys.dont_write_bytecode = True  # leave nothing beside the file, and run no stale code
         try:
-            spec.loader.exec_module(module)
+            SOURCES[key] = str(path.absolute()), path.read_bytes()
+            return _imported(key)
         except (Exception, SystemExit) as e:
             raise MoeccError(
                 f"{self.word} file {path} can't be imported: {type(e).__name__}: {e}"
             ) from e
-        finally:
-            sys.dont_write_bytecode = before
-        return module
 
     def _only(self, module: ModuleType, where: str) -> type[T]:
         classes = [

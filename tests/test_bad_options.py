@@ -46,6 +46,8 @@ OPTIONS = {
     "--out other": "argument -o/--out: is given twice",
     "--bits 2 --bits 2": "argument --bits: is given twice",
     "--seed 1 --seed=2": "argument --seed: is given twice",
+    "--workers 0": "'0' is not a number of 1 or more",
+    "--workers 2 --ray local": "--workers and --ray both say who works; leave one out",
     "--progress --no-progress": "argument --progress/--no-progress: is given twice",
 }
 

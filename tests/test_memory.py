@@ -1,12 +1,14 @@
-"""Free memory, from a made-up /proc and /sys: machine, control groups and RLIMIT_AS."""
+"""Free memory and usable cores, from a made-up /proc and /sys: machine, control groups, limits."""
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
 import pytest
 
+from moecc.checkpoint.cores import usable_cores
 from moecc.checkpoint.memory import free_memory
 
 MEBI = 1 << 20
@@ -79,3 +81,43 @@ def test_a_limit_on_address_space_leaves_its_unused_rest(
 
 def test_this_machine_has_free_memory() -> None:
     assert 0 < free_memory() < 1 << 50
+
+
+def quota_v2(group: str, quota: str) -> dict[str, str]:
+    return {f"sys/fs/cgroup/{group}cpu.max": f"{quota} 100000\n"}
+
+
+def quota_v1(group: str, quota: str) -> dict[str, str]:
+    files = {"cpu.cfs_quota_us": f"{quota}\n", "cpu.cfs_period_us": "100000\n"}
+    return {f"sys/fs/cgroup/cpu/{group}{name}": text for name, text in files.items()}
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 6),  # the affinity
+        (OWN_V2, 6),
+        (OWN_V2 | quota_v2("pod/box/", "max"), 6),
+        (OWN_V2 | quota_v2("pod/box/", "300000"), 3),
+        (OWN_V2 | quota_v2("pod/box/", "310000"), 4),  # a part of a core counts as one
+        (OWN_V2 | quota_v2("pod/box/", "max") | quota_v2("pod/", "50000"), 1),
+        (OWN_V2 | quota_v2("pod/box/", "900000"), 6),
+        (OWN_V1 | quota_v1("docker/a:b/", "-1"), 6),
+        (OWN_V1 | quota_v1("docker/a:b/", "200000"), 2),
+        (OWN_V1 | quota_v1("", "400000"), 4),  # mounted at the container's own group
+    ],
+)
+def test_usable_cores_are_the_least_that_anything_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6))
+    assert usable_cores(root(tmp_path, files)) == cores
+
+
+def test_a_system_without_affinities_has_a_number_of_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for count in (5, None):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert usable_cores(tmp_path) == (count or 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 _UNKNOWN = 8 << 30  # bytes, if nothing tells
@@ -23,26 +26,67 @@ def free_memory(root: Path = Path("/")) -> int:
     return max(0, min(found)) if found else _UNKNOWN
 
 
+def peak_memory() -> int:
+    """Return the most bytes that this process has held so far, 0 where that isn't told.
+
+    Its workers have theirs.
+    """
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def release() -> None:
+    """Give back to the machine what this process has freed, where the allocator can (glibc).
+
+    Else a heap keeps the room of temporaries between values that stay.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows
+        return None
+    return found
+
+
 def _machine(root: Path) -> Iterator[int]:
-    for line in _lines(root / "proc/meminfo"):
+    for line in lines(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
             yield int(line.split()[1]) * 1024
 
 
 def _groups(root: Path) -> Iterator[int]:
     """Yield the bytes left in the process's control group and in each mounted one around it."""
-    for line in _lines(root / "proc/self/cgroup"):
+    for folder, version in control_groups("memory", root):
+        *names, dropped = _VERSION_2 if version == 2 else _VERSION_1
+        limit, used = (_number(folder / name) for name in names)
+        if limit is not None and used is not None:
+            pairs = (line.split() for line in lines(folder / "memory.stat"))
+            yield limit - used + sum(int(value) for key, value in pairs if key == dropped)
+
+
+def control_groups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the folders of the process's control group and of those around it, and their version.
+
+    Files of a version have other names. root: the folder of proc and sys.
+    """
+    for line in lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        mount, files = ("memory", _VERSION_1) if controllers else ("", _VERSION_2)
-        top = root / "sys/fs/cgroup" / mount
+        top = root / "sys/fs/cgroup" / (controller if controllers else "")
         own = top / path.lstrip("/")
         for folder in (own, *(p for p in own.parents if p.is_relative_to(top))):
-            limit, used = (_number(folder / name) for name in files[:2])
-            if limit is not None and used is not None:
-                pairs = (line.split() for line in _lines(folder / "memory.stat"))
-                yield limit - used + sum(int(value) for key, value in pairs if key == files[2])
+            yield folder, 1 if controllers else 2
 
 
 def _address_space(root: Path) -> Iterator[int]:
@@ -51,17 +95,18 @@ def _address_space(root: Path) -> Iterator[int]:
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    for line in _lines(root / "proc/self/statm") if limit != resource.RLIM_INFINITY else ():
+    for line in lines(root / "proc/self/statm") if limit != resource.RLIM_INFINITY else ():
         yield limit - int(line.split()[0]) * resource.getpagesize()
 
 
 def _number(file: Path) -> int | None:
     """Return the number in a file, or None if there is none ("max", no such file)."""
-    text = "".join(_lines(file))
+    text = "".join(lines(file))
     return int(text) if text.isdigit() else None
 
 
-def _lines(file: Path) -> list[str]:
+def lines(file: Path) -> list[str]:
+    """Return the lines of a file of the system; none if it can't be read."""
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except OSError:

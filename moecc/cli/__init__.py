@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TextIO
 from moecc.cli.arguments import parser
 from moecc.errors import (
     MoeccError,
+    debugging,
     for_terminal,
     out_of_memory,
     printable,
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _escaping(sys.stderr),
         contextlib.redirect_stderr(_Remarks(sys.stderr)),
     ):
-        return _main(argv, os.environ.get("MOECC_DEBUG", "0") not in ("", "0"))
+        return _main(argv, debugging())
 
 
 def _main(argv: Sequence[str] | None, debug: bool) -> int:
