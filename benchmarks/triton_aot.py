@@ -14,7 +14,9 @@ from pathlib import Path
 import triton
 
 from moecc.backends.triton.abstract import SHAPES, abstract_plan
-from moecc.backends.triton.aot import TARGETS, Row, row, table
+from moecc.backends.triton.aot import TARGETS, Row, compile_launch, row, table
+from moecc.backends.triton.parts import Launch
+from moecc.passes._code.triton_coder import AMD, NVIDIA, abstract
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TEXT = """# The Triton kernels, compiled ahead of time
@@ -43,6 +45,18 @@ def rows(
     return found
 
 
+def coding_rows() -> list[Row]:
+    """Compile the steps of coding for every card."""
+    found = []
+    for target in TARGETS.values():
+        for step in ("choose", "sweep"):
+            for bits in (2, 3, 4):
+                launch = Launch(*abstract(step, bits, AMD if target.backend == "hip" else NVIDIA))
+                report = compile_launch(launch, target)
+                found.append(Row(target.name, step, bits, report, may_spill=0))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,6 +74,7 @@ def main() -> None:
         "One token, with a basis of 32": rows(
             1, (2,), ("gate_up", "down coef"), options.shape, rank=32
         ),
+        "Coding 128 columns, in float32": coding_rows(),
     }
     tables = "\n\n".join(f"## {title}\n\n{table(found)}" for title, found in parts.items())
     text = TEXT.format(version=triton.__version__, shape=options.shape, tables=tables)

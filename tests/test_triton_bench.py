@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,24 @@ def test_only_tiles_with_right_results_are_timed(
     )
     assert slow and all(line.startswith(("| error 5.0e-01 ", "| error 5.1e-01 ")) for line in slow)
     assert sum(line.split()[1].replace(".", "").isdigit() for line in fast) > 3
+
+
+def test_the_benchmark_of_coding_finds_codes_that_change_or_are_worse(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    told = ["--tiny", "--only", "checks", "speed", "--bits", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu_coding.py", *told])
+    import gpu_coding
+
+    assert gpu_coding.main() == 0
+    lines = (tmp_path / "gpu_coding.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("| 3 | ")] == [
+        f"| 3 | {coupled} | 1.00000 | 0.000 % | True |  |" for coupled in ("no", "yes")
+    ]
+    assert sum(line.startswith("| tiny | 3 | ") for line in lines) == 2
+    real, runs = gpu_coding.coded, iter(range(99))
+    monkeypatch.setattr(
+        gpu_coding, "coded", lambda *a: replace(c := real(*a), scale=c.scale * (1 + next(runs)))
+    )
+    assert gpu_coding.main() == 1

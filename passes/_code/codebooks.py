@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moecc.ir import vq4
+from moecc.passes._code.sums import sums_by_code
 
 _SAMPLE = 1 << 14  # groups of weights that k-means looks at, at most
 
@@ -51,9 +52,9 @@ def kmeans(target: Tensor, importance: Tensor, *, bits: int, seed: int, turns: i
     points = (target.abs() if bits == 3 else target).unflatten(-1, (-1, v))
     cost = importance.unflatten(-1, (-1, v)).unsqueeze(1).expand_as(points)
     points, cost = points.reshape(-1, v), cost.reshape(-1, v)
-    generator = torch.Generator(target.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # every device gets the same draws
     if len(points) > _SAMPLE:
-        chosen = torch.randint(len(points), (_SAMPLE,), generator=generator, device=target.device)
+        chosen = torch.randint(len(points), (_SAMPLE,), generator=generator).to(target.device)
         points, cost = points[chosen], cost[chosen]
     return _kmeans_one(points, cost, turns, generator).unsqueeze(0)
 
@@ -61,19 +62,18 @@ def kmeans(target: Tensor, importance: Tensor, *, bits: int, seed: int, turns: i
 def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Generator) -> Tensor:
     """Centroids [256, v] of points [n, v] under the costs [n, v] of their components."""
     size = vq4.CODEBOOK_SIZE
-    chance = (cost * points.square()).sum(-1) + 1e-9
+    chance = ((cost * points.square()).sum(-1) + 1e-9).cpu()
     start = torch.multinomial(chance, size, replacement=len(points) < size, generator=generator)
-    centroids = points[start].clone()
-    parts = torch.cat([cost, -2 * cost * points], 1)
+    centroids = points[start.to(points.device)]
+    parts, masses = torch.cat([cost, -2 * cost * points], 1), torch.cat([cost * points, cost], 1)
     for _ in range(turns):
         nearest = argmin(parts @ torch.cat([centroids.square(), centroids], 1).T)
-        total = torch.zeros_like(centroids).index_add_(0, nearest, cost * points)
-        mass = torch.zeros_like(centroids).index_add_(0, nearest, cost)
+        total, mass = sums_by_code(nearest.unsqueeze(0), 1)(masses)[0].chunk(2, 1)
         centroids = torch.where(mass > 0, total / mass.clamp(min=1e-20), centroids)
         empty = torch.bincount(nearest, minlength=size) == 0
         if empty.any():
             count = (int(empty.sum()),)
-            again = torch.randint(len(points), count, generator=generator, device=points.device)
+            again = torch.randint(len(points), count, generator=generator).to(points.device)
             centroids[empty] = points[again]
     return centroids
 
@@ -128,3 +128,32 @@ class Nearest:
 
     def _entries(self, code: Tensor) -> Tensor:
         return torch.gather(self.table, 1, code.unsqueeze(-1).expand(-1, -1, self.table.shape[2]))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a compiled search needs of every group: `Nearest` of all groups at once."""
+
+    inner: Tensor  # [E, G, v, v]
+    metric: Tensor  # [E, G, v, v]
+    image: Tensor  # [E, G or 1, v, 256]
+    base: Tensor  # [E, G, 1 or 2^v, 256]
+    table: Tensor  # [E, 256, v]
+
+    @classmethod
+    def of(cls, codebook: Tensor, metric: Tensor, bits: int) -> Tables:
+        """Tables of a codebook [C, 256, v] under metrics [E, G, v, v]."""
+        experts, groups, v, _ = metric.shape
+        table = (codebook + 0.5 if bits == 3 else codebook).expand(experts, -1, -1).contiguous()
+        metric = metric.contiguous()
+        if bits != 3:
+            image = table.unsqueeze(1) @ metric  # [E, G, 256, v]
+            base = image.square().sum(-1).unsqueeze(2)
+            return cls(metric, metric, image.mT.contiguous(), base, table)
+        gram = metric @ metric.mT
+        signs = signs_of(v, metric)
+        base = metric.new_empty(experts, groups, 2**v, vq4.CODEBOOK_SIZE)
+        for pattern in range(2**v):
+            signed = table * signs[pattern]
+            base[:, :, pattern] = ((signed.unsqueeze(1) @ gram) * signed.unsqueeze(1)).sum(-1)
+        return cls(gram, metric, table.mT.unsqueeze(1).contiguous(), base, table)

@@ -81,6 +81,21 @@ class Coder:
         return feedback_factor(self.output)
 
     @cached_property
+    def shortened(self) -> list[Tensor]:
+        """What a step of all rows in one of `blocks` is divided by, [E, 1, 1] for each block.
+
+        All rows move at once. If they pull the same way, that overshoots.
+        """
+        assert self.output is not None
+        found = []
+        for rows in self.blocks:
+            inner = self.output[:, rows, rows]
+            own = inner.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+            largest = torch.linalg.eigvalsh(inner / (own * own.mT).sqrt())[:, -1]
+            found.append(largest.clamp(min=2.0)[:, None, None] - 1)
+        return found
+
+    @cached_property
     def inner(self) -> Tensor:
         """The blocks of H on its diagonal, one per group, [E, G, v, v]."""
         blocks: Tensor = self.moment.unflatten(-2, (-1, self.v)).unflatten(-1, (-1, self.v))

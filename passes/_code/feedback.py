@@ -6,18 +6,20 @@ With M = U_gg^-1 of a group g: code = argmin_c |(t - c) M|^2, then R_rest -= (t 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from moecc.passes._code import native
-from moecc.passes._code.codebooks import Nearest
+from moecc.passes._code import native, triton_coder
+from moecc.passes._code.codebooks import Nearest, Tables
 from moecc.passes._code.coded import Coded, joined
 from moecc.passes._code.coder import Coder
 
-Search: TypeAlias = list[Nearest] | native.Tables
+Search: TypeAlias = Callable[[slice, Tensor, Coded], None]
 
 
 def choose(coder: Coder, codebook: Tensor, scale: Tensor) -> Coded:
@@ -38,11 +40,17 @@ def choose(coder: Coder, codebook: Tensor, scale: Tensor) -> Coded:
 
 
 def finders(coder: Coder, codebook: Tensor) -> Search:
-    """What finds codes group by group, in the order of coding."""
-    if coder.feedback and native.serves(coder.target):
-        return native.Tables.of(codebook, coder.metrics, coder.bits)
+    """What codes one block of columns, in the order of coding, as `_choose_block` does."""
+    if coder.feedback:
+        for loops, serves in (
+            (_compiled_block, native.serves),
+            (_triton_block, triton_coder.serves),
+        ):
+            if serves(coder.target):
+                return partial(loops, coder, Tables.of(codebook, coder.metrics, coder.bits))
     groups = range(coder.metrics.shape[1])
-    return [Nearest(codebook, coder.metrics[:, g], coder.bits) for g in groups]
+    nearest = [Nearest(codebook, coder.metrics[:, g], coder.bits) for g in groups]
+    return partial(_choose_block, coder, nearest)
 
 
 def choose_rows(
@@ -68,10 +76,7 @@ def choose_rows(
     found = Coded(codes, negative, codebook, scale.contiguous())
     for start in range(0, columns, block):
         cols = slice(start, min(start + block, columns))
-        if isinstance(search, native.Tables):
-            _compiled_block(coder, search, cols, rest, found)
-        else:
-            _choose_block(coder, search, cols, rest, found)
+        search(cols, rest, found)
     codes = torch.empty_like(codes).scatter_(2, coder.order.unsqueeze(1).expand_as(codes), codes)
     if negative is not None:
         negative = torch.empty_like(negative).scatter_(2, index, negative)
@@ -98,9 +103,7 @@ def _choose_block(
         rest[:, :, stop:].baddbmm_(errors, coder.upper[:, block, stop:], alpha=-1)
 
 
-def _compiled_block(
-    coder: Coder, tables: native.Tables, block: slice, rest: Tensor, found: Coded
-) -> None:
+def _compiled_block(coder: Coder, tables: Tables, block: slice, rest: Tensor, found: Coded) -> None:
     """Do what `_choose_block` does with the compiled loops."""
     for e, upper in enumerate(coder.upper):
         negative = None if found.negative is None else found.negative[e]
@@ -108,3 +111,8 @@ def _compiled_block(
         native.choose(tables, e, block, rest[e], upper, out)
         if block.stop < rest.shape[-1]:
             rest[e, :, block.stop :].addmm_(out.moved, upper[block, block.stop :], alpha=-1)
+
+
+def _triton_block(coder: Coder, tables: Tables, block: slice, rest: Tensor, found: Coded) -> None:
+    """Do what `_choose_block` does on a GPU."""
+    triton_coder.choose(tables, block, rest, coder.upper, found)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moecc.ir import vq4
 from moecc.passes._code.codebooks import clamp_codebook
 from moecc.passes._code.coded import Coded, lookup
 from moecc.passes._code.coder import Coder
 from moecc.passes._code.metric import damped, weighted
+from moecc.passes._code.sums import sums_by_code
 
 _TURNS = 12  # of conjugate gradients, at most
 _GAIN = 1e-3  # share of the error that a turn has to take away for another to follow
@@ -48,20 +48,23 @@ def best_codebook(coder: Coder, state: Coded, turns: int = _TURNS, gain: float =
     """
     books = state.codebook.shape[0]
     sign = None if state.negative is None else torch.where(state.negative, -1.0, 1.0)
-    scale = state.scale.unsqueeze(-1)
+    scale, sums = state.scale.unsqueeze(-1), sums_by_code(state.codes, books)
+
+    def gather(w: Tensor) -> Tensor:
+        return sums(w.unflatten(-1, (-1, coder.v)))
 
     def weights_of(c: Tensor) -> Tensor:
         w = lookup(state.codes, None, c)
         return (w if sign is None else w * sign) * scale
 
     def back(w: Tensor) -> Tensor:
-        return _gather((w if sign is None else w * sign) * scale, state.codes, books, coder.v)
+        return gather((w if sign is None else w * sign) * scale)
 
     c = state.codebook.clone()
     diagonal = coder.moment.diagonal(dim1=-2, dim2=-1).unsqueeze(1) * scale.square()
     if coder.output is not None:
         diagonal = diagonal * coder.output.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    precondition = 1 / _gather(diagonal, state.codes, books, coder.v).clamp(min=1e-12)
+    precondition = 1 / gather(diagonal).clamp(min=1e-12)
     left = coder.left(state)
     residual = back(left if coder.output is None else coder.output @ left)
     z = precondition * residual
@@ -94,13 +97,3 @@ def rescaled(state: Coded, codebook: Tensor, bits: int) -> Coded:
     scale = state.scale / grow.squeeze(-1)
     whole = clamp_codebook((codebook + shift) * grow - shift, bits)
     return replace(state, codebook=whole, scale=scale)
-
-
-def _gather(w: Tensor, codes: Tensor, books: int, v: int) -> Tensor:
-    """Add up the groups that have the same code: [E, N, K] -> [C, 256, v]."""
-    size = vq4.CODEBOOK_SIZE
-    step = size if books > 1 else 0
-    offset = torch.arange(len(codes), device=codes.device).view(-1, 1, 1) * step
-    flat = w.new_zeros(books * size, v)
-    flat.index_add_(0, (codes + offset).flatten(), w.reshape(-1, v))
-    return flat.view(books, size, v)

@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from moecc.passes._code import native
-from moecc.passes._code.codebooks import Nearest
+from moecc.passes._code import native, triton_coder
+from moecc.passes._code.codebooks import Nearest, Tables
 from moecc.passes._code.coded import Coded
 from moecc.passes._code.coder import Coder
 
@@ -29,15 +29,9 @@ def sweep(coder: Coder, state: Coded) -> Coded:
     negative = None if state.negative is None else state.negative.clone()
     dense, scale = state.unscaled(), state.scale.unsqueeze(-1)
     carried = coder.left(state).clone()  # kept up to date between blocks
-    search: _Search
-    if native.serves(dense):
-        search = partial(_native, coder, native.Tables.of(state.codebook, coder.roots, coder.bits))
-    else:
-        groups = range(coder.roots.shape[1])
-        finders = [Nearest(state.codebook, coder.roots[:, g], coder.bits) for g in groups]
-        search = partial(_sweep_rows, coder, finders)
-    for rows in coder.blocks:
-        own = carried[:, rows] if coder.output is None else _coupled(coder, carried, rows)
+    search = _searching(coder, state.codebook)
+    for block, rows in enumerate(coder.blocks):
+        own = carried[:, rows] if coder.output is None else _coupled(coder, carried, block)
         signs = None if negative is None else negative[:, rows]
         part = Coded(codes[:, rows], signs, state.codebook, state.scale)
         search(part, dense[:, rows], own / scale[:, rows])
@@ -47,30 +41,49 @@ def sweep(coder: Coder, state: Coded) -> Coded:
     return Coded(codes, negative, state.codebook, state.scale)
 
 
-def _coupled(coder: Coder, carried: Tensor, rows: slice) -> Tensor:
+def _searching(coder: Coder, codebook: Tensor) -> _Search:
+    """What goes through all columns of some rows, as `_sweep_rows` does."""
+    for loops, serves in ((_native, native.serves), (_triton, triton_coder.serves)):
+        if serves(coder.target):
+            return partial(loops, coder, Tables.of(codebook, coder.roots, coder.bits))
+    groups = range(coder.roots.shape[1])
+    return partial(
+        _sweep_rows, coder, [Nearest(codebook, coder.roots[:, g], coder.bits) for g in groups]
+    )
+
+
+def _coupled(coder: Coder, carried: Tensor, block: int) -> Tensor:
     """The pull on each row of a block if all rows outside it stay: [E, N, K] -> [E, n, K]."""
     assert coder.output is not None
-    inner = coder.output[:, rows, rows]
-    own = inner.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    # All rows of a block move at once. If they pull the same way, that overshoots: shorten it.
-    largest = torch.linalg.eigvalsh(inner / (own * own.mT).sqrt())[:, -1]
-    most = largest.clamp(min=2.0)[:, None, None] - 1
-    pull: Tensor = coder.output[:, rows] @ carried / (own * most)
+    rows = coder.blocks[block]
+    own = coder.output[:, rows, rows].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    pull: Tensor = coder.output[:, rows] @ carried / (own * coder.shortened[block])
     return pull
 
 
-def _native(coder: Coder, tables: native.Tables, part: Coded, dense: Tensor, pull: Tensor) -> None:
+def _native(coder: Coder, tables: Tables, part: Coded, dense: Tensor, pull: Tensor) -> None:
     """Do what `_sweep_rows` does with the compiled loops."""
     rows, wide = pull.shape[1:]
     for e in range(len(pull)):
         moment, negative = coder.moment[e], None if part.negative is None else part.negative[e]
-        for start in range(0, wide, _BLOCK):
-            cols = slice(start, min(start + _BLOCK, wide))
-            moved = pull.new_empty(rows, cols.stop - start)
+        for cols in _blocks(wide):
+            moved = pull.new_empty(rows, cols.stop - cols.start)
             out = native.Out(part.codes[e], negative, moved)
             native.sweep(tables, e, cols, pull[e], dense[e], moment, coder.inverses[e], out)
             if cols.stop < wide:
                 pull[e, :, cols.stop :].addmm_(moved, moment[cols, cols.stop :], alpha=-1)
+
+
+def _triton(coder: Coder, tables: Tables, part: Coded, dense: Tensor, pull: Tensor) -> None:
+    """Do what `_sweep_rows` does on a GPU."""
+    moved = torch.empty_like(pull)
+    for cols in _blocks(pull.shape[2]):
+        triton_coder.sweep(tables, cols, pull, dense, coder.moment, coder.inverses, part, moved)
+    dense += moved
+
+
+def _blocks(wide: int) -> list[slice]:
+    return [slice(i, min(i + _BLOCK, wide)) for i in range(0, wide, _BLOCK)]
 
 
 def _sweep_rows(
@@ -86,10 +99,9 @@ def _sweep_rows(
     step = max(1, _TILE // len(pull))
     for first in range(0, count, step):
         rows = slice(first, min(first + step, count))
-        for start in range(0, wide, _BLOCK):
-            cols = slice(start, min(start + _BLOCK, wide))
+        for cols in _blocks(wide):
             own, old = pull[:, rows, cols].contiguous(), dense[:, rows, cols].contiguous()
-            new = _sweep_block(coder, part, old, own, finders, rows, start)
+            new = _sweep_block(coder, part, old, own, finders, rows, cols.start)
             dense[:, rows, cols] = new
             if cols.stop < wide:
                 behind = coder.moment[:, cols, cols.stop :]
