@@ -32,6 +32,7 @@ from typing import ClassVar
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.options import option
+from moecc.passes._code import native
 from moecc.passes._tune.block import output_logits
 from moecc.passes._tune.model_loss import ModelLoss
 from moecc.passes._tune.trained import Trained
@@ -71,6 +72,9 @@ class ModelLossAdapters(Pass):
 
     def estimate(self, found: Estimate) -> None:
         return None
+
+    def machinery(self) -> str:
+        return native.machinery()
 
     def run(self, program: Program, ctx: Context) -> bool:
         if not (self.hidden or self.kl or self.lm):

@@ -49,6 +49,7 @@ class MeasureSensitivity(Pass):
     after: ClassVar[frozenset[str]] = frozenset({"lora"})
     provides: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
     needs_data: ClassVar[bool] = True
+    weighs_errors: ClassVar[bool] = True
     kl: float = option(1.0, help="weight of the model's output; 0: not measured", low=0, high=1e4)
     routing: float = option(
         1.0,

@@ -30,6 +30,7 @@ import torch
 
 from moecc.ir.ops import VQ_EXPERTS
 from moecc.options import option
+from moecc.passes._code import native
 from moecc.passes._tune.block import Block
 from moecc.passes._tune.tuned import Tuned, split
 from moecc.pipeline.estimate import Estimate
@@ -54,6 +55,9 @@ class AlignRouting(LayerPass):
 
     def estimate(self, found: Estimate) -> None:
         return None
+
+    def machinery(self) -> str:
+        return native.machinery()
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         found = [m for m in layer.moe if m.node.target is VQ_EXPERTS]

@@ -26,7 +26,7 @@ from moecc.ir.register import Operand
 VQ_OPERANDS = (*vq4.TENSORS, "slope", "offset")
 
 
-def _by_expert(topk_index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+def by_expert(topk_index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
     """Sort the slots t * k + j by expert; return them and the number of slots of each expert.
 
     Raise IndexError for an index outside 0..E-1.
@@ -49,7 +49,7 @@ def _combine(
     run(e, tokens): expert e's output for these rows of x. Each chosen expert runs once.
     """
     tokens, k = topk_index.shape
-    order, counts = _by_expert(topk_index, experts)
+    order, counts = by_expert(topk_index, experts)
     weight = topk_weight.reshape(-1)
     parts, start = [], 0
     for e, count in enumerate(counts):
@@ -59,14 +59,14 @@ def _combine(
             start += count
     if not parts:
         return x.new_zeros(x.shape)
-    return torch.cat(parts)[_inverse(order)].view(tokens, k, -1).sum(1).to(x.dtype)
+    return torch.cat(parts)[inverse(order)].view(tokens, k, -1).sum(1).to(x.dtype)
 
 
-def _inverse(order: Tensor) -> Tensor:
+def inverse(order: Tensor) -> Tensor:
     """Return the inverse of a permutation."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
+    found = torch.empty_like(order)
+    found[order] = torch.arange(order.numel(), device=order.device)
+    return found
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -259,6 +259,6 @@ def expert_linear_reference(x: Tensor, topk_index: Tensor, weight: Tensor) -> Te
     tokens, k = topk_index.shape
     each = x.unsqueeze(1).expand(-1, k, -1) if x.dim() == 2 else x
     rows = each.reshape(tokens * k, x.shape[-1])
-    order, counts = _by_expert(topk_index, weight.shape[0])
+    order, counts = by_expert(topk_index, weight.shape[0])
     parts = [F.linear(rows[slots], w) for slots, w in zip(order.split(counts), weight, strict=True)]
-    return torch.cat(parts)[_inverse(order)].view(tokens, k, weight.shape[1])
+    return torch.cat(parts)[inverse(order)].view(tokens, k, weight.shape[1])

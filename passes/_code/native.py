@@ -1,7 +1,8 @@
-"""The inner loops of coding, compiled: `native/coder.h`. Without a compiler PyTorch does the same.
+"""The inner loops of coding and tuning, compiled: `native/coder.h` and `native/lookup.h`.
 
-A block of columns of some rows of one expert is coded by one call. Rows do not depend on each
-other, so threads share them and codes are the same for any number of threads.
+Without a compiler PyTorch does the same. A block of columns of some rows of one expert is coded by
+one call. Rows do not depend on each other, so threads share them and codes are the same for any
+number of threads.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ import torch
 from torch import Tensor
 
 from moecc.errors import MoeccError, reason
-from moecc.ir import vq4
 from moecc.native.build import Library, found_compiler
-from moecc.passes._code.codebooks import signs_of
+from moecc.passes._code.codebooks import Tables
 
 _LEAST_ROWS = 64  # of a thread
 
@@ -45,11 +45,24 @@ class _Block(ctypes.Structure):
     )
 
 
+class Rows(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "columns", "group")),
+        *(("codes", c_void_p), ("codes_stride", c_int64)),
+        *(("signs", c_void_p), ("signs_stride", c_int64)),
+        *((name, c_void_p) for name in ("book", "scale", "dense", "book_grad", "scale_grad")),
+    )
+
+
 _STEP = ctypes.CFUNCTYPE(None, POINTER(_Search), POINTER(_Block))
+_LOOKUP = ctypes.CFUNCTYPE(None, POINTER(Rows))
 
 
 class _Coder(ctypes.Structure):
-    _fields_ = (("name", c_char_p), ("choose", _STEP), ("sweep", _STEP))
+    _fields_ = (
+        *(("name", c_char_p), ("choose", _STEP), ("sweep", _STEP)),
+        *(("decode", _LOOKUP), ("pull", _LOOKUP)),
+    )
 
 
 CODER = Library(
@@ -83,6 +96,13 @@ def compiled() -> _Coder | None:
     return coder
 
 
+def loops() -> _Coder:
+    """Return the loops where `serves` says that they are there."""
+    found = compiled()
+    assert found is not None
+    return found
+
+
 def machinery() -> str:
     """Return which loops code on this machine, for `Pass.machinery`."""
     found = compiled()
@@ -92,35 +112,6 @@ def machinery() -> str:
 def serves(x: Tensor) -> bool:
     """Return whether the compiled loops can work on `x`."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and compiled() is not None
-
-
-@dataclass(frozen=True)
-class Tables:
-    """What a search needs of every group: `codebooks.Nearest` of all groups at once."""
-
-    inner: Tensor  # [E, G, v, v]
-    metric: Tensor  # [E, G, v, v]
-    image: Tensor  # [E, G or 1, v, 256]
-    base: Tensor  # [E, G, 1 or 2^v, 256]
-    table: Tensor  # [E, 256, v]
-
-    @classmethod
-    def of(cls, codebook: Tensor, metric: Tensor, bits: int) -> Tables:
-        """Tables of a codebook [C, 256, v] under metrics [E, G, v, v]."""
-        experts, groups, v, _ = metric.shape
-        table = (codebook + 0.5 if bits == 3 else codebook).expand(experts, -1, -1).contiguous()
-        metric = metric.contiguous()
-        if bits != 3:
-            image = table.unsqueeze(1) @ metric  # [E, G, 256, v]
-            base = image.square().sum(-1).unsqueeze(2)
-            return cls(metric, metric, image.mT.contiguous(), base, table)
-        gram = metric @ metric.mT
-        signs = signs_of(v, metric)
-        base = torch.empty(experts, groups, 2**v, vq4.CODEBOOK_SIZE)
-        for pattern in range(2**v):
-            signed = table * signs[pattern]
-            base[:, :, pattern] = ((signed.unsqueeze(1) @ gram) * signed.unsqueeze(1)).sum(-1)
-        return cls(gram, metric, table.mT.unsqueeze(1).contiguous(), base, table)
 
 
 def choose(
@@ -177,10 +168,10 @@ def _run(
         v,
         tables.base.shape[2],
         tables.image[0, 0].numel() if tables.image.shape[1] > 1 else 0,
-        *(_at(t[expert, first]) for t in (tables.inner, tables.metric)),
-        _at(tables.image[expert, first if tables.image.shape[1] > 1 else 0]),
-        _at(tables.base[expert, first]),
-        _at(tables.table[expert]),
+        *(at(t[expert, first]) for t in (tables.inner, tables.metric)),
+        at(tables.image[expert, first if tables.image.shape[1] > 1 else 0]),
+        at(tables.base[expert, first]),
+        at(tables.table[expert]),
     )
     step = getattr(compiled(), name)
     width = block.stop - block.start
@@ -190,22 +181,22 @@ def _run(
         block_of = _Block(
             rows.stop - rows.start,
             width,
-            *_strided(pull[rows, columns]),
-            *_strided(None if dense is None else dense[rows, columns]),
-            *_strided(carried),
-            None if inverse is None else _at(inverse[first]),
-            _at(out.moved[rows]),
-            *_strided(out.codes[rows, first:]),
-            *_strided(None if out.negative is None else out.negative[rows, columns]),
+            *strided(pull[rows, columns]),
+            *strided(None if dense is None else dense[rows, columns]),
+            *strided(carried),
+            None if inverse is None else at(inverse[first]),
+            at(out.moved[rows]),
+            *strided(out.codes[rows, first:]),
+            *strided(None if out.negative is None else out.negative[rows, columns]),
         )
         step(ctypes.byref(search), ctypes.byref(block_of))
 
-    _threaded(part, len(pull))
+    threaded(part, len(pull))
 
 
-def _threaded(part: Callable[[slice], None], rows: int) -> None:
-    """Call `part` for all rows, in as many threads as PyTorch has."""
-    count = max(1, min(torch.get_num_threads(), rows // _LEAST_ROWS))
+def threaded(part: Callable[[slice], None], rows: int, least: int = _LEAST_ROWS) -> None:
+    """Call `part` for all rows, in as many threads as PyTorch has. least: rows of a thread."""
+    count = max(1, min(torch.get_num_threads(), rows // least))
     step = -(-rows // count)
     parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
     if len(parts) == 1:
@@ -215,11 +206,11 @@ def _threaded(part: Callable[[slice], None], rows: int) -> None:
         list(pool.map(part, parts))
 
 
-def _at(tensor: Tensor) -> int:
+def at(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def _strided(tensor: Tensor | None) -> tuple[int | None, int]:
+def strided(tensor: Tensor | None) -> tuple[int | None, int]:
     """Where a matrix begins and the distance of its rows."""
     if tensor is None:
         return None, 0

@@ -21,6 +21,8 @@ from moecc.ir.moe import MoE
 from moecc.ir.program import Program, output_node, stage_nodes
 from moecc.ir.relative import relative
 from moecc.passes._code.metric import damped
+from moecc.passes._tune.divergence import divergence
+from moecc.passes._tune.experts import tunable
 from moecc.passes._tune.routing import (
     boundary_loss,
     flips,
@@ -58,11 +60,12 @@ class Block:
         count alike in all directions. head: whether that term is wanted.
         """
         self.layer, self.routing = layer, tuple(routing)
-        program = layer.program
+        program = tunable(layer.program)
         self.inputs = layer.inputs.values
         self.targets = layer.targets.values
         body = stage_nodes(program, layer.index)
-        changed = descendants(body, [m.node for m in layer.moe])
+        experts = {m.node.name for m in layer.moe}
+        changed = descendants(body, [n for n in body if n.name in experts])
         live = layer.inputs.needed_after(layer.index)
         self.outputs = [
             n.name
@@ -73,13 +76,13 @@ class Block:
         body = needed_for(body, live)
         self.before = [n for n in body if n not in changed]
         self.body = [n for n in body if n in changed]
-        following = next_router(program, layer.index)
+        following = next_router(layer.program, layer.index)
         self.router = following if self.routing else None
-        self.head = output_logits(program) if head and following is None else None
+        self.head = output_logits(layer.program) if head and following is None else None
         goal = self.router[1] if self.router else self.head
         self.goal = "" if goal is None else goal.name
         self.onward = [] if goal is None else _path_to(program, layer.index, goal)
-        self.weights = StageWeights(program)
+        self.weights = StageWeights(layer.program)
         self.reference_weights = StageWeights(layer.reference)
         self.roots = {
             n: torch.linalg.cholesky(damped(sensitivity[n].unsqueeze(0), _DAMPING)[0])
@@ -149,9 +152,9 @@ class Block:
         ]
         found = {"reconstruction": torch.stack(errors).sum()}
         if self.head is not None:
-            teacher = self._teacher(row).log_softmax(-1)  # not kept: a vocabulary is wide
-            student = self._reach(self.onward, values, weights).log_softmax(-1)
-            found["head"] = (teacher.exp() * (teacher - student)).sum(-1).mean()
+            teacher = self._teacher(row)  # not kept: a vocabulary is wide
+            student = self._reach(self.onward, values, weights)
+            found["head"] = divergence(student, teacher)
         if self.router is None:
             return found
         k = self.router[0].top_k

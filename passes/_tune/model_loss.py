@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moecc.ir.program import Program
 from moecc.ir.relative import relative
+from moecc.passes._tune.divergence import divergence
 from moecc.passes._tune.routing import boundary_loss, selection_scores, standardized, value_loss
 from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.tuned import split
@@ -121,12 +122,11 @@ class ModelLoss:
         found = {"hidden": torch.stack(hidden).mean()}
         if not self.has_head:
             return found
-        student = logits.float().log_softmax(-1)
-        teacher = self.teacher.head(target, lambda wanted: {}).float().log_softmax(-1)
-        found["kl"] = (teacher.exp() * (teacher - student)).sum(-1).mean()
+        teacher = self.teacher.head(target, lambda wanted: {})
+        found["kl"] = divergence(*(z.flatten(0, -2).float() for z in (logits, teacher)))
         if self.weights["lm"]:
             following = self.batches[row][:, 1:].flatten()
-            found["lm"] = F.nll_loss(student[:, :-1].flatten(0, 1), following)
+            found["lm"] = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), following)
         return found
 
     def _hidden(self, values: Values) -> list[str]:

@@ -60,7 +60,7 @@ def merge_into(program: Program, weight: str, update: Update) -> None:
     dtype = program.stored_dtype(weight)
     before: Callable[[], Tensor] = partial(_stored, program, weight)
     if weight in program.tensors:
-        before = program.tensors.reader(weight)
+        before = program.tensors.reader(weight).whole
     program.tensors.spill(weight, partial(_merged, before, update, dtype))
     program.rounded.add(weight)
 

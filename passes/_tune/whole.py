@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moecc.ir.graph import descendants, run_nodes
 from moecc.ir.program import Program, output_node, stage_nodes
+from moecc.passes._tune.experts import tunable
 from moecc.pipeline.stream import StageWeights, Stream, fits_in_memory
 from moecc.types import Value
 
@@ -40,7 +41,8 @@ class Whole:
         self.program = program
         self.kept = StageWeights(program) if fits_in_memory(program) else None
         self.input, self.output = program.user_inputs[0].name, output_node(program).name
-        self.stages = [stage_nodes(program, i) for i in range(program.layers)]
+        run = tunable(program)
+        self.stages = [stage_nodes(run, i) for i in range(program.layers)]
         stream = Stream(program, ())
         self.alive = [stream.needed_after(i) for i in range(program.layers)]
         self.alive[-1] = {self.output}
@@ -49,7 +51,7 @@ class Whole:
         self.reads = [
             {i.name for n in s for i in n.all_input_nodes if i.name in trained} for s in self.stages
         ]
-        roots = [n for n in program.graph.nodes if n.name in trained]
+        roots = [n for n in run.graph.nodes if n.name in trained]
         self.moving = {n.name for n in descendants([n for s in self.stages for n in s], roots)}
 
     def weights(self) -> StageWeights:

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lookup.h"
+
 extern "C" {
 // What the search for the nearest centroid needs of one expert's block. V: columns of a group.
 struct MoeccSearch {
@@ -41,6 +43,7 @@ typedef void (*MoeccStep)(const MoeccSearch*, const MoeccBlock*);
 struct MoeccCoder {
   const char* name;
   MoeccStep choose, sweep;
+  MoeccLookup decode, pull;
 };
 }
 

@@ -3,5 +3,5 @@
 #include "coder.h"
 
 namespace moecc {
-extern const MoeccCoder AVX2_CODER = {"avx2", choose, sweep};
+extern const MoeccCoder AVX2_CODER = {"avx2", choose, sweep, decode, pull};
 }  // namespace moecc

@@ -3,5 +3,5 @@
 #include "coder.h"
 
 namespace moecc {
-extern const MoeccCoder AVX512_CODER = {"avx512", choose, sweep};
+extern const MoeccCoder AVX512_CODER = {"avx512", choose, sweep, decode, pull};
 }  // namespace moecc

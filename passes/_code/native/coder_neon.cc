@@ -3,5 +3,5 @@
 #include "coder.h"
 
 namespace moecc {
-extern const MoeccCoder NEON_CODER = {"neon", choose, sweep};
+extern const MoeccCoder NEON_CODER = {"neon", choose, sweep, decode, pull};
 }  // namespace moecc

@@ -3,5 +3,5 @@
 #include "coder.h"
 
 namespace moecc {
-extern const MoeccCoder SCALAR_CODER = {"scalar", choose, sweep};
+extern const MoeccCoder SCALAR_CODER = {"scalar", choose, sweep, decode, pull};
 }  // namespace moecc
