@@ -103,7 +103,7 @@ class Resizer:
             made.tensors.pop(name)
         for name in program.tensors:  # rewritten before, such as by a merged adapter
             if name in parameters:
-                read, cut = program.tensors.reader(name), cuts.get(name)
+                read, cut = program.tensors.reader(name).whole, cuts.get(name)
                 made.tensors.spill(name, read if cut is None else partial(_read_cut, read, cut))
         made.rounded = program.rounded & parameters
         made.facts = set(program.facts)

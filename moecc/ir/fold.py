@@ -39,6 +39,7 @@ def _derive(program: Program, name: str, root: fx.Node) -> fx.Node:
     recipe, mapping = fx.Graph(), {}
     for leaf in leaves:
         mapping[leaf] = recipe.placeholder(leaf.name)
+        mapping[leaf].meta["val"] = leaf.meta["val"]
     for node in order:
         mapping[node] = recipe.node_copy(node, lambda n: mapping[n])
     recipe.output(mapping[root])

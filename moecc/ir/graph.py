@@ -131,6 +131,10 @@ def _call(node: fx.Node, value: Callable[[fx.Node], Value]) -> Value:
     assert callable(target)
     try:
         return target(*args, **kwargs)
-    except (RuntimeError, IndexError, TypeError) as e:
-        where = f"{node_text(node)} in stage {node.meta['layer']}"
-        raise MoeccError(f"{where} failed: {e}") from e
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise failed(node, error) from error
+
+
+def failed(node: fx.Node, error: Exception) -> MoeccError:
+    """Return the error that names the node which failed, and its stage."""
+    return MoeccError(f"{node_text(node)} in stage {node.meta['layer']} failed: {error}")

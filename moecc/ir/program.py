@@ -28,10 +28,11 @@ from torch.export import ExportedProgram
 
 from moecc.errors import MoeccError
 from moecc.ir import export, ops, text, verify
+from moecc.ir.derived import derive, derive_experts
 from moecc.ir.graph import copy_module
 from moecc.ir.moe import MoE, Projection, router_logits
 from moecc.ir.restriction import Restriction
-from moecc.ir.tensors import Held, Store, Weight
+from moecc.ir.tensors import Held, Reader, Store, Weight
 from moecc.types import Config
 
 __all__ = ["Program", "Resizer", "Weight", "output_node", "stage_nodes"]
@@ -101,13 +102,14 @@ class Program:
         experts: the rows of [E, ...] to read. Raise MoeccError if there is no such weight.
         """
         if name in self.tensors:
-            held = self.tensors[name]
-            return held if experts is None else held[list(experts)]
+            return (
+                self.tensors[name] if experts is None else self.tensors.reader(name).rows(experts)
+            )
         derived = self._derived(name)
-        if derived is not None and derived.recipe is not None:
-            with torch.no_grad():
-                value: Tensor = derived.recipe(*[self.read(s) for s in derived.sources])
-            return value.contiguous() if experts is None else value[list(experts)]
+        if derived is not None:
+            if experts is None:
+                return derive(derived, self._read)
+            return derive_experts(derived, self._read, experts)
         if self.store is None:
             why = "no weights, the program was traced from a config"
             raise MoeccError(f"{name}: {why}; give a checkpoint folder or hub id")
@@ -116,13 +118,16 @@ class Program:
             raise MoeccError(f"{name}: {why}; give a complete checkpoint")
         return self.store.read(name, dtype=self.dtype, experts=experts)
 
+    def _read(self, name: str, experts: Sequence[int] | None) -> Tensor:
+        return self.read(name, experts=experts)
+
     def _derived(self, name: str) -> Weight | None:
         weights = self.weights.values()
         return next((w for w in weights if w.name == name and w.recipe is not None), None)
 
-    def value(self, placeholder: fx.Node) -> Tensor:
-        """Return the tensor behind the placeholder of a weight."""
-        return self.read(self.weights[placeholder.name].name)
+    def value(self, placeholder: fx.Node, experts: Sequence[int] | None = None) -> Tensor:
+        """Return the tensor behind the placeholder of a weight, or its rows of some experts."""
+        return self.read(self.weights[placeholder.name].name, experts=experts)
 
     def origins(self, name: str) -> tuple[str, ...]:
         """Return the model parameters that a weight is computed from; a plain one is its own."""
@@ -159,17 +164,26 @@ class Program:
             advice = "that its new value" if len(sources) == 1 else "those their new values"
             raise MoeccError(f"{name} is computed from {', '.join(sources)}; give {advice}")
         self.tensors[name] = tensor
+        return self._place(name, self._fake(tensor))
+
+    def add_reader(self, name: str, like: fx.Node, read: Reader) -> fx.Node:
+        """Hold what `read` reads as the weight `name`, of the type and shape of a node's value."""
+        self.tensors.spill(name, read.whole, read.some)
+        return self._place(name, like.meta["val"])
+
+    def _place(self, name: str, value: Tensor) -> fx.Node:
+        """Return the placeholder of a held weight, whose fake value is now `value`."""
         self.rounded.discard(name)
         for node in self.graph.nodes:
             weight = self.weights.get(node.name) if node.op == "placeholder" else None
             if weight is not None and name in (weight.name, *weight.sources):
                 if weight.name == name:
-                    node.meta["val"] = self._fake(tensor)
+                    node.meta["val"] = value
                 found: fx.Node = node
                 return found
         with self.graph.inserting_before(self.user_inputs[0]):
             node = self.graph.placeholder("w_" + name.replace(".", "_"))
-        node.meta.update(val=self._fake(tensor), layer=0, path="")
+        node.meta.update(val=value, layer=0, path="")
         self.weights[node.name] = Weight(name)
         return node
 

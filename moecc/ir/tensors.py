@@ -73,17 +73,29 @@ class Store(Protocol):
         """Return a SHA-256 that tells the weights from others."""
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A held tensor that is not in memory: how to read it, and some of its rows [E, ...] alone."""
+
+    whole: Callable[[], Tensor]
+    some: Callable[[Sequence[int]], Tensor] | None = None  # None: by reading all
+
+    def rows(self, experts: Sequence[int]) -> Tensor:
+        """Return the rows `experts`."""
+        return self.whole()[list(experts)] if self.some is None else self.some(experts)
+
+
 class Held(MutableMapping[str, Tensor]):
     """Held tensors by name. A spilled tensor stays on disk and is read at every access."""
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None):
-        self._there: dict[str, Tensor | Callable[[], Tensor]] = (
+        self._there: dict[str, Tensor | Reader] = (
             dict(tensors._there) if isinstance(tensors, Held) else dict(tensors or {})
         )
 
     def __getitem__(self, name: str) -> Tensor:
         held = self._there[name]
-        return held if isinstance(held, Tensor) else held()
+        return held if isinstance(held, Tensor) else held.whole()
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         self._there[name] = tensor
@@ -108,10 +120,12 @@ class Held(MutableMapping[str, Tensor]):
         """Drop a tensor; unlike a plain mapping's `pop`, this reads no spilled one."""
         return self._there.pop(name, default)
 
-    def reader(self, name: str) -> Callable[[], Tensor]:
-        """Return a function that reads the tensor; nothing is read now."""
+    def reader(self, name: str) -> Reader:
+        """Return what reads the tensor; nothing is read now."""
         held = self._there[name]
-        return (lambda: held) if isinstance(held, Tensor) else held
+        if isinstance(held, Reader):
+            return held
+        return Reader(lambda: held, lambda experts: held[list(experts)])
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a tensor in memory; None if it was spilled."""
@@ -123,9 +137,17 @@ class Held(MutableMapping[str, Tensor]):
         held = self._there.get(name)
         return held if isinstance(held, Tensor) else None
 
-    def spill(self, name: str, read: Callable[[], Tensor]) -> None:
-        """Drop the tensor from memory; from now on `read` gives it, or its replacement."""
-        self._there[name] = read
+    def spill(
+        self,
+        name: str,
+        read: Callable[[], Tensor],
+        some: Callable[[Sequence[int]], Tensor] | None = None,
+    ) -> None:
+        """Drop the tensor from memory; from now on `read` gives it, or its replacement.
+
+        some: gives only the rows of some experts.
+        """
+        self._there[name] = Reader(read, some)
 
 
 def digest(tensor: Tensor) -> str:

@@ -64,6 +64,11 @@ DTYPES = {
 }
 
 
+def is_alike(tensor: str) -> bool:
+    """Return whether all experts share the tensor of this name as it is."""
+    return tensor == "basis" or tensor.startswith(MEAN)
+
+
 def fault(
     shapes: Mapping[str, Shape],
     sizes: tuple[int, int, int],

@@ -61,7 +61,7 @@ def spill(program: Program, names: Iterable[str], file: TensorFile) -> None:
     """Leave these tensors to `file`, so that a finished layer takes no memory."""
     for name in names:
         if name in program.tensors:
-            program.tensors.spill(name, partial(file.__getitem__, name))
+            program.tensors.spill(name, partial(file.__getitem__, name), file.entries[name].read)
 
 
 def _describe(program: Program, node: fx.Node) -> Json:

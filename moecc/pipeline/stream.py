@@ -15,8 +15,9 @@ from torch import Tensor, fx
 
 from moecc.checkpoint.memory import free_memory
 from moecc.errors import MoeccError
-from moecc.ir.graph import needed_for, run_nodes
+from moecc.ir.graph import needed_for
 from moecc.ir.program import Program, output_node, stage_nodes
+from moecc.pipeline.batches import run_batches
 from moecc.types import Value
 
 _ADVICE = "the model's own numbers leave the range of float32; check its weights"
@@ -84,14 +85,16 @@ class Stream:
 
         Raise MoeccError if a value that a later stage reads is NaN.
         """
-        nodes = stage_nodes(self.program, self.stage)
-        weights, keep = StageWeights(self.program), self.needed_after(self.stage)
-        for batch, values in enumerate(self.values):
-            for node, value in run_nodes(nodes, values, weights, keep):
-                if node.name in keep:
-                    require_numbers(value, f"what {self._place()} gives")
-                if visit is not None:
-                    visit(node, value, batch)
+        nodes, keep = stage_nodes(self.program, self.stage), self.needed_after(self.stage)
+
+        def checked(node: fx.Node, value: Value, batch: int) -> None:
+            if node.name in keep:
+                require_numbers(value, f"what {self._place()} gives")
+            if visit is not None:
+                visit(node, value, batch)
+
+        run_batches(self.program, nodes, self.values, StageWeights(self.program), keep, checked)
+        for values in self.values:
             for name in [n for n in values if n not in keep]:
                 del values[name]
         self.stage += 1
@@ -106,14 +109,14 @@ class Stream:
         wanted = set(names)
         found: dict[str, list[Value]] = {n: [] for n in wanted}
         nodes = needed_for(stage_nodes(self.program, stage), wanted)
+        here = [dict(values) for values in self.values]
+        keep = wanted.union(*self.values)
         weights = StageWeights(self.program)
-        for values in self.values:
-            here = dict(values)
-            for _ in run_nodes(nodes, here, weights, keep=wanted | set(values)):
-                pass
+        run_batches(self.program, nodes, here, weights, keep, lambda node, value, batch: None)
+        for values in here:
             for name in wanted:
-                require_numbers(here[name], f"{name} in {self._place()}")
-                found[name].append(here[name])
+                require_numbers(values[name], f"{name} in {self._place()}")
+                found[name].append(values[name])
         return found
 
     def _place(self) -> str:

@@ -1,0 +1,194 @@
+"""Run the nodes of a stage on many batches: an experts node takes all batches, expert by expert.
+
+So each expert's weights are read once for all tokens, and no more than one expert's are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from moecc.checkpoint.memory import release
+from moecc.ir import ops
+from moecc.ir.graph import failed, run_nodes
+from moecc.ir.moe import MoE, operand_names
+from moecc.ir.program import Program
+from moecc.types import Value
+
+Visit: TypeAlias = Callable[[fx.Node, Value, int], None]
+_LARGE = ("gate_up", "down", "codes", "signs", "coef")  # ends of operands read expert by expert
+_TOKENS = 2048  # that go through an expert at once
+_LARGE_BYTES = 1 << 24  # of a value of all batches that is laid side by side
+_SHARED = ("basis", "post_norm")  # and of those that all experts share as they are
+
+
+def run_batches(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    values: Sequence[dict[str, Value]],
+    weights: Mapping[str, Tensor],
+    keep: set[str],
+    visit: Visit,
+) -> None:
+    """Evaluate `nodes` in order for each batch, and call `visit(node, value, batch)` per result.
+
+    values: by node name for each batch; read and extended. A value is dropped after its last use
+    unless its name is in `keep`. Raise MoeccError, with node and stage, if a node fails.
+    """
+    pieces = list(_pieces(nodes)) if values else []
+    for i, piece in enumerate(pieces):
+        needed = keep.union(n.name for p in pieces[i + 1 :] for m in p for n in m.all_input_nodes)
+        if piece[0].target in ops.MOE_OPS:
+            _run_experts(program, piece[0], values, weights, visit)
+            for there in values:
+                for name in [n.name for n in piece[0].all_input_nodes if n.name not in needed]:
+                    there.pop(name, None)
+            continue
+        large = _SideBySide(len(values))
+        for batch, there in enumerate(values):
+            for node, value in run_nodes(piece, there, weights, needed):
+                visit(node, value, batch)
+            large.move(batch, there, needed)
+        release()
+
+
+class _SideBySide:
+    """Lays the batches of each large value side by side in one tensor, of which all are views.
+
+    A heap can't give back the room of temporaries between many values that stay; and an experts
+    node then needs no copy of its inputs.
+    """
+
+    def __init__(self, batches: int):
+        self.batches = batches
+        self.rows: dict[str, Tensor] = {}  # of each value: [batches, numbers of one]
+
+    def move(self, batch: int, values: dict[str, Value], names: set[str]) -> None:
+        """Move the large ones among the values of a batch called `names`."""
+        sharing: dict[int, list[str]] = {}  # names of values on the same storage
+        for name in sorted(names & values.keys()):
+            value = values[name]
+            if isinstance(value, Tensor):
+                sharing.setdefault(value.untyped_storage().data_ptr(), []).append(name)
+        for group in sharing.values():
+            first, *others = tensors = [v for n in group if isinstance(v := values[n], Tensor)]
+            # views of a part would no longer see what is written into the whole
+            if first.nbytes * self.batches < _LARGE_BYTES or not all(map(_whole, tensors)):
+                continue
+            if any(t.dtype != first.dtype for t in others):
+                continue
+            key = group[0]
+            rows = self.rows.get(key)
+            if rows is None:
+                rows = self.rows[key] = first.new_empty(self.batches, first.numel())
+            if rows.shape[1] == first.numel() and rows.dtype == first.dtype:  # no shorter batch
+                moved = rows[batch].copy_(first.flatten())
+                values.update({n: moved.view(t.shape) for n, t in zip(group, tensors, strict=True)})
+
+
+def _whole(value: Tensor) -> bool:
+    """Return whether a tensor is all of its storage, in order."""
+    return value.is_contiguous() and value.nbytes == value.untyped_storage().nbytes()
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """Return the batches of a value as one tensor, without a copy if they lie side by side."""
+    base, at = parts[0]._base, parts[0].data_ptr()
+    for part in parts:
+        if base is None or part._base is not base or part.data_ptr() != at:
+            return torch.cat(list(parts))
+        at += part.nbytes
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    return parts[0].as_strided(shape, parts[0].stride())
+
+
+def _pieces(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
+    """Yield the experts nodes one by one, and what lies between them."""
+    between: list[fx.Node] = []
+    for node in nodes:
+        if node.target not in ops.MOE_OPS:
+            between.append(node)
+            continue
+        if between:
+            yield between
+        yield [node]
+        between = []
+    if between:
+        yield between
+
+
+def _run_experts(
+    program: Program,
+    node: fx.Node,
+    values: Sequence[dict[str, Value]],
+    weights: Mapping[str, Tensor],
+    visit: Visit,
+) -> None:
+    """Add a node's result to the values of each batch."""
+    x, index, weight = ([_tensor(there, weights, n) for there in values] for n in node.args[:3])
+    try:
+        read = partial(_operands, program, node, weights)
+        found = outputs(node, _together(x), _together(index), _together(weight), read)
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise failed(node, error) from error
+    for batch, (there, y) in enumerate(zip(values, found.split([len(t) for t in x]), strict=True)):
+        there[node.name] = y
+        visit(node, y, batch)
+
+
+def _tensor(values: Mapping[str, Value], weights: Mapping[str, Tensor], node: object) -> Tensor:
+    assert isinstance(node, fx.Node)
+    found = values[node.name] if node.name in values else weights[node.name]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def outputs(
+    node: fx.Node,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    operands: Callable[[int], list[Tensor | None]],
+) -> Tensor:
+    """Return the result [T, D] of an experts node for inputs [T, D], experts and weights [T, k].
+
+    operands: those of one expert, as if the node had no other.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    reference = ops.REFERENCE[node.target]
+    moe = MoE(node, node.meta["path"], node.meta["layer"], None)
+    experts, k, flat = moe.sizes[0], index.shape[1], index.reshape(-1)
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < experts:
+        raise IndexError(f"moecc: expert index outside 0..{experts - 1}")
+    slots = flat.argsort(stable=True).split(flat.bincount(minlength=experts).tolist())
+    weight = weight.reshape(-1, 1)
+    total = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    for e, its in enumerate(slots):
+        own: list[Tensor | None] = []  # before those of the next are read
+        own += operands(e) if len(its) else []
+        for some in its.split(_TOKENS) if len(its) else ():
+            rows, first = some // k, index.new_zeros(len(some), 1)
+            y = reference(x[rows], first, weight[some], *own, **node.kwargs)
+            total.index_add_(0, rows, y.to(total.dtype))
+    return total.to(x.dtype)
+
+
+def _operands(
+    program: Program, node: fx.Node, weights: Mapping[str, Tensor], expert: int
+) -> list[Tensor | None]:
+    """Return the operands of one expert, those of its projections and norm."""
+    found: list[Tensor | None] = []
+    for name, operand in zip(operand_names(node)[3:], node.args[3:], strict=False):
+        if not isinstance(operand, fx.Node):
+            found.append(None)
+        elif name.endswith(_LARGE) and "_mean_" not in name:
+            found.append(program.value(operand, [expert]))
+        else:
+            value = weights[operand.name]
+            alike = name.endswith(_SHARED) or len(value) == 1
+            found.append(value if alike else value[expert : expert + 1])
+    return found
