@@ -28,6 +28,7 @@ from typing import Any
 KINDS = {
     "none": "nothing",
     "moment": "SIGKILL after {amount:.2f} s",
+    "worker": "SIGKILL of a worker after {amount:.2f} s",
     "write": "SIGKILL before write {at}",
     "bytes": "killed after {amount} bytes of a file, from write {at} on",
     "signal": "{signal} before write {at}",

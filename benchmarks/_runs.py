@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,8 @@ Command = Callable[[Sequence[str]], int]  # the command line in this process
 UNDISTURBED = Fault()
 LONGEST = 1800  # seconds of one run; more is a hang
 STREAMS = ("closed", "unread", "head")
+MOMENTS = ("moment", "worker")  # faults that come at a time, from outside
+PROGRAM = "workers/program.py"  # of a worker process
 _AGAIN = re.compile(r"(\d+) stages of it are finished")
 
 
@@ -36,7 +38,7 @@ class Scenario:
 
     inputs: the folder that the box begins as. out: what the command makes there. at_once: it is
     there whole or not at all. program: a module or a file that Python runs. settings: as in `Spec`.
-    environment: variables that it finds set.
+    environment: variables that it finds set. workers: processes that it may have of its own.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Scenario:
     program: str = "moecc"
     settings: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    workers: int = 1
 
     def made(self, box: Path) -> bool:
         """Return whether the result is there."""
@@ -154,8 +157,8 @@ class Runner:
         if fault.kind == "unread":
             os.close(reading)
             reading = -1
-        until = start + (fault.amount if fault.kind == "moment" else LONGEST)
-        errors, status = _follow(pid, reading, until, one_line=fault.kind == "head")
+        moment = start + (fault.amount if fault.kind in MOMENTS else LONGEST)
+        errors, status = _follow(pid, reading, moment, fault.kind)
         return Ended(
             os.waitstatus_to_exitcode(status),
             errors,
@@ -202,16 +205,18 @@ def _streams(errors: int, fault: Fault) -> None:
 def _program(scenario: Scenario, spec: Spec) -> list[str]:
     """Return the command line of a process of its own; without a hook if none is needed."""
     if scenario.program == "moecc" and not scenario.settings and not spec.fault.at:
-        if spec.fault.kind in ("none", "moment", *STREAMS):
+        if spec.fault.kind in ("none", *MOMENTS, *STREAMS):
             return [sys.executable, "-P", "-m", "moecc", *scenario.arguments]
     faults = str(Path(__file__).with_name("_faults.py"))
     return [sys.executable, "-P", faults, spec.to_json(), scenario.program, *scenario.arguments]
 
 
-def _follow(pid: int, pipe: int, until: float, *, one_line: bool) -> tuple[str, int]:
-    """Return what a process writes and its status; kill it at the time `until`.
+def _follow(pid: int, pipe: int, moment: float, kind: str) -> tuple[str, int]:
+    """Return what a process writes and its status.
 
-    one_line: close the pipe after the first line. A negative pipe is closed already.
+    What a fault of a `kind` ends is killed from a moment on: a worker that the process has started
+    by then, once, or the process itself. Of "head", the pipe is closed after the first line. A
+    negative pipe is closed already.
     """
     found = b""
     while True:
@@ -219,13 +224,28 @@ def _follow(pid: int, pipe: int, until: float, *, one_line: bool) -> tuple[str, 
         while pipe >= 0 and select.select([pipe], [], [], 0 if ended else 0.005)[0]:
             data = os.read(pipe, 1 << 16)
             found += data
-            if not data or (one_line and b"\n" in found):
+            if not data or (kind == "head" and b"\n" in found):
                 os.close(pipe)
                 pipe = -1
         if ended:
             if pipe >= 0:  # a process that the killed one has started holds the other end
                 os.close(pipe)
             return found.decode(errors="replace"), status
-        if time.perf_counter() > until:
-            os.kill(pid, signal.SIGKILL)
+        if time.perf_counter() > moment:
+            victims = [pid] if kind != "worker" else _workers(pid)[-1:]
+            for victim in victims:
+                os.kill(victim, signal.SIGKILL)
+            if kind == "worker" and victims:
+                kind, moment = "none", moment + LONGEST
         time.sleep(0.005 if pipe < 0 else 0)
+
+
+def _workers(pid: int) -> list[int]:
+    """Return the worker processes that a process has now."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            command, stat = ((folder / name).read_text() for name in ("cmdline", "stat"))
+            if PROGRAM in command and int(stat.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(folder.name))
+    return found

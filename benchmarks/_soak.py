@@ -25,6 +25,7 @@ from _runs import LONGEST, STREAMS, UNDISTURBED, Case, Ended, Runner, Scenario
 Content = dict[str, str]  # path -> digest of a file, "" of a folder
 
 NOT_OURS = ("tmp/.ses",)  # onnxruntime's
+REPLACED = "note: a worker was ended by SIGKILL"
 KILLED = {"moment": -signal.SIGKILL, "write": -signal.SIGKILL, "bytes": -signal.SIGXFSZ}
 
 
@@ -113,7 +114,7 @@ def _step(
     with case.disk.failing(fault) if case.disk else nullcontext():
         ended = runner.run(case, box, fault)
     played.ends.append(ended)
-    if fault != UNDISTURBED and (ended.code or fault.kind in STREAMS):
+    if fault != UNDISTURBED and (ended.code or fault.kind in STREAMS or REPLACED in ended.errors):
         played.met.append(fault)
     wrong, now = _misbehaviour(fault, ended, made), content(box)
     wrong += [line for line in differences(given, now) if not line.endswith("left over")]
@@ -165,7 +166,7 @@ def _codes(fault: Fault, made: bool) -> list[int]:
     """Return the exit codes that are right; 0 if a fault comes too late, or stops nothing."""
     if made:
         return [2]
-    if fault == UNDISTURBED or fault.kind in ("closed", "unread"):
+    if fault == UNDISTURBED or fault.kind in ("closed", "unread", "worker"):
         return [0]
     if fault.kind == "signal":
         return [0, 128 + int(fault.amount)]
@@ -221,6 +222,12 @@ def _write(whole: Whole, rng: random.Random) -> int:
     return rng.randint(1, whole.ended.writes)
 
 
+def _of_a_worker(whole: Whole, rng: random.Random) -> list[Fault]:
+    """Draw moments in the second half of a run, when most workers have begun."""
+    return [Fault("worker", amount=whole.ended.seconds * rng.uniform(0.5, 1)) for _ in range(3)]
+
+
+OF_WORKERS = "workers"
 EVERY = "every-write"  # SIGKILL before each
 # the faults of a drill that a scenario meets, one in each case
 DRILLS: dict[str, tuple[Draw, ...]] = {
@@ -240,6 +247,7 @@ DRILLS: dict[str, tuple[Draw, ...]] = {
         ],
     ),
     "stopped": (_writes("signal", signal.SIGINT, signal.SIGTERM),),
+    OF_WORKERS: (_of_a_worker,),
     EVERY: (lambda whole, rng: [Fault("write", n + 1) for n in range(whole.ended.writes)],),
 }
 ON_DISK = ("fill", "read-only")  # the box must lie on a disk of its own

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from _runs import UNDISTURBED, Case, Runner, Scenario
@@ -21,20 +22,30 @@ QUICK = "vq{rounds=1,codebook=layer}"
 COMPILER = '#!/bin/sh\n[ "$1" = --version ] && exit\nfor last; do :; done\necho made > "$last"\n'
 
 
-def compilation(work: Path, name: str, passes: str, *more: str, inputs: str = "plain") -> Scenario:
-    arguments = ("compile", "model", "--passes", passes, "-o", "out", *ROWS, *more)
+def compilation(
+    work: Path, workers: int, name: str, passes: str, *more: str, inputs: str = "plain"
+) -> Scenario:
+    options = ("-o", "out", *ROWS, "--workers", str(workers), *more)
     settings = {"moecc.artifact.write:SHARD_BYTES": 30_000} if inputs == "shards" else {}
-    return Scenario(name, arguments, work / "inputs" / inputs, "out", settings=settings)
+    return Scenario(
+        name,
+        ("compile", "model", "--passes", passes, *options),
+        work / "inputs" / inputs,
+        "out",
+        settings=settings,
+        workers=workers,
+    )
 
 
-def scenarios(work: Path) -> list[Scenario]:
-    inputs = work / "inputs"
+def scenarios(work: Path, workers: int = 1) -> list[Scenario]:
+    """Return every command. workers: of those that compile."""
+    inputs, compiles = work / "inputs", partial(compilation, work, workers)
     return [
-        compilation(work, "vsraq,kbvq", "vsraq{steps=3},kbvq{rank=4,mean=2}"),
-        compilation(work, "sensitivity,kbvq", "sensitivity,kbvq{rank=4}", "--dump", "dump"),
-        compilation(work, "kbvq,rilq,merge", "kbvq{bits=3.5},rilq{steps=4,rank=2,lr=15},merge"),
-        compilation(work, "shards: vq,dense", f"{QUICK},dense{{group=16}}", inputs="shards"),
-        compilation(work, "vq --backend onnx", QUICK, "--backend", "onnx{profile=portable}"),
+        compiles("vsraq,kbvq", "vsraq{steps=3},kbvq{rank=4,mean=2}"),
+        compiles("sensitivity,kbvq", "sensitivity,kbvq{rank=4}", "--dump", "dump"),
+        compiles("kbvq,rilq,merge", "kbvq{bits=3.5},rilq{steps=4,rank=2,lr=15},merge"),
+        compiles("shards: vq,dense", f"{QUICK},dense{{group=16}}", inputs="shards"),
+        compiles("vq --backend onnx", QUICK, "--backend", "onnx{profile=portable}"),
         Scenario(
             "export --to dense",
             ("export", "artifact", "--to", "dense", "-o", "new/folder"),

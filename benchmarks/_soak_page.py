@@ -15,7 +15,10 @@ def failure(played: Played, seed: int) -> str:
     lines += [f"  {line}" for line in played.wrong]
     for ended in played.ends:
         lines += [f"  exit {ended.code}", *(f"    {line}" for line in ended.errors.splitlines())]
-    lines.append(f"  python benchmarks/soak.py --seed {seed} --only {case.key}   repeats it")
+    workers = f" --workers {case.scenario.workers}" if case.scenario.workers > 1 else ""
+    lines.append(
+        f"  python benchmarks/soak.py --seed {seed}{workers} --only {case.key}   repeats it"
+    )
     return "\n".join(lines)
 
 

@@ -3,14 +3,15 @@
     python benchmarks/soak.py --kills 100
         100 kills and all drills; the page to benchmarks/results/soak.md
     python benchmarks/soak.py --kills 0 --drills memory "full-disk"
+    python benchmarks/soak.py --kills 30 --workers 2 --commands vsraq,kbvq
     python benchmarks/soak.py --seed 0 --only 17        # one case again, as a failure says
 
 A case runs a command in a folder of its own; faults happen to it, often several in a row; then it
 runs undisturbed. Every file must end with the digest that an undisturbed run gives it, nothing of
 the user's may change, and nothing may be left over. Kills come at a random moment (SIGKILL), before
 a random write, and after a random number of a file's bytes. Drills are a full-disk, a limit on the
-sizes of files, a closed stderr, a read-only target, too little memory, and Ctrl-C and SIGTERM. What
-is refused must end in one line and keep its finished work.
+sizes of files, a closed stderr, a read-only target, too little memory, Ctrl-C and SIGTERM, and with
+--workers SIGKILL of a worker. What is refused must end in one line and keep its finished work.
 
 Most runs are forks of this process, which has imported torch and traced the model; one case in six
 runs as processes of their own. A kill is not a power failure: what was written stays written.
@@ -32,7 +33,7 @@ from itertools import count
 from pathlib import Path
 
 from _runs import Case, Disk, Scenario
-from _soak import DRILLS, EVERY, ON_DISK, Played, Whole, drill, kills, measure, play
+from _soak import DRILLS, EVERY, OF_WORKERS, ON_DISK, Played, Whole, drill, kills, measure, play
 from _soak_inputs import ROOT, scenarios, warm
 from _soak_page import document, failure
 from tqdm import tqdm
@@ -62,7 +63,7 @@ class Soak:
 
     def __init__(self, work: Path, args: argparse.Namespace, mounts: bool):
         self.seed, self.names = args.seed, args.commands
-        self.every = {s.name: s for s in scenarios(work) if s.name in self.names}
+        self.every = {s.name: s for s in scenarios(work, args.workers) if s.name in self.names}
         self.runner, self.before = warm(work, list(self.every.values()))
         self.wholes: dict[str, Whole] = {}
         self.disk = Disk.mounted(work / "disk", 32 << 20) if mounts else None
@@ -84,7 +85,8 @@ class Soak:
     def drilled(self, name: str) -> Iterator[Case]:
         """Return the cases of a drill."""
         numbers = count()
-        for scenario in [self.every[n] for n in self.names if n in DRILLED or name == EVERY]:
+        drilled = [self.every[n] for n in self.names if n in DRILLED or name == EVERY]
+        for scenario in [s for s in drilled if s.workers > 1 or name != OF_WORKERS]:
             rng = random.Random(f"{self.seed} {name} {scenario.name}")
             for fault in drill(name, self.whole(scenario), rng):
                 key, on_disk = f"{name}.{next(numbers)}", fault.kind in ON_DISK
@@ -148,6 +150,9 @@ def options() -> argparse.Namespace:
         choices=list(DRILLS),
         default=[name for name in DRILLS if name != EVERY],
         help=f"all but {EVERY}, a kill before each write, by default",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="of compile (default: 1)"
     )
     parser.add_argument("--commands", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--only", metavar="CASE", help="play one case again")

@@ -188,7 +188,7 @@ def _moments(layer: Layer, moe: MoE) -> dict[str, Tensor]:
     hidden = gate_up.new_empty(len(gate_up), *[down.shape[2]] * 2)
     for e, weight in enumerate(gate_up):
         x, own = routed.x[routed.rows(e)], None if bias is None else bias[e]
-        hidden[e] = mean_outer(hidden_units(moe, x, weight, own))
+        hidden[e] = mean_outer(hidden_units(moe.attributes, x, weight, own))
     unused = hidden.diagonal(dim1=-2, dim2=-1).sum(-1) == 0
     # An expert without tokens gets the others' mean: damping would make zeros the identity, and
     # then it would count as much as all others.

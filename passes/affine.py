@@ -26,6 +26,7 @@ Shapes: E experts, n tokens, N rows, K columns; slope and offset [E, N], operand
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -37,23 +38,45 @@ from moecc.ir.gates import apply_gate
 from moecc.ir.moe import MoE
 from moecc.ir.ops import VQ_EXPERTS
 from moecc.options import option
-from moecc.passes._code.moments import Moments, Routed, hidden_units, routed_tokens
+from moecc.passes._code.moments import Common, Expert, Moments, Routed, hidden_units, routed_tokens
 from moecc.passes._code.rate import gain
 from moecc.passes._code.regression import Sums, shift, sums_of
 from moecc.passes._code.stored import CodedProjection
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
+from moecc.pipeline.work import Scope, Work, factor
+from moecc.pipeline.workers.base import Workers
+from moecc.types import Json
 
 _MOST_TOKENS = 2048  # of one expert, spread over the calibration text
 
 
-class Seen(NamedTuple):
-    """The calibration tokens of one expert at one of its projections."""
+@dataclass(frozen=True)
+class Unit:
+    """One expert and its calibration tokens.
 
-    intended: Tensor  # [n, K]: the float model's input
-    dense: Tensor  # [N, K]: the float weight
-    arrived: Tensor  # [n, K]: the input behind the coded projections before
-    weight: Tensor  # [n]
+    gate_up is fitted on what arrives there; down, if `fit` is given, on what arrives behind it.
+    """
+
+    attributes: Json
+    x: Tensor  # [n, D]
+    weight: Tensor  # [n]: squared routing weights
+    expert: Expert | None  # bare; tells what errors of outputs cost; None: all channels alike
+    dense: tuple[Tensor, Tensor, Tensor | None]  # the float gate_up, down and gate_up's bias
+    gate_up: CodedProjection
+    down: CodedProjection
+    fit: tuple[Tensor | None, Tensor | None] | None = None  # slope and offset of gate_up, [N]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one expert's tokens say of the correction of a projection."""
+
+    coded: float  # the error on held-out tokens without any
+    slope: float  # with a slope
+    both: float  # with an offset too
+    sums: Sums
+    lines: dict[bool, tuple[Tensor, Tensor]]  # slope and offset by whether there is an offset
 
 
 class Fit(NamedTuple):
@@ -82,6 +105,18 @@ class AffineCorrection(LayerPass):
             offsets = 16 * p.experts * p.rows
             p.add(offsets * (self.offset == "on"), offsets * (self.offset != "off"))
 
+    def work(self, scope: Scope) -> Work:
+        done = Work()
+        for layer in scope.layers:
+            seen = min(_MOST_TOKENS, scope.tokens * layer.top_k / layer.experts)
+            done.products += layer.experts * seen * 5 * layer.weights
+            if scope.weighted:
+                sizes = (layer.rows, layer.hidden)
+                done.products += layer.experts * sum(2 * seen * n**2 for n in sizes)
+                # solved in float64, three times
+                done.factors += layer.experts * sum(3 * factor(n) for n in sizes)
+        return done
+
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         return any(
             [self.correct(layer, moe, ctx) for moe in layer.moe if moe.node.target is VQ_EXPERTS]
@@ -92,7 +127,7 @@ class AffineCorrection(LayerPass):
         planned = "budget" in ctx.data
         if planned and self.offset == "on":
             raise MoeccError("affine: offset=on can't be planned by budget; leave it out")
-        fits = (replace(self, offset="off") if planned else self).fit(layer, moe)
+        fits = (replace(self, offset="off") if planned else self).fit(layer, moe, ctx.workers)
         for projection in moe.projections:
             slope, offset, moved = fits[projection.name]
             found = {k: v for k, v in (("slope", slope), ("offset", offset)) if v is not None}
@@ -102,66 +137,92 @@ class AffineCorrection(LayerPass):
             ctx.record(projection.path, affine="+".join(found) or "none", output_shift=moved)
         return any(v is not None for fit in fits.values() for v in (fit.slope, fit.offset))
 
-    def fit(self, layer: Layer, moe: MoE) -> dict[str, Fit]:
+    def fit(self, layer: Layer, moe: MoE, workers: Workers) -> dict[str, Fit]:
         """The corrections of both projections, by name; down's is fitted behind gate_up's."""
-        routed = layer.data.get(("routed", moe.path)) or routed_tokens(layer, moe)
-        moments: Moments | None = layer.data.get(("moments", moe.path))
-        coded = {p.name: CodedProjection(layer.stored(p), p.input_side) for p in moe.projections}
-        costs = {p: None if moments is None else moments.output_of(p) for p in coded}
-        seen = _entering(layer, moe, routed)
-        first = self.regress(coded["gate_up"], seen, costs["gate_up"])
-        behind = _between(layer, moe, coded["gate_up"], seen, first)
-        return {"gate_up": first, "down": self.regress(coded["down"], behind, costs["down"])}
+        units = _Units(layer, moe)
+        first = self.chosen(units.gate_up, list(workers.run(regress, units.each(), units.common)))
+        behind = list(workers.run(regress, units.each(first), units.common))
+        return {"gate_up": first, "down": self.chosen(units.down, behind)}
 
-    def regress(self, coded: CodedProjection, seen: list[Seen], cost: Tensor | None) -> Fit:
-        """Steps 2 and 3 for one projection; cost [E, N, N], None if all channels count alike."""
-        coded_error = slope_error = both_error = 0.0
-        sums: list[Sums] = []
-        # by whether there is an offset
-        lines: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}
-        for e, (intended, dense, arrived, weight) in enumerate(seen):
-            v, low = coded.parts(e, arrived)
-            t = intended @ dense.T - low
-            own = None if cost is None else cost[e]
-            fit, rest = (sums_of(v[i::2], t[i::2], weight[i::2], own) for i in (0, 1))
-            coded_error += rest.error(1.0, 0.0)
-            slope_error += rest.error(fit.line(offset=False)[0], 0.0)
-            both_error += rest.error(*fit.line(offset=True))
-            both = fit + rest
-            sums.append(both.plain)
-            for offset, found in lines.items():
-                found.append(both.line(offset=offset))
+    def chosen(self, coded: CodedProjection, found: list[Line]) -> Fit:
+        """Step 3 for one projection, from the lines of its experts."""
+        coded_error, slope_error, both_error = (
+            sum(getattr(line, name) for line in found) for name in ("coded", "slope", "both")
+        )
         price = 0.0 if coded.bias is not None else 16 / coded.columns
         worth = gain(min(coded_error, slope_error), both_error, price) > 0
         use_offset = self.offset == "on" or (self.offset == "auto" and worth)
+        sums = [line.sums for line in found]
         if not use_offset and slope_error >= coded_error:
             return Fit(None, None, shift(sums, [(1.0, 0.0)] * len(sums)))
-        slope, offsets = (torch.stack([x[i] for x in lines[use_offset]]).float() for i in (0, 1))
-        return Fit(slope, offsets if use_offset else None, shift(sums, list(lines[use_offset])))
+        lines = [line.lines[use_offset] for line in found]
+        slope, offsets = (torch.stack([line[i] for line in lines]).float() for i in (0, 1))
+        return Fit(slope, offsets if use_offset else None, shift(sums, list(lines)))
 
 
-def _entering(layer: Layer, moe: MoE, routed: Routed) -> list[Seen]:
-    """Each expert's tokens in front of gate_up."""
-    gate_up, found = layer.original(moe.gate_up), []
-    assert gate_up is not None
-    for e in range(len(gate_up)):
-        rows = routed.rows(e)
-        rows = rows[:: max(1, -(-len(rows) // _MOST_TOKENS))]
-        x = routed.x[rows]
-        found.append(Seen(x, gate_up[e], x, routed.weight_of(e, rows).square()))
-    return found
+def regress(unit: Unit, common: Common | None = None) -> Line:
+    """Steps 1 and 2 for one expert's projection."""
+    gate_up, down, bias = unit.dense
+    coded, arrived, intended, dense, name = unit.gate_up, unit.x, unit.x, gate_up, "gate_up"
+    if unit.fit is not None:
+        a, name = unit.attributes, "down"
+        rows = unit.gate_up.apply(0, unit.x, *(None if f is None else f[None] for f in unit.fit))
+        coded, arrived = unit.down, apply_gate(rows, a["act"], a["gate"], a["alpha"], a["limit"])
+        intended, dense = hidden_units(a, unit.x, gate_up, bias), down
+    v, low = coded.parts(0, arrived)
+    t = intended @ dense.T - low
+    cost = None
+    if unit.expert is not None and common is not None:
+        cost = unit.expert.under(common).output(name)
+    fit, rest = (sums_of(v[i::2], t[i::2], unit.weight[i::2], cost) for i in (0, 1))
+    coded_error, slope_error = rest.error(1.0, 0.0), rest.error(fit.line(offset=False)[0], 0.0)
+    both = fit + rest
+    lines = {offset: both.line(offset=offset) for offset in (True, False)}
+    both_error = rest.error(*fit.line(offset=True))
+    return Line(coded_error, slope_error, both_error, both.plain, lines)
 
 
-def _between(
-    layer: Layer, moe: MoE, gate_up: CodedProjection, entering: list[Seen], fit: Fit
-) -> list[Seen]:
-    """The same tokens in front of down, behind the corrected gate_up."""
-    down, bias = layer.original(moe.down), layer.original(moe.gate_up, "bias")
-    assert down is not None
-    a, found = moe.attributes, []
-    for e, (x, w, _, weight) in enumerate(entering):
-        rows = gate_up.apply(e, x, fit.slope, fit.offset)
-        arrived = apply_gate(rows, a["act"], a["gate"], a["alpha"], a["limit"])
-        intended = hidden_units(moe, x, w, None if bias is None else bias[e])
-        found.append(Seen(intended, down[e], arrived, weight))
-    return found
+class _Units:
+    """The experts of a layer, one unit each."""
+
+    def __init__(self, layer: Layer, moe: MoE):
+        self.layer, self.moe = layer, moe
+        self.routed: Routed = layer.data.get(("routed", moe.path)) or routed_tokens(layer, moe)
+        self.moments: Moments | None = layer.data.get(("moments", moe.path))
+        self.gate_up, self.down = (
+            CodedProjection(layer.stored(p), p.input_side) for p in moe.projections
+        )
+
+    @property
+    def common(self) -> Common | None:
+        """What experts share of the costs of errors."""
+        return None if self.moments is None else self.moments.common
+
+    def each(self, gate_up: Fit | None = None) -> Iterator[Unit]:
+        """A unit of each expert for gate_up or, behind its correction, for down."""
+        for e in range(self.moe.sizes[0]):
+            rows = self.routed.rows(e)
+            rows = rows[:: max(1, -(-len(rows) // _MOST_TOKENS))]
+            moments = self.moments
+            fit = None
+            if gate_up is not None:
+                slope, offset = (None if f is None else f[e] for f in gate_up[:2])
+                fit = slope, offset
+            yield Unit(
+                self.moe.attributes,
+                self.routed.x[rows],
+                self.routed.weight_of(e, rows).square(),
+                moments.expert(e).bare() if moments is not None and moments.weighted else None,
+                self.dense(e),
+                self.gate_up.of_expert(e),
+                self.down.of_expert(e),
+                fit,
+            )
+
+    def dense(self, e: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The float model's gate_up and down of an expert, and gate_up's bias."""
+        parts = ((self.moe.gate_up, ""), (self.moe.down, ""), (self.moe.gate_up, "bias"))
+        found = [self.layer.original(p, part, [e]) for p, part in parts]
+        gate_up, down, bias = (None if t is None else t[0] for t in found)
+        assert gate_up is not None and down is not None
+        return gate_up, down, bias

@@ -133,21 +133,19 @@ class PlanBits(Pass):
         cost = ctx.data["sensitivity"][moe.path] if known else None
         moments = measure(layer, moe, routed_tokens(layer, moe), cost)
         cases = {p: Case.of(layer, p, moments, ctx) for p in moe.projections}
-        return {
-            p.path: (case.weight.numel(), list(self._offers_of(p, case)))
-            for p, case in cases.items()
-        }
+        return {p.path: (p.weights, list(self._offers_of(p, case))) for p, case in cases.items()}
 
     def _offers_of(self, projection: Projection, case: Case) -> Iterator[Planned]:
-        experts, rows, columns = case.weight.shape
+        experts, rows, columns = projection.shape
         bias = 0 if projection.operand("bias") is None else 16 * experts * rows
         books = {k: v for k, v in _BOOKS.items() if self.codebook in ("auto", k)}
-        for c in case.choices(*case.offers(self.mean, self.rank), case.cost(2)):
+        whole = case.cost(2)
+        for c in case.choices(*case.offers(self.mean, self.rank)):
             for bits, error in _ERROR.items():
                 for book, factor in books.items():
                     own = experts if book == "expert" else 1
                     stored = c.bits + bias + coded_bits(experts, rows, columns, bits, books=own)
-                    cost = c.cost * error * factor
+                    cost = whole * c.cost * error * factor
                     yield Planned(bits, book, c.mean, c.rank, cost, stored)
 
 

@@ -21,6 +21,7 @@ from moecc.ir.ops import VQ_EXPERTS
 from moecc.passes._code.half import compact
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
+from moecc.pipeline.work import Scope, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class FoldAffine(LayerPass):
 
     def estimate(self, found: Estimate) -> None:
         return None
+
+    def work(self, scope: Scope) -> Work:
+        return Work()
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         found = [m for m in layer.moe if m.node.target is VQ_EXPERTS]

@@ -22,20 +22,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from moecc.ir import vq4
 from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS, KLT_EXPERTS
+from moecc.ir.program import Program
+from moecc.ir.tensors import Reader
 from moecc.options import option
 from moecc.passes._code import native
-from moecc.passes._code.basis import Shared
+from moecc.passes._code.basis import Shared, Unread, factorize
 from moecc.passes._code.moments import Moments
 from moecc.passes._code.rate import gain
-from moecc.passes._code.sharing import Case, Choice
+from moecc.passes._code.sharing import Case, Choice, sample_size
 from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
+from moecc.pipeline.work import Scope, Work, each, factor
 
 Cases = dict[Projection, Case]
 
@@ -74,6 +77,17 @@ class SharedBasis(LayerPass):
         if "auto" in (self.rank, self.mean) and "budget" not in found.data:
             found.remarks.append("a shared mean and basis come on top where they earn their bits")
 
+    def work(self, scope: Scope) -> Work:
+        done = Work()
+        for layer, rows, columns, tokens in each(scope):
+            some = sample_size(layer.experts, rows * columns + columns**2 + rows**2)
+            share = some / layer.experts
+            done.here += share * tokens * (columns**2 + layer.rows * layer.hidden)
+            done.here += some * (factor(columns) + 3 * rows * columns**2)
+            done.here += some * factor(rows) * scope.weighted
+            done.here += 20 * max(columns, layer.hidden) ** 3  # eigenvectors
+        return done
+
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         done = [self.factor(layer, moe, ctx) for moe in layer.moe if moe.node.target is EXPERTS]
         return any(done)
@@ -87,18 +101,22 @@ class SharedBasis(LayerPass):
         taken = planned if len(planned) == len(cases) else self.choose(cases)
         found: dict[Projection, Shared] = {}
         for p, (mean, rank) in taken.items():
-            found[p] = cases[p].take(mean, rank)
+            found[p] = take(layer, cases[p], moments, mean, rank)
+            if self.rank == "auto" and rank and p not in planned:
+                bits = basis_bits(rank, *p.shape, input_side=p.input_side) / p.weights
+                plain = take(layer, cases[p], moments, mean, 0)
+                if not cases[p].earns(plain, found[p], bits):
+                    rank, found[p] = 0, plain
             ctx.record(p.path, rank=rank, mean=f"{mean} bit" if mean else "none")
         if not any(shared.tensors for shared in found.values()):
             return False
-        self.lower(layer, moe, cases, found)
+        self.lower(layer, moe, found)
         return True
 
-    def lower(self, layer: Layer, moe: MoE, cases: Cases, found: dict[Projection, Shared]) -> None:
+    def lower(self, layer: Layer, moe: MoE, found: dict[Projection, Shared]) -> None:
         """Step 3: replace the experts node."""
         operands: list[fx.Node | None] = [
-            layer.program.add(f"{p.path}.remainder", shared.left_of(cases[p].weight))
-            for p, shared in found.items()
+            remainder(layer.program, p, shared) for p, shared in found.items()
         ]
         for p, shared in found.items():
             for name in vq4.SHARED:
@@ -113,24 +131,23 @@ class SharedBasis(LayerPass):
         """Step 2: bits of the mean (0: none) and rank of the basis for each projection."""
         offers = {p: case.offers(self.mean, self.rank) for p, case in cases.items()}
         least = {p: (means[0], ranks[0]) for p, (means, ranks) in offers.items()}
-        undecided = [p for p, (means, ranks) in offers.items() if len(means) * len(ranks) > 1]
-        if not undecided:
+        total = sum(p.weights for p in cases)
+        found = {
+            p: list(cases[p].choices(*offer))
+            for p, offer in offers.items()
+            if len(offer[0]) * len(offer[1]) > 1
+        }
+        if not any(_may_earn(some, total) for some in found.values()):
             return least
         costs = {p: case.cost(self.bits) for p, case in cases.items()}
-        total = sum(c.weight.numel() for c in cases.values())
         best = {
-            p: self.best(cases[p], offers[p], costs[p], sum(costs.values()) - costs[p], total)
-            for p in undecided
+            p: self.best(cases[p], some, costs[p], sum(costs.values()) - costs[p], total)
+            for p, some in found.items()
         }
         return {**least, **best}
 
     def best(
-        self,
-        case: Case,
-        offer: tuple[Sequence[int], Sequence[int]],
-        whole: float,
-        other: float,
-        total: int,
+        self, case: Case, choices: Sequence[Choice], whole: float, other: float, total: int
     ) -> tuple[int, int]:
         """The mean and the rank that are most worth their bits, of those offered for a projection.
 
@@ -141,9 +158,50 @@ class SharedBasis(LayerPass):
         def worth(choice: Choice, cost: float) -> float:
             return gain(whole + other, cost + other, choice.bits / total)
 
-        first, *others = case.choices(*offer, whole)
-        best = max((first, *others), key=lambda choice: worth(choice, choice.cost))
+        first = choices[0]
+        best = max(choices, key=lambda choice: worth(choice, whole * choice.cost))
         if best is not first:
             measured = case.cost(self.bits, best.mean, best.rank)
-            best = best if worth(best, measured) > worth(first, first.cost) else first
+            plain = worth(first, whole * first.cost)
+            best = best if worth(best, measured) > plain else first
         return best.mean, best.rank
+
+
+def _may_earn(choices: Sequence[Choice], total: int) -> bool:
+    """Whether one may be worth its bits more than the first, by estimate.
+
+    Next to errors of the other projection, each is worth less than alone, as here.
+    """
+    first, *others = choices
+    return any(gain(first.cost, c.cost, (c.bits - first.bits) / total) > 0 for c in others)
+
+
+def take(layer: Layer, case: Case, moments: Moments, mean: int, rank: int) -> Shared:
+    """The mean of `mean` bits and the basis of `rank` rows of all experts, as they are stored."""
+    p, count = case.projection, case.experts
+    if not rank or len(case.weight) == count:
+        return case.take(mean, rank)
+    found = case.take(mean, 0)
+
+    def left(e: int) -> Tensor:
+        weight = layer.weight(p, experts=[e])
+        assert weight is not None
+        return found.left_of(weight)[0]
+
+    weights = Unread(count, left)
+    metrics = Unread(count, lambda e: moments.expert(e).moment(p.name))
+    return found | factorize(weights, metrics, rank, input_side=p.input_side)
+
+
+def remainder(program: Program, projection: Projection, shared: Shared) -> fx.Node:
+    """What is left of a projection's experts, as a weight that is computed when it is read."""
+    before, node = program.copy(), projection.operand("")
+    assert node is not None
+
+    def some(experts: Sequence[int]) -> Tensor:
+        return shared.of(experts).left_of(before.value(node, experts).float())
+
+    experts = range(projection.shape[0])
+    return program.add_reader(
+        f"{projection.path}.remainder", node, Reader(lambda: some(experts), some)
+    )

@@ -31,6 +31,7 @@ from moecc.options import option
 from moecc.passes._code.moments import MIN_TOKENS, measure, routed_tokens
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
+from moecc.pipeline.work import Scope, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ class MeasureMoments(LayerPass):
     def estimate(self, found: Estimate) -> None:
         return None
 
+    def work(self, scope: Scope) -> Work:
+        return Work(here=scope.tokens * scope.dense)
+
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         costs = ctx.data.get("sensitivity", {})
         for moe in layer.moe:
@@ -63,7 +67,6 @@ class MeasureMoments(LayerPass):
             layer.data["moments", moe.path] = found
             ctx.notes.extend(found.notes)
             for p in moe.projections:
-                weighted = p.name in found.output
-                errors = "weighted by sensitivity" if weighted else "all channels alike"
+                errors = "weighted by sensitivity" if found.weighted else "all channels alike"
                 ctx.record(p.path, errors=errors)
         return False

@@ -16,7 +16,9 @@ per expert for codebooks (4096/(N K) at 4 bit).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -25,21 +27,23 @@ from torch import Tensor, fx
 from moecc.ir import vq4
 from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
-from moecc.ir.relative import relative
 from moecc.options import option
 from moecc.passes._code import native
-from moecc.passes._code.coded import Coded, pad_columns
-from moecc.passes._code.coding import encode_in_parts
+from moecc.passes._code.codebooks import Book
+from moecc.passes._code.coded import pad_columns
+from moecc.passes._code.coding import encode
 from moecc.passes._code.half import compact
 from moecc.passes._code.metric import weighted_error
-from moecc.passes._code.moments import Moments
+from moecc.passes._code.moments import Moments, evenly
 from moecc.passes._code.rate import gain
+from moecc.passes._code.units import AT_ONCE, JOINTLY, Settings, Unit, begin, code, join
 from moecc.pipeline.bits import coded_bits
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.fate import Fate
 from moecc.pipeline.passes import Context, Layer, LayerPass
+from moecc.pipeline.work import Coding, Scope, Work, each, factor
 
-_SAMPLED_EXPERTS = 8  # for codebook=auto
+_SAMPLED_EXPERTS = 8  # for codebook=auto, and for the codebook that units begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,29 @@ class VectorQuantize(LayerPass):
             p.high = (one if chosen == "layer" else own) + (shared[1] if p.coded else 0)
             p.coded = True
 
+    def work(self, scope: Scope) -> Work:
+        done = Work()
+        for layer, rows, columns, tokens in each(scope):
+            done.products += tokens * (columns**2 + layer.rows * layer.hidden)
+            done.factors += layer.experts * factor(columns)
+            if scope.weighted:
+                done.factors += layer.experts * factor(rows)
+                done.products += tokens * (rows**2 + layer.rows * layer.hidden)
+                done.products += layer.experts * layer.hidden**2 * layer.intermediate
+            code = partial(self.trial, scope.weighted)
+            coded = Coding(layer.experts, rows, columns, scope.weighted, str(self), code)
+            done.coded.append(coded)
+        return done
+
+    def trial(self, weighted: bool, rows: int, columns: int) -> None:
+        """Code a random matrix [rows, columns], for the time that it takes."""
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(1, rows, columns, generator=generator)
+        moment = torch.eye(columns).unsqueeze(0)
+        output = torch.eye(rows).unsqueeze(0) if weighted else None
+        bits, rounds = self.bits, self.rounds
+        encode(weight, moment, output, bits=bits, shared=False, seed=0, rounds=rounds)
+
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         found = [moe for moe in layer.moe if moe.node.target in (EXPERTS, KLT_EXPERTS)]
         for moe in found:
@@ -80,10 +107,18 @@ class VectorQuantize(LayerPass):
     def lower(self, layer: Layer, moe: MoE, ctx: Context) -> None:
         """Code both projections and replace the experts node."""
         moments: Moments = layer.data["moments", moe.path]
+        jobs = [self.job(layer, p, moments, ctx) for p in moe.projections]
+        beginning = (unit for job in jobs for unit in job.beginning())
+        books = ctx.workers.run(begin, beginning, moments.common)
+        for job in jobs:
+            job.book = next(books) if job.begins else None
+        units = [unit for job in jobs for unit in job.units()]
+        results = ctx.results(code, units, moments.common)
         operands: list[fx.Node | None] = []
-        for p in moe.projections:
-            for name, tensor in self.code(layer, p, moments, ctx).items():
-                add = None if tensor is None else layer.program.add(f"{p.path}.{name}", tensor)
+        for job in jobs:
+            coded = join([next(results) for _ in job.parts], shared=job.settings.shared)
+            for name, tensor in self.stored(layer, job, coded, ctx).items():
+                add = None if tensor is None else layer.program.add(f"{job.path}.{name}", tensor)
                 operands.append(add)
             operands += [None, None]  # slope and offset: `affine`
         operands.append(moe.operand("post_norm"))
@@ -92,75 +127,103 @@ class VectorQuantize(LayerPass):
             ctx.record(p.path, tokens=moments.tokens.tolist(), starved=starved)
         layer.program.replace(moe.node, VQ_EXPERTS, (*moe.node.args[:3], *operands), moe.attributes)
 
-    def code(
-        self, layer: Layer, projection: Projection, moments: Moments, ctx: Context
+    def job(self, layer: Layer, projection: Projection, moments: Moments, ctx: Context) -> Job:
+        """How one projection is coded: with this pass's options, or as `budget` has planned."""
+        planned = ctx.data.get("budget", {}).get(projection.path)
+        own = self
+        if planned is not None:
+            own = replace(self, bits=planned.bits, codebook=planned.codebook)
+        seed = ctx.seed_for(projection.moe.path, projection.name)
+        shared = own.codebook == "layer"
+        if own.codebook == "auto":
+            some = sample(moments)
+            weight = layer.weight(projection, experts=some)
+            assert weight is not None
+            padded = pad_columns(weight, moments.of(projection.name, some))
+            shared = own.shares(*padded, seed, experts=projection.shape[0])
+        settings = Settings(own.bits, shared, own.rounds, own.feedback, seed)
+        return Job(layer, projection, moments, settings)
+
+    def stored(
+        self, layer: Layer, job: Job, coded: dict[str, Tensor], ctx: Context
     ) -> dict[str, Tensor | None]:
         """The stored tensors of one projection, by the names of `vq4.TENSORS`."""
-        planned = ctx.data.get("budget", {}).get(projection.path)
-        if planned is not None and (planned.bits, planned.codebook) != (self.bits, self.codebook):
-            own = replace(self, bits=planned.bits, codebook=planned.codebook)
-            return own.code(layer, projection, moments, ctx)
-        weight = layer.weight(projection)
-        assert weight is not None
-        moment, output = moments.of(projection.name), moments.output_of(projection.name)
-        held = {n: t for n, t in layer.stored(projection).items() if n in vq4.SHARED}
-        seed = ctx.seed_for(projection.moe.path, projection.name)
-        coded, shared_book = self.best(weight, moment, output, seed)
-        error = coded.dense()[..., : weight.shape[-1]] - weight
-        side = projection.input_side
-        shared = vq4.shared_part(held, weight.shape[-1], torch.float32, input_side=side)
-        original = weight if shared is None else weight + shared
-        # With a shared part the error of an expert that is next to nothing can be many times it.
-        lost = relative(weighted_error(error, moment), weighted_error(original, moment)).clamp(
-            max=1
-        )
+        projection, lost = job.projection, coded["lost"]
         ctx.record(
             projection.path,
-            fate=Fate("coded", bits=self.bits, format="vq4"),
-            codebook="layer" if shared_book else "expert",
+            fate=Fate("coded", bits=job.settings.bits, format="vq4"),
+            codebook="layer" if job.settings.shared else "expert",
             in_sample_error=float(lost.mean()),
             expert_in_sample_error=[round(float(r), 6) for r in lost],
         )
         bias = layer.weight(projection, "bias")
-        return {**coded.stored(), "bias": None if bias is None else compact(bias), **held}
+        held = {n: t for n, t in layer.stored(projection).items() if n in vq4.SHARED}
+        found = {name: coded.get(name) for name in vq4.CODED} | {"scale": compact(coded["scale"])}
+        return {**found, "bias": None if bias is None else compact(bias), **held}
 
-    def best(
-        self, weight: Tensor, moment: Tensor, output: Tensor | None, seed: int
-    ) -> tuple[Coded, bool]:
-        """The coded projection, and whether its experts share one codebook."""
-        weight, moment = pad_columns(weight, moment)
-        shared = self.codebook == "layer"
-        if self.codebook == "auto":
-            shared = self.shares(weight, moment, seed)
-        return self.encode(weight, moment, output, shared, seed), shared
+    def shares(self, weight: Tensor, moment: Tensor, seed: int, experts: int) -> bool:
+        """Whether one codebook for the layer of so many experts is the better use of bits.
 
-    def shares(self, weight: Tensor, moment: Tensor, seed: int) -> bool:
-        """Whether one codebook for the layer is the better use of bits.
-
-        Measured on some experts, with all output channels alike.
+        Measured on some of them, weight [n, N, K], with all output channels alike.
         """
         book = 8 * vq4.CODEBOOK_SIZE * vq4.group_size(self.bits)
-        price = book * (1 - 1 / len(weight)) / weight[0].numel()
+        price = book * (1 - 1 / experts) / weight[0].numel()
         if price < 0.005:  # next to nothing
             return False
-        some = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EXPERTS)).long()
-        weight, moment = weight[some], moment[some]
-        quick = replace(self, rounds=min(self.rounds, 2))
-        coded = [quick.encode(weight, moment, None, shared, seed) for shared in (True, False)]
+        quick = min(self.rounds, 2)
+        coded = (
+            encode(
+                weight,
+                moment,
+                bits=self.bits,
+                shared=shared,
+                seed=seed,
+                rounds=quick,
+                feedback=self.feedback,
+            )
+            for shared in (True, False)
+        )
         one, own = (float(weighted_error(c.dense() - weight, moment).sum()) for c in coded)
         return gain(one, own, price) <= 0
 
-    def encode(
-        self, weight: Tensor, moment: Tensor, output: Tensor | None, shared: bool, seed: int
-    ) -> Coded:
-        """Step 1, with this pass's options."""
-        return encode_in_parts(
-            weight,
-            moment,
-            output,
-            bits=self.bits,
-            shared=shared,
-            seed=seed,
-            rounds=self.rounds,
-            feedback=self.feedback,
-        )
+
+class Job:
+    """One projection that is to be coded, in units of some experts each."""
+
+    def __init__(self, layer: Layer, projection: Projection, moments: Moments, settings: Settings):
+        self.layer, self.projection, self.moments = layer, projection, moments
+        self.settings, self.path = settings, projection.path
+        self.book: Book | None = None
+        experts, rows, columns = projection.shape
+        together = settings.shared and projection.weights <= JOINTLY
+        step = experts if together else max(1, AT_ONCE // (rows * columns))
+        self.parts = [range(i, min(i + step, experts)) for i in range(0, experts, step)]
+
+    @property
+    def begins(self) -> bool:
+        """Whether units begin with a common codebook; a single one makes its own."""
+        return len(self.parts) > 1
+
+    def beginning(self) -> Iterator[Unit]:
+        """The unit that makes this codebook, if there is one."""
+        if self.begins:
+            yield self.unit(sample(self.moments))
+
+    def units(self) -> Iterator[tuple[str, Callable[[], Unit]]]:
+        """Every unit's name, and a function that reads it."""
+        for part in self.parts:
+            yield f"{self.path} {part.start}-{part.stop - 1}", partial(self.unit, part)
+
+    def unit(self, experts: Sequence[int]) -> Unit:
+        """Some experts as they are now."""
+        weight = self.layer.weight(self.projection, experts=experts)
+        assert weight is not None
+        seen = tuple(self.moments.expert(e).bare() for e in experts)
+        return Unit(self.projection.name, seen, weight, self.settings, self.book)
+
+
+def sample(moments: Moments) -> list[int]:
+    """Evenly spaced experts among those with tokens, not more than `_SAMPLED_EXPERTS`."""
+    seen = moments.tokens.nonzero().squeeze(-1)
+    seen = seen if len(seen) else torch.arange(len(moments.tokens))
+    return seen[evenly(len(seen), _SAMPLED_EXPERTS)].tolist()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from coders import E, K, drawn
 from layers import bits_of
+from torch import Tensor
 
 from moecc.ir import vq4
-from moecc.passes._code.basis import common_mean, factorize, square_root
+from moecc.passes._code.basis import Unread, common_mean, factorize, square_root
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
 from moecc.pipeline.bits import basis_bits
@@ -66,7 +68,7 @@ def test_a_full_basis_leaves_only_rounding() -> None:
 @pytest.mark.parametrize("input_side", [True, False])
 def test_a_basis_can_be_cut_and_joined_with_a_mean(input_side: bool) -> None:
     weight, moment = drawn(8, experts=3, rows=10, columns=12)
-    mean = common_mean(weight, 3, 5, input_side=input_side)
+    mean = common_mean(weight.mean(0, keepdim=True), 3, 5, input_side=input_side)
     alike = torch.eye(12).unsqueeze(0)
     plain = encode(
         *pad_columns(weight.mean(0, keepdim=True), alike), bits=3, shared=True, seed=5
@@ -91,6 +93,41 @@ def test_a_basis_can_be_cut_and_joined_with_a_mean(input_side: bool) -> None:
     left = mean.left_of(weight) - taken
     torch.testing.assert_close(both.left_of(weight), left)
     assert float(mean.left_of(weight).mean(0).abs().max()) < 0.2  # the mean is gone
+
+
+@pytest.mark.parametrize("input_side", [True, False])
+def test_a_basis_is_the_same_of_matrices_that_are_read_one_by_one(input_side: bool) -> None:
+    weight, moment = drawn(8, experts=5, rows=10, columns=8)
+    alive = weakref.WeakSet[Tensor]()
+
+    def read(matrices: Tensor) -> Unread:
+        def one(expert: int) -> Tensor:
+            assert len(alive) <= 4  # of this expert and the one before, that is dropped next
+            found = matrices[expert].clone()
+            alive.add(found)
+            return found
+
+        return Unread(len(matrices), one)
+
+    want = factorize(weight, moment, 3, input_side=input_side)
+    got = factorize(read(weight), read(moment), 3, input_side=input_side)
+    assert got.tensors.keys() == want.tensors.keys()
+    for name, tensor in want.tensors.items():
+        other = got.tensors[name]
+        assert tensor is not None and other is not None and torch.equal(tensor, other), name
+
+
+@pytest.mark.parametrize("input_side", [True, False])
+def test_the_part_of_some_experts_is_theirs_of_the_whole(input_side: bool) -> None:
+    weight, moment = drawn(8, experts=5, rows=10, columns=8)
+    mean = common_mean(weight.mean(0, keepdim=True), 2, 5, input_side=input_side)
+    basis = factorize(mean.left_of(weight), moment, 2, input_side=input_side)
+    for shared in (mean, basis, mean | basis):
+        some = shared.of([3, 0])
+        assert some.tensors.keys() == shared.tensors.keys()
+        torch.testing.assert_close(
+            some.left_of(weight[[3, 0]]), shared.left_of(weight)[[3, 0]], rtol=0, atol=0
+        )
 
 
 def test_a_stored_basis_has_the_shapes_of_the_format() -> None:

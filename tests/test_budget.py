@@ -146,28 +146,40 @@ def test_a_small_budget_shares_codebooks_and_a_large_one_does_not() -> None:
         assert plan is not None and plan["a"].codebook == book
 
 
-def test_without_memory_for_costs_of_gate_up_bits_still_follow_sensitivity(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Errors of gate_up are relative to its outputs then; output costs weigh the layers."""
-    monkeypatch.setattr("moecc.passes._code.moments._PER_EXPERT_BYTES", 4000)
+def test_bits_go_to_the_layer_whose_output_costs_most(monkeypatch: pytest.MonkeyPatch) -> None:
     count_codes_alone(monkeypatch)
     _, ctx = compiled("budget{bits=2.7,mean=off,rank=0},klt,vq", "MMM")
     bits = [
         sum(it.bits for name, it in ctx.data["budget"].items() if str(i) in name) for i in range(3)
     ]
-    planned = {
-        name: s
-        for name, s in ctx.data["sensitivity"].items()
-        if f"{name}.down" in ctx.data["budget"]
-    }
-    costs = {name: float(s.trace()) for name, s in planned.items()}
+    costs = {name: float(s.trace()) for name, s in ctx.data["sensitivity"].items()}
     # the first layer costs the most, by far
     assert min(costs) == max(costs, key=lambda name: costs[name])
     assert bits[0] == max(bits) > min(bits)
 
 
-def test_experts_without_tokens_do_not_make_a_layer_cheap() -> None:
+def test_a_plan_made_on_a_sample_is_carried_out_on_all_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moecc.passes._code.sharing._IN_SAMPLE", 1)
+    program, ctx = compiled("budget{bits=6,codebook=layer,mean=2,rank=1},klt,vq", "I")
+    assert {(it.mean, it.rank) for it in ctx.data["budget"].values()} == {(2, 1)}
+    assert experts_bits(program) == pytest.approx(
+        sum(it.stored for it in ctx.data["budget"].values()) / (64 * 24 * 16)
+    )
+    for p in program.moe_layers()[0].projections:
+        held = {part: p.operand(part) for part in ("codes", "coef", "mean_codes", "basis")}
+        sizes = {part: len(node.meta["val"]) for part, node in held.items() if node is not None}
+        assert sizes == {"codes": 64, "coef": 64, "mean_codes": 1, "basis": 1}
+        assert max(ctx.audit[p.path]["expert_in_sample_error"]) < 0.5
+
+
+@pytest.mark.parametrize("numbers", [1 << 26, 1])
+def test_experts_without_tokens_do_not_make_a_layer_cheap(
+    numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither if a few experts are looked at, none of which may be among those with tokens."""
+    monkeypatch.setattr("moecc.passes._code.sharing._IN_SAMPLE", numbers)
     seeds = (torch.Generator().manual_seed(i) for i in (900, 901))
     ids = [torch.randint(0, 16, (1, 6), generator=g) for g in seeds]
     plan = "budget{bits=6,codebook=layer,mean=off,rank=0}"

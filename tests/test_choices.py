@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,10 +23,12 @@ from moecc.ir import vq4
 from moecc.ir.moe import Projection
 from moecc.ir.program import Program
 from moecc.passes import vq
-from moecc.passes._code.coding import encode_in_parts
+from moecc.passes._code.coded import pad_columns
+from moecc.passes._code.coding import encode
 from moecc.passes._code.half import compact
-from moecc.passes._code.moments import Moments
+from moecc.passes._code.moments import Common, Moments
 from moecc.passes._code.sharing import Case, Choice
+from moecc.passes._code.units import Settings, code, join
 from moecc.passes.budget import PlanBits, Planned
 from moecc.passes.klt import SharedBasis
 from moecc.passes.vq import VectorQuantize
@@ -38,74 +41,120 @@ from moecc.pipeline.run import run_passes
 
 
 class MadeUp(Case):
-    """A projection whose costs are drawn at random, as estimated and as measured."""
+    """A projection whose costs are drawn at random, as estimated and as measured.
 
-    def __init__(self, seed: int, means: Sequence[int], ranks: Sequence[int]):
+    price: the bits of a bit of a mean; a row of a basis takes as many.
+    """
+
+    def __init__(self, seed: int, means: Sequence[int], ranks: Sequence[int], price: int):
         draw = random.Random(seed)
-        self.weight = torch.zeros(draw.choice((2, 3)), 4, 8)
         self.means, self.ranks = means, ranks
-        self.whole = draw.uniform(1, 10)
-        self.found, self.measured = {}, {}
+        self.asked: list[tuple[int, int]] = []
+        self.found, self.measured = {}, {(0, 0): draw.uniform(1, 10)}
         for mean, rank in itertools.product(means, ranks):
-            left = draw.uniform(0.2, 1) if mean or rank else 1
-            bits = mean * 8 + rank * 5
-            self.found[mean, rank] = Choice(mean, rank, self.whole * left, bits)
+            left = draw.uniform(0.2, 1) if mean or rank else 1.0
+            self.found[mean, rank] = Choice(mean, rank, left, price * (mean + rank))
             off = draw.choice((0.5, 1, 1.5)) if mean or rank else 1
             self.measured[mean, rank] = self.whole * left * off
+
+    @property
+    def whole(self) -> float:
+        """The cost of its error if nothing is taken out."""
+        return self.measured[0, 0]
 
     def offers(self, mean: int | str, rank: int | str) -> tuple[Sequence[int], Sequence[int]]:
         assert (mean, rank) == ("off", 7)
         return self.means, self.ranks
 
-    def choices(self, means: Sequence[int], ranks: Sequence[int], whole: float) -> Iterator[Choice]:
-        assert (means, ranks, whole) == (self.means, self.ranks, self.whole)
+    def choices(self, means: Sequence[int], ranks: Sequence[int]) -> Iterator[Choice]:
+        assert (means, ranks) == (self.means, self.ranks)
         yield from self.found.values()
 
     def cost(self, bits: int, mean: int = 0, rank: int = 0) -> float:
         assert bits == 3
+        self.asked.append((mean, rank))
         return self.measured[mean, rank]
 
 
-def most_worth(case: MadeUp, other: float, weights: int) -> tuple[tuple[int, int], bool]:
+def most_worth(case: MadeUp, other: float) -> tuple[tuple[int, int], bool]:
     """Return the combination of the most worth by estimate, and whether it keeps it when coded.
 
-    other: the cost of the layer's other projection. weights: of both.
+    other: the cost of the layer's other projection.
     """
 
     def worth(key: tuple[int, int], cost: float) -> float:
         """Bits per weight that a smaller error saves, less those that it costs."""
         saved = math.log((case.whole + other) / (cost + other), 4)
-        return saved - case.found[key].bits / weights
+        return saved - case.found[key].bits / WEIGHTS
 
-    best = max(case.found, key=lambda key: worth(key, case.found[key].cost))
+    estimates = {key: case.whole * choice.cost for key, choice in case.found.items()}
+    best = max(case.found, key=lambda key: worth(key, estimates[key]))
     first = next(iter(case.found))
-    return best, worth(best, case.measured[best]) > worth(first, case.found[first].cost)
+    return best, worth(best, case.measured[best]) > worth(first, estimates[first])
 
 
-def test_klt_takes_the_combination_that_is_most_worth_its_bits_if_it_is_so_when_coded() -> None:
-    gate_up, down = tiny_program("M").moe_layers()[0].projections
-    taken = set()
-    for seed in range(60):
-        cases = {gate_up: MadeUp(seed, (0, 2), (0, 4, 8)), down: MadeUp(seed + 100, (0, 3), (2, 4))}
-        for case in cases.values():
-            case.measured[0, 0] = case.whole
-        weights = sum(case.weight.numel() for case in cases.values())
-        got = SharedBasis(rank=7, mean="off", bits=3).choose(cases)  # type: ignore[arg-type]
-        for p, other in ((gate_up, down), (down, gate_up)):
-            first = next(iter(cases[p].found))
-            best, kept = most_worth(cases[p], cases[other].whole, weights)
-            assert got[p] == (best if kept else first), seed
-            taken.add((best == first, kept))
-    assert {(False, True), (False, False)} < taken
+WEIGHTS = 4 * (16 * 16 + 16 * 8)  # of both projections of `tiny_program`
+
+
+@cache
+def projections() -> tuple[Projection, Projection]:
+    """Return those of a tiny layer."""
+    return tiny_program("M").moe_layers()[0].projections
+
+
+def decided(
+    seed: int, offer: tuple[Sequence[int], Sequence[int]], price: int
+) -> tuple[list[MadeUp], set[tuple[bool, bool]]]:
+    """Return two cases after the choice, which is checked, and what was found best and kept."""
+    gate_up, down = projections()
+    cases = {p: MadeUp(seed + 100 * i, *offer, price) for i, p in enumerate((gate_up, down))}
+    got = SharedBasis(rank=7, mean="off", bits=3).choose(cases)  # type: ignore[arg-type]
+    found = set()
+    for p, other in ((gate_up, down), (down, gate_up)):
+        first = next(iter(cases[p].found))
+        best, kept = most_worth(cases[p], cases[other].whole)
+        assert got[p] == (best if kept else first), (seed, price)
+        found.add((best == first, kept))
+    return list(cases.values()), found
+
+
+OFFERS: dict[str, tuple[Sequence[int], Sequence[int]]] = {
+    "all": ((0, 2), (0, 4, 8)),
+    "a basis": ((0,), (0, 4, 8)),
+    "a mean of 3 bits": ((3,), (0, 1)),
+    "a basis of 2 rows": ((0, 1), (2,)),
+}
+
+
+@pytest.mark.parametrize("offer", OFFERS)
+def test_klt_takes_the_combination_that_is_most_worth_its_bits_if_it_is_so_when_coded(
+    offer: str,
+) -> None:
+    """Also where it need not code to see that the first is: see below."""
+    taken, coded = set(), set()
+    for seed in range(80):
+        cases, found = decided(seed, OFFERS[offer], 50 * 4 ** (seed % 4))
+        taken |= found
+        coded.add(any(case.asked for case in cases))
+    assert {(False, True), (False, False)} < taken and coded == {True, False}
+
+
+def test_klt_codes_nothing_if_no_choice_could_be_worth_its_bits_even_alone() -> None:
+    """Beside the other projection's errors each saves less."""
+    for seed in range(40):
+        cases, _ = decided(seed, OFFERS["all"], 50 * 4 ** (seed % 4))
+        worth = [
+            math.log(1 / c.cost, 4) - c.bits / WEIGHTS for x in cases for c in x.found.values()
+        ]
+        assert any(case.asked for case in cases) == (max(worth) > 0), seed
 
 
 def test_klt_measures_nothing_if_nothing_is_to_be_decided() -> None:
-    gate_up, down = tiny_program("M").moe_layers()[0].projections
-    cases = {gate_up: MadeUp(0, (3,), (2,)), down: MadeUp(1, (0,), (5,))}
-    for case in cases.values():
-        case.measured = {}
+    gate_up, down = projections()
+    cases = {gate_up: MadeUp(0, (3,), (2,), 1), down: MadeUp(1, (0,), (5,), 1)}
     got = SharedBasis(rank=7, mean="off", bits=3).choose(cases)  # type: ignore[arg-type]
     assert got == {gate_up: (3, 2), down: (0, 5)}
+    assert not any(case.asked for case in cases.values())
 
 
 # ---- vq
@@ -125,89 +174,142 @@ class Off:
 def test_a_codebook_is_shared_unless_own_ones_save_more_bits_than_they_take(
     experts: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, moment = drawn(experts=experts, rows=16, columns=64)
-    some = [0, 1, 3, 4, 6, 7, 9, 11] if experts == 12 else list(range(experts))
+    weight, moment = drawn(experts=min(experts, 8), rows=16, columns=64)
     calls: list[tuple[bool, int]] = []
     sizes = {True: 1.0, False: 1.0}
 
-    def encode(
-        self: VectorQuantize, w: Tensor, m: Tensor, output: None, shared: bool, seed: int
-    ) -> Off:
-        assert torch.equal(w, weight[some]) and torch.equal(m, moment[some]) and output is None
-        assert seed == 5 and self.bits == bits
-        calls.append((shared, self.rounds))
+    def encode(w: Tensor, m: Tensor, *, shared: bool, rounds: int, **options: object) -> Off:
+        assert w is weight and m is moment
+        assert options == {"bits": bits, "seed": 5, "feedback": True}
+        calls.append((shared, rounds))
         return Off(w, sizes[shared])
 
-    monkeypatch.setattr(VectorQuantize, "encode", encode)
+    monkeypatch.setattr(vq, "encode", encode)
     entries = 256 * (2 if bits == 4 else 4)
     # every expert but one has a codebook more, of 8 bits an entry
-    price = 8 * entries * (experts - 1) / weight.numel()
+    price = 8 * entries * (experts - 1) / (experts * 16 * 64)
     for rounds in (1, 4):
         found = VectorQuantize(bits=bits, rounds=rounds, codebook="auto")
         for share in (0.98, 1.02):
             sizes[False] = 1 / 2 ** (share * price)  # errors fall by a factor of 4 per bit
             own = share > 1 and experts > 1
-            assert found.shares(weight, moment, 5) == (not own if experts > 1 else False)
+            got = found.shares(weight, moment, 5, experts)
+            assert got == (not own if experts > 1 else False)
     assert calls == ([(s, r) for r in (1, 2) for _ in range(2) for s in (True, False)]) * (
         experts > 1
     )
 
 
-def test_own_codebooks_that_cost_next_to_nothing_are_not_weighed() -> None:
+def test_own_codebooks_that_cost_next_to_nothing_are_not_weighed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One of 1024 bytes more for two experts: 0.0039 bits per weight, and 0.0078."""
     moment = torch.zeros(2, 1024, 1024)
-    assert VectorQuantize().shares(torch.zeros(2, 1024, 1024), moment, 0) is False
-    small = VectorQuantize(rounds=1)
+    assert VectorQuantize().shares(torch.zeros(2, 1024, 1024), moment, 0, 2) is False
     seen: list[bool] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            VectorQuantize,
-            "encode",
-            lambda self, w, m, output, shared, seed: seen.append(shared) or Off(w, 1.0),
-        )
-        assert small.shares(torch.ones(2, 512, 1024), moment, 0) is True
+
+    def encode(w: Tensor, m: Tensor, *, shared: bool, **options: object) -> Off:
+        seen.append(shared)
+        return Off(w, 1.0)
+
+    monkeypatch.setattr(vq, "encode", encode)
+    small = VectorQuantize(rounds=1)
+    assert small.shares(torch.ones(2, 512, 1024), moment, 0, 2) is True
     assert seen == [True, False]
 
 
+@dataclass
+class Stored:
+    """A projection of a layer: its weights [E, N, K], what else it holds, and its moments."""
+
+    weights: Tensor
+    moment: Tensor
+    bias: Tensor | None = None
+    held: Mapping[str, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> Tensor:
+        return torch.ones(len(self.weights))
+
+    def weight(
+        self, p: Projection, part: str = "", experts: Sequence[int] | None = None
+    ) -> Tensor | None:
+        if part:
+            return {"bias": self.bias}[part]
+        return self.weights if experts is None else self.weights[list(experts)]
+
+    def stored(self, p: Projection) -> dict[str, Tensor | None]:
+        return {"codes": None, **dict.fromkeys(vq4.SHARED), **self.held}
+
+    def of(self, name: str, experts: Sequence[int]) -> Tensor:
+        return self.moment[list(experts)]
+
+    def expert(self, e: int) -> Any:
+        """What calibration says of an expert: all output channels count alike."""
+        found = SimpleNamespace(
+            metric=lambda name: (self.moment[e], None), weight=lambda name: self.weights[e]
+        )
+        found.bare, found.under = lambda: found, lambda common: found
+        return found
+
+
+def projection(experts: int, rows: int, columns: int) -> Projection:
+    """Return the gate_up projection of a tiny layer, of other sizes."""
+    (p, _) = tiny_program("M").moe_layers()[0].projections
+    p.operand("").meta["val"] = torch.empty(experts, rows, columns, device="meta")  # type: ignore[union-attr]
+    p.moe.node.args[0].meta["val"] = torch.empty(6, columns, device="meta")  # type: ignore[union-attr]
+    assert p.shape == (experts, rows, columns)
+    return p
+
+
+@pytest.mark.parametrize("experts", [3, 12])
 @pytest.mark.parametrize("codebook", ["expert", "layer", "auto"])
-@pytest.mark.parametrize("feedback", [True, False])
-def test_experts_are_coded_with_the_options_of_the_pass(codebook: str, feedback: bool) -> None:
-    weight, moment = drawn(rows=8, columns=12)
-    output = torch.eye(8).expand(2, -1, -1) * torch.linspace(1, 5, 8)
-    found = VectorQuantize(bits=3, rounds=2, feedback=feedback, codebook=codebook)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VectorQuantize, "shares", lambda self, w, m, seed: seed == 5)
-        got, shared = found.best(weight, moment, output, 5)
-    assert shared == (codebook != "expert")
-    padded, wide = vq.pad_columns(weight, moment)
-    want = encode_in_parts(
-        padded, wide, output, bits=3, shared=shared, seed=5, rounds=2, feedback=feedback
-    )
-    for name, value in vars(want).items():
-        assert torch.equal(vars(got)[name], value), name
+def test_a_projection_is_coded_with_the_options_of_the_pass(
+    codebook: str, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With auto it is weighed on a sample of eight."""
+    p, made = projection(experts, 8, 12), Stored(*drawn(experts=experts, rows=8, columns=12))
+    some = [0, 1, 3, 4, 6, 7, 9, 11] if experts == 12 else [0, 1, 2]
+    ctx, asked = Context(seed=3), []
+
+    def shares(self: VectorQuantize, w: Tensor, m: Tensor, seed: int, experts: int) -> bool:
+        padded, wide = pad_columns(made.weights[some], made.moment[some])
+        assert torch.equal(w, padded) and torch.equal(m, wide)
+        assert seed == ctx.seed_for(p.moe.path, p.name)
+        asked.append(experts)
+        return True
+
+    monkeypatch.setattr(VectorQuantize, "shares", shares)
+    found = VectorQuantize(bits=3, rounds=2, feedback=False, codebook=codebook)
+    job = found.job(made, p, made, ctx)  # type: ignore[arg-type]
+    seed = ctx.seed_for(p.moe.path, p.name)
+    assert job.settings == Settings(3, codebook != "expert", 2, False, seed)
+    assert asked == ([experts] if codebook == "auto" else [])
 
 
 @pytest.mark.parametrize("planned", [None, (3, "expert"), (4, "layer")])
 def test_what_vq_stores_and_tells_of_a_projection(planned: tuple[int, str] | None) -> None:
     """Ten columns are padded to 16. A plan goes before the options."""
     experts, rows, columns = 3, 8, 10
-    weight, moment = drawn(experts=experts, rows=rows, columns=columns)
-    bias = torch.randn(experts, rows)
     mean = slow.draw(2, experts=1, rows=rows, columns=columns, bits=3)
     held = {f"mean_{n}": t for n, t in slow.tensors(mean).items() if n in slow.CODED}
-    (p, _) = tiny_program("M").moe_layers()[0].projections
-    layer = SimpleNamespace(
-        weight=lambda p, part="": {"": weight, "bias": bias}[part],
-        stored=lambda p: {"codes": None, **dict.fromkeys(vq4.SHARED), **held},
-    )
-    moments = SimpleNamespace(of=lambda name: moment, output_of=lambda name: None)
-    ctx = Context(seed=3)
+    bias = torch.randn(experts, rows)
+    layer = Stored(*drawn(experts=experts, rows=rows, columns=columns), bias, held)
+    weight, moment = layer.weights, layer.moment
+    alone = slow.dense({**dict.fromkeys(slow.NAMES), **mean}, columns, input_side=True)
+    whole = weight + torch.from_numpy(alone).float()
+    moments: Any = Stored(whole, moment)
+    p, ctx = projection(experts, rows, columns), Context(seed=3)
     if planned is not None:
         ctx.data["budget"] = {p.path: Planned(*planned, 0, 0, 0.0, 0)}
     bits, codebook = planned or (2, "layer")
-    got = VectorQuantize(codebook="layer", rounds=1).code(layer, p, moments, ctx)  # type: ignore[arg-type]
-    padded, wide = vq.pad_columns(weight, moment)
-    want = encode_in_parts(
+    found = VectorQuantize(codebook="layer", rounds=1)
+    job = found.job(layer, p, moments, ctx)  # type: ignore[arg-type]
+    parts = [code(make(), Common({}, moment, None)) for _, make in job.units()]
+    coded = join(parts, shared=codebook == "layer")
+    got = found.stored(layer, job, coded, ctx)  # type: ignore[arg-type]
+    padded, wide = pad_columns(weight, moment)
+    want = encode(
         padded,
         wide,
         bits=bits,
@@ -218,15 +320,13 @@ def test_what_vq_stores_and_tells_of_a_projection(planned: tuple[int, str] | Non
     expected = {**dict.fromkeys(vq4.SHARED), **want.stored(), "bias": compact(bias), **held}
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        found = got[name]
-        assert (found is None) == (tensor is None), name
-        assert found is None or tensor is None or torch.equal(found, tensor), name
+        stored = got[name]
+        assert (stored is None) == (tensor is None), name
+        assert stored is None or tensor is None or torch.equal(stored, tensor), name
     row = ctx.audit[p.path]
     assert row["codebook"] == codebook
     assert str(Fate.of_json(row["fate"])) == f"vq4 {bits} bit"
     d, lost = want.dense()[..., :columns] - weight, []
-    alone = slow.dense({**dict.fromkeys(slow.NAMES), **mean}, columns, input_side=True)
-    whole = weight + torch.from_numpy(alone).float()
     for e in range(experts):
         cost, all_of_it = (sum(float(row @ moment[e] @ row) for row in x) for x in (d[e], whole[e]))
         lost.append(min(cost / all_of_it, 1))
@@ -270,13 +370,14 @@ def test_a_plan_chooses_among_all_ways_to_code_a_projection(
         return False
 
     def ways(p: Projection, case: Case) -> Iterator[tuple[Any, ...]]:
-        experts, rows, columns = case.weight.shape
-        for c in case.choices((0, 2, 3, 4), (2,), case.cost(2)):
+        experts, rows, columns = p.shape
+        for c in case.choices((0, 2, 3, 4), (2,)):
             for bits, error in ((2, 1.0), (3, 0.23), (4, 0.075)):
                 for book, books, factor in (("expert", experts, 1.0), ("layer", 1, 1.06)):
                     if codebook in ("auto", book):
                         stored = c.bits + coded_bits(experts, rows, columns, bits, books=books)
-                        yield bits, book, c.mean, c.rank, c.cost * error * factor, stored
+                        cost = case.cost(2) * c.cost * error * factor
+                        yield bits, book, c.mean, c.rank, cost, stored
 
     look = derive(LayerPass, "look", run_layer=run_layer)
     first = derive(Pass, "costs", run=run)

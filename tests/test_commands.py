@@ -100,9 +100,9 @@ def test_inspect_counts_every_byte(moecc: Command) -> None:
 def test_inspect_needs_no_weights(moecc: Command, family: str, tmp_path: Path) -> None:
     config(family).save_pretrained(tmp_path)
     found = moecc("inspect", tmp_path, "--passes", "vq,dense{bits=4}", "--json").json
-    model = make(family)
+    stored = make(family).state_dict().values()
     assert not found["has_weights"] and len(found["moe_layers"]) == 2
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["parameters"] == sum(t.numel() for t in stored)
     assert found["estimate"]["bytes"][0] < found["bytes"]
     assert moecc("inspect", tmp_path).code == 0
 
@@ -273,6 +273,14 @@ def test_an_artifact_is_taken_by_every_command(moecc: Command, tmp_path: Path) -
     seen = moecc("inspect", out, "--json").json
     assert seen["moe_layers"][0]["form"] == "moecc::vq_experts"
     assert seen["parameters"] == moecc("inspect", TINYMOE, "--json").json["parameters"]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(out / "config.json", alone)
+    assert moecc("inspect", alone, "--json").json == {
+        **seen,
+        "model": str(alone),
+        "has_weights": False,
+    }
     refused = moecc("inspect", out, "--passes", "vq")
     assert refused.code == 2 and "compressed already" in refused.err
     differ = moecc("diff", TINYMOE, out)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from moecc.pipeline.parse import find_pass, parse_passes
 from moecc.pipeline.passes import Context, Kept, Layer
 from moecc.pipeline.run import run_passes
 from moecc.pipeline.stream import Stream
+from moecc.pipeline.workers.base import Alone
 
 
 def test_a_seed_is_six_bytes_of_the_digest_of_its_key() -> None:
@@ -41,6 +44,57 @@ def test_work_is_done_once_and_kept_under_its_key() -> None:
     assert ctx.once("a", lambda: pytest.fail("made twice")) is made
     plain = Context()
     assert plain.once("a", lambda: made) is made is plain.once("a", lambda: made)
+
+
+def squared(unit: int, more: int = 0) -> dict[str, Tensor]:
+    """A unit of work whose result is its square."""
+    return {"square": torch.tensor(unit * unit + more)}
+
+
+def test_only_units_that_no_run_has_kept_are_made_and_all_come_in_order() -> None:
+    """A unit is made when it is due, and its result is kept before it is given."""
+    kept = {"unit b": Kept(squared(7))}
+    log: list[str] = []
+
+    def keep(key: str, work: Kept) -> Kept:
+        log.append(f"keep {key}")
+        kept[key] = Kept({"square": work.tensors["square"] + 100})  # as it is on disk
+        return kept[key]
+
+    def unit(number: int) -> int:
+        log.append(f"make {number}")
+        return number
+
+    ctx = Context(keep=keep, kept=kept.get)
+    units = [(name, partial(unit, i)) for i, name in enumerate("abcd")]
+    results = ctx.results(squared, units, 1)
+    assert log == []
+    first = next(results)
+    assert int(first["square"]) == 101 and log == ["make 0", "keep unit a"]
+    assert [int(r["square"]) for r in results] == [49, 105, 110]
+    assert log[2:] == ["make 2", "keep unit c", "make 3", "keep unit d"]
+    log.clear()
+    assert [int(r["square"]) for r in ctx.results(squared, units, 1)] == [101, 49, 105, 110]
+    assert log == []
+
+
+def test_units_are_run_by_the_workers_of_the_run() -> None:
+    """What all share is given once; without any, the function takes a unit alone."""
+    asked: list[tuple[object, list[int], object]] = []
+
+    class Noted(Alone):
+        def run(
+            self, function: Callable[..., Any], units: Iterable[Any], shared: object = None
+        ) -> Iterator[Any]:
+            units = list(units)
+            asked.append((function, units, shared))
+            return super().run(function, units, shared)
+
+    ctx = Context(workers=Noted())
+    units = [(str(i), partial(int, i)) for i in (3, 4)]
+    for shared, want in ((None, [9, 16]), (5, [14, 21])):
+        assert [int(r["square"]) for r in ctx.results(squared, units, shared)] == want
+    assert asked == [(squared, [3, 4], None), (squared, [3, 4], 5)]
 
 
 def test_facts_of_a_weight_add_up() -> None:
@@ -74,6 +128,12 @@ def test_a_layer_gives_the_tensors_of_the_program_and_of_the_float_model(
     weight, original = layer.weight(moe.down), layer.original(moe.down)
     assert weight is not None and torch.equal(weight, 2 * first)
     assert original is not None and torch.equal(original, first)
+    for get, whole in ((layer.weight, weight), (layer.original, original)):
+        some = get(moe.down, experts=[3, 1])
+        assert some is not None and torch.equal(some, whole[[3, 1]])
+        one = get(moe.down, "bias", [2])
+        assert one is not None and one.shape == (1, 16)
+        assert get(moe.gate_up, "bias", [2]) is None
     shift, before = layer.weight(moe.down, "bias"), layer.original(moe.down, "bias")
     assert shift is not None and before is not None
     assert float(shift.mean()) == 3 and float(before.mean()) == 1

@@ -11,6 +11,7 @@ from pipelines import Tiny, compiled
 from torch import Tensor
 
 from moecc.ir.relative import relative
+from moecc.passes import vq
 
 INF, NAN = math.inf, math.nan
 
@@ -68,12 +69,27 @@ def numbers(value: object) -> Iterator[float]:
         yield value
 
 
-@pytest.mark.parametrize("text", ["kbvq{rank=2,mean=2}", "vsraq{steps=2},kbvq{bits=3}"])
+@pytest.mark.parametrize(
+    ("text", "at_once"),
+    [
+        ("kbvq{rank=2,mean=2}", vq.AT_ONCE),
+        ("kbvq{rank=2,mean=2}", 1),
+        ("vsraq{steps=2},kbvq{bits=3}", vq.AT_ONCE),
+    ],
+)
 @pytest.mark.parametrize("where", ["gate_up", "down", "both"])
 @pytest.mark.parametrize("dead", DEAD)
 def test_dead_experts_are_coded_with_sane_figures(
-    tiny: Tiny, batches: list[Tensor], dead: str, where: str, text: str
+    tiny: Tiny,
+    batches: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    dead: str,
+    where: str,
+    text: str,
+    at_once: int,
 ) -> None:
+    """Whether all experts are one unit of work or each is one."""
+    monkeypatch.setattr(vq, "AT_ONCE", at_once)
     program = tiny("M")
     held = program.store.tensors  # type: ignore[union-attr]
     for name in [n for n in held if n.endswith(("gate_up", "down"))]:

@@ -355,4 +355,6 @@ def test_a_run_that_is_stopped_says_what_it_keeps(
     with pytest.MonkeyPatch.context() as patch:
         stop(patch, "before saving", 1, interrupt)
         got = compile(mixtral, tmp_path / "new")
-    assert got.code == 130 and "kept" not in got.err and names(tmp_path) == ["out.partial"]
+    kept = f"what is finished is kept in {tmp_path}/new.partial: run the same command again"
+    assert got.code == 130 and kept in got.err
+    assert names(tmp_path) == ["new.partial", "out.partial"]

@@ -1,8 +1,6 @@
-"""`encode`: all rounds of coding together, experts coded in parts, padding, and what it stores."""
+"""`encode`: all rounds of coding together, padding, and what it stores."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,12 +8,10 @@ from coders import BITS, E, K, N, costs, drawn, relative
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import bits_of
-from torch import Tensor
 
 from moecc.ir import vq4
-from moecc.passes._code import coding
-from moecc.passes._code.coded import Coded, pad_columns
-from moecc.passes._code.coding import encode, encode_in_parts
+from moecc.passes._code.coded import pad_columns
+from moecc.passes._code.coding import encode
 from moecc.passes._code.metric import weighted_error
 from moecc.pipeline.bits import coded_bits
 
@@ -57,47 +53,6 @@ def test_equal_costs_change_nothing() -> None:
     )
     plain, same = (float(weighted_error(c.dense() - weight, moment).sum()) for c in coded)
     assert abs(same / plain - 1) < 0.05  # so much lies between two searches for the same minimum
-
-
-def recorded(monkeypatch: pytest.MonkeyPatch, at_once: int) -> list[int]:
-    """Record how many weights each later call of `encode` codes together, at most `at_once`."""
-    sizes: list[int] = []
-
-    def spy(weight: Tensor, *args: Any, **options: Any) -> Coded:
-        sizes.append(weight.numel())
-        return encode(weight, *args, **options)
-
-    monkeypatch.setattr(coding, "encode", spy)
-    monkeypatch.setattr(coding, "AT_ONCE", at_once)
-    return sizes
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("coupled", [False, True])
-def test_a_shared_codebook_of_a_large_layer_is_fitted_to_a_sample(
-    bits: int, coupled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight, moment = drawn(experts=12, rows=256, columns=32)
-    output = drawn(5, experts=12, columns=256)[1] if coupled else None
-    whole = encode(weight, moment, output, bits=bits, shared=True, seed=0)
-    sizes = recorded(monkeypatch, weight.numel() // 4)
-    got = encode_in_parts(weight, moment, output, bits=bits, shared=True, seed=0)
-    assert len(sizes) == 1 + 4 and max(sizes) <= weight.numel() // 4
-    assert got.codebook.shape == whole.codebook.shape and got.scale.shape == whole.scale.shape
-    errors = [float(weighted_error(c.dense() - weight, moment, output).sum()) for c in (whole, got)]
-    assert errors[1] < 1.1 * errors[0]  # 1.04 to 1.09 with eight seeds
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_experts_that_fit_are_coded_together(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, moment = drawn(experts=4, rows=32)
-    want = encode(weight, moment, bits=3, shared=shared, seed=0)
-    sizes = recorded(monkeypatch, weight.numel())
-    got = encode_in_parts(weight, moment, bits=3, shared=shared, seed=0)
-    assert sizes == [weight.numel()]
-    assert all(
-        torch.equal(a, b) for a, b in zip(vars(want).values(), vars(got).values(), strict=True)
-    )
 
 
 @pytest.mark.parametrize("shared", [True, False])

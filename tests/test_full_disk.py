@@ -83,12 +83,18 @@ def small_space(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 30, 0, next(left, 1000)))
 
 
-def no_sync(calls: int) -> Callable[[pytest.MonkeyPatch], None]:
-    """Fill the disk when the `calls`-th file is synced."""
+def no_sync(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Fill the disk when a file with `name` in its path is synced."""
 
     def fill(patch: pytest.MonkeyPatch) -> None:
-        counted, sync = iter(range(calls)), os.fsync
-        patch.setattr(os, "fsync", lambda fd: full() if next(counted, None) is None else sync(fd))
+        sync = os.fsync
+
+        def synced(fd: int) -> None:
+            if name in os.readlink(f"/proc/self/fd/{fd}"):
+                full()
+            sync(fd)
+
+        patch.setattr(os, "fsync", synced)
 
     return fill
 
@@ -127,9 +133,18 @@ FAULTS = {
         r"output needs 1\.\d\d MB and its disk has 1\.00 kB free",
         3,
     ),
-    "the first layer": (no_sync(1), f"layer-0-0001.safetensors .* {FULL}; free some space", 0),
-    "the second layer": (no_sync(4), f"layer-0-0002.safetensors .* {FULL}; free some space", 1),
-    "the weights": (no_sync(10), f"output/model.safetensors .* {FULL}; free some space", 3),
+    "the first unit": (no_sync("kept-0-unit"), rf"gate_up.*\.safetensors .* {FULL}; free some", 0),
+    "the journal's digests": (no_sync("digests"), f"journal/run.json: {FULL}; free some space", 0),
+    "the second layer": (
+        no_sync("layer-0-0002.safetensors"),
+        f"layer-0-0002.safetensors .* {FULL}; free some space",
+        1,
+    ),
+    "the weights": (
+        no_sync("output/.model.safetensors"),
+        f"output/model.safetensors .* {FULL}; free some space",
+        3,
+    ),
     "the small files": (
         failing("moecc.artifact.write.write_json", full),
         f"writing .*out failed: {FULL}; free some space or write elsewhere",

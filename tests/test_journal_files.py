@@ -226,6 +226,28 @@ def test_kept_work_is_found_by_its_key(tmp_path: Path) -> None:
     assert said == [f"note: {file} does not match its digest; its work is done again"]
 
 
+def test_what_units_kept_goes_once_the_layer_is_saved(program: Program, tmp_path: Path) -> None:
+    """The layer holds it. Work of passes over the whole model stays, and that of other groups."""
+    journal, changed, ctx = opened(tmp_path / "journal"), program.copy(), Context()
+    journal.keep("a", Kept({"x": torch.ones(1)}))
+    journal.keep("unit a 0-3", Kept({"x": torch.ones(1)}))
+    journal.begin(1)
+    for name in ("unit a 0-3", "unit a/b 4-7", "united", "a unit "):
+        journal.keep(name, Kept({"x": torch.ones(1)}))
+    assert not journal.restore(1, changed, ctx)
+    doubled(changed, UP)
+    journal.save(1, changed, ctx)
+    there = {file.name for file in journal.folder.glob("kept-*")}
+    assert there == {
+        *("kept-0-a.safetensors", "kept-0-unit%20a%200-3.safetensors"),
+        *("kept-1-united.safetensors", "kept-1-a%20unit%20.safetensors"),
+    }
+    again = opened(journal.folder)
+    again.begin(1)
+    assert again.kept("unit a 0-3") is None and again.kept("united") is not None
+    assert again.restore(1, program.copy(), ctx)
+
+
 def test_a_line_that_was_cut_hides_no_digest(tmp_path: Path) -> None:
     journal = opened(tmp_path / "journal")
     digests = journal.folder / "digests"

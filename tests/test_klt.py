@@ -14,7 +14,11 @@ from moecc.ir import vq4
 from moecc.ir.graph import run_nodes
 from moecc.ir.ops import KLT_EXPERTS
 from moecc.ir.program import Program, output_node
+from moecc.passes._code.basis import Shared
+from moecc.passes._code.sharing import Case
 from moecc.passes._tune.tuned import Tuned
+from moecc.passes.klt import SharedBasis
+from moecc.pipeline.bits import basis_bits
 from moecc.pipeline.stream import StageWeights, run_program
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -64,6 +68,67 @@ def test_experts_of_one_parent_get_a_mean_if_it_is_worth_its_bits(
         assert alike[path]["mean"] in ("2 bit", "3 bit", "4 bit")
         assert [audit[path]["mean"] for audit in (off, independent, few)] == ["none"] * 3
         assert alike[path]["in_sample_error"] < off[path]["in_sample_error"] / 5
+
+
+@pytest.mark.parametrize("mean", ["off", 3])
+def test_what_experts_share_is_of_all_of_them_though_it_is_chosen_by_a_sample(
+    tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, mean: int | str
+) -> None:
+    """What is left of each is computed when it is read, of some alone if they are asked for."""
+    runs = []
+    for numbers in (1 << 26, 1):
+        monkeypatch.setattr("moecc.passes._code.sharing._IN_SAMPLE", numbers)
+        runs.append(compiled(tiny("I"), f"klt{{rank=2,mean={mean}}}", batches=batches).program)
+    whole, some = runs
+    before, moe = tiny("I"), whole.moe_layers()[0]
+    for p in moe.projections:
+        for part in ("", *vq4.SHARED):
+            node = p.operand(part)
+            if node is not None:
+                a, b = (q.read(q.weights[node.name].name).float() for q in runs)
+                # the mean of a sample of all is added up in another order
+                torch.testing.assert_close(b, a, rtol=0, atol=0 if mean == "off" else 0.02)
+        name = f"{p.path}.remainder"
+        left = some.read(name)
+        assert some.tensors.in_memory(name) is None
+        assert torch.equal(some.read(name, experts=[40, 3]), left[[40, 3]])
+        taken = before.read(p.path) - left
+        low = vq4.shared_part(
+            {n: some.tensors.get(f"{p.path}.{n}") for n in vq4.SHARED},
+            p.shape[2],
+            torch.float32,
+            input_side=p.input_side,
+        )
+        assert low is not None
+        torch.testing.assert_close(taken, low.expand_as(taken), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("earned", [True, False])
+@pytest.mark.parametrize("rank", ["auto", "2"])
+def test_a_basis_that_is_chosen_must_earn_its_bits_as_that_of_all_experts(
+    tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, earned: bool, rank: str
+) -> None:
+    """One that is asked for need not."""
+    asked: list[float] = []
+
+    def earns(self: Case, plain: Shared, basis: Shared, bits: float) -> bool:
+        assert {n for n in plain.tensors if not n.startswith(vq4.MEAN)} == set()
+        assert len(basis.tensors["coef"]) == 64  # type: ignore[arg-type]
+        asked.append(bits * self.projection.weights)
+        return earned
+
+    monkeypatch.setattr("moecc.passes._code.sharing._IN_SAMPLE", 1)
+    monkeypatch.setattr(Case, "earns", earns)
+    monkeypatch.setattr(SharedBasis, "choose", lambda self, cases: dict.fromkeys(cases, (2, 3)))
+    run = compiled(tiny("I"), f"klt{{rank={rank}}}", batches=batches)
+    projections = run.program.moe_layers()[0].projections
+    bits = [basis_bits(3, *p.shape, input_side=p.input_side) for p in projections]
+    assert asked == (pytest.approx(bits) if rank == "auto" else [])
+    for p in projections:
+        kept = earned or rank != "auto"
+        assert (p.operand("basis") is not None) == kept and p.operand("mean_codes") is not None
+        row = run.ctx.audit[p.path]
+        assert (row["rank"], row["mean"]) == (3 if kept else 0, "2 bit")
 
 
 def test_mean_codebook_and_scale_are_trained_and_stored_in_the_types_of_the_format(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moecc.errors import MoeccError
 from moecc.ir import ops
 from moecc.ir.program import Program
 from moecc.passes._code.moments import (
     Routed,
+    Seen,
     _sent,
     gate_slopes,
     hidden_units,
@@ -143,24 +146,99 @@ def test_moments_are_means_over_the_tokens_of_each_expert(
     assert found.notes == ([note] if want.starved else [])
 
 
-def test_without_room_experts_share_one_moment(
+@pytest.mark.parametrize("least", [1, 28])
+def test_an_expert_s_metric_is_computed_when_it_is_asked_for(
+    tiny: Tiny, batches: list[Tensor], least: int
+) -> None:
+    """Also once other weights are in its place: it is of those that were measured."""
+    layer = entered(tiny("M"), batches)
+    (moe,) = layer.moe
+    routed = routed_tokens(layer, moe)
+    found = measure(layer, moe, routed, torch.eye(16), least)
+    want = Slow(layer, routed, least, True)
+    first = layer.program.read("layers.0.gate_up")
+    layer.program.add("layers.0.gate_up", torch.zeros(4, 16, 16))
+    for e in range(4):
+        expert = found.expert(e)
+        assert torch.equal(expert.weight("gate_up"), first[e])
+        np.testing.assert_array_equal(expert.weight("down"), want.down[e])
+        behind = np.tile(want.down[e].T @ want.down[e], (2, 2)) * want.slopes[e]
+        for name, moments, costs in (
+            ("gate_up", want.inputs, behind),
+            ("down", want.hidden, np.eye(16)),
+        ):
+            moment, output = expert.metric(name)
+            assert output is not None
+            np.testing.assert_allclose(moment, moments[e], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(output, costs, rtol=1e-3, atol=1e-3)
+            assert torch.equal(moment, expert.moment(name))
+    for name in ("gate_up", "down"):
+        for get in (found.of, found.output_of):
+            some, whole = get(name, [2, 0]), get(name)
+            assert some is not None and whole is not None and len(whole) == 4
+            assert torch.equal(some, whole[[2, 0]])
+
+
+def test_without_sensitivity_no_error_has_a_cost_of_its_own(
+    tiny: Tiny, batches: list[Tensor]
+) -> None:
+    layer = entered(tiny("M"), batches)
+    (moe,) = layer.moe
+    routed = routed_tokens(layer, moe)
+    found, alike = (measure(layer, moe, routed, cost) for cost in (torch.eye(16), None))
+    assert found.weighted and not alike.weighted
+    for name in ("gate_up", "down"):
+        assert alike.output_of(name) is None and alike.output_of(name, [1]) is None
+        moment, output = alike.expert(1).metric(name)
+        assert output is None and torch.equal(moment, found.expert(1).moment(name))
+
+
+def test_small_matrices_are_computed_once_and_large_ones_are_not_kept(
     tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = entered(tiny("M"), batches)
     (moe,) = layer.moe
     routed = routed_tokens(layer, moe)
-    # [4, 16, 16] numbers of 4 bytes each
-    for room, shared in ((4 * 4 * 256, False), (4 * 4 * 256 - 1, True)):
-        monkeypatch.setattr("moecc.passes._code.moments._PER_EXPERT_BYTES", room)
+    for most, kept in ((16 * 16, {"gate_up", "down", "output"}), (16 * 16 - 1, {"down"})):
+        monkeypatch.setattr("moecc.passes._code.moments._SMALL", most)
         found = measure(layer, moe, routed, torch.eye(16))
-        assert len(found.gate_up) == (1 if shared else 4)
-        assert ("gate_up" in found.output) != shared
-        text = f"{moe.path}.gate_up: errors of all rows count alike; their costs would not fit"
-        assert any(text in note for note in found.notes) == shared
-        if shared:
-            average = routed.x.T @ routed.x / len(routed.x)
-            torch.testing.assert_close(found.of("gate_up"), average.expand(4, -1, -1))
-    assert measure(layer, moe, routed, None).output == {}
+        first = {name: found.expert(1).metric(name)[0] for name in ("gate_up", "down")}
+        assert found.expert(1).made.keys() == kept and found.expert(0).made == {}
+        for name, moment in first.items():
+            again = found.expert(1).moment(name)
+            assert torch.equal(again, moment) and (again is moment) == (name in kept)
+
+
+@pytest.mark.parametrize(("down", "cost"), [(1.0, None), (1e3, 1e4), (1e-9, 1.0)])
+def test_errors_that_float32_cannot_add_up_are_refused_with_their_projection(
+    tiny: Tiny,
+    batches: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    down: float,
+    cost: float | None,
+) -> None:
+    """None is larger than tr(S) |W|^2 tr(H), where a factor below 1 counts as 1."""
+    program = tiny("M")
+    program.add("layers.0.down", down * program.read("layers.0.down"))
+    layer = entered(program, batches)
+    (moe,) = layer.moe
+    behind = None if cost is None else cost * torch.eye(16)
+    found = measure(layer, moe, routed_tokens(layer, moe), behind)
+    for e in range(4):
+        for name in ("gate_up", "down"):
+            expert = found.expert(e)
+            moment, output = expert.metric(name)
+            traces = [float(m.double().trace()) for m in (moment, output) if m is not None]
+            norm = float(expert.weight(name).double().square().sum())
+            most = math.prod(max(factor, 1) for factor in (norm, *traces))
+            monkeypatch.setattr("moecc.passes._code.moments._MOST", 1.001 * most)
+            expert.metric(name)
+            monkeypatch.setattr("moecc.passes._code.moments._MOST", 0.999 * most)
+            with pytest.raises(MoeccError) as error:
+                expert.metric(name)
+            says = f"{moe.path}.{name}: squared errors of its output may reach {most:.0e} on "
+            assert str(error.value).startswith(says)
+            monkeypatch.undo()
 
 
 def test_a_token_s_weight_is_the_sum_of_its_slots_for_an_expert() -> None:
@@ -187,32 +265,70 @@ def test_a_mean_without_tokens_or_weights_is_zero() -> None:
     torch.testing.assert_close(mean_outer(x), sum(torch.outer(r, r) for r in x) / 5)
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_mean_of_many_tokens_is_taken_of_some_at_a_time(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moecc.passes._code.moments._TOGETHER", 4)
+    asked: list[int] = []
+
+    def change(x: Tensor) -> Tensor:
+        asked.append(len(x))
+        return torch.cat([x, x.square()], -1)
+
+    x, weight = torch.randn(10, 3), torch.rand(10)
+    weight[4:8] = 0  # these are taken together
+    for tokens, parts in ((10, [4, 4, 2]), (4, [4]), (0, [0])):
+        seen = Seen(x[:tokens], weight[:tokens] if weighted else None)
+        got = seen.mean_outer(change)
+        assert asked == parts
+        asked.clear()
+        want = torch.zeros(6, 6).double()
+        for row, w in zip(
+            change(seen.x).double(), weight if weighted else [1.0] * 10, strict=False
+        ):
+            want += float(w) * torch.outer(row, row)
+        total = float(weight[:tokens].sum()) if weighted else tokens
+        torch.testing.assert_close(got.double(), want / max(total, 1), rtol=1e-5, atol=1e-6)
+        asked.clear()
+    assert not Seen(x, torch.zeros(10)).mean_outer(change).any()
+
+
 @pytest.mark.parametrize("gate", ["glu", "clamp", "oai", "none"])
 def test_slopes_of_a_gate_against_finite_differences(gate: str) -> None:
-    attributes = dict(act="silu", gate=gate, alpha=1.3, limit=0.8, eps=1e-6)
-    moe: Any = SimpleNamespace(attributes=attributes)
+    a = dict(act="silu", gate=gate, alpha=1.3, limit=0.8, eps=1e-6)
     g = torch.Generator().manual_seed(1)
     x = torch.randn(7, 3, generator=g).double()
     weight, bias = (torch.randn(*s, generator=g).double() for s in ((8, 3), (8,)))
-    found = gate_slopes(moe, x, weight, bias)
+    found = gate_slopes(a, x, weight, bias)
     assert found.shape == (7, 8)
     for n in range(8):
         step = torch.zeros(8).double()
         step[n] = 1e-6
-        up, down = (hidden_units(moe, x, weight, bias + s).sum(-1) for s in (step, -step))
+        up, down = (hidden_units(a, x, weight, bias + s).sum(-1) for s in (step, -step))
         torch.testing.assert_close(found[:, n], (up - down) / 2e-6, rtol=1e-4, atol=1e-6)
 
 
-def test_moments_are_held_in_memory_only_once(tiny: Tiny, batches: list[Tensor]) -> None:
+def test_matrices_of_one_expert_are_in_memory_at_a_time(
+    tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moecc.passes._code.moments._SMALL", 0)
     layer = entered(tiny("I"), batches)
     (moe,) = layer.moe
     routed = routed_tokens(layer, moe)
-    with Peak() as peak:
+    with Peak() as measuring:
         found = measure(layer, moe, routed, torch.eye(16))
-    weights = (layer.weight(moe, p) for p in ("gate_up", "down"))
-    held = found.gate_up, found.down, found.output["gate_up"], *weights
-    size = sum(t.nbytes for t in held if t is not None)
-    assert size <= peak.most < 1.1 * size
+    one = 4 * 16 * 16  # bytes of one expert's moment
+    assert measuring.most < 16 * one
+
+    def most(experts: range) -> int:
+        with Peak() as peak:
+            for e in experts:
+                for name in ("gate_up", "down"):
+                    found.expert(e).metric(name)
+        return peak.most
+
+    assert most(range(64)) == max(most(range(e, e + 1)) for e in range(64)) < 32 * one
 
 
 @pytest.mark.parametrize("routing", ["squared", "one"])
@@ -232,7 +348,7 @@ def test_the_pass_leaves_measurements_for_its_options_and_says_how_errors_count(
         assert torch.equal(found.of(name), want.of(name))
         errors = "weighted by sensitivity" if sensitive else "all channels alike"
         assert ctx.audit[f"{moe.path}.{name}"] == {"errors": errors}
-    assert found.output.keys() == want.output.keys() and found.starved == want.starved
+    assert found.weighted == want.weighted == sensitive and found.starved == want.starved
     assert ctx.notes == want.notes and len(ctx.notes) == 1
 
 
@@ -245,7 +361,8 @@ def test_the_pass_leaves_coded_experts_alone(tiny: Tiny, batches: list[Tensor]) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moecc.passes.moments.routed_tokens", lambda layer, moe: moe.path)
         patch.setattr(
-            "moecc.passes.moments.measure", lambda *a, **k: SimpleNamespace(output={}, notes=[a[2]])
+            "moecc.passes.moments.measure",
+            lambda *a, **k: SimpleNamespace(weighted=False, notes=[a[2]]),
         )
         MeasureMoments().run_layer(layer, ctx)
     assert layer.data.keys() == {("routed", dense.path), ("moments", dense.path)}

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from coders import BITS, E, K, N, costs, drawn, error_of, random_state
-from torch import Tensor
 
 from moecc.passes._code import coding
 from moecc.passes._code.codebooks import Book, kmeans, rounded
 from moecc.passes._code.coded import Coded, joined
 from moecc.passes._code.coder import Coder
-from moecc.passes._code.coding import _better, _costly_first, _refined, encode, encode_in_parts
+from moecc.passes._code.coding import _better, _costly_first, _refined, encode
 from moecc.passes._code.feedback import choose
 from moecc.passes._code.metric import damped
 
@@ -63,7 +62,9 @@ def test_rounds_start_from_rows_of_size_one_under_a_damped_metric(
         book=book,
     )
     ((coder, start, rounds, options),) = seen
-    assert rounds == 7 and options == {"shared": shared, "fixed_book": book is not None}
+    # one that all experts share is not refitted to these
+    fixed = shared and book is not None
+    assert rounds == 7 and options == {"shared": shared, "fixed_book": fixed}
     assert coder.bits == bits and coder.feedback == (kind != "no feedback")
     size = torch.tensor(
         [[max(float(row.double().square().mean()) ** 0.5, 1e-12) for row in w] for w in weight]
@@ -174,54 +175,6 @@ def test_the_error_of_a_state_by_its_definition(coupled: bool) -> None:
     c, state = random_state(3)
     c = replace(c, output=costs(1.0, rows=N) if coupled else None)
     torch.testing.assert_close(c.error(state).double(), error_of(c, state), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("coupled", [True, False])
-def test_experts_beyond_the_memory_are_coded_in_parts(
-    shared: bool, coupled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A shared codebook is fitted to evenly spaced rows and experts that fit together."""
-    experts = 10
-    weight, moment = drawn(experts=experts, rows=12)
-    output = drawn(2, experts=experts, columns=12)[1] if coupled else None
-    calls: list[tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]] = []
-    made: list[Coded] = []
-
-    def spy(w: Tensor, h: Tensor, s: Tensor | None = None, **options: Any) -> Coded:
-        calls.append((w, h, s, options))
-        made.append(encode(w, h, s, **options))
-        return made[-1]
-
-    monkeypatch.setattr(coding, "encode", spy)
-    monkeypatch.setattr(coding, "AT_ONCE", 3 * weight[0].numel())
-    got = encode_in_parts(weight, moment, output, shared=shared, bits=2, seed=1, rounds=1, turns=2)
-    parts = [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)]
-    book = None
-    if shared:
-        some = [0, 1, 2, 3, 5, 6, 7, 9]
-        rows = [0, 3, 6, 9]  # 8 experts, of which 3 fit: every third row
-        w, h, s, options = calls.pop(0)
-        assert torch.equal(w, weight[some][:, rows]) and torch.equal(h, moment[some])
-        assert (s is None) == (not coupled)
-        if s is not None and output is not None:
-            assert torch.equal(s, output[some][:, rows][:, :, rows])
-        assert options == {"shared": True, "bits": 2, "seed": 1, "rounds": 1, "turns": 2}
-        book = made.pop(0)
-        step = (book.scale / w.square().mean(-1).sqrt()).median()
-    for part, (w, h, s, options) in zip(parts, calls, strict=True):
-        assert torch.equal(w, weight[part]) and torch.equal(h, moment[part])
-        assert (s is None) == (not coupled)
-        assert s is None or output is None or torch.equal(s, output[part])
-        given = options.pop("book")
-        assert options == {"shared": shared, "bits": 2, "seed": 1, "rounds": 1, "turns": 2}
-        assert (given is None) == (not shared)
-        if given is not None and book is not None:
-            assert torch.equal(given.integers, book.codebook) and given.step.shape == (1, 1)
-            assert float(given.step) == pytest.approx(float(step), rel=1e-5)
-    books = made[0].codebook if shared else torch.cat([m.codebook for m in made])
-    same(got, joined(made, 0, books))
-    assert got.codebook.shape[0] == (1 if shared else experts)
 
 
 def test_rows_are_put_in_another_order_expert_by_expert() -> None:

@@ -26,12 +26,12 @@ from urllib.parse import quote
 
 from torch import Tensor
 
-from moecc.checkpoint.files import TensorFile, write_safetensors
+from moecc.checkpoint.files import TensorFile, make_room, write_safetensors
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.ir.tensors import Held
 from moecc.pipeline import record
-from moecc.pipeline.passes import Context, Kept
+from moecc.pipeline.passes import UNIT, Context, Kept
 from moecc.types import Json, Say
 
 _DIGESTS = "digests"
@@ -112,6 +112,8 @@ class Journal:
         noted |= {"audit": ctx.audit, "notes": ctx.notes, "ledger": ctx.ledger}
         self._write(self._name(stage, "json"), noted)
         record.spill(program, tensors, TensorFile(self.folder / self._name(stage, "safetensors")))
+        for file in self.folder.glob(f"kept-{self._group}-{quote(UNIT, safe='')}*"):
+            file.unlink()  # the layer holds what its units made
 
     def restore(self, stage: int, program: Program, ctx: Context) -> bool:
         """Put a finished layer back into `program` and `ctx`; called before a layer's passes.
@@ -192,11 +194,16 @@ class Journal:
         as well. A line that a full disk has cut must not swallow the next one, so that each begins
         with a line break.
         """
-        with open(self.folder / _DIGESTS, "a", encoding="utf-8") as log:
-            log.write(f"\n{_digest(draft)}  {name}\n")
-            log.flush()
-            os.fsync(log.fileno())
-        draft.replace(self.folder / name)
+        try:
+            with open(self.folder / _DIGESTS, "a", encoding="utf-8") as log:
+                log.write(f"\n{_digest(draft)}  {name}\n")
+                log.flush()
+                os.fsync(log.fileno())
+            draft.replace(self.folder / name)
+        except OSError as error:
+            raise MoeccError(
+                f"can't write {self.folder / name}: {error.strerror or error}; {make_room(error)}"
+            ) from error
 
     def _is_whole(self, name: str) -> bool:
         """Return whether a file is as it was written; say so if it is not."""

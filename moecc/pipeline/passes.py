@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -36,6 +36,8 @@ from moecc.pipeline import recorded
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.fate import Fate
 from moecc.pipeline.stream import Stream
+from moecc.pipeline.work import Scope, Work
+from moecc.pipeline.workers.base import Alone, Workers
 from moecc.types import Json, Progress, Value
 
 __all__ = ["Composite", "Context", "Kept", "Layer", "LayerPass", "MoeccError", "Pass", "option"]
@@ -53,6 +55,8 @@ class Pass(Options):
     # facts that a later pass must provide before the program can be stored
     leads_to: ClassVar[frozenset[str]] = frozenset()
     needs_data: ClassVar[bool] = False  # whether it needs calibration text
+    # whether it measures what errors of the experts' outputs cost, for passes that code
+    weighs_errors: ClassVar[bool] = False
     # facts that lie in `Layer.data`, and so hold for one layer of one round
     within_layer: ClassVar[frozenset[str]] = frozenset()
     # whether it leaves the float model that later passes compare with
@@ -69,6 +73,10 @@ class Pass(Options):
     def estimate(self, found: Estimate) -> None:
         """Change `found` as this pass would change the stored bits; uses sizes only."""
         found.unknown.append(self.name)
+
+    def work(self, scope: Scope) -> Work:
+        """Return the work of this pass over all layers, from sizes only."""
+        return Work(known=False)
 
     def machinery(self) -> str:
         """Return what of this machine the last bits of a result depend on, in a word or two.
@@ -182,6 +190,9 @@ class Kept:
     facts: Any = None
 
 
+UNIT = "unit "  # how names of the work begin that a unit kept
+
+
 @dataclass(eq=False)
 class Context:
     """The state that passes share during one run."""
@@ -196,6 +207,8 @@ class Context:
     keep: Callable[[str, Kept], Kept] = lambda key, work: work
     # key -> the last work kept under it, by an interrupted run too
     kept: Callable[[str], Kept | None] = lambda key: None
+    # who computes units of work: `workers.run(function, units, shared)`
+    workers: Workers = field(default_factory=Alone)
     # set when a run starts: the traced model, the float model that passes compare with, and the
     # calibration token ids
     traced: Program | None = None
@@ -216,6 +229,24 @@ class Context:
         """
         found = self.kept(key)
         return self.keep(key, make()) if found is None else found
+
+    def results(
+        self,
+        function: Callable[..., Mapping[str, Tensor]],
+        units: Sequence[tuple[str, Callable[[], object]]],
+        shared: object = None,
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """Yield the result of every unit of work, in order; an interrupted run's are taken up.
+
+        function: of a unit and of what all share, as `Workers.run` takes it. units: a name that
+        tells each from all others of the run, and a function that makes it.
+        """
+        kept = {name: self.kept(UNIT + name) for name, _ in units}
+        left = (make() for name, make in units if kept[name] is None)
+        made = self.workers.run(function, left, shared)
+        for name, _ in units:
+            found = kept[name] or self.keep(UNIT + name, Kept(next(made)))
+            yield found.tensors
 
     def keep_experts(self, program: Program, keep: Mapping[str, Sequence[int]]) -> None:
         """Keep only the experts `keep` (ascending) of layers, by path.
@@ -274,14 +305,21 @@ class Layer:
         """Run every calibration batch through this layer; return the values of the named nodes."""
         return self.inputs.tap(self.index, names)
 
-    def weight(self, projection: Projection, part: str = "") -> Tensor | None:
-        """Return a projection's float32 tensor, or that of a `part` such as its bias, if any."""
-        return _float(self.program, projection, part)
+    def weight(
+        self, projection: Projection, part: str = "", experts: Sequence[int] | None = None
+    ) -> Tensor | None:
+        """Return a projection's float32 tensor, or that of a `part` such as its bias, if any.
 
-    def original(self, projection: Projection, part: str = "") -> Tensor | None:
+        experts: read only these. All experts of a large layer may not fit into memory.
+        """
+        return _float(self.program, projection, part, experts)
+
+    def original(
+        self, projection: Projection, part: str = "", experts: Sequence[int] | None = None
+    ) -> Tensor | None:
         """Return the same tensor of the float model."""
         same = next(m for m in self.reference.moe_layers() if m.path == projection.moe.path)
-        return _float(self.reference, replace(projection, moe=same), part)
+        return _float(self.reference, replace(projection, moe=same), part, experts)
 
     def stored(self, projection: Projection) -> dict[str, Tensor | None]:
         """Return a coded projection's stored tensors, by the names of `vq4.TENSORS`."""
@@ -290,6 +328,8 @@ class Layer:
         return {part: None if node is None else value(node) for part, node in nodes.items()}
 
 
-def _float(program: Program, projection: Projection, part: str) -> Tensor | None:
+def _float(
+    program: Program, projection: Projection, part: str, experts: Sequence[int] | None
+) -> Tensor | None:
     node = projection.operand(part)
-    return None if node is None else program.value(node).to(torch.float32)
+    return None if node is None else program.value(node, experts).to(torch.float32)

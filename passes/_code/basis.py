@@ -33,7 +33,9 @@ Shapes: E experts, N rows, K columns, D hidden, F intermediate, r rows of the ba
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,6 +45,22 @@ from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
 from moecc.passes._code.half import compact
 from moecc.passes._code.metric import damped
+
+_OWN = ("coef", "coef_scale")  # what each expert has of its own
+Matrices: TypeAlias = "Tensor | Sequence[Tensor]"  # of the experts
+
+
+class Unread(Sequence[Tensor]):
+    """Matrices of experts that are read or computed whenever one is asked for."""
+
+    def __init__(self, experts: int, make: Callable[[int], Tensor]):
+        self.experts, self.make = experts, make
+
+    def __len__(self) -> int:
+        return self.experts
+
+    def __getitem__(self, expert: int) -> Tensor:  # type: ignore[override]
+        return self.make(expert)
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,14 @@ class Shared:
         )
         return weight if taken is None else weight - taken
 
+    def of(self, experts: Sequence[int]) -> Shared:
+        """The part of some experts."""
+        own = {
+            k: t if t is None or k not in _OWN else t[list(experts)]
+            for k, t in self.tensors.items()
+        }
+        return replace(self, tensors=own)
+
     def first(self, rank: int) -> Shared:
         """The basis cut to its first `rank` rows."""
         basis, coef, scale = (self.tensors[n] for n in ("basis", "coef", "coef_scale"))
@@ -71,13 +97,12 @@ class Shared:
         return Shared({**self.tensors, **other.tensors}, self.columns, self.input_side)
 
 
-def common_mean(weight: Tensor, bits: int, seed: int, *, input_side: bool) -> Shared:
-    """Step 1: the mean of the experts of weight [E, N, K], coded at `bits`."""
-    mean = weight.mean(0, keepdim=True)
+def common_mean(mean: Tensor, bits: int, seed: int, *, input_side: bool) -> Shared:
+    """Step 1: the mean of a projection's experts, [1, N, K], coded at `bits`."""
     alike = torch.eye(mean.shape[-1], device=mean.device).unsqueeze(0)
     stored = encode(*pad_columns(mean, alike), bits=bits, shared=True, seed=seed).stored()
     tensors = {vq4.MEAN + name: tensor for name, tensor in stored.items()}
-    return Shared(tensors, weight.shape[2], input_side)
+    return Shared(tensors, mean.shape[2], input_side)
 
 
 def square_root(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,18 +116,24 @@ def square_root(moment: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
-def factorize(weight: Tensor, moment: Tensor, rank: int, *, input_side: bool) -> Shared:
-    """Steps 2 to 7 for one projection: weight [E, N, K] under moments [E, K, K]."""
+def factorize(weights: Matrices, moments: Matrices, rank: int, *, input_side: bool) -> Shared:
+    """Steps 2 to 7 for one projection: weights [E, N, K] under moments [E, K, K].
+
+    They are read one by one, in turns.
+    """
+    experts, columns = len(weights), weights[0].shape[-1]
     if input_side:
-        root, inverse = square_root(damped(moment.mean(0, keepdim=True), 1e-3)[0])
-        scaled = weight @ root
+        mean = _added(moments[e] for e in range(experts)).unsqueeze(0) / experts
+        root, inverse = square_root(damped(mean, 1e-3)[0])
         # right singular vectors of the stacked matrix = eigenvectors of the sum of Gram matrices
-        vectors = torch.linalg.eigh((scaled.mT @ scaled).sum(0))[1][:, -rank:].flip(-1)
-        basis, coef = vectors.T @ inverse, scaled @ vectors
+        scaled = (weights[e] @ root for e in range(experts))
+        vectors = _largest(_added(s.mT @ s for s in scaled), rank)
+        onto = root @ vectors
+        basis, coef = vectors.T @ inverse, torch.stack([weights[e] @ onto for e in range(experts)])
     else:
-        gram = (weight @ damped(moment, 1e-3) @ weight.mT).sum(0)
-        vectors = torch.linalg.eigh(gram)[1][:, -rank:].flip(-1)
-        basis, coef = vectors.T, vectors.T @ weight
+        pairs = ((weights[e], damped(moments[e].unsqueeze(0), 1e-3)[0]) for e in range(experts))
+        vectors = _largest(_added(w @ m @ w.mT for w, m in pairs), rank)
+        basis, coef = vectors.T, torch.stack([vectors.T @ weights[e] for e in range(experts)])
     scale = compact((coef.abs().amax(-1) / 127).clamp(min=6e-5))
     integers = (coef / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
     tensors: dict[str, Tensor | None] = {
@@ -110,4 +141,19 @@ def factorize(weight: Tensor, moment: Tensor, rank: int, *, input_side: bool) ->
         "coef": integers,
         "coef_scale": scale,
     }
-    return Shared(tensors, weight.shape[2], input_side)
+    return Shared(tensors, columns, input_side)
+
+
+def _added(matrices: Iterable[Tensor]) -> Tensor:
+    """Their sum, one after the other."""
+    total: Tensor | None = None
+    for matrix in matrices:
+        total = matrix.clone() if total is None else total.add_(matrix)
+    assert total is not None
+    return total
+
+
+def _largest(gram: Tensor, rank: int) -> Tensor:
+    """The eigenvectors of the `rank` largest eigenvalues, as columns, the largest first."""
+    vectors: Tensor = torch.linalg.eigh(gram)[1]
+    return vectors[:, -rank:].flip(-1)

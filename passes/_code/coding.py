@@ -25,23 +25,18 @@ codebooks or 1. All arithmetic is in float32; a fixed seed gives the same codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moecc.passes._code.codebooks import Book, kmeans, rounded
-from moecc.passes._code.coded import Coded, joined
+from moecc.passes._code.coded import Coded
 from moecc.passes._code.coder import Coder
 from moecc.passes._code.feedback import choose
-from moecc.passes._code.metric import AT_ONCE, OUTPUT_DAMPING, damped
+from moecc.passes._code.metric import OUTPUT_DAMPING, damped
 from moecc.passes._code.refit import refit_codebook, refit_scale
 from moecc.passes._code.sweep import sweep
-
-_SAMPLED_EXPERTS = 8  # that a shared codebook is fitted to if not all fit in memory
 
 
 def encode(
@@ -61,7 +56,8 @@ def encode(
 
     output: the costs of output errors, [E, N, N]; None if all channels count alike. shared: one
     codebook for all experts. rounds: of refits. feedback: False leaves out steps 2 to 5 (plain
-    k-means, for ablation). turns: of k-means. book: a shared codebook to use as it is.
+    k-means, for ablation). turns: of k-means. book: to start with instead of one by k-means; one
+    that all experts share is used as it is.
     """
     moment = damped(moment)
     importance = moment.diagonal(dim1=-2, dim2=-1)
@@ -72,44 +68,30 @@ def encode(
     if output is not None:
         output, order = _costly_first(output, size)
         target = target.take_along_dim(order, 1)
-    given = book is not None
+    fixed = shared and book is not None
     book = book or rounded(kmeans(target, importance, bits=bits, seed=seed, turns=turns), bits)
     table = book.integers if shared else book.integers.expand(len(weight), -1, -1)
     coder = Coder(target, moment, importance, bits, feedback, output)
     start = choose(coder, table, book.step.expand(weight.shape[:2]))
-    found = _refined(coder, start, rounds, shared=shared, fixed_book=given)
+    found = _refined(coder, start, rounds, shared=shared, fixed_book=fixed)
     if order is not None:
         found = found.rows(order.argsort(dim=1))
     # a row of zeros stays exactly that
     return replace(found, scale=found.scale * size.squeeze(-1) * weight.any(-1))
 
 
-def encode_in_parts(
-    weight: Tensor, moment: Tensor, output: Tensor | None = None, *, shared: bool, **options: Any
-) -> Coded:
-    """Call `encode`, with its options, on as many experts together as AT_ONCE allows.
+def start_book(
+    weight: Tensor, importance: Tensor, *, bits: int, seed: int, turns: int = 15
+) -> Book:
+    """A codebook by k-means for rows of weight [E, N, K], with importance [E, K] of columns."""
+    importance = importance / importance.mean(-1, keepdim=True)
+    centroids = kmeans(weight / _size(weight), importance, bits=bits, seed=seed, turns=turns)
+    return rounded(centroids, bits)
 
-    If not all fit together, fit a shared codebook to evenly spaced rows of some experts first, and
-    use it as it is for all.
-    """
-    coded: Callable[..., Coded] = partial(encode, shared=shared, **options)
-    step = max(1, AT_ONCE // weight[0].numel())
-    if len(weight) <= step:
-        return coded(weight, moment, output)
-    book = None
-    if shared:
-        some = torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLED_EXPERTS)).long()
-        rows = slice(None, None, -(-len(some) * weight[0].numel() // AT_ONCE))
-        sample = weight[:, rows][some]
-        costs = None if output is None else output[:, rows, rows][some]
-        fitted = coded(sample, moment[some], costs)
-        book = Book(fitted.codebook, (fitted.scale / _size(sample).squeeze(-1)).median().view(1, 1))
-    parts = [
-        coded(weight[part], moment[part], None if output is None else output[part], book=book)
-        for part in (slice(i, i + step) for i in range(0, len(weight), step))
-    ]
-    books = parts[0].codebook if shared else torch.cat([p.codebook for p in parts])
-    return joined(parts, 0, books)
+
+def fitted_book(coded: Coded, weight: Tensor) -> Book:
+    """The shared codebook of coded rows of weight [E, N, K], to be used for others as it is."""
+    return Book(coded.codebook, (coded.scale / _size(weight).squeeze(-1)).median().view(1, 1))
 
 
 def _size(weight: Tensor) -> Tensor:
@@ -131,7 +113,7 @@ def _costly_first(output: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
 
 def _refined(coder: Coder, state: Coded, rounds: int, *, shared: bool, fixed_book: bool) -> Coded:
     """Steps 2 to 4: refit and sweep from the first codes on; return the best state seen."""
-    best, least = None, torch.full((len(coder.target),), torch.inf)
+    best, least = None, coder.target.new_full((len(coder.target),), torch.inf)
     for turn in range(rounds if coder.feedback else 1):
         if turn:
             state = state if fixed_book else refit_codebook(coder, state)

@@ -19,9 +19,14 @@ def damped(moment: Tensor, share: float = 0.01) -> Tensor:
 
     Zero ones become the identity; so do those that are so small that products of them are zero.
     """
-    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    added = torch.where(mean > _LEAST, share * mean, 1.0)
+    added = damping(moment.diagonal(dim1=-2, dim2=-1), share).unsqueeze(-1)
     return moment + torch.eye(moment.shape[-1], device=moment.device) * added
+
+
+def damping(diagonal: Tensor, share: float = 0.01) -> Tensor:
+    """What `damped` adds to the diagonal [E, K] of second moments, [E, 1]."""
+    mean = diagonal.mean(-1, keepdim=True)
+    return torch.where(mean > _LEAST, share * mean, 1.0)
 
 
 def weighted_error(error: Tensor, moment: Tensor, output: Tensor | None = None) -> Tensor:

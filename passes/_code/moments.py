@@ -6,50 +6,187 @@ tokens routed to one expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
 from moecc.errors import MoeccError, counted
 from moecc.ir.gates import apply_gate
-from moecc.ir.moe import MoE, Projection
+from moecc.ir.moe import MoE
 from moecc.pipeline.passes import Layer
+from moecc.types import Json
 
 MIN_TOKENS = 64  # an expert with fewer routed tokens is starved
 _MOST = 1e36  # that a sum of costs may reach: float32 holds 3e38
-_PER_EXPERT_BYTES = 2 << 30  # that one matrix per expert may take, all experts together
+_TOGETHER = 1 << 12  # tokens
+_SMALL = 1 << 16  # numbers of a matrix that is kept once it is computed
 # Weight, in tokens, of the layer's average in each expert's moment of gate_up's input.
 SHRINKAGE = 16.0
 
 
+@dataclass(frozen=True)
+class Common:
+    """What all experts of a layer share: the op's attributes and two matrices [D, D]."""
+
+    attributes: Json
+    average: Tensor  # the mean of x x^T over all tokens of the layer
+    cost: Tensor | None  # S, the layer's sensitivity; None: all channels alike
+
+
+_NOTHING = Common({}, torch.empty(0), None)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Tokens: inputs [n, D] and their weights [n], None if all count alike."""
+
+    x: Tensor
+    weight: Tensor | None
+
+    def mean_outer(self, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """`mean_outer` of what `change` makes of the inputs, some thousands of them at a time."""
+        weight = self.x.new_ones(len(self.x)) if self.weight is None else self.weight
+        if len(self.x) <= _TOGETHER:
+            return mean_outer(change(self.x), weight)
+        total: Tensor | None = None
+        for x, w in zip(self.x.split(_TOGETHER), weight.split(_TOGETHER), strict=True):
+            outer = mean_outer(change(x), w).mul_(w.sum())
+            total = outer if total is None else total.add_(outer)
+        assert total is not None
+        return total.div_(weight.sum().clamp(min=1e-30))
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert as calibration saw it; its moments are computed when they are asked for.
+
+    They are means over tokens, not sums. float32.
+    """
+
+    common: Common
+    path: str
+    seen: Seen  # its tokens
+    reaching: Seen  # the tokens whose hidden units count: others, if it is starved
+    gate_up: Tensor  # [N, D]
+    down: Tensor  # [D, F]
+    bias: Tensor | None  # of gate_up, [N]
+    made: dict[str, Tensor] = field(default_factory=dict)  # what was computed and is small
+
+    def bare(self) -> Expert:
+        """The same without what all experts share, which workers are sent once: `under` adds it."""
+        return replace(self, common=_NOTHING)
+
+    def under(self, common: Common) -> Expert:
+        """The same with what all experts share."""
+        return replace(self, common=common)
+
+    def metric(self, projection: str) -> tuple[Tensor, Tensor | None]:
+        """`moment` and `output` of `gate_up` or `down`.
+
+        Raise MoeccError unless float32 holds the cost of every error that may be met.
+        """
+        moment, output = self.moment(projection), self.output(projection)
+        self._require_range(projection, moment, output)
+        return moment, output
+
+    def moment(self, projection: str) -> Tensor:
+        """The second moment [K, K] of the inputs of `gate_up` or `down`."""
+        return self._once(projection, self._moment)
+
+    def output(self, projection: str) -> Tensor | None:
+        """The costs [N, N] of errors in the output of `gate_up` or `down`.
+
+        None if all channels count alike.
+        """
+        if self.common.cost is None or projection == "down":
+            return self.common.cost
+        return self._once("output", self._costs)
+
+    def weight(self, projection: str) -> Tensor:
+        """The float matrix [N, K]."""
+        return self.gate_up if projection == "gate_up" else self.down
+
+    def _once(self, key: str, make: Callable[[str], Tensor]) -> Tensor:
+        if key in self.made:
+            return self.made[key]
+        found = make(key)
+        if found.numel() <= _SMALL:
+            self.made[key] = found
+        return found
+
+    def _moment(self, projection: str) -> Tensor:
+        if projection == "gate_up":
+            share = SHRINKAGE / (len(self.seen.x) + SHRINKAGE)
+            own = self.seen.mean_outer(lambda x: x)
+            return own.mul_(1 - share).add_(self.common.average, alpha=share)
+        a = self.common.attributes
+        return self.reaching.mean_outer(lambda x: hidden_units(a, x, self.gate_up, self.bias))
+
+    def _costs(self, _: str) -> Tensor:
+        assert self.common.cost is not None
+        a = self.common.attributes
+        slopes = self.reaching.mean_outer(lambda x: gate_slopes(a, x, self.gate_up, self.bias))
+        return slopes.mul_(_behind(self.down, self.common.cost, len(self.gate_up)))
+
+    def _require_range(self, projection: str, moment: Tensor, output: Tensor | None) -> None:
+        """Raise MoeccError unless float32 holds tr(S) |W|^2 tr(H); no error's cost is larger."""
+        norm = torch.linalg.vector_norm(self.weight(projection), dtype=torch.float64).square()
+        traces = [m.diagonal().sum(dtype=torch.float64) for m in (moment, output) if m is not None]
+        most = float(torch.stack([norm, *traces]).clamp(min=1).prod())
+        if not most < _MOST:
+            raise MoeccError(
+                f"{self.path}.{projection}: squared errors of its output may reach {most:.0e} on "
+                "the calibration text, more than float32 can add up; check the weights of this "
+                "layer, and of those before it"
+            )
+
+
 @dataclass
 class Moments:
-    """What calibration learned of one MoE layer. Moments are means over tokens, not sums."""
+    """What calibration learned of one MoE layer."""
 
     tokens: Tensor  # [E] routed tokens
     mass: Tensor  # [E] sum of their weights, over all tokens: how much of the layer an expert is
-    gate_up: Tensor  # [E, D, D], or [1, D, D] if one per expert does not fit in memory
-    down: Tensor  # [E, F, F]
     starved: dict[int, int]  # expert -> tokens sent to it on purpose
-    # projection -> costs of errors in its output, [E, N, N] or [1, N, N] ([.., D, D] for down);
-    # without an entry all channels count alike
-    output: dict[str, Tensor]
+    common: Common
+    expert: Callable[[int], Expert]
     notes: list[str] = field(default_factory=list)  # remarks on anything left out
 
-    def of(self, projection: str) -> Tensor:
-        """The moments [E, K, K] of `gate_up` or `down`; a view if experts share one."""
-        moment = self.gate_up if projection == "gate_up" else self.down
-        return moment.expand(len(self.tokens), -1, -1)
+    @property
+    def weighted(self) -> bool:
+        """Whether errors of the output have costs of their own."""
+        return self.common.cost is not None
 
-    def output_of(self, projection: str) -> Tensor | None:
-        """The costs [E, N, N] of errors in the output of `gate_up` or `down`.
+    def of(self, projection: str, experts: Sequence[int] | None = None) -> Tensor:
+        """The moments [n, K, K] of `gate_up` or `down` of some experts, by default of all."""
+        chosen = range(len(self.tokens)) if experts is None else experts
+        return torch.stack([self.expert(e).moment(projection) for e in chosen])
 
-        A view if experts share one, None if all channels count alike.
+    def output_of(self, projection: str, experts: Sequence[int] | None = None) -> Tensor | None:
+        """The costs [n, N, N] of errors in the output of `gate_up` or `down` of some experts.
+
+        None if all channels count alike.
         """
-        found = self.output.get(projection)
-        return None if found is None else found.expand(len(self.tokens), -1, -1)
+        if not self.weighted:
+            return None
+        chosen = range(len(self.tokens)) if experts is None else experts
+        found = (self.expert(e).output(projection) for e in chosen)
+        return stacked([output for output in found if output is not None])
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """Evenly spaced numbers below `count`, not more than `most`."""
+    return torch.linspace(0, count - 1, min(count, most)).long()
+
+
+def stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """Stack matrices of experts; a view if they share one."""
+    first = matrices[0]
+    if all(matrix is first for matrix in matrices):
+        return first.expand(len(matrices), *first.shape)
+    return torch.stack(list(matrices))
 
 
 @dataclass
@@ -92,48 +229,52 @@ def measure(
     *,
     squared: bool = True,
 ) -> Moments:
-    """Measure the moments of both projections of a layer's experts, which must be dense.
+    """Measure the inputs of a layer's experts, which must be dense.
 
     cost: the layer's sensitivity, [D, D]. squared: weight tokens by their squared routing weight;
-    False: every token counts alike. Raise MoeccError if costs under the moments could leave the
-    range of float32.
+    False: every token counts alike.
     """
-    gate_up, down = (layer.weight(p) for p in moe.projections)
-    bias = layer.weight(moe.gate_up, "bias")
-    assert gate_up is not None and down is not None
-    experts, rows_of_gate_up, hidden = gate_up.shape
-    per_expert = 4 * experts * hidden * hidden <= _PER_EXPERT_BYTES
-    output, notes = _output(moe, cost, 4 * experts * rows_of_gate_up**2 <= _PER_EXPERT_BYTES)
-    average = mean_outer(routed.x)
-    inputs = gate_up.new_empty(experts, hidden, hidden) if per_expert else average.unsqueeze(0)
-    reaching = gate_up.new_empty(experts, *[down.shape[2]] * 2)
-    if "gate_up" in output:
-        output["gate_up"] = gate_up.new_empty(experts, *[rows_of_gate_up] * 2)
+    cost, notes = _usable(moe, cost)
+    common = Common(moe.attributes, mean_outer(routed.x), cost)
     tokens, mass, starved = [], [], {}
-    for e in range(experts):
+    seen: list[tuple[Tensor, Tensor | None]] = []
+    for e in range(moe.sizes[0]):
         rows = routed.rows(e)
         weight = routed.weight_of(e, rows).square() if squared else None
+        seen.append((rows, weight))
         tokens.append(len(rows))
         mass.append(float(len(rows) if weight is None else weight.sum()) / len(routed.x))
-        if per_expert:
-            own = mean_outer(routed.x[rows], weight)
-            share = SHRINKAGE / (len(rows) + SHRINKAGE)
-            inputs[e] = own * (1 - share) + average * share
-        if len(rows) < min(min_tokens, len(routed.x)):
-            rows, weight = _sent(routed, e, min_tokens), None
-            starved[e] = len(rows)
-        reached = gate_up[e], None if bias is None else bias[e]
-        reaching[e] = mean_outer(hidden_units(moe, routed.x[rows], *reached), weight)
-        if "gate_up" in output:
-            slopes = mean_outer(gate_slopes(moe, routed.x[rows], *reached), weight)
-            output["gate_up"][e] = _behind(down[e], output["down"][0], rows_of_gate_up) * slopes
+        if len(rows) < (least := min(min_tokens, len(routed.x))):
+            starved[e] = least
     if starved:
         notes.append(f"{moe.path}: {_starvation(tokens, starved, min_tokens)}")
+    weights, made = _FloatExperts(layer, moe), [dict[str, Tensor]() for _ in tokens]
+
+    def expert(e: int) -> Expert:
+        rows, weight = seen[e]
+        own = reaching = Seen(routed.x[rows], weight)
+        if e in starved:
+            reaching = Seen(routed.x[_sent(routed, e, min_tokens)], None)
+        return Expert(common, moe.path, own, reaching, *weights.read(e), made[e])
+
     counts = torch.tensor(tokens), torch.tensor(mass)
-    found = Moments(*counts, inputs, reaching, starved, output, notes)
-    for projection, weights in zip(moe.projections, (gate_up, down), strict=True):
-        _require_range(projection, weights, found)
-    return found
+    return Moments(*counts, starved, common, expert, notes)
+
+
+class _FloatExperts:
+    """The float weights of a layer's experts, as they are now, whatever becomes of the program."""
+
+    def __init__(self, layer: Layer, moe: MoE):
+        self.program = layer.program.copy()
+        same = next(m for m in self.program.moe_layers() if m.path == moe.path)
+        self.nodes = [same.operand(name) for name in ("gate_up", "down", "gate_up_bias")]
+
+    def read(self, e: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """gate_up [N, D], down [D, F] and gate_up's bias [N] of one expert."""
+        found = [None if n is None else self.program.value(n, [e])[0].float() for n in self.nodes]
+        gate_up, down, bias = found
+        assert gate_up is not None and down is not None
+        return gate_up, down, bias
 
 
 def _starvation(tokens: Sequence[int], starved: dict[int, int], least: int) -> str:
@@ -144,43 +285,12 @@ def _starvation(tokens: Sequence[int], starved: dict[int, int], least: int) -> s
     return f"{who} got {seen}; calibrated on {starved[worst]} sent to each on purpose"
 
 
-def _require_range(projection: Projection, weight: Tensor, moments: Moments) -> None:
-    """Raise MoeccError unless float32 holds tr(S) |W|^2 tr(H) of every expert.
-
-    The cost of no error that passes meet is larger.
-    """
-    traces = [
-        m.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
-        for m in (moments.of(projection.name), moments.output_of(projection.name))
-        if m is not None
-    ]
-    norms = torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=torch.float64)
-    most = float(torch.stack([norms.square(), *traces]).clamp(min=1).prod(0).max())
-    if not most < _MOST:
-        raise MoeccError(
-            f"{projection.path}: squared errors of its output may reach {most:.0e} on the "
-            "calibration text, more than float32 can add up; check the weights of this layer, "
-            "and of those before it"
-        )
-
-
-def _output(
-    moe: MoE, cost: Tensor | None, gate_up_fits: bool
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The costs of errors in down's output [1, D, D], and remarks on what is missing.
-
-    There is an entry for gate_up, still empty, if that is to be measured.
-    """
-    if cost is None:
-        return {}, []
-    if moe.operand("post_norm") is not None:
-        why = "a norm stands between them and sensitivity"
-        return {}, [f"{moe.path}: errors of all channels count alike; {why}"]
-    if gate_up_fits:
-        return {"down": cost.unsqueeze(0), "gate_up": cost.new_zeros(())}, []
-    why = "their costs would not fit in memory"
-    note = f"{moe.gate_up.path}: errors of all rows count alike; {why}"
-    return {"down": cost.unsqueeze(0)}, [note]
+def _usable(moe: MoE, cost: Tensor | None) -> tuple[Tensor | None, list[str]]:
+    """The layer's sensitivity if errors of projections can be weighed by it, and remarks."""
+    if cost is None or moe.operand("post_norm") is None:
+        return cost, []
+    why = "a norm stands between them and sensitivity"
+    return None, [f"{moe.path}: errors of all channels count alike; {why}"]
 
 
 def _behind(down: Tensor, cost: Tensor, rows: int) -> Tensor:
@@ -199,18 +309,22 @@ def _sent(routed: Routed, expert: int, count: int) -> Tensor:
     return routed.logits[:, expert].topk(count).indices
 
 
-def hidden_units(moe: MoE, x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
-    """Inputs [n, D] through one expert's first projection [N, D] and gate: [n, F]."""
+def hidden_units(a: Json, x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
+    """Inputs [n, D] through one expert's first projection [N, D] and gate: [n, F].
+
+    a: the op's attributes.
+    """
     rows = torch.nn.functional.linear(x, gate_up, bias)
-    a = moe.attributes
     return apply_gate(rows, a["act"], a["gate"], a["alpha"], a["limit"])
 
 
-def gate_slopes(moe: MoE, x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
-    """The derivative of each hidden unit by the rows of gate_up that make it: [n, D] -> [n, N]."""
+def gate_slopes(a: Json, x: Tensor, gate_up: Tensor, bias: Tensor | None) -> Tensor:
+    """The derivative of each hidden unit by the rows of gate_up that make it: [n, D] -> [n, N].
+
+    a: the op's attributes.
+    """
     with torch.enable_grad():
         rows = torch.nn.functional.linear(x, gate_up, bias).detach().requires_grad_()
-        a = moe.attributes
         hidden = apply_gate(rows, a["act"], a["gate"], a["alpha"], a["limit"])
         return torch.autograd.grad(hidden.sum(), rows)[0]
 

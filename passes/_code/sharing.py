@@ -8,14 +8,16 @@
 
 The estimate is within 5 % of the error after coding on three models, for most projections.
 
-Shapes: E experts, N rows, K columns.
+  4. If a layer has many experts, all of this is done on a sample of them.
+
+Shapes: E experts, E' of them in the sample, N rows, K columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -24,9 +26,10 @@ from moecc.errors import MoeccError
 from moecc.ir.moe import Projection
 from moecc.passes._code.basis import Shared, common_mean, factorize
 from moecc.passes._code.coded import pad_columns
-from moecc.passes._code.coding import encode_in_parts
+from moecc.passes._code.coding import encode
 from moecc.passes._code.metric import OUTPUT_DAMPING, pivots, weighted_error
-from moecc.passes._code.moments import Moments
+from moecc.passes._code.moments import Moments, evenly, stacked
+from moecc.passes._code.rate import gain
 from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.passes import Context, Layer
 
@@ -34,6 +37,8 @@ from moecc.pipeline.passes import Context, Layer
 DISTORTION = {2: 0.06, 3: 0.018, 4: 0.007}
 _RANKS = (4, 8, 16, 32, 64)
 _SAMPLED_EXPERTS = 4
+# experts that a choice is made on, and the numbers that they may have in all
+_LEAST_SAMPLE, _MOST_SAMPLE, _IN_SAMPLE = 4, 16, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -42,44 +47,67 @@ class Choice:
 
     mean: int  # bits, 0: none
     rank: int
-    cost: float
+    cost: float  # as a share of what it is if nothing is taken out
     bits: int
 
 
 @dataclass
 class Case:
-    """One projection whose mean and basis are to be chosen."""
+    """One projection whose mean and basis are to be chosen, seen through a sample of its experts.
+
+    Shapes: E' experts of the sample; of few experts it is all.
+    """
 
     projection: Projection
-    weight: Tensor  # [E, N, K]
-    moment: Tensor  # [E, K, K]
-    output: Tensor | None  # [E, N, N]: costs of output errors; None: all channels alike
-    used: Tensor  # [E]: how much of the layer an expert is
-    unit: float  # the cost of an error as large as the whole output; 1 if unknown
+    weight: Tensor  # [E', N, K]
+    moment: Tensor  # [E', K, K]
+    output: Tensor | None  # [E', N, N]: costs of output errors; None: all channels alike
+    used: Tensor  # [E']: how much of the layer's output they stand for
+    some: list[int]  # the experts of the sample
+    experts: int  # of the layer, E
+    everyone: Callable[[], Tensor]  # gives the mean of all experts, [1, N, K]
     seed: int
 
     @classmethod
     def of(cls, layer: Layer, projection: Projection, moments: Moments, ctx: Context) -> Case:
         """The case of `projection` as it is in `layer`'s program."""
-        moe, name = projection.moe, projection.name
-        weight, moment = layer.weight(projection), moments.of(name)
+        name, (experts, rows, columns) = projection.name, projection.shape
+        some = sample(moments.mass, rows * columns + columns**2 + rows**2)
+        weight = layer.weight(projection, experts=some)
         assert weight is not None
-        # If one projection alone has costs, they cannot be compared with the other's.
-        output, unit = (moments.output_of(name), 1.0) if len(moments.output) == 2 else (None, 1.0)
-        if output is None and (cost := moments.output_of("down")) is not None:
-            down = weight if name == "down" else layer.weight(moe.down)
-            assert down is not None
-            unit = float((moments.mass * weighted_error(down, moments.of("down"), cost)).sum())
-        seed = ctx.seed_for(moe.path, name)
-        return cls(projection, weight, moment, output, moments.mass, unit, seed)
+        metrics = [moments.expert(e).metric(name) for e in some]
+        outputs = [output for _, output in metrics if output is not None]
+        mass = moments.mass[some]
+        everyone = partial(mean_of, layer, projection)
+        if len(some) == experts:
+            everyone = partial(weight.mean, 0, keepdim=True)
+        return cls(
+            projection,
+            weight,
+            torch.stack([moment for moment, _ in metrics]),
+            stacked(outputs) if outputs else None,
+            mass * moments.mass.sum() / mass.sum().clamp(min=1e-30),
+            some,
+            experts,
+            everyone,
+            ctx.seed_for(projection.moe.path, name),
+        )
+
+    @cached_property
+    def average(self) -> Tensor:
+        """The mean of all experts, [1, N, K]."""
+        return self.everyone()
 
     @cached_property
     def mass(self) -> Tensor:
-        """How much each expert's error counts, [E]."""
+        """How much each expert's error counts, [E'].
+
+        Where output errors have no costs, it is a share of the projection's whole output.
+        """
         if self.output is not None:
             return self.used
         whole = (self.used * weighted_error(self.weight, self.moment)).sum().clamp(min=1e-30)
-        return self.used * self.unit / whole
+        return self.used / whole
 
     @cached_property
     def size(self) -> Tensor:
@@ -111,37 +139,35 @@ class Case:
         alive = (whole > 0).nonzero().squeeze(-1)
         if not len(alive):
             return 0.0
-        some = alive[torch.linspace(0, len(alive) - 1, min(len(alive), _SAMPLED_EXPERTS)).long()]
+        some = alive[evenly(len(alive), _SAMPLED_EXPERTS)]
         remainder = self.take(mean, rank).left_of(self.weight)
         energy, output = self.energy(remainder), None if self.output is None else self.output[some]
         padded, moment = pad_columns(remainder[some], self.moment[some])
-        coded = encode_in_parts(
-            padded, moment, output, bits=bits, shared=True, seed=self.seed, rounds=1, turns=5
-        )
-        measured = (self.mass[some] * weighted_error(coded.dense() - padded, moment, output)).sum()
+        measured = 0.0
+        for i, e in enumerate(some):
+            costs = None if output is None else output[i : i + 1]
+            w, m = padded[i : i + 1], moment[i : i + 1]
+            coded = encode(w, m, costs, bits=bits, shared=True, seed=self.seed, rounds=1, turns=5)
+            measured += float(self.mass[e] * weighted_error(coded.dense() - w, m, costs))
         return float(measured * energy.sum() / energy[some].sum().clamp(min=1e-30))
 
-    def choices(self, means: Sequence[int], ranks: Sequence[int], whole: float) -> Iterator[Choice]:
-        """Every combination of `means` and `ranks` with its cost; those without a mean come first.
-
-        whole: the cost of the error if nothing is taken out.
-        """
-        experts, rows, columns = self.weight.shape
-        average = self.weight.mean(0, keepdim=True)
-        unit = whole / float(self.energy(self.weight).sum().clamp(min=1e-30))
+    def choices(self, means: Sequence[int], ranks: Sequence[int]) -> Iterator[Choice]:
+        """Every combination of `means` and `ranks` with its cost, those without a mean first."""
+        experts, (rows, columns) = self.experts, self.weight.shape[1:]
+        whole = float(self.energy(self.weight).sum().clamp(min=1e-30))
         for some in ([m for m in means if not m], [m for m in means if m]):
             if not some:
                 continue
-            left = self.weight - average if some[0] else self.weight
+            left = self.weight - self.average if some[0] else self.weight
             basis = self.basis(left, max(ranks)) if max(ranks) else None
             for rank in ranks:
                 rest = basis.first(rank).left_of(left) if basis is not None and rank else left
                 energy = float(self.energy(rest).sum())
                 more = basis_bits(rank, experts, rows, columns, input_side=self.input_side)
                 for mean in some:
-                    own = DISTORTION[mean] * float(self.energy(average).sum()) if mean else 0.0
+                    own = DISTORTION[mean] * float(self.energy(self.average).sum()) if mean else 0.0
                     taken = coded_bits(1, rows, columns, mean) if mean else 0
-                    yield Choice(mean, rank, unit * (energy + own), taken + more)
+                    yield Choice(mean, rank, (energy + own) / whole, taken + more)
 
     def offers(self, mean: int | str, rank: int | str) -> tuple[Sequence[int], Sequence[int]]:
         """The bits of a mean and the ranks that the options allow, the least first.
@@ -163,18 +189,57 @@ class Case:
 
     def siblings(self) -> bool:
         """Whether even an exact mean would be worth 2 bits."""
-        apart = self.weight - self.weight.mean(0)
+        apart = self.weight - self.average
         whole, left = (float(self.energy(w).sum()) for w in (self.weight, apart))
-        return left < whole * 4 ** (-2 / len(self.weight))
+        return left < whole * 4 ** (-2 / self.experts)
+
+    def earns(self, plain: Shared, basis: Shared, bits: float) -> bool:
+        """Whether a basis of all experts earns its bits per weight, next to `plain` without it."""
+        before, after = (
+            float(self.energy(shared.of(self.some).left_of(self.weight)).sum())
+            for shared in (plain, basis)
+        )
+        return gain(before, after, bits) > 0
 
     def take(self, mean: int, rank: int) -> Shared:
-        """The mean of `mean` bits and the basis of `rank` rows, as they are stored; 0: none."""
+        """The mean of `mean` bits and the basis of `rank` rows of the sample, as they are stored.
+
+        0: none.
+        """
         side = self.input_side
         found = Shared({}, self.weight.shape[2], side)
         if mean:
-            found = common_mean(self.weight, mean, self.seed, input_side=side)
+            found = common_mean(self.average, mean, self.seed, input_side=side)
         return found | self.basis(found.left_of(self.weight), rank) if rank else found
 
     def basis(self, weight: Tensor, rank: int) -> Shared:
-        """A basis of `rank` rows for the experts, or their remainders, [E, N, K]."""
+        """A basis of `rank` rows for the sample's experts, or their remainders, [E', N, K]."""
         return factorize(weight, self.moment, rank, input_side=self.input_side)
+
+
+def sample_size(experts: int, numbers: int) -> int:
+    """How many experts a choice is made on, if one of them has so many numbers."""
+    return min(experts, max(_LEAST_SAMPLE, min(_MOST_SAMPLE, _IN_SAMPLE // numbers)))
+
+
+def sample(mass: Tensor, numbers: int) -> list[int]:
+    """The experts that a choice is made on: all, or evenly spaced ones among those with tokens.
+
+    mass: how much of the layer each of them is, [E].
+    """
+    most = sample_size(len(mass), numbers)
+    if most == len(mass):
+        return list(range(most))
+    alive = mass.nonzero().squeeze(-1) if mass.any() else torch.arange(len(mass))
+    return alive[evenly(len(alive), most)].tolist()
+
+
+def mean_of(layer: Layer, projection: Projection) -> Tensor:
+    """The mean of a projection's experts, [1, N, K]; one of them in memory at a time."""
+    experts, total = projection.shape[0], None
+    for e in range(experts):
+        weight = layer.weight(projection, experts=[e])
+        assert weight is not None
+        total = weight if total is None else total.add_(weight)
+    assert total is not None
+    return total / experts

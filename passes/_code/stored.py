@@ -38,6 +38,14 @@ class CodedProjection:
         assert codes is not None and book is not None
         return codes.shape[-1] * book.shape[-1]
 
+    def of_expert(self, e: int) -> CodedProjection:
+        """The projection of expert `e` alone."""
+        own = {
+            name: t if t is None or vq4.is_alike(name) or len(t) == 1 else t[e : e + 1]
+            for name, t in self.tensors.items()
+        }
+        return CodedProjection(own, self.input_side)
+
     def parts(self, e: int, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """Expert `e`'s coded part scale * (VQ x), and its shared part of x: [n, K] -> [n, N] each.
 

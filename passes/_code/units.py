@@ -1,0 +1,115 @@
+"""The unit of coding: some experts of one projection, coded by a pure function in any process.
+
+Shapes: n experts, N rows, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moecc.ir import vq4
+from moecc.ir.relative import relative
+from moecc.passes._code.codebooks import Book
+from moecc.passes._code.coded import pad_columns
+from moecc.passes._code.coding import encode, fitted_book, start_book
+from moecc.passes._code.metric import damping, weighted_error
+from moecc.passes._code.moments import Common, Expert, stacked
+
+AT_ONCE = 1 << 19  # weights of a unit; an expert that has more is a unit of its own
+JOINTLY = 1 << 26  # weights of experts that can be given a codebook of all together
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a projection is coded; see `encode`."""
+
+    bits: int
+    shared: bool
+    rounds: int
+    feedback: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some experts of a projection, and the weights to be coded: all of them or what is left."""
+
+    projection: str
+    experts: tuple[Expert, ...]  # bare
+    weight: Tensor  # [n, N, K]
+    settings: Settings
+    book: Book | None = None  # to start with, or, if it is shared, to use as it is
+
+    def metric(self, common: Common) -> tuple[Tensor, Tensor | None]:
+        """Second moments [n, K, K] of the input and costs [n, N, N] of output errors, if any."""
+        found = [expert.under(common).metric(self.projection) for expert in self.experts]
+        outputs = [output for _, output in found if output is not None]
+        return stacked([moment for moment, _ in found]), stacked(outputs) if outputs else None
+
+
+def code(unit: Unit, common: Common) -> dict[str, Tensor]:
+    """Code a unit: the tensors of `vq4.CODED`, scales in float32, and `lost`.
+
+    lost: each expert's error under its moments as a share of its output, [n].
+    """
+    moment, output = unit.metric(common)
+    weight, padded = pad_columns(unit.weight, moment)
+    s = unit.settings
+    coded = encode(
+        weight,
+        padded,
+        output,
+        bits=s.bits,
+        shared=s.shared,
+        seed=s.seed,
+        rounds=s.rounds,
+        feedback=s.feedback,
+        book=unit.book,
+    )
+    error = coded.dense()[..., : unit.weight.shape[-1]] - unit.weight
+    original = torch.stack([expert.weight(unit.projection) for expert in unit.experts])
+    lost = relative(weighted_error(error, moment), weighted_error(original, moment))
+    found = {name: tensor for name, tensor in coded.stored().items() if tensor is not None}
+    # With a shared part the error of an expert that is next to nothing can be many times it.
+    return found | {"scale": coded.scale, "lost": lost.clamp(max=1)}
+
+
+def begin(unit: Unit, common: Common) -> Book:
+    """The codebook that all units of a projection begin with, from a sample of its experts.
+
+    A shared one is fitted, on evenly spaced rows; else it is by k-means.
+    """
+    s = unit.settings
+    if not s.shared:
+        # one after the other, so that one moment is in memory
+        each = [e.under(common).moment(unit.projection).diagonal().clone() for e in unit.experts]
+        importance = F.pad(torch.stack(each), (0, vq4.padded(len(each[0])) - len(each[0])))
+        importance = importance + damping(importance)
+        weight = F.pad(unit.weight, (0, importance.shape[1] - unit.weight.shape[-1]))
+        return start_book(weight, importance, bits=s.bits, seed=s.seed)
+    moment, output = unit.metric(common)
+    weight, moment = pad_columns(unit.weight, moment)
+    rows = slice(None, None, max(1, -(-weight.numel() // JOINTLY)))
+    some, costs = weight[:, rows], None if output is None else output[:, rows, rows]
+    coded = encode(
+        some,
+        moment,
+        costs,
+        bits=s.bits,
+        shared=True,
+        seed=s.seed,
+        rounds=s.rounds,
+        feedback=s.feedback,
+    )
+    return fitted_book(coded, some)
+
+
+def join(parts: Sequence[Mapping[str, Tensor]], *, shared: bool) -> dict[str, Tensor]:
+    """The tensors of all experts from those of their units, in order."""
+    found = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+    return found | ({"codebook": parts[0]["codebook"]} if shared else {})

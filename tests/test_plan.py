@@ -1,0 +1,133 @@
+"""What a compilation is planned to take: workers, memory, scratch disk and time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from pipelines import Tiny, resolved
+
+from moecc.errors import MoeccError
+from moecc.pipeline import work
+from moecc.pipeline.pace import Pace, duration
+from moecc.pipeline.plan import fitting, planned, scope_of
+from moecc.pipeline.work import Coding, Experts, Machine, Scope, Work
+
+QWEN = Experts(128, 1536, 2048, 768, 8)
+SCOPE = Scope((QWEN,) * 48, 32768, 48 * 4 * 2048**2, 150_000 * 2048)
+
+
+def test_a_scope_counts_experts_and_what_each_token_meets(tiny: Tiny) -> None:
+    program = tiny("MD")
+    scope = scope_of(program, resolved("kbvq"), 48)
+    (experts,) = scope.layers
+    assert experts == Experts(4, 16, 16, 8, 2) and not scope.weighted
+    assert scope.weights == 4 * (16 * 16 + 16 * 8) and experts.weights == 16 * 16 + 16 * 8
+    parameters = {n: w.name for n, w in program.weights.items()}
+    sizes = {
+        name: node.meta["val"].numel()
+        for node in program.graph.nodes
+        if (name := parameters.get(node.name)) is not None
+    }
+    ends = sum(n for name, n in sizes.items() if name.startswith(("embed", "head")))
+    routed = scope.weights
+    assert scope.dense == sum(sizes.values()) - ends - routed
+    assert scope.forward == scope.dense + 2 * experts.weights
+    assert scope_of(program, resolved("vsraq,kbvq"), 48).weighted
+
+
+def test_workers_are_as_many_as_cores_memory_and_work_allow() -> None:
+    one = fitting(SCOPE, None, 1, 1 << 50, 0)
+    assert one.workers == 1 and one.memory == one.own
+    many = fitting(SCOPE, None, 16, 1 << 50, 0)
+    assert many.workers == 16 and many.memory == many.own + 16 * many.worker
+    few = fitting(SCOPE, None, 16, many.own + 3 * many.worker, 0)
+    assert few.workers == 3
+    assert fitting(SCOPE, None, 16, 0, 0).workers == 1
+    assert fitting(SCOPE, 5, 16, 0, 0).workers == 5  # as users say
+    small = Scope((Experts(4, 16, 16, 8, 2),), 48, 0, 0)
+    assert fitting(small, None, 16, 1 << 50, 0).workers == 1  # it is done before others start
+
+
+def test_memory_grows_with_tokens_and_costs_of_outputs() -> None:
+    def memory(scope: Scope) -> tuple[int, int]:
+        found = fitting(scope, 2, 2, 1 << 50, 0)
+        return found.own, found.worker
+
+    own, worker = memory(SCOPE)
+    assert memory(replace(SCOPE, tokens=2 * SCOPE.tokens))[0] > own + 6 * 4 * SCOPE.tokens * 2048
+    assert memory(replace(SCOPE, weighted=True))[1] > worker
+
+
+def test_a_bound_that_can_not_be_held_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(
+        MoeccError, match=r"this takes about .* of memory, more than 1\.00 kB; give"
+    ):
+        planned(tiny("M"), resolved("kbvq"), 48, most=1000)
+    assert planned(tiny("M"), resolved("kbvq"), 48, most=1 << 40).workers == 1
+
+
+def test_a_plan_is_said_with_its_time_if_that_is_worth_measuring(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine(1e9, 1e9)
+    monkeypatch.setattr(machine, "_fitted", lambda coding: (1e-6, 1e-10))
+    monkeypatch.setattr(Machine, "measured", lambda: machine)
+    small = fitting(Scope((Experts(4, 16, 16, 8, 2),), 48, 0, 0), None, 1, 1 << 50, 10**9)
+    assert small.lines(resolved("kbvq"), 1) == [
+        "plan: experts are coded in this process; about "
+        f"{small.memory / 1e6:.2f} MB of memory, 1.00 GB of disk in OUT.partial"
+    ]
+    lines = fitting(SCOPE, 4, 4, 1 << 50, 0).lines(resolved("kbvq,rilq"), 1)
+    assert "by 4 workers" in lines[0] and lines[1].startswith("plan: about ")
+    assert lines[1].endswith("; without rilq, not known")
+
+
+def test_time_is_that_of_all_parts_of_the_work() -> None:
+    machine = Machine(product=1e9, factor=5e8)
+    machine._known["so", False] = (1e-6, 1e-9)
+    coding = Coding(3, 100, 200, weighted=False, how="so", code=lambda r, c: None)
+    assert machine.seconds(coding) == pytest.approx(3 * 100 * 200 * (1e-6 + 200 * 1e-9))
+    done = Work(products=2e9, factors=1e9, coded=[coding], here=4e9)
+    spread = 2 + 2 + machine.seconds(coding)
+    assert machine.time(done, 1, 1) == pytest.approx(spread + 4)
+    assert machine.time(done, 2, 4) == pytest.approx(spread / 2 + 1)
+
+
+def test_the_time_of_a_weight_is_fitted_to_two_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call takes 1 us a weight, 1 ns more for each column, and what its factorization takes."""
+    clock = [0.0]
+    monkeypatch.setattr(work.time, "perf_counter", lambda: clock[0])
+    machine = Machine(1e9, 1e9)
+
+    def code(rows: int, columns: int) -> None:
+        clock[0] += rows * columns * (1e-6 + 1e-9 * columns) + work.factor(columns) / 1e9
+
+    coding = Coding(1, 10, 4096, weighted=False, how="so", code=code)
+    assert machine.seconds(coding) == pytest.approx(10 * 4096 * (1e-6 + 1e-9 * 4096), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (99.9, "99.9 s"), (101, "2 min"), (5399, "90 min"), (5400, "1.5 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_each_layer_is_said_with_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = [0.0], list[str]()
+    monkeypatch.setattr("moecc.pipeline.pace.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("moecc.pipeline.pace.peak_memory", lambda: 2_000_000_000)
+    pace = Pace([1, 2, 4], 4096, " until vsraq", said.append)
+    for stage, took in ((1, 10.0), (2, 20.0), (3, 100.0), (4, 30.0)):
+        pace.begin()
+        clock[0] += took
+        pace.layer(stage, [0.01, 0.03] if stage == 1 else [])
+    memory = "at most 2.00 GB of memory"
+    assert said == [
+        f"layer 0, 1 of 3: error 0.0200, 4096 tokens, 10.0 s, {memory}, "
+        "about 20.0 s left until vsraq",
+        f"layer 1, 2 of 3: 4096 tokens, 20.0 s, {memory}, about 15.0 s left until vsraq",
+        f"layer 3, 3 of 3: 4096 tokens, 30.0 s, {memory}",
+    ]
