@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from moecc.pipeline.work import Experts, Scope
+
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tinymoe"
 
 
@@ -39,6 +41,15 @@ class Shape:
         """Of all routed experts."""
         return self.weights_per_expert * self.experts * self.layers
 
+    def scope(self, tokens: int, *, weighted: bool) -> Scope:
+        """Return what a run goes through; the way besides the routed experts is four matrices."""
+        own = Experts(
+            self.experts, 2 * self.intermediate, self.hidden, self.intermediate, self.chosen
+        )
+        attention = 4 * self.hidden**2
+        ends = 150_000 * self.hidden
+        return Scope((own,) * self.layers, tokens, self.layers * attention, ends, weighted)
+
     def small(self, experts: int, layers: int) -> transformers.PretrainedConfig:
         """Return the configuration with fewer experts and layers."""
         count, width = self.names
@@ -54,6 +65,15 @@ def _heads(count: int, kv: int, width: int = 128) -> dict[str, object]:
 
 SHAPES = {
     "qwen3-30b-a3b": Shape("Qwen3MoeConfig", 2048, 768, 128, 8, 48, _heads(32, 4)),
+    "qwen1.5-moe-a2.7b": Shape(
+        "Qwen2MoeConfig",
+        *(2048, 1408, 60, 4, 24),
+        {
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "shared_expert_intermediate_size": 5632,
+        },
+    ),
     "mixtral-8x7b": Shape(
         "MixtralConfig",
         *(4096, 14336, 8, 2, 32),

@@ -3,10 +3,14 @@
     python benchmarks/scale.py qwen3-30b-a3b                    # 8 experts of one layer, kbvq
     python benchmarks/scale.py qwen3-30b-a3b --passes kbvq vsraq,kbvq --experts 16
     python benchmarks/scale.py qwen3-30b-a3b --before CHECKOUT  # beside another checkout of moecc
+    python benchmarks/scale.py qwen3-30b-a3b --how 1 2 ray      # workers
+    python benchmarks/scale.py --predict                        # whole models, on this machine
 
-A run is a process of one thread. Its speed is in millions of routed-expert weights per second of a
-core, with what it takes to start. Memory is the peak of the process; scratch disk is that of
-OUT.partial. Times of passes are those that `moecc compile` prints.
+Every process has one thread. Speed is in millions of routed-expert weights per second of a core,
+with what it takes to start; `wall` is the time that passes, of which `planned` is what
+`moecc compile` said before it began. Memory is the peak of all processes together, each page of
+the machine counted once; scratch disk is that of OUT.partial. Times of passes are those that
+`moecc compile` prints.
 """
 
 from __future__ import annotations
@@ -24,18 +28,26 @@ from pathlib import Path
 
 from _shapes import EXAMPLE, SHAPES, Shape, write
 
+from moecc.pipeline.order import resolve
+from moecc.pipeline.parse import parse_passes
+from moecc.pipeline.plan import fitting
+from moecc.pipeline.work import Machine
+
 ROOT = Path(__file__).resolve().parent.parent
 _PASS = re.compile(r"^(\w+): \d+ nodes.*?([\d.]+) s$", re.M)
+_PLAN = re.compile(r"^plan: about (\S+ \S+) on this machine", re.M)
 _EVERY = 0.25  # seconds between two looks at the scratch disk
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One compilation. seconds: of a core. passes: seconds of each."""
+    """One compilation. seconds: of all cores. passes: seconds of each."""
 
     what: str
     weights: int
     seconds: float
+    wall: float
+    planned: str
     passes: dict[str, float]
     memory: int
     scratch: int
@@ -47,7 +59,7 @@ class Measured:
 
 
 def compiled(
-    model: Path, passes: str, code: Path, tokens: tuple[int, int], weights: int
+    model: Path, passes: str, code: Path, tokens: tuple[int, int], weights: int, how: Sequence[str]
 ) -> Measured:
     """Compile `model` with the moecc in `code`; raise SystemExit with what it says if it fails."""
     rows, length = tokens
@@ -55,16 +67,19 @@ def compiled(
         out, said = Path(place) / "out", Path(place) / "said"
         command = [sys.executable, "-P", "-m", "moecc.cli", "compile", str(model), "-o", str(out)]
         command += ["--passes", passes, "--calib", str(EXAMPLE / "calib.txt"), "--no-progress"]
-        command += ["--rows", str(rows), "--length", str(length)]
+        command += ["--rows", str(rows), "--length", str(length), *how]
         alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(code)}
         with said.open("w") as errors:
             process = subprocess.Popen(
                 command, env=os.environ | alone, stdout=subprocess.DEVNULL, stderr=errors
             )
-            scratch = 0
+            scratch = memory = 0
+            start = time.perf_counter()
             while (done := os.wait4(process.pid, os.WNOHANG))[0] == 0:
                 scratch = max(scratch, _size(out.with_name("out.partial")))
+                memory = max(memory, _memory(process.pid))
                 time.sleep(_EVERY)
+        wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(done[1])
         text = said.read_text()
         if process.returncode:
@@ -72,7 +87,31 @@ def compiled(
     usage = done[2]
     times = {name: float(seconds) for name, seconds in _PASS.findall(text)}
     seconds = usage.ru_utime + usage.ru_stime
-    return Measured(passes, weights, seconds, times, usage.ru_maxrss * 1024, scratch)
+    planned = _PLAN.search(text)
+    return Measured(
+        passes,
+        weights,
+        seconds,
+        wall,
+        planned[1] if planned else "",
+        times,
+        memory,
+        scratch,
+    )
+
+
+def _memory(pid: int) -> int:
+    """Return the bytes that a process and those that it has started hold, shared pages by shares.
+
+    0 for one that has ended.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        own = next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (OSError, StopIteration):
+        return 0
+    return own + sum(_memory(int(child)) for child in children)
 
 
 def _size(folder: Path) -> int:
@@ -88,18 +127,40 @@ def _size(folder: Path) -> int:
 
 
 def table(rows: Sequence[tuple[str, Measured]]) -> str:
-    """Return a table of runs; `ratio` is the speed against the same passes of another moecc."""
+    """Return a table of runs; `ratio` is the time against the first run of the same passes."""
     lines = [
-        "| passes | moecc | million weights/s | ratio | s | of passes | peak GiB | scratch GiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| passes | how | million weights/s | CPU s | wall s | ratio | planned | of passes "
+        "| peak GiB | scratch GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    before = {m.what: m.speed for whose, m in rows if whose == "before"}
-    for whose, m in rows:
-        ratio = f"{m.speed / before[m.what]:.2f}" if whose == "now" and m.what in before else ""
+    first: dict[str, Measured] = {}
+    for how, m in rows:
+        ratio = first.setdefault(m.what, m).wall / m.wall
         parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in m.passes.items())
         sizes = f"{m.memory / 2**30:.2f} | {m.scratch / 2**30:.2f}"
-        speed = f"{m.speed:.3f} | {ratio} | {m.seconds:.0f}"
-        lines.append(f"| `{m.what}` | {whose} | {speed} | {parts} | {sizes} |")
+        times = f"{m.seconds:.0f} | {m.wall:.0f} | {ratio:.2f} | {m.planned}"
+        lines.append(f"| `{m.what}` | {how} | {m.speed:.3f} | {times} | {parts} | {sizes} |")
+    return "\n".join(lines)
+
+
+def predictions(pipelines: Sequence[str]) -> str:
+    """Return a table of the hours and the memory that whole models are planned to take."""
+    machine = Machine.measured()
+    lines = [
+        "| model | passes | 1 core | 16 cores | 64 cores | GiB, 1 and 16 cores | scratch GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, shape in SHAPES.items():
+        for text in pipelines:
+            passes = resolve(parse_passes(text, bits=2)[0])[0]
+            scope = shape.scope(64 * 512, weighted=any(p.weighs_errors for p in passes))
+            plans = [fitting(scope, n, n, 1 << 60, scope.weights // 2) for n in (1, 16, 64)]
+            found = [p.times(machine, passes, p.workers) for p in plans]
+            hours = [sum(t for t in times.values() if t) / 3600 for times in found]
+            memory = " and ".join(f"{p.memory / 2**30:.0f}" for p in plans[:2])
+            cells = " | ".join(f"{h:.1f} h" for h in hours)
+            scratch = f"{plans[0].scratch / 2**30:.0f}"
+            lines.append(f"| {name} | `{text}` | {cells} | {memory} | {scratch} |")
     return "\n".join(lines)
 
 
@@ -115,14 +176,19 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="+", choices=sorted(SHAPES), metavar="SHAPE")
+    parser.add_argument("names", nargs="*", metavar="SHAPE", help=", ".join(sorted(SHAPES)))
     parser.add_argument("--passes", nargs="+", default=["kbvq"])
     parser.add_argument("--experts", type=int, default=8, help="of a layer")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs=2, default=(8, 256), metavar=("ROWS", "LENGTH"))
     parser.add_argument("--before", type=Path, help="another checkout, for the ratio")
+    parser.add_argument("--how", nargs="+", default=["1"], help="workers, or ray")
+    parser.add_argument("--predict", action="store_true", help="whole models by the cost model")
     parser.add_argument("--out", type=Path, help="also write the page there")
-    return parser.parse_args(argv)
+    found = parser.parse_args(argv)
+    if unknown := [name for name in found.names if name not in SHAPES]:
+        parser.error(f"no shape {unknown[0]}; there are {', '.join(sorted(SHAPES))}")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,13 +200,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as place:
             model = Path(place) / "model"
             write(shape, model, args.experts, args.layers)
-            whose = [("now", ROOT)] + ([("before", args.before)] if args.before else [])
+            whose = [("before", args.before, [])] if args.before else []
+            for how in args.how:
+                asked = ["--ray", "local"] if how == "ray" else ["--workers", how]
+                whose.append((how if how == "ray" else f"{how} workers", ROOT, asked))
             rows = [
-                (label, compiled(model, passes, code, tuple(args.tokens), weights))
+                (label, compiled(model, passes, code, tuple(args.tokens), weights, asked))
                 for passes in args.passes
-                for label, code in whose
+                for label, code, asked in whose
             ]
         page += [title(name, shape, args), table(rows)]
+        print("\n\n".join(page[-2:]), flush=True)
+    if args.predict:
+        page += ["## Whole models, as planned on this machine", predictions(args.passes)]
         print("\n\n".join(page[-2:]), flush=True)
     if args.out:
         args.out.write_text("\n\n".join(page) + "\n", encoding="utf-8")

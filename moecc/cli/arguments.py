@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +188,23 @@ def _compile(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="write the program's text after every pass into DIR",
     )
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="processes that code experts (default: one per core, if memory allows)",
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="code on a Ray cluster: HOST:PORT, ray://HOST:PORT, auto, or local to start one here",
+    )
+    parser.add_argument(
+        "--max-memory",
+        type=_memory,
+        metavar="SIZE",
+        help="that all processes together may take, such as 16GiB (default: what is free)",
+    )
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
@@ -321,6 +339,17 @@ def _bits(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no number of bits")
     return value
+
+
+def _memory(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 16GiB")
+    number, unit, binary = found.groups()
+    count = float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
+    if not 1 <= count < 1 << 60:
+        raise argparse.ArgumentTypeError(f"{text} is no amount of memory; give one such as 16GiB")
+    return int(count)
 
 
 def _temperature(text: str) -> float:

@@ -56,6 +56,9 @@ def compile(options: argparse.Namespace) -> Outcome:
         seed=options.seed,
         dump=options.dump,
         trust_remote_code=options.trust_remote_code,
+        workers=options.workers,
+        ray=options.ray,
+        max_memory=options.max_memory,
         progress=progress(options),
         say=say,
     )

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -49,9 +50,13 @@ from moecc.ir import vq4
 from moecc.ir.program import Program
 from moecc.pipeline.journal import Journal, finished, has_work
 from moecc.pipeline.order import groups, require_whole, resolve
+from moecc.pipeline.pace import total
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context, Pass
+from moecc.pipeline.plan import planned
 from moecc.pipeline.run import Hooks, PassReport, run_passes
+from moecc.pipeline.workers.base import Workers
+from moecc.pipeline.workers.choice import require_one, workers_for
 from moecc.target import Target, emit, parse_target
 from moecc.types import Json, Progress, Say
 
@@ -100,6 +105,9 @@ def compile_model(
     seed: int = 0,
     dump: Path | None = None,
     trust_remote_code: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
+    max_memory: int | None = None,
     progress: Progress = lambda items, label: items,
     say: Say = print,
 ) -> Json:
@@ -107,10 +115,14 @@ def compile_model(
 
     bits: the default of every pass option called bits. calib: text files (`texts`), by default
     text that comes with Python; rows x length of their tokens are taken. backend: a target whose
-    form is written too. dump: a folder for the program's text after every pass. Return a summary of
-    what was written. Raise MoeccError, in one line and with nothing left behind, for bad input. If
-    the machine or code fails instead, finished work stays and the line says so.
+    form is written too. dump: a folder for the program's text after every pass. workers: processes
+    that code experts, by default as many as cores and memory allow; ray: the address of a Ray
+    cluster that codes them, or "local". Neither changes a byte. max_memory: bytes that all
+    processes together may take. Return a summary of what was written. Raise MoeccError, in one line
+    and with nothing left behind, for bad input. If the machine or code fails instead, finished work
+    stays and the line says so.
     """
+    require_one(workers, ray)
     with Draft(out, "partial", partial(finish, dump, out)) as draft, _outlived(draft, say):
         texts = Dump(dump, out, draft.folder)
         target = None if backend is None else parse_target(backend)
@@ -146,21 +158,27 @@ def compile_model(
             machinery=", ".join(sorted({p.machinery() for p in resolved} - {""})),
         )
         batches = [] if ids is None else list(ids.split(BATCH))
-        run = _Run(
-            job,
-            folder,
-            program,
-            resolved,
-            files,
-            batches,
-            target,
-            config,
-            draft,
-            texts,
-            progress,
-            say,
-        )
-        return run.run()
+        tokens = 0 if ids is None else ids.numel()
+        intended = planned(program, resolved, tokens, workers=workers, most=max_memory)
+        for line in intended.lines(resolved, torch.get_num_threads()):
+            say(line)
+        with workers_for(intended.workers, ray, memory=intended.worker, say=say) as those:
+            run = _Run(
+                job,
+                folder,
+                program,
+                resolved,
+                files,
+                batches,
+                target,
+                config,
+                draft,
+                texts,
+                those,
+                progress,
+                say,
+            )
+            return run.run()
 
 
 @contextmanager
@@ -178,8 +196,9 @@ def _outlived(draft: Draft, say: Say) -> Iterator[None]:
         if not has_work(draft.journal) or draft.is_over():  # killed after its last step
             draft.remove()
         elif when is not None:
-            kept = f"{finished(draft.journal)} finished stages are kept in {draft.folder}: "
-            kept += f"run the same command again{when} to go on"
+            stages = finished(draft.journal)
+            what = f"{stages} finished stages are" if stages else "what is finished is"
+            kept = f"{what} kept in {draft.folder}: run the same command again{when} to go on"
         elif not before:
             draft.remove()
         said = None if stopped else _one_line(draft, error)
@@ -224,8 +243,10 @@ class _Run:
     config: Json  # config.json of the source
     draft: Draft
     texts: Dump
+    workers: Workers
     progress: Progress
     say: Say
+    start: float = field(default_factory=time.perf_counter)
 
     def require_space(self) -> None:
         """Raise MoeccError if the disk is too small for the result: now, not hours later."""
@@ -253,7 +274,11 @@ class _Run:
         self.require_space()
         journal = Journal(self.draft.journal, self.job.identity(), self.say, self.files)
         ctx = Context(
-            seed=self.job.seed, progress=self.progress, keep=journal.keep, kept=journal.kept
+            seed=self.job.seed,
+            progress=self.progress,
+            keep=journal.keep,
+            kept=journal.kept,
+            workers=self.workers,
         )
         if journal.found:
             done = f"{finished(journal.folder)} stages of it are finished"
@@ -266,11 +291,13 @@ class _Run:
             after_layer=journal.save,
             restore_layer=journal.restore,
             dump=self.texts.write,
+            say=self.say,
         )
         reports = run_passes(self.program, self.passes, ctx, self.batches, hooks)
         result = self.write(ctx, reports)
         self.require_same_source()
         self.draft.finish()
+        self.say(total(self.start))
         return result
 
     def require_same_source(self) -> None:

@@ -36,9 +36,11 @@ from moecc.pipeline.estimate import Estimate, Matrix, Outlook
 from moecc.pipeline.order import require_whole, resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Pass
+from moecc.pipeline.plan import planned
 from moecc.target import Sizes
 from moecc.types import Json
 
+TOKENS = 64 * 512  # calibration tokens of `moecc compile` by default
 # bookkeeping, which does not show how a router chooses
 _SILENT = frozenset(
     "view reshape getitem to _to_copy unsqueeze squeeze expand zeros_like flatten".split()
@@ -99,6 +101,8 @@ def inspect_model(model: str, *, passes: str | None = None, bits: float | None =
         experts = sum(moe.weights for moe in program.moe_layers())
         rest = result["parameters"] - experts
         result["estimate"] = _estimated(estimate, wanted, rest, estimate.weights / experts)
+        intended = planned(program, wanted, TOKENS)
+        result["estimate"]["plan"] = intended.lines(wanted, torch.get_num_threads())
     return result
 
 
@@ -204,7 +208,7 @@ def _parameters(
 ) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
     """Yield (name, role, shape, bytes per element) of every tensor that the checkpoint stores.
 
-    Without a checkpoint these are the parameters of `model`. Tied tensors come once.
+    Without a checkpoint these are the tensors in the state of `model`. Tied tensors come once.
     """
     paths = tuple(m.path + "." for m in program.moe_layers())
 
@@ -218,10 +222,10 @@ def _parameters(
                 yield name, role(name), tuple(store.shape(name)), store.dtype(name).itemsize
         return
     assert model is not None
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    for name, p in model.named_parameters():
-        if name not in tied:
-            yield name, role(name), tuple(p.shape), p.dtype.itemsize
+    state = model.state_dict().keys() - (getattr(model, "all_tied_weights_keys", None) or {}).keys()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state:
+            yield name, role(name), tuple(tensor.shape), tensor.dtype.itemsize
 
 
 # ---------------------------------------------------------------- what a pipeline would store
@@ -329,7 +333,7 @@ def _estimate_lines(found: Json) -> list[str]:
         lines.append(f"  {share} of the routed experts' weights are left; bits are per these")
     if found["not_estimated"]:
         lines.append(f"  what {', '.join(found['not_estimated'])} would change isn't known")
-    return lines
+    return [*lines, *(f"  {line}" for line in found["plan"])]
 
 
 def _bits(values: list[float]) -> list[str]:

@@ -19,9 +19,10 @@ from moecc.ir.program import Program
 from moecc.pipeline import storable
 from moecc.pipeline.bits import per_weight, stored_bits
 from moecc.pipeline.order import groups
+from moecc.pipeline.pace import Pace
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
 from moecc.pipeline.stream import Stream
-from moecc.types import Json
+from moecc.types import Json, Say
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Hooks:
     after_layer: Callable[[int, Program, Context], None] = lambda stage, program, ctx: None
     restore_layer: Callable[[int, Program, Context], bool] = lambda stage, program, ctx: False
     dump: Callable[[str, Program, int | None], None] = _no_dump  # stage None: the whole program
+    say: Say = lambda line: None  # takes a line per layer that is done
 
 
 def run_passes(
@@ -82,8 +84,10 @@ def run_passes(
         with naming(p):
             p.check(program)
     run, reports = _Run(program, ctx, hooks or Hooks()), []
-    for position, group in enumerate(groups(passes)):
+    found = groups(passes)
+    for position, group in enumerate(found):
         run.hooks.before_group(position)
+        run.next = found[position + 1][0].name if position + 1 < len(found) else ""
         reports += run.group(group)
     return reports
 
@@ -96,6 +100,7 @@ class _Run:
     ctx: Context
     hooks: Hooks
     done: list[Pass] = field(default_factory=list)
+    next: str = ""  # the pass behind the group that runs
 
     def group(self, group: Sequence[Pass]) -> list[PassReport]:
         """Run a group of passes: layer passes, or one pass over the whole model."""
@@ -136,18 +141,26 @@ class _Run:
         assert ctx.reference is not None
         reports = [self.report(p, len(self.done) + i) for i, p in enumerate(passes)]
         stream, target = Stream(program, ctx.batches), Stream(ctx.reference, ctx.batches)
-        last_experts = max((m.layer for m in program.moe_layers()), default=0)
+        with_experts = sorted({m.layer for m in program.moe_layers()})
+        last_experts = max(with_experts, default=0)
+        tokens = sum(batch.numel() for batch in ctx.batches)
+        until = f" until {self.next}" if self.next else ""
+        pace = Pace(with_experts, tokens, until, self.hooks.say)
         for stage in ctx.progress(range(program.layers), "layers"):
             # no pass needs the logits of all calibration text at once
             head = last_experts < stage == program.layers - 1
+            pace.begin()
             if not head:
                 target.advance()
-            if 0 < stage and not self.hooks.restore_layer(stage, program, ctx):
+            done = 0 < stage and not self.hooks.restore_layer(stage, program, ctx)
+            if done:
                 self.layer(Layer(stage, program, ctx.reference, stream, target), passes, reports)
                 program.module.recompile()
                 self.hooks.after_layer(stage, program, ctx)
             if not head:
                 self.advance(stream, passes)
+            if done:
+                pace.layer(stage, ctx.ledger[reports[-1].key][str(stage)]["errors"])
         return reports
 
     def layer(

@@ -1,0 +1,169 @@
+"""The plan of a compilation, before it starts: workers, memory, scratch disk and time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moecc.checkpoint.cores import usable_cores
+from moecc.checkpoint.files import size
+from moecc.checkpoint.memory import free_memory
+from moecc.errors import MoeccError
+from moecc.ir.program import Program
+from moecc.pipeline.pace import duration
+from moecc.pipeline.passes import Pass
+from moecc.pipeline.work import Experts, Machine, Scope
+
+PROCESS = 600 << 20  # bytes of a process that has imported torch and traced a model
+WORKER = 400 << 20  # of one that codes
+_ACTIVATIONS = 7  # float32 copies of all tokens' hidden states at a time
+_COPIES = 8  # float32 copies of a matrix and of its metric while it is coded
+# Weights that a core codes in the time in which a worker starts. Less is not worth one.
+_OF_A_WORKER = 2_000_000
+_WORTH_TIMING = 50_000_000  # weights; for less, the time isn't worth measuring the machine
+
+
+def scope_of(program: Program, passes: Sequence[Pass], tokens: int) -> Scope:
+    """Return what `passes` go through, from shapes alone."""
+    found, stages = [], dict[int, int]()
+    weighted = any(p.weighs_errors for p in passes)
+    operands = set()
+    for moe in program.moe_layers():
+        found.append(Experts(*moe.sizes, moe.top_k))
+        operands |= {i.name for i in moe.node.all_input_nodes}
+    for node in program.graph.nodes:
+        if node.name in program.weights and node.name not in operands:
+            stage = min((u.meta["layer"] for u in node.users), default=0)
+            stages[stage] = stages.get(stage, 0) + node.meta["val"].numel()
+    ends = (0, program.layers - 1)  # embedding and head
+    dense = sum(count for stage, count in stages.items() if stage not in ends)
+    return Scope(tuple(found), tokens, dense, max(stages.values(), default=0), weighted)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes. Bytes, of this process and of each worker beside it."""
+
+    scope: Scope
+    workers: int  # 1: none beside this process
+    own: int
+    worker: int
+    scratch: int
+
+    @property
+    def memory(self) -> int:
+        """Of all processes."""
+        return self.own + (self.workers * self.worker if self.workers > 1 else 0)
+
+    def lines(self, passes: Sequence[Pass], threads: int) -> list[str]:
+        """Return the plan in words; time is measured on this machine, which takes a moment."""
+        alone = self.workers == 1
+        who = "in this process" if alone else f"by {self.workers} workers"
+        found = [
+            f"plan: experts are coded {who}; about {size(self.memory)} of memory, "
+            f"{size(self.scratch)} of disk in OUT.partial"
+        ]
+        if self.scope.weights < _WORTH_TIMING:
+            return found
+        times = self.times(Machine.measured(), passes, threads)
+        total = duration(sum(t for t in times.values() if t is not None))
+        parts = ", ".join(f"{name} {duration(t)}" for name, t in times.items() if t and t >= 1)
+        unknown = [name for name, t in times.items() if t is None]
+        without = f"; without {', '.join(unknown)}, not known" if unknown else ""
+        return [*found, f"plan: about {total} on this machine ({parts}){without}"]
+
+    def times(
+        self, machine: Machine, passes: Sequence[Pass], threads: int
+    ) -> dict[str, float | None]:
+        """Return the seconds of each pass, None if not known, and of the way through the layers.
+
+        threads: of this process.
+        """
+        # the float model and the compressed one go through all layers
+        through = 2 * self.scope.tokens * self.scope.forward / machine.product / threads
+        found: dict[str, float | None] = {"calibration": through}
+        for p in passes:
+            work = p.work(self.scope)
+            found[p.name] = machine.time(work, self.workers, threads) if work.known else None
+        return found
+
+
+def planned(
+    program: Program,
+    passes: Sequence[Pass],
+    tokens: int,
+    *,
+    workers: int | None = None,
+    most: int | None = None,
+) -> Plan:
+    """Return the plan of a run of `passes` on `tokens` tokens.
+
+    workers: as many as are wanted, or None: as many as cores and memory have room for. most: bytes
+    that all processes may take. Raise MoeccError if they would take more.
+    """
+    scope, bits = scope_of(program, passes, tokens), 4
+    scratch = scope.weights * bits // 8 + _kept(scope)
+    found = fitting(scope, workers, usable_cores(), most or free_memory(), scratch)
+    if most is not None and found.memory > most:
+        advice = "give more, or fewer --workers, --rows or a smaller --length"
+        raise MoeccError(
+            f"this takes about {size(found.memory)} of memory, more than {size(most)}; {advice}"
+        )
+    return found
+
+
+def fitting(scope: Scope, workers: int | None, cores: int, most: int, scratch: int) -> Plan:
+    """Return the plan with as many workers as are wanted or, without a wish, as fit."""
+    own, unit = _own(scope), _unit(scope)
+    worker = WORKER + unit + 2 * _payload(scope)
+    count = workers
+    if count is None:
+        count = max(1, min(cores, (most - own) // worker, 1 + scope.weights // _OF_A_WORKER))
+    if count == 1:
+        own = max(own, _resting(scope) + unit + _payload(scope))
+    return Plan(scope, count, own, worker, scratch)
+
+
+def _hidden(scope: Scope) -> int:
+    return max((layer.hidden for layer in scope.layers), default=0)
+
+
+def _largest(scope: Scope) -> int:
+    """Return the weights of the largest expert."""
+    return max((layer.weights for layer in scope.layers), default=0)
+
+
+def _resting(scope: Scope) -> int:
+    """Return bytes of this process while a layer is coded."""
+    states = 4 * scope.tokens * _hidden(scope)
+    layer = max((x.experts * x.weights for x in scope.layers), default=0)
+    return PROCESS + 4 * states + layer  # codes of 3 bits, and once more while they are joined
+
+
+def _own(scope: Scope) -> int:
+    """Return bytes of this process while tokens go through a layer."""
+    states = 4 * scope.tokens * _hidden(scope)
+    return PROCESS + _ACTIVATIONS * states + 4 * (scope.largest + 3 * _largest(scope))
+
+
+def _kept(scope: Scope) -> int:
+    """Return bytes of what a pass over the whole model keeps: two S of each layer."""
+    return 4 * sum(2 * layer.hidden**2 for layer in scope.layers) if scope.weighted else 0
+
+
+def _unit(scope: Scope) -> int:
+    """Return bytes that coding the largest unit takes."""
+    sizes = [
+        columns * (rows + columns) + (rows * rows if scope.weighted else 0)
+        for layer in scope.layers
+        for rows, columns in layer.shapes
+    ]
+    return 4 * _COPIES * max(sizes, default=0)
+
+
+def _payload(scope: Scope) -> int:
+    """Return bytes of the largest unit before it is coded: weights, and twice its fair tokens."""
+    tokens = [
+        2 * scope.tokens * layer.top_k // layer.experts * layer.hidden for layer in scope.layers
+    ]
+    return 4 * (2 * _largest(scope) + max(tokens, default=0))
