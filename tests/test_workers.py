@@ -340,11 +340,12 @@ def test_a_run_that_is_left_stops_its_units(pool: Processes, tmp_path: Path) -> 
 
 # No guard around what it does: a worker must not run it again. Two forks start a worker each.
 SCRIPT = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 import units
 from moecc.pipeline.workers.processes import Processes
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs behind "&" ignores it
 folder = Path(sys.argv[1])
 if os.fork():
     name = "interrupted"
