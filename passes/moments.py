@@ -2,8 +2,7 @@
 
   1. Run the calibration text through this layer, behind the compressed earlier ones.
   2. For gate_up of expert e, C_e = mean of w^2 x x^T over the tokens routed to it, w its routing
-     weight. Mix in the layer's average with the weight of 16 tokens. If one C_e per expert does not
-     fit in memory, all experts of the layer share one C.
+     weight. Mix in the layer's average with the weight of 16 tokens.
   3. For down of expert e, the same of its hidden units h = gate(gate_up_e x).
   4. An expert that saw fewer than `min_tokens` tokens is starved. Its hidden units are its own, so
      no average over experts can stand in: send it the tokens that its router scored highest, and
@@ -11,8 +10,8 @@
   5. Behind the pass `sensitivity`, errors of a projection's output have costs of their own, with
      S [D, D] for the layer. For down the costs are S itself. For gate_up they are
      J^T W_down^T S W_down J averaged over the expert's tokens, where J is the gate's derivative (a
-     Gauss-Newton step). If one such matrix per expert does not fit in memory, all rows count alike,
-     and the audit says so.
+     Gauss-Newton step). An expert's matrices are made where its weights are coded, so that those of
+     one expert are in memory.
 
 Not done: moments of the float model's own activations (parallel calibration). At 2 bit the
 divergence was the same within 1 %.
