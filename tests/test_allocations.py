@@ -139,3 +139,10 @@ def test_a_buffer_computed_from_a_large_constant_keeps_its_numbers() -> None:
     assert made.table.sum() == 4096 * 512
     assert torch.equal(made.rows, torch.arange(1.0, 6001))
     assert made.wide.shape == (3, 1 << 24) and int(made.wide.sum()) == 6 << 24
+
+
+@pytest.mark.parametrize("width", [2, 2048])  # small, and larger than what is allocated
+def test_a_parameter_of_any_device_becomes_one_of_the_cpu(width: int) -> None:
+    with fake_parameters(FakeTensorMode(allow_non_fake_inputs=True)):
+        weight = nn.Linear(width, width, device="meta").weight
+    assert isinstance(weight.data, FakeTensor) and weight.device.type == "cpu"

@@ -71,10 +71,11 @@ def fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         original(self, name, param)
-        if param is not None and not isinstance(param.data, FakeTensor):
-            with mode:
-                fake = torch.empty_like(param.data, device="cpu")
-            self._parameters[name] = nn.Parameter(fake, requires_grad=param.requires_grad)
+        if param is None or (isinstance(param.data, FakeTensor) and param.device.type == "cpu"):
+            return
+        with mode:
+            fake = torch.empty_like(param.data, device="cpu")
+        self._parameters[name] = nn.Parameter(fake, requires_grad=param.requires_grad)
 
     # Constructors call this to give a part another dtype. torch's own swaps storage, and fake
     # tensors have none.

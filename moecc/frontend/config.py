@@ -15,7 +15,7 @@ from moecc.checkpoint.fit import CHECK_CONFIG
 from moecc.checkpoint.reading import read_json
 from moecc.checkpoint.shards import tensor_names
 from moecc.checkpoint.source import model_folder
-from moecc.errors import MoeccError, quoted, reason
+from moecc.errors import MoeccError, out_of_memory, quoted, reason
 from moecc.types import Config, FamilyModule, Json
 
 # Constructors of configurations and models loop over the numbers that have these names.
@@ -55,6 +55,8 @@ def read_config(source: str | Path | Config) -> tuple[Config, Path | None]:
         # Without trust_remote_code=False, transformers would ask on the terminal.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         why = reason(error)
         own = "moecc doesn't run a model's own code, it takes the families of transformers"
         todo = own if "custom code" in why else "check config.json"
@@ -77,6 +79,8 @@ def require_generation(folder: Path) -> None:
     except OSError:
         return
     except Exception as error:  # TypeError, ValueError: whatever its values lead to
+        if out_of_memory(error):
+            raise
         file = folder / "generation_config.json"
         raise MoeccError(
             f"{file}: transformers can't use it: {reason(error)}; correct it or move it away"
