@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -29,16 +30,16 @@ aten = torch.ops.aten
 _EMPTY = {aten.empty, aten.empty_strided, aten.empty_permuted, aten.empty_like, aten.new_empty}
 _RANDOM = {aten.rand, aten.randn, aten.rand_like, aten.randn_like, aten.randint, aten.normal}
 _CONSTANT = {aten.zeros, aten.ones, aten.full}
-# The most bytes that are allocated. Some constructors write a table, such as one of positions, into
-# a constant.
-_LIMITS = dict.fromkeys(_EMPTY | _RANDOM, 1 << 20) | dict.fromkeys(_CONSTANT, 1 << 25)
+_SMALL = 1 << 20  # bytes
+_TABLE = 1 << 25  # bytes; some constructors write a table, as of positions, into a constant
 
 
 class _NoLarge(TorchDispatchMode):
-    """Inside, no empty, random or constant tensor takes more than its limit.
+    """Inside, no empty, random or constant tensor takes much memory.
 
-    A large one that would be empty or random is fake. A constant is one element that every index
-    reads, so that masks can be computed from it; writing to it raises RuntimeError.
+    A large one that would be empty or random is fake. A constant of more than _TABLE bytes is one
+    element that every index reads, so that masks can be computed from it; writing to it raises
+    RuntimeError.
     """
 
     def __init__(self, mode: FakeTensorMode):
@@ -53,12 +54,22 @@ class _NoLarge(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs, made = kwargs or {}, func.overloadpacket
-        if made in _LIMITS:
+        if made in _EMPTY | _RANDOM | _CONSTANT:
             with self.mode:
                 fake = func(*args, **kwargs)
-            if fake.nbytes > _LIMITS[made]:
-                return func((), *args[1:], **kwargs).expand(args[0]) if made in _CONSTANT else fake
+            if fake.nbytes > _SMALL:
+                return _constant(func((), *args[1:], **kwargs), fake) if made in _CONSTANT else fake
         return func(*args, **kwargs)
+
+
+def _constant(one: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor like another one whose elements all are `one`."""
+    if like.nbytes > _TABLE or like.device.type != "cpu":
+        return one.expand(like.shape)
+    # Its own pages go back to the system. In the heap, those of one parameter after another would
+    # leave holes.
+    pages = mmap(-1, like.nbytes)
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape).copy_(one)
 
 
 @contextmanager
