@@ -8,22 +8,31 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from coders import E, K, drawn
+from coders import drawn
 from layers import bits_of
 from torch import Tensor
 
 from moecc.ir import vq4
-from moecc.passes._code.basis import Unread, common_mean, factorize, square_root
+from moecc.passes._code.basis import Unread, common_mean, factorize, largest
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
 from moecc.pipeline.bits import basis_bits
 
 
-def test_square_root_and_its_inverse_give_back_the_moments() -> None:
-    _, h = drawn(1)
-    root, inverse = square_root(h)
-    torch.testing.assert_close(root @ root, h, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(root @ inverse, torch.eye(K).expand(E, -1, -1), rtol=1e-2, atol=1e-2)
+@pytest.mark.parametrize("rank", [1, 4, 64])
+def test_the_vectors_of_a_large_matrix_hold_as_much_as_its_eigenvectors(rank: int) -> None:
+    """The matrix is made of its eigenvalues, steep ones and almost equal ones."""
+    size = 4 * (rank + 16) + 40
+    draw = torch.Generator().manual_seed(3)
+    vectors = torch.linalg.qr(torch.randn(size, size, generator=draw))[0]
+    for values in (torch.arange(size, 0, -1.0).pow(-0.5), torch.linspace(1.5, 1, size)):
+        gram = (vectors * values) @ vectors.T
+        found = largest(gram, rank)
+        torch.testing.assert_close(found.T @ found, torch.eye(rank), rtol=1e-4, atol=1e-4)
+        each = (found * (gram @ found)).sum(0)
+        assert float(each.sum()) > 0.98 * float(values[:rank].sum())
+        assert each.tolist() == sorted(each.tolist(), reverse=True)
+        assert torch.equal(largest(gram, rank), found)
 
 
 @pytest.mark.parametrize("input_side", [True, False])

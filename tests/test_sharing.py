@@ -20,7 +20,7 @@ from moecc.ir import vq4
 from moecc.passes._code.basis import common_mean, factorize
 from moecc.passes._code.coding import encode
 from moecc.passes._code.moments import Moments
-from moecc.passes._code.sharing import Case, Choice, mean_of, sample, sample_size
+from moecc.passes._code.sharing import Case, Choice, Metric, mean_of, sample, sample_size
 from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
 from moecc.pipeline.run import run_passes
@@ -35,13 +35,14 @@ def case(*, output: bool, input_side: bool = True) -> Case:
     weight, moment = drawn(4, experts=E, rows=N, columns=K)
     s = costs(1.0, rows=N)[[0, 1, 0]] if output else None
     p = moe.gate_up if input_side else moe.down
-    c = Case(p, weight, moment, s, USED, list(range(E)), E, torch.Tensor, seed=0)
+    c = Case(p, weight, Metric.of(weight, moment, s), USED, list(range(E)), E, torch.Tensor, seed=0)
     return of_weights(c, weight + 2 * weight.mean(0))
 
 
 def of_weights(c: Case, weight: Tensor) -> Case:
     """Return a case of other weights; all experts are in its sample."""
-    return replace(c, weight=weight, everyone=partial(weight.mean, 0, keepdim=True))
+    metric = Metric.of(weight, c.metric.moment, c.metric.output)
+    return replace(c, weight=weight, metric=metric, everyone=partial(weight.mean, 0, keepdim=True))
 
 
 @pytest.mark.parametrize("sensitive", [True, False])
@@ -71,7 +72,7 @@ def test_a_case_is_made_of_a_sample_of_its_layer_s_experts(
             assert weight is not None
             case = found[p.name] = Case.of(layer, p, moments, ctx)
             assert case.projection == p and torch.equal(case.weight, weight[some])
-            assert torch.equal(case.moment, moments.of(p.name)[some])
+            assert torch.equal(case.metric.moment, moments.of(p.name)[some])
             assert case.experts == len(weight)
             share = float(moments.mass.sum() / moments.mass[some].sum())
             torch.testing.assert_close(case.used, moments.mass[some] * share)
@@ -80,9 +81,9 @@ def test_a_case_is_made_of_a_sample_of_its_layer_s_experts(
             assert torch.equal(mean_of(layer, p), case.average) or len(weight) == len(some)
             assert case.seed == ctx.seed_for("layers.0", p.name)
             costly = moments.output_of(p.name)
-            assert (case.output is None) == (costly is None) != sensitive
-            if case.output is not None and costly is not None:
-                assert torch.equal(case.output, costly[some])
+            assert (case.metric.output is None) == (costly is None) != sensitive
+            if case.metric.output is not None and costly is not None:
+                assert torch.equal(case.metric.output, costly[some])
         return False
 
     def run(self: Pass, program: object, ctx: Context) -> bool:
@@ -142,13 +143,14 @@ def energy(c: Case, remainder: Tensor) -> list[float]:
     """Return step 1 by experts."""
     experts = range(len(c.weight))
     whole = sum(
-        float(c.used[e]) * float((c.weight[e] @ c.moment[e] * c.weight[e]).sum()) for e in experts
+        float(c.used[e]) * float((c.weight[e] @ c.metric.moment[e] * c.weight[e]).sum())
+        for e in experts
     )
     found = []
     for e in experts:
-        mass = float(c.used[e]) * (1 if c.output is not None else 1 / whole)
-        columns = left_over(c.moment[e], 0.01).mean()
-        rows = np.ones(N) if c.output is None else left_over(c.output[e], 0.2)
+        mass = float(c.used[e]) * (1 if c.metric.output is not None else 1 / whole)
+        columns = left_over(c.metric.moment[e], 0.01).mean()
+        rows = np.ones(N) if c.metric.output is None else left_over(c.metric.output[e], 0.2)
         squares = remainder.expand(len(experts), -1, -1)[e].double().square().sum(-1).numpy()
         found.append(mass * columns * float(rows @ squares))
     return found
@@ -167,7 +169,7 @@ def check_choices(c: Case, found: Sequence[Choice], average: Tensor) -> None:
     for x in found:
         rest = c.weight - average if x.mean else c.weight
         if x.rank:
-            basis = factorize(rest, c.moment, 2, input_side=c.input_side)
+            basis = factorize(rest, c.metric.moment, 2, input_side=c.input_side)
             rest = basis.first(x.rank).left_of(rest)
         left = sum(energy(c, rest)) + share[x.mean] * sum(energy(c, average))
         assert x.cost == pytest.approx(left / sum(energy(c, c.weight)), rel=1e-3)
@@ -222,18 +224,19 @@ def test_a_cost_is_measured_on_some_experts_and_scaled_to_all(
     six = [0, 1, 2, 0, 1, 2]
     scale = torch.linspace(1, 2, 6)[:, None, None]
     used = torch.tensor([0.3, 0.1, 0.2, 0.0, 0.15, 0.25])
-    s = None if c.output is None else c.output[six]
-    c = replace(c, moment=c.moment[six], output=s, used=used, experts=6)
-    c = of_weights(c, case(output=output).weight[six] * scale)
+    s = None if c.metric.output is None else c.metric.output[six]
+    metric = replace(c.metric, moment=c.metric.moment[six], output=s)
+    c = of_weights(replace(c, metric=metric, used=used, experts=6), c.weight[six] * scale)
     remainder = c.take(mean, rank).left_of(c.weight)
     whole = sum(
         float(u) * float((w @ h * w).sum())
-        for u, w, h in zip(used, c.weight, c.moment, strict=True)
+        for u, w, h in zip(used, c.weight, c.metric.moment, strict=True)
     )
     measured = 0.0
     some = [0, 1, 2, 5]  # expert 3 is not used: four of the others, evenly spaced
     for e in some:
-        w, h, s = (None if t is None else t[e : e + 1] for t in (remainder, c.moment, c.output))
+        matrices = (remainder, c.metric.moment, c.metric.output)
+        w, h, s = (None if t is None else t[e : e + 1] for t in matrices)
         assert w is not None and h is not None
         coded = encode(w, h, s, bits=2, shared=True, seed=0, rounds=1, turns=5)
         d = (coded.dense() - w)[0].double()
@@ -271,7 +274,7 @@ def test_a_basis_of_all_experts_earns_its_bits_if_enough_energy_of_the_sample_is
     c = case(output=output)
     all_of_them = [4, 0, 5, 1, 6, 2, 7]  # experts 1, 3 and 5 are the sample
     weight = torch.cat([c.weight, torch.randn(5, N, K)])[all_of_them]
-    moment = torch.cat([c.moment, drawn(9, experts=5, rows=N, columns=K)[1]])[all_of_them]
+    moment = torch.cat([c.metric.moment, drawn(9, experts=5, rows=N, columns=K)[1]])[all_of_them]
     c = replace(c, some=[1, 3, 5], experts=7)
     mean = common_mean(weight.mean(0, keepdim=True), 2, 0, input_side=True)
     basis = mean | factorize(mean.left_of(weight), moment, 3, input_side=True)
@@ -291,7 +294,7 @@ def test_means_and_ranks_on_offer_follow_the_options() -> None:
         c.offers(2, 17)
     apart = of_weights(c, c.weight - c.weight.mean(0))
     assert apart.offers("auto", 1) == ((0,), (1,))
-    wide = of_weights(c, torch.randn(E, N, 128))
+    wide = replace(c, weight=torch.randn(E, N, 128))
     assert wide.offers("off", "auto") == ((0,), (0, 4, 8, 16))
-    down = of_weights(case(output=False, input_side=False), torch.randn(E, 80, K))
+    down = replace(case(output=False, input_side=False), weight=torch.randn(E, 80, K))
     assert down.hidden == 80 and down.offers("off", "auto") == ((0,), (0, 4, 8, 16))

@@ -46,6 +46,7 @@ from moecc.passes._code.coding import encode
 from moecc.passes._code.half import compact
 from moecc.passes._code.metric import damped
 
+_MORE, _TURNS = 16, 24  # vectors beside those that are wanted, and products with the matrix
 _OWN = ("coef", "coef_scale")  # what each expert has of its own
 Matrices: TypeAlias = "Tensor | Sequence[Tensor]"  # of the experts
 
@@ -105,17 +106,6 @@ def common_mean(mean: Tensor, bits: int, seed: int, *, input_side: bool) -> Shar
     return Shared(tensors, mean.shape[2], input_side)
 
 
-def square_root(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """C^1/2 and C^-1/2 of a symmetric positive semi-definite C [..., K, K].
-
-    Eigenvalues under 1e-6 of the largest are raised to that.
-    """
-    values, vectors = torch.linalg.eigh(moment)
-    values = values.clamp(min=values.amax(-1, keepdim=True) * 1e-6 + 1e-20)
-    root = values.sqrt().unsqueeze(-2)
-    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
-
-
 def factorize(weights: Matrices, moments: Matrices, rank: int, *, input_side: bool) -> Shared:
     """Steps 2 to 7 for one projection: weights [E, N, K] under moments [E, K, K].
 
@@ -124,15 +114,17 @@ def factorize(weights: Matrices, moments: Matrices, rank: int, *, input_side: bo
     experts, columns = len(weights), weights[0].shape[-1]
     if input_side:
         mean = _added(moments[e] for e in range(experts)).unsqueeze(0) / experts
-        root, inverse = square_root(damped(mean, 1e-3)[0])
+        # any root of C gives the same basis; C may be all but singular
+        root = torch.linalg.cholesky(damped(mean, 1e-3)[0].double()).float()
         # right singular vectors of the stacked matrix = eigenvectors of the sum of Gram matrices
-        scaled = (weights[e] @ root for e in range(experts))
-        vectors = _largest(_added(s.mT @ s for s in scaled), rank)
+        gram = _added(weights[e].mT @ weights[e] for e in range(experts))
+        vectors = largest(root.T @ gram @ root, rank)
         onto = root @ vectors
-        basis, coef = vectors.T @ inverse, torch.stack([weights[e] @ onto for e in range(experts)])
+        basis = torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
+        coef = torch.stack([weights[e] @ onto for e in range(experts)])
     else:
         pairs = ((weights[e], damped(moments[e].unsqueeze(0), 1e-3)[0]) for e in range(experts))
-        vectors = _largest(_added(w @ m @ w.mT for w, m in pairs), rank)
+        vectors = largest(_added(w @ m @ w.mT for w, m in pairs), rank)
         basis, coef = vectors.T, torch.stack([vectors.T @ weights[e] for e in range(experts)])
     scale = compact((coef.abs().amax(-1) / 127).clamp(min=6e-5))
     integers = (coef / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
@@ -153,7 +145,20 @@ def _added(matrices: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _largest(gram: Tensor, rank: int) -> Tensor:
-    """The eigenvectors of the `rank` largest eigenvalues, as columns, the largest first."""
-    vectors: Tensor = torch.linalg.eigh(gram)[1]
-    return vectors[:, -rank:].flip(-1)
+def largest(gram: Tensor, rank: int) -> Tensor:
+    """The eigenvectors of the `rank` largest eigenvalues, as columns, the largest first.
+
+    gram: symmetric and positive semi-definite, [D, D]. If it is large, vectors that are drawn are
+    multiplied by it some times (subspace iteration, Halko et al., arXiv 0909.4061, algorithm 4.4):
+    what they miss is little of the energy, though not each is exact.
+    """
+    drawn = rank + _MORE
+    if len(gram) <= 4 * drawn:
+        vectors: Tensor = torch.linalg.eigh(gram)[1]
+        return vectors[:, -rank:].flip(-1)
+    draw = torch.Generator().manual_seed(0)
+    span = torch.randn(len(gram), drawn, generator=draw).to(gram)
+    for _ in range(_TURNS):
+        span = torch.linalg.qr(gram @ span)[0]
+    within: Tensor = torch.linalg.eigh(span.mT @ gram @ span)[1]
+    return span @ within[:, -rank:].flip(-1)

@@ -16,8 +16,9 @@ Shapes: E experts, E' of them in the sample, N rows, K columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,10 +29,11 @@ from moecc.passes._code.basis import Shared, common_mean, factorize
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
 from moecc.passes._code.metric import OUTPUT_DAMPING, pivots, weighted_error
-from moecc.passes._code.moments import Moments, evenly, stacked
+from moecc.passes._code.moments import Common, Expert, Moments, evenly
 from moecc.passes._code.rate import gain
 from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.passes import Context, Layer
+from moecc.pipeline.workers.base import Alone, Workers
 
 # bits of a mean -> the cost of its error, as a share of the mean's energy: measured
 DISTORTION = {2: 0.06, 3: 0.018, 4: 0.007}
@@ -39,6 +41,82 @@ _RANKS = (4, 8, 16, 32, 64)
 _SAMPLED_EXPERTS = 4
 # experts that a choice is made on, and the numbers that they may have in all
 _LEAST_SAMPLE, _MOST_SAMPLE, _IN_SAMPLE = 4, 16, 1 << 26
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One expert of a sample, to be looked at by a worker."""
+
+    projection: str
+    expert: Expert  # bare
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How errors of a sample's experts count, and how coding spreads them."""
+
+    moment: Tensor  # [E', K, K]
+    output: Tensor | None  # [E', N, N]: costs of output errors; None: all channels alike
+    columns: Tensor  # [E']: the part of an error's cost that is left in a column, on average
+    rows: Tensor  # and in each row, [E', N]; [E', 1] if all count alike
+    size: Tensor  # [E']: the weights' own cost, tr(W H W^T)
+
+    @classmethod
+    def of(cls, weight: Tensor, moment: Tensor, output: Tensor | None) -> Self:
+        """The metric of weights [E', N, K]."""
+        alike = weight.new_ones(len(weight), 1)
+        rows = alike if output is None else pivots(output, OUTPUT_DAMPING)
+        size = weighted_error(weight, moment)
+        return cls(moment, output, pivots(moment).mean(-1), rows, size)
+
+    @classmethod
+    def joined(cls, found: Sequence[Metric], common: Tensor | None) -> Self:
+        """That of all experts from those of each. common: the costs that all share, if any."""
+        outputs = [m.output for m in found if m.output is not None]
+        output = torch.cat(outputs) if outputs else None
+        if output is None and common is not None:
+            output = common.expand(len(found), *common.shape)
+        moment, columns, rows, size = (
+            torch.cat([getattr(m, name) for m in found])
+            for name in ("moment", "columns", "rows", "size")
+        )
+        return cls(moment, output, columns, rows, size)
+
+
+def look(unit: Sampled, common: Common) -> Metric:
+    """The metric of one expert, without the costs that all share."""
+    expert = unit.expert.under(common)
+    moment, output = expert.metric(unit.projection)
+    own = None if output is None else output.unsqueeze(0)
+    found = Metric.of(expert.weight(unit.projection).unsqueeze(0), moment.unsqueeze(0), own)
+    return replace(found, output=None) if output is common.cost else found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One expert to be coded to see what error is left."""
+
+    weight: Tensor  # [1, N, K]
+    moment: Tensor  # [1, K, K]
+    output: Tensor | None  # [1, N, N]
+    bits: int
+    seed: int
+
+
+def attempt(trial: Trial) -> Tensor:
+    """The cost of a trial's error, [1]."""
+    weight, moment = pad_columns(trial.weight, trial.moment)
+    coded = encode(
+        weight,
+        moment,
+        trial.output,
+        bits=trial.bits,
+        shared=True,
+        seed=trial.seed,
+        rounds=1,
+        turns=5,
+    )
+    return weighted_error(coded.dense() - weight, moment, trial.output)
 
 
 @dataclass(frozen=True)
@@ -60,13 +138,13 @@ class Case:
 
     projection: Projection
     weight: Tensor  # [E', N, K]
-    moment: Tensor  # [E', K, K]
-    output: Tensor | None  # [E', N, N]: costs of output errors; None: all channels alike
+    metric: Metric
     used: Tensor  # [E']: how much of the layer's output they stand for
     some: list[int]  # the experts of the sample
     experts: int  # of the layer, E
     everyone: Callable[[], Tensor]  # gives the mean of all experts, [1, N, K]
     seed: int
+    workers: Workers = field(default_factory=Alone)
 
     @classmethod
     def of(cls, layer: Layer, projection: Projection, moments: Moments, ctx: Context) -> Case:
@@ -75,8 +153,8 @@ class Case:
         some = sample(moments.mass, rows * columns + columns**2 + rows**2)
         weight = layer.weight(projection, experts=some)
         assert weight is not None
-        metrics = [moments.expert(e).metric(name) for e in some]
-        outputs = [output for _, output in metrics if output is not None]
+        seen = (Sampled(name, moments.expert(e).bare()) for e in some)
+        found = list(ctx.workers.run(look, seen, moments.common))
         mass = moments.mass[some]
         everyone = partial(mean_of, layer, projection)
         if len(some) == experts:
@@ -84,13 +162,13 @@ class Case:
         return cls(
             projection,
             weight,
-            torch.stack([moment for moment, _ in metrics]),
-            stacked(outputs) if outputs else None,
+            Metric.joined(found, moments.common.cost),
             mass * moments.mass.sum() / mass.sum().clamp(min=1e-30),
             some,
             experts,
             everyone,
             ctx.seed_for(projection.moe.path, name),
+            ctx.workers,
         )
 
     @cached_property
@@ -104,16 +182,14 @@ class Case:
 
         Where output errors have no costs, it is a share of the projection's whole output.
         """
-        if self.output is not None:
+        if self.metric.output is not None:
             return self.used
-        whole = (self.used * weighted_error(self.weight, self.moment)).sum().clamp(min=1e-30)
-        return self.used / whole
+        return self.used / (self.used * self.metric.size).sum().clamp(min=1e-30)
 
     @cached_property
     def size(self) -> Tensor:
-        """The cost of energy that is left in a row, [E, N]; [E, 1] if all rows count alike."""
-        rows = torch.ones(1, 1) if self.output is None else pivots(self.output, OUTPUT_DAMPING)
-        return (self.mass * pivots(self.moment).mean(-1)).unsqueeze(-1) * rows
+        """The cost of energy that is left in a row, [E', N]; [E', 1] if all rows count alike."""
+        return (self.mass * self.metric.columns).unsqueeze(-1) * self.metric.rows
 
     @property
     def input_side(self) -> bool:
@@ -141,14 +217,19 @@ class Case:
             return 0.0
         some = alive[evenly(len(alive), _SAMPLED_EXPERTS)]
         remainder = self.take(mean, rank).left_of(self.weight)
-        energy, output = self.energy(remainder), None if self.output is None else self.output[some]
-        padded, moment = pad_columns(remainder[some], self.moment[some])
-        measured = 0.0
-        for i, e in enumerate(some):
-            costs = None if output is None else output[i : i + 1]
-            w, m = padded[i : i + 1], moment[i : i + 1]
-            coded = encode(w, m, costs, bits=bits, shared=True, seed=self.seed, rounds=1, turns=5)
-            measured += float(self.mass[e] * weighted_error(coded.dense() - w, m, costs))
+        energy, output = self.energy(remainder), self.metric.output
+        trials = (
+            Trial(
+                remainder[e : e + 1],
+                self.metric.moment[e : e + 1],
+                None if output is None else output[e : e + 1],
+                bits,
+                self.seed,
+            )
+            for e in some.tolist()
+        )
+        errors = torch.cat(list(self.workers.run(attempt, trials)))
+        measured = float((self.mass[some] * errors).sum())
         return float(measured * energy.sum() / energy[some].sum().clamp(min=1e-30))
 
     def choices(self, means: Sequence[int], ranks: Sequence[int]) -> Iterator[Choice]:
@@ -214,7 +295,7 @@ class Case:
 
     def basis(self, weight: Tensor, rank: int) -> Shared:
         """A basis of `rank` rows for the sample's experts, or their remainders, [E', N, K]."""
-        return factorize(weight, self.moment, rank, input_side=self.input_side)
+        return factorize(weight, self.metric.moment, rank, input_side=self.input_side)
 
 
 def sample_size(experts: int, numbers: int) -> int:
