@@ -100,10 +100,11 @@ class SharedBasis(LayerPass):
         planned = {p: (it.mean, it.rank) for p, it in plan.items() if it is not None}
         taken = planned if len(planned) == len(cases) else self.choose(cases)
         found: dict[Projection, Shared] = {}
+        total = sum(p.weights for p in cases)
         for p, (mean, rank) in taken.items():
             found[p] = take(layer, cases[p], moments, mean, rank)
-            if self.rank == "auto" and rank and p not in planned:
-                bits = basis_bits(rank, *p.shape, input_side=p.input_side) / p.weights
+            if self.rank == "auto" and rank and p not in planned and not cases[p].whole:
+                bits = basis_bits(rank, *p.shape, input_side=p.input_side) / total
                 plain = take(layer, cases[p], moments, mean, 0)
                 if not cases[p].earns(plain, found[p], bits):
                     rank, found[p] = 0, plain
@@ -179,7 +180,7 @@ def _may_earn(choices: Sequence[Choice], total: int) -> bool:
 def take(layer: Layer, case: Case, moments: Moments, mean: int, rank: int) -> Shared:
     """The mean of `mean` bits and the basis of `rank` rows of all experts, as they are stored."""
     p, count = case.projection, case.experts
-    if not rank or len(case.weight) == count:
+    if not rank or case.whole:
         return case.take(mean, rank)
     found = case.take(mean, 0)
 

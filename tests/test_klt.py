@@ -104,28 +104,34 @@ def test_what_experts_share_is_of_all_of_them_though_it_is_chosen_by_a_sample(
 
 
 @pytest.mark.parametrize("earned", [True, False])
-@pytest.mark.parametrize("rank", ["auto", "2"])
-def test_a_basis_that_is_chosen_must_earn_its_bits_as_that_of_all_experts(
-    tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, earned: bool, rank: str
+@pytest.mark.parametrize(("rank", "sampled"), [("auto", True), ("2", True), ("auto", False)])
+def test_a_basis_chosen_on_a_sample_must_earn_its_bits_as_that_of_all_experts(
+    tiny: Tiny,
+    batches: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    earned: bool,
+    rank: str,
+    sampled: bool,
 ) -> None:
-    """One that is asked for need not."""
+    """One that is asked for need not, nor one that was chosen on all experts."""
     asked: list[float] = []
 
     def earns(self: Case, plain: Shared, basis: Shared, bits: float) -> bool:
         assert {n for n in plain.tensors if not n.startswith(vq4.MEAN)} == set()
         assert len(basis.tensors["coef"]) == 64  # type: ignore[arg-type]
-        asked.append(bits * self.projection.weights)
+        asked.append(bits * sum(p.weights for p in self.projection.moe.projections))
         return earned
 
-    monkeypatch.setattr("moecc.passes._code.sharing._IN_SAMPLE", 1)
+    name, number = ("_IN_SAMPLE", 1) if sampled else ("_MOST_SAMPLE", 64)
+    monkeypatch.setattr(f"moecc.passes._code.sharing.{name}", number)
     monkeypatch.setattr(Case, "earns", earns)
     monkeypatch.setattr(SharedBasis, "choose", lambda self, cases: dict.fromkeys(cases, (2, 3)))
     run = compiled(tiny("I"), f"klt{{rank={rank}}}", batches=batches)
     projections = run.program.moe_layers()[0].projections
     bits = [basis_bits(3, *p.shape, input_side=p.input_side) for p in projections]
-    assert asked == (pytest.approx(bits) if rank == "auto" else [])
+    assert asked == (pytest.approx(bits) if rank == "auto" and sampled else [])
     for p in projections:
-        kept = earned or rank != "auto"
+        kept = earned or rank != "auto" or not sampled
         assert (p.operand("basis") is not None) == kept and p.operand("mean_codes") is not None
         row = run.ctx.audit[p.path]
         assert (row["rank"], row["mean"]) == (3 if kept else 0, "2 bit")

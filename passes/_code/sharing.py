@@ -192,6 +192,11 @@ class Case:
         return (self.mass * self.metric.columns).unsqueeze(-1) * self.metric.rows
 
     @property
+    def whole(self) -> bool:
+        """Whether the sample is all experts of the layer."""
+        return len(self.some) == self.experts
+
+    @property
     def input_side(self) -> bool:
         """Whether the projection reads the residual stream: gate_up."""
         return self.projection.input_side
@@ -275,7 +280,11 @@ class Case:
         return left < whole * 4 ** (-2 / self.experts)
 
     def earns(self, plain: Shared, basis: Shared, bits: float) -> bool:
-        """Whether a basis of all experts earns its bits per weight, next to `plain` without it."""
+        """Whether a basis of all experts earns its bits, next to `plain` without it.
+
+        bits: per weight of both projections; the other one's errors are left out, as if there were
+        none.
+        """
         before, after = (
             float(self.energy(shared.of(self.some).left_of(self.weight)).sum())
             for shared in (plain, basis)
