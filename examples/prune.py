@@ -78,7 +78,7 @@ class PruneExperts(Pass):
 
     def choose(self, program: Program, ctx: Context) -> dict[str, list[int]]:
         """Steps 1 and 2: return the experts that stay, ascending, by path."""
-        stream, keep = Stream(program, first_tokens(ctx.batches, self.tokens)), {}
+        stream, keep = Stream(program, first_tokens(ctx.batches, self.tokens), ctx.workers), {}
         groups = program.expert_groups()
         last = max((m.layer for m in program.moe_layers()), default=0)
         for stage in ctx.progress(range(last + 1), "prune"):

@@ -90,7 +90,7 @@ class AbsorbLora(Pass):
                 merge_into(program, weight, update)
                 ctx.record(weight, lora=str(update))
         last = max((m.layer for m in program.moe_layers()), default=0)
-        stream = Stream(program, ctx.batches)
+        stream = Stream(program, ctx.batches, ctx.workers)
         for stage in ctx.progress(range(last + 1 if experts & updates.keys() else 0), "absorb"):
             layer = Layer(stage, program, ctx.reference, stream, stream)
             for moe in layer.moe:

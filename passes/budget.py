@@ -108,7 +108,7 @@ class PlanBits(Pass):
 
         known: whether costs are sensitivity's. Raise MoeccError if the budget pays for no plan.
         """
-        stream, offers = Stream(program, first_tokens(ctx.batches, self.tokens)), {}
+        stream, offers = Stream(program, first_tokens(ctx.batches, self.tokens), ctx.workers), {}
         last = max((m.layer for m in layers), default=0)
         for stage in ctx.progress(range(last + 1), "budget"):
             layer = Layer(stage, program, program, stream, stream)

@@ -21,6 +21,8 @@ from moecc.ir.tensors import Held
 from moecc.pipeline import batches
 from moecc.pipeline.batches import run_batches
 from moecc.pipeline.stream import Stream
+from moecc.pipeline.workers.base import Alone
+from moecc.pipeline.workers.processes import Processes
 from moecc.types import Value
 
 EXPERTS = [name for name, (op, _, _) in CALLS.items() if op in ops.MOE_OPS]
@@ -246,6 +248,31 @@ def test_a_stage_of_many_batches_equals_each_batch_by_itself(text: str) -> None:
         assert not found
 
 
+@pytest.mark.parametrize("at_once", [1, 1 << 20])
+def test_workers_give_what_one_of_them_gives(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Dense experts and coded ones, one in a unit or all."""
+    monkeypatch.setattr(batches, "_AT_ONCE", at_once)
+    float_model = tiny_program("MD")
+    coded = compiled(float_model.copy(), "klt{rank=2,mean=3},vq{rounds=1}").program
+    with Processes(2, print) as pool:
+        for program in (float_model, coded):
+            alone, spread, threads = (
+                Stream(program, tiny_batches(), workers) for workers in (Alone(), pool, None)
+            )
+            for _ in range(program.layers):
+                want, found, near = map(advanced, (alone, spread, threads))
+                assert want.keys() == found.keys() == near.keys()
+                for key, value in want.items():
+                    if isinstance(value, Tensor):
+                        assert torch.equal(value, tensor(found[key])), key
+                        torch.testing.assert_close(value, tensor(near[key]))
+
+
+def tensor(value: Value) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value
+
+
 def advanced(stream: Stream) -> dict[tuple[str, int], Value]:
     """Take a stream through a stage; return the results by node and batch."""
     found: dict[tuple[str, int], Value] = {}
@@ -274,6 +301,7 @@ def test_an_expert_s_weights_are_read_once_for_all_batches(monkeypatch: pytest.M
     chosen = sorted({int(e) for e in values[0]["index"].flatten()})
     assert chosen == [0, 1, 3]
     monkeypatch.setattr(Program, "read", noted)
+    monkeypatch.setattr(batches, "_AT_ONCE", 1)
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
     run_batches(program, nodes, values, weights, set(), lambda *seen: None)
     assert read == [(name, [e]) for e in chosen for name in ("operand0", "operand1")]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import resolved
+from conftest import tiny_batches
+from pipelines import derive, resolved
 from torch import Tensor
 
 from moecc.errors import MoeccError
@@ -17,7 +18,7 @@ from moecc.ir import ops, vq4
 from moecc.ir.program import Program
 from moecc.pipeline.fate import Fate
 from moecc.pipeline.parse import find_pass, parse_passes
-from moecc.pipeline.passes import Context, Kept, Layer
+from moecc.pipeline.passes import Context, Kept, Layer, LayerPass, Pass
 from moecc.pipeline.run import run_passes
 from moecc.pipeline.stream import Stream
 from moecc.pipeline.workers.base import Alone
@@ -155,6 +156,56 @@ def test_a_layer_gives_the_stored_tensors_of_coded_experts(
         assert torch.equal(t, program.read(f"layers.0.down.{name}"))
     original = layer.original(layer.moe[0].down)
     assert original is not None and torch.equal(original, reference.read("layers.0.down"))
+
+
+def test_the_float_model_goes_through_the_layers_only_for_who_asks(
+    tiny: Callable[[str], Program],
+) -> None:
+    """Whoever asks in a later layer, finds it behind that one; and before a head."""
+    wanted = Stream(tiny("MM").copy(), tiny_batches())
+    stages: list[int] = []
+
+    def look(self: Pass, layer: Layer, ctx: Context) -> bool:
+        stages.append(layer.unmoved.stage)
+        if layer.index != 1:
+            targets = layer.targets
+            while wanted.stage < min(layer.index + 1, 3):
+                wanted.advance()
+            assert targets is layer.targets and targets.stage == wanted.stage
+            for found, want in zip(targets.values, wanted.values, strict=True):
+                assert found.keys() == want.keys()
+                for name, value in want.items():
+                    assert torch.equal(found[name], value)  # type: ignore[arg-type]
+        return False
+
+    run_passes(tiny("MM"), [derive(LayerPass, "look", run_layer=look)], Context(), tiny_batches())
+    assert stages == [0, 0, 3]
+
+
+@pytest.mark.parametrize("broken", ["model", "pass"])
+def test_a_layer_that_gives_no_numbers_is_the_fault_of_the_model_or_of_a_pass(
+    tiny: Callable[[str], Program], broken: str
+) -> None:
+    """Layer 0 overflows at once, or once a pass has changed them."""
+
+    def spoil(program: Program) -> None:
+        program.add("layers.0.down", torch.full((4, 16, 8), 3e38))
+
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        if broken == "pass" and layer.index == 1:
+            spoil(layer.program)
+        return True
+
+    program = tiny("M")
+    if broken == "model":
+        spoil(program)
+    passes = [derive(LayerPass, "rewrite", run_layer=run_layer)]
+    says = {
+        "model": "^what layer 0 gives is NaN: the model's own numbers",
+        "pass": "^layer 0 no longer runs behind rewrite: what layer 0 gives is NaN",
+    }
+    with pytest.raises(MoeccError, match=says[broken]):
+        run_passes(program, passes, Context(), tiny_batches())
 
 
 # ---- composites

@@ -50,7 +50,7 @@ LARGE = [
     ("gate_up", 1e14, RILQ, OUTPUT.format("down", "inf")),
     ("gate_up", 1e14, VSRAQ, OUTPUT.format("gate_up", r"8e\+60")),
     ("gate_up", 1e14, BUDGET, r"budget.* failed.*squared errors of its output may reach 8e\+60"),
-    ("embed", 1e20, KLT, NAN.format("what layer 0 gives")),
+    ("embed", 1e20, KLT, OUTPUT.format("gate_up", "inf")),
     ("embed", 1e20, "dense{group=16}", NAN.format("what layer 0 gives")),
     ("embed", 1e20, BUDGET, NAN.format("sensitivity failed: what the head gives")),
     ("head", 1e25, VSRAQ, GRADIENTS),

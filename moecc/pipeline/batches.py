@@ -1,12 +1,15 @@
 """Run the nodes of a stage on many batches: an experts node takes all batches, expert by expert.
 
-So each expert's weights are read once for all tokens, and no more than one expert's are in memory.
+So each expert's weights are read once for all tokens, and no more than a few experts' are in memory
+at a time. Experts may be run by workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -17,11 +20,13 @@ from moecc.ir import ops
 from moecc.ir.graph import failed, run_nodes
 from moecc.ir.moe import MoE, operand_names
 from moecc.ir.program import Program
-from moecc.types import Value
+from moecc.pipeline.workers.base import Workers
+from moecc.types import Json, Value
 
 Visit: TypeAlias = Callable[[fx.Node, Value, int], None]
 _LARGE = ("gate_up", "down", "codes", "signs", "coef")  # ends of operands read expert by expert
 _TOKENS = 2048  # that go through an expert at once
+_AT_ONCE = 1 << 20  # weights of experts that are run together
 _LARGE_BYTES = 1 << 24  # of a value of all batches that is laid side by side
 _SHARED = ("basis", "post_norm")  # and of those that all experts share as they are
 
@@ -33,17 +38,19 @@ def run_batches(
     weights: Mapping[str, Tensor],
     keep: set[str],
     visit: Visit,
+    workers: Workers | None = None,
 ) -> None:
     """Evaluate `nodes` in order for each batch, and call `visit(node, value, batch)` per result.
 
     values: by node name for each batch; read and extended. A value is dropped after its last use
-    unless its name is in `keep`. Raise MoeccError, with node and stage, if a node fails.
+    unless its name is in `keep`. workers: those that run experts; None: this process. Raise
+    MoeccError, with node and stage, if a node fails.
     """
     pieces = list(_pieces(nodes)) if values else []
     for i, piece in enumerate(pieces):
         needed = keep.union(n.name for p in pieces[i + 1 :] for m in p for n in m.all_input_nodes)
         if piece[0].target in ops.MOE_OPS:
-            _run_experts(program, piece[0], values, weights, visit)
+            _run_experts(program, piece[0], values, weights, visit, workers)
             for there in values:
                 for name in [n.name for n in piece[0].all_input_nodes if n.name not in needed]:
                     there.pop(name, None)
@@ -127,12 +134,13 @@ def _run_experts(
     values: Sequence[dict[str, Value]],
     weights: Mapping[str, Tensor],
     visit: Visit,
+    workers: Workers | None,
 ) -> None:
     """Add a node's result to the values of each batch."""
     x, index, weight = ([_tensor(there, weights, n) for there in values] for n in node.args[:3])
     try:
         read = partial(_operands, program, node, weights)
-        found = outputs(node, _together(x), _together(index), _together(weight), read)
+        found = outputs(node, _together(x), _together(index), _together(weight), read, workers)
     except (RuntimeError, IndexError, TypeError) as error:
         raise failed(node, error) from error
     for batch, (there, y) in enumerate(zip(values, found.split([len(t) for t in x]), strict=True)):
@@ -147,33 +155,59 @@ def _tensor(values: Mapping[str, Value], weights: Mapping[str, Tensor], node: ob
     return found
 
 
+@dataclass(frozen=True)
+class Share:
+    """Some experts of a node, and for each the inputs [n, D] and weights [n, 1] of its tokens."""
+
+    reference: Callable[..., Tensor]
+    attributes: Json
+    experts: Sequence[tuple[Tensor, Tensor, Sequence[Tensor | None]]]
+
+
+def answers(share: Share) -> list[Tensor]:
+    """What each expert adds to its tokens, [n, D]."""
+    found = []
+    for inputs, weights, operands in share.experts:
+        parts = []
+        for x, weight in zip(inputs.split(_TOKENS), weights.split(_TOKENS), strict=True):
+            first = torch.zeros_like(weight, dtype=torch.long)
+            parts.append(share.reference(x, first, weight, *operands, **share.attributes))
+        found.append(torch.cat(parts))
+    return found
+
+
 def outputs(
     node: fx.Node,
     x: Tensor,
     index: Tensor,
     weight: Tensor,
     operands: Callable[[int], list[Tensor | None]],
+    workers: Workers | None = None,
 ) -> Tensor:
     """Return the result [T, D] of an experts node for inputs [T, D], experts and weights [T, k].
 
-    operands: those of one expert, as if the node had no other.
+    operands: those of one expert, as if the node had no other. workers: those that run experts.
     """
-    assert isinstance(node.target, torch._ops.OpOverload)
-    reference = ops.REFERENCE[node.target]
+    reference, attributes = ops.REFERENCE[node.target], dict(node.kwargs)
     moe = MoE(node, node.meta["path"], node.meta["layer"], None)
     experts, k, flat = moe.sizes[0], index.shape[1], index.reshape(-1)
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < experts:
         raise IndexError(f"moecc: expert index outside 0..{experts - 1}")
     slots = flat.argsort(stable=True).split(flat.bincount(minlength=experts).tolist())
-    weight = weight.reshape(-1, 1)
+    used = [e for e, its in enumerate(slots) if len(its)]
+    rows, weight = {e: slots[e] // k for e in used}, weight.reshape(-1, 1)
+
+    def share(some: Sequence[int]) -> Share:
+        each = [(x[rows[e]], weight[slots[e]], operands(e)) for e in some]
+        return Share(reference, attributes, each)
+
+    few = max(1, _AT_ONCE * experts // moe.weights)
+    shares = (share(used[i : i + few]) for i in range(0, len(used), few))
+    found: Iterable[list[Tensor]]
+    found = map(answers, shares) if workers is None else workers.run(answers, shares)
     total = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    for e, its in enumerate(slots):
-        own: list[Tensor | None] = []  # before those of the next are read
-        own += operands(e) if len(its) else []
-        for some in its.split(_TOKENS) if len(its) else ():
-            rows, first = some // k, index.new_zeros(len(some), 1)
-            y = reference(x[rows], first, weight[some], *own, **node.kwargs)
-            total.index_add_(0, rows, y.to(total.dtype))
+    for e, y in zip(used, chain.from_iterable(found), strict=True):
+        total.index_add_(0, rows[e], y.to(total.dtype))
     return total.to(x.dtype)
 
 

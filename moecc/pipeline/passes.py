@@ -283,23 +283,34 @@ class Layer:
     """One decoder layer as a layer pass sees it.
 
     program, inputs: the program being compiled, and the activations that enter this layer in it,
-    behind compressed earlier layers. reference, targets: the float model, and its activations after
-    this layer; if the layer is the head, before it, because the logits of all calibration text
-    would fill the memory. data: what passes leave for each other within the layer, by fact and
-    path.
+    behind compressed earlier layers. reference, unmoved: the float model, and its activations
+    somewhere before the end of this layer, which go on if `targets` are asked for. data: what
+    passes leave for each other within the layer, by fact and path.
     """
 
     index: int
     program: Program
     reference: Program
     inputs: Stream
-    targets: Stream
+    unmoved: Stream
     data: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     @property
     def moe(self) -> list[MoE]:
         """The experts nodes of this layer, dense or compressed."""
         return [m for m in self.program.moe_layers() if m.layer == self.index]
+
+    @property
+    def targets(self) -> Stream:
+        """The float model's activations after this layer.
+
+        If the layer is a head without experts, before it, because the logits of all calibration
+        text would fill the memory.
+        """
+        head = self.index == self.program.layers - 1 and not self.moe
+        while self.unmoved.stage < self.index + (not head):
+            self.unmoved.advance()
+        return self.unmoved
 
     def tap(self, names: Iterable[str]) -> dict[str, list[Value]]:
         """Run every calibration batch through this layer; return the values of the named nodes."""

@@ -140,7 +140,8 @@ class _Run:
         program, ctx = self.program, self.ctx
         assert ctx.reference is not None
         reports = [self.report(p, len(self.done) + i) for i, p in enumerate(passes)]
-        stream, target = Stream(program, ctx.batches), Stream(ctx.reference, ctx.batches)
+        stream = Stream(program, ctx.batches, ctx.workers)
+        target = Stream(ctx.reference, ctx.batches, ctx.workers)
         with_experts = sorted({m.layer for m in program.moe_layers()})
         last_experts = max(with_experts, default=0)
         tokens = sum(batch.numel() for batch in ctx.batches)
@@ -150,15 +151,14 @@ class _Run:
             # no pass needs the logits of all calibration text at once
             head = last_experts < stage == program.layers - 1
             pace.begin()
-            if not head:
-                target.advance()
             done = 0 < stage and not self.hooks.restore_layer(stage, program, ctx)
+            layer = Layer(stage, program, ctx.reference, stream, target)
             if done:
-                self.layer(Layer(stage, program, ctx.reference, stream, target), passes, reports)
+                self.layer(layer, passes, reports)
                 program.module.recompile()
                 self.hooks.after_layer(stage, program, ctx)
             if not head:
-                self.advance(stream, passes)
+                self.advance(layer, passes)
             if done:
                 pace.layer(stage, ctx.ledger[reports[-1].key][str(stage)]["errors"])
         return reports
@@ -182,13 +182,17 @@ class _Run:
             again = f"-{times + 1}" if times else ""
             self.hooks.dump(f"layer{stage:03d}-{p.name}{again}", self.program, stage)
 
-    def advance(self, stream: Stream, passes: Sequence[LayerPass]) -> None:
-        """Take the activations through a finished layer."""
+    def advance(self, layer: Layer, passes: Sequence[LayerPass]) -> None:
+        """Take the activations through a finished layer.
+
+        Raise the float model's own error if it does not get through either.
+        """
         try:
-            stream.advance()
-        except MoeccError as e:  # the float model ran, so a pass broke the layer
+            layer.inputs.advance()
+        except MoeccError as e:
+            _ = layer.targets
             ran = ", ".join(p.name for p in [*self.done, *passes])
-            raise MoeccError(f"layer {stream.stage - 1} no longer runs behind {ran}: {e}") from e
+            raise MoeccError(f"layer {layer.index - 1} no longer runs behind {ran}: {e}") from e
 
     def require_storable(self, running: Sequence[Pass], stage: int | None = None) -> None:
         """Raise MoeccError if no artifact could hold the program.

@@ -8,7 +8,7 @@ two layers, whatever the model's size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +17,8 @@ from moecc.checkpoint.memory import free_memory
 from moecc.errors import MoeccError
 from moecc.ir.graph import needed_for
 from moecc.ir.program import Program, output_node, stage_nodes
-from moecc.pipeline.batches import run_batches
+from moecc.pipeline.batches import Visit, run_batches
+from moecc.pipeline.workers.base import Workers
 from moecc.types import Value
 
 _ADVICE = "the model's own numbers leave the range of float32; check its weights"
@@ -71,16 +72,17 @@ class _Overridden(StageWeights):
 class Stream:
     """The activations of all batches before stage `stage` of `program`.
 
-    values: a dict of values by node name for each batch.
+    values: a dict of values by node name for each batch. workers: those that run experts; None: all
+    threads of this process.
     """
 
-    def __init__(self, program: Program, batches: Iterable[Tensor]):
+    def __init__(self, program: Program, batches: Iterable[Tensor], workers: Workers | None = None):
         name = program.user_inputs[0].name
-        self.program, self.stage = program, 0
+        self.program, self.stage, self.workers = program, 0, workers
         self.values: list[dict[str, Value]] = [{name: ids} for ids in batches]
 
     @torch.no_grad()
-    def advance(self, visit: Callable[[fx.Node, Value, int], None] | None = None) -> None:
+    def advance(self, visit: Visit | None = None) -> None:
         """Take every batch through the next stage; call `visit(node, value, batch)` per result.
 
         Raise MoeccError if a value that a later stage reads is NaN.
@@ -93,7 +95,7 @@ class Stream:
             if visit is not None:
                 visit(node, value, batch)
 
-        run_batches(self.program, nodes, self.values, StageWeights(self.program), keep, checked)
+        self._run(nodes, self.values, keep, checked)
         for values in self.values:
             for name in [n for n in values if n not in keep]:
                 del values[name]
@@ -111,13 +113,18 @@ class Stream:
         nodes = needed_for(stage_nodes(self.program, stage), wanted)
         here = [dict(values) for values in self.values]
         keep = wanted.union(*self.values)
-        weights = StageWeights(self.program)
-        run_batches(self.program, nodes, here, weights, keep, lambda node, value, batch: None)
+        self._run(nodes, here, keep, lambda node, value, batch: None)
         for values in here:
             for name in wanted:
                 require_numbers(values[name], f"{name} in {self._place()}")
                 found[name].append(values[name])
         return found
+
+    def _run(
+        self, nodes: Sequence[fx.Node], values: list[dict[str, Value]], keep: set[str], visit: Visit
+    ) -> None:
+        weights = StageWeights(self.program)
+        run_batches(self.program, nodes, values, weights, keep, visit, self.workers)
 
     def _place(self) -> str:
         """The stage that comes next, as users count layers."""
@@ -148,7 +155,7 @@ class Stream:
 def run_program(
     program: Program,
     batches: Iterable[Tensor],
-    visit: Callable[[fx.Node, Value, int], None] | None = None,
+    visit: Visit | None = None,
 ) -> list[Tensor]:
     """Run the program on `batches` layer by layer and return its outputs, batch by batch."""
     stream = Stream(program, batches)
