@@ -6,16 +6,22 @@ size, and a few columns that stick out. What a weight costs to code depends on n
 
 from __future__ import annotations
 
+import json
 import shutil
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moecc.pipeline.work import Experts, Scope
 
+_SHARD = 1 << 30  # bytes
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tinymoe"
 
 
@@ -108,17 +114,70 @@ SHAPES = {
 
 
 def write(shape: Shape, folder: Path, experts: int, layers: int, seed: int = 0) -> None:
-    """Write a checkpoint in bfloat16, with the example's tokenizer."""
+    """Write a checkpoint in bfloat16, with the example's tokenizer; one tensor in memory at a time.
+
+    Names and shapes are those of a model of two experts, and each of its experts is every other.
+    """
     torch.manual_seed(seed)
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        small = transformers.AutoModelForCausalLM.from_config(
+            shape.small(2, layers), dtype=torch.bfloat16
+        )
+        small.save_pretrained(place)
+        with safe_open(Path(place) / "model.safetensors", "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
     config = shape.small(experts, layers)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            for matrix in parameter.view(-1, *parameter.shape[-2:]):
-                matrix.copy_(_drawn(*matrix.shape[-2:]) if matrix.dim() > 1 else _near_one(matrix))
-    model.save_pretrained(folder)
+    config.architectures, config.dtype = small.config.architectures, torch.bfloat16
+    config.save_pretrained(folder)
+    shards = _Shards(folder)
+    for name, sizes in shapes.items():
+        sizes = [experts, *sizes[1:]] if sizes[0] == 2 else sizes
+        first, _, rest = name.partition(".experts.0.")
+        if not rest:
+            names = [] if ".experts.1." in name else [name]
+        else:
+            names = [f"{first}.experts.{e}.{rest}" for e in range(experts)]
+        for each in names:
+            shards.add(each, _matrices(sizes))
+    shards.close()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXAMPLE / name, folder)
+
+
+class _Shards:
+    """The files of a checkpoint, written one by one."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.places = folder, dict[str, str]()
+        self.tensors, self.bytes = dict[str, Tensor](), 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.tensors[name] = tensor
+        self.bytes += tensor.nbytes
+        if self.bytes > _SHARD:
+            self._write()
+
+    def close(self) -> None:
+        self._write()
+        index = {"metadata": {}, "weight_map": self.places}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def _write(self) -> None:
+        file = f"model-{len(set(self.places.values())) + 1:05}.safetensors"
+        save_file(self.tensors, self.folder / file, metadata={"format": "pt"})
+        self.places.update(dict.fromkeys(self.tensors, file))
+        self.tensors, self.bytes = {}, 0
+
+
+def _matrices(sizes: Sequence[int]) -> Tensor:
+    """One tensor: a vector near one, or matrices that are drawn."""
+    found = torch.empty(*sizes, dtype=torch.bfloat16)
+    if found.dim() == 1:
+        return found.copy_(_near_one(found))
+    for matrix in found.view(-1, *sizes[-2:]):
+        matrix.copy_(_drawn(*matrix.shape))
+    return found
 
 
 def _drawn(rows: int, columns: int) -> Tensor:

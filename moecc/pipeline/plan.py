@@ -79,8 +79,10 @@ class Plan:
 
         threads: of this process.
         """
-        # the float model and the compressed one go through all layers
-        through = 2 * self.scope.tokens * self.scope.forward / machine.product / threads
+        # the compressed model goes through all layers, its experts by workers
+        scope = self.scope
+        forward = scope.dense / threads + (scope.forward - scope.dense) / self.workers
+        through = scope.tokens * forward / machine.product
         found: dict[str, float | None] = {"calibration": through}
         for p in passes:
             work = p.work(self.scope)
