@@ -1,6 +1,7 @@
 """Calibration: measure the inputs of each expert's projections on the tokens routed to it.
 
-  1. Run the calibration text through this layer, behind the compressed earlier ones.
+  1. Run the calibration text through this layer, behind the compressed earlier ones. With
+     behind=float, behind the float model's, so that no layer depends on an earlier one.
   2. For gate_up of expert e, C_e = mean of w^2 x x^T over the tokens routed to it, w its routing
      weight. Mix in the layer's average with the weight of 16 tokens.
   3. For down of expert e, the same of its hidden units h = gate(gate_up_e x).
@@ -13,8 +14,8 @@
      Gauss-Newton step). An expert's matrices are made where its weights are coded, so that those of
      one expert are in memory.
 
-Not done: moments of the float model's own activations (parallel calibration). At 2 bit the
-divergence was the same within 1 %.
+The example's divergence is the same for both kinds of step 1: 0.01287 and 0.01289 at 2 bit, 0.00303
+at 3 bit (4 layers). Coded layers are the default because errors add up over more of them.
 
 Shapes: E experts, D hidden, F intermediate, N rows of gate_up; C_e [D, D], down's [F, F]. float32,
 one layer at a time. Cost in bits per weight: none.
@@ -49,6 +50,12 @@ class MeasureMoments(LayerPass):
         choices=("squared", "one"),
     )
 
+    behind: str = option(
+        "coded",
+        help="the earlier layers that the text goes through: coded ones, or the float model's",
+        choices=("coded", "float"),
+    )
+
     def estimate(self, found: Estimate) -> None:
         return None
 
@@ -60,7 +67,8 @@ class MeasureMoments(LayerPass):
         for moe in layer.moe:
             if moe.node.target is not EXPERTS:
                 continue
-            routed = layer.data["routed", moe.path] = routed_tokens(layer, moe)
+            routed = routed_tokens(layer, moe, original=self.behind == "float")
+            layer.data["routed", moe.path] = routed
             squared, cost = self.routing == "squared", costs.get(moe.path)
             found = measure(layer, moe, routed, cost, self.min_tokens, squared=squared)
             layer.data["moments", moe.path] = found

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import slow_vq4 as slow
 import torch
-from pipelines import Tiny
+from pipelines import Tiny, derive, resolved
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,7 +30,8 @@ from moecc.passes._code.moments import (
     routed_tokens,
 )
 from moecc.passes.moments import MeasureMoments
-from moecc.pipeline.passes import Context, Layer
+from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
+from moecc.pipeline.run import run_passes
 from moecc.pipeline.stream import Stream
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -359,10 +360,33 @@ def test_the_pass_leaves_coded_experts_alone(tiny: Tiny, batches: list[Tensor]) 
     dense.node.meta["layer"] = 1
     assert layer.moe[0].path == coded.path and len(layer.moe) == 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moecc.passes.moments.routed_tokens", lambda layer, moe: moe.path)
+        patch.setattr("moecc.passes.moments.routed_tokens", lambda layer, moe, **_: moe.path)
         patch.setattr(
             "moecc.passes.moments.measure",
             lambda *a, **k: SimpleNamespace(weighted=False, notes=[a[2]]),
         )
         MeasureMoments().run_layer(layer, ctx)
     assert layer.data.keys() == {("routed", dense.path), ("moments", dense.path)}
+
+
+@pytest.mark.parametrize("behind", ["coded", "float"])
+def test_text_goes_through_coded_layers_or_through_those_of_the_float_model(
+    tiny: Tiny, batches: list[Tensor], behind: str
+) -> None:
+    """Targets can still be asked for in the same layer, behind the moments."""
+    found: dict[str, Routed] = {}
+
+    def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
+        for moe in layer.moe:
+            found[moe.path] = layer.data["routed", moe.path]
+            assert layer.targets.stage == layer.index + 1
+        return False
+
+    want, look = dict[str, Routed](), derive(LayerPass, "look", run_layer=run_layer)
+    run_passes(tiny("MM"), [*resolved("moments"), look], Context(), batches)
+    want.update(found)
+    coding = resolved(f"moments{{behind={behind}}},vq{{rounds=1}}")
+    run_passes(tiny("MM"), [coding[0], look, *coding[1:]], Context(), batches)
+    assert list(found) == list(want) == ["layers.0", "layers.1"]
+    assert torch.equal(found["layers.0"].x, want["layers.0"].x)
+    assert torch.equal(found["layers.1"].x, want["layers.1"].x) == (behind == "float")

@@ -308,13 +308,20 @@ class Layer:
         text would fill the memory.
         """
         head = self.index == self.program.layers - 1 and not self.moe
-        while self.unmoved.stage < self.index + (not head):
+        return self._float_at(self.index + (not head))
+
+    def _float_at(self, stage: int) -> Stream:
+        while self.unmoved.stage < stage:
             self.unmoved.advance()
         return self.unmoved
 
-    def tap(self, names: Iterable[str]) -> dict[str, list[Value]]:
-        """Run every calibration batch through this layer; return the values of the named nodes."""
-        return self.inputs.tap(self.index, names)
+    def tap(self, names: Iterable[str], *, original: bool = False) -> dict[str, list[Value]]:
+        """Run every calibration batch through this layer; return the values of the named nodes.
+
+        original: through the float model's layer, behind its earlier ones; not once `targets` were
+        asked for.
+        """
+        return (self._float_at(self.index) if original else self.inputs).tap(self.index, names)
 
     def weight(
         self, projection: Projection, part: str = "", experts: Sequence[int] | None = None

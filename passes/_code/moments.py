@@ -211,10 +211,15 @@ class Routed:
         return (self.weight[rows] * (self.index[rows] == expert)).sum(-1)
 
 
-def routed_tokens(layer: Layer, moe: MoE) -> Routed:
-    """Tap the inputs of an experts node over all calibration batches."""
+def routed_tokens(layer: Layer, moe: MoE, *, original: bool = False) -> Routed:
+    """Tap the inputs of an experts node over all calibration batches.
+
+    original: those in the float model, behind its earlier layers.
+    """
+    if original:
+        moe = next(m for m in layer.reference.moe_layers() if m.path == moe.path)
     nodes = [n for n in (*moe.node.args[:3], moe.logits) if isinstance(n, fx.Node)]
-    values = layer.tap([n.name for n in nodes])
+    values = layer.tap([n.name for n in nodes], original=original)
     joined = [torch.cat([v.flatten(0, -2) for v in values[n.name]]) for n in nodes]
     logits = joined[3].float() if len(joined) > 3 and len(joined[3]) == len(joined[0]) else None
     return Routed(joined[0].float(), joined[1], joined[2].float(), logits)
