@@ -34,6 +34,8 @@ def test_a_scope_counts_experts_and_what_each_token_meets(tiny: Tiny) -> None:
     assert scope.dense == sum(sizes.values()) - ends - routed
     assert scope.forward == scope.dense + 2 * experts.weights
     assert scope_of(program, resolved("vsraq,kbvq"), 48).weighted
+    for text, bits in (("kbvq", 2), ("kbvq{bits=3}", 3), ("sensitivity,budget,kbvq", 4)):
+        assert scope_of(program, resolved(text), 48).bits == bits
 
 
 def test_workers_are_as_many_as_cores_memory_and_work_allow() -> None:
@@ -57,6 +59,9 @@ def test_memory_grows_with_tokens_and_costs_of_outputs() -> None:
     own, worker = memory(SCOPE)
     assert memory(replace(SCOPE, tokens=2 * SCOPE.tokens))[0] > own + 6 * 4 * SCOPE.tokens * 2048
     assert memory(replace(SCOPE, weighted=True))[1] > worker
+    assert memory(replace(SCOPE, bits=4)) == (own, worker)  # tokens take more than codes
+    few = replace(SCOPE, tokens=512, largest=0)
+    assert memory(replace(few, bits=4))[0] == memory(few)[0] + 128 * QWEN.weights * 2 // 8
 
 
 def test_a_bound_that_can_not_be_held_is_refused(tiny: Tiny) -> None:

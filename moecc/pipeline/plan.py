@@ -17,6 +17,7 @@ from moecc.pipeline.work import Experts, Machine, Scope
 PROCESS = 600 << 20  # bytes of a process that has imported torch and traced a model
 WORKER = 400 << 20  # of one that codes
 _ACTIVATIONS = 7  # float32 copies of all tokens' hidden states at a time
+_MOST_BITS = 4  # of a code
 _COPIES = 8  # float32 copies of a matrix and of its metric while it is coded
 # Weights that a core codes in the time in which a worker starts. Less is not worth one.
 _OF_A_WORKER = 2_000_000
@@ -37,7 +38,16 @@ def scope_of(program: Program, passes: Sequence[Pass], tokens: int) -> Scope:
             stages[stage] = stages.get(stage, 0) + node.meta["val"].numel()
     ends = (0, program.layers - 1)  # embedding and head
     dense = sum(count for stage, count in stages.items() if stage not in ends)
-    return Scope(tuple(found), tokens, dense, max(stages.values(), default=0), weighted)
+    largest, bits = max(stages.values(), default=0), _widest(passes)
+    return Scope(tuple(found), tokens, dense, largest, weighted, bits)
+
+
+def _widest(passes: Sequence[Pass]) -> int:
+    """Return the bits of the widest code that may be stored."""
+    if any("budget" in p.provides for p in passes):
+        return _MOST_BITS
+    coding = (p for p in passes if "vq" in p.provides)
+    return max((int(getattr(p, "bits", _MOST_BITS)) for p in coding), default=_MOST_BITS)
 
 
 @dataclass(frozen=True)
@@ -103,8 +113,8 @@ def planned(
     workers: as many as are wanted, or None: as many as cores and memory have room for. most: bytes
     that all processes may take. Raise MoeccError if they would take more.
     """
-    scope, bits = scope_of(program, passes, tokens), 4
-    scratch = scope.weights * bits // 8 + _kept(scope)
+    scope = scope_of(program, passes, tokens)
+    scratch = scope.weights * scope.bits // 8 + _kept(scope)
     found = fitting(scope, workers, usable_cores(), most or free_memory(), scratch)
     if most is not None and found.memory > most:
         advice = "give more, or fewer --workers, --rows or a smaller --length"
@@ -116,7 +126,7 @@ def planned(
 
 def fitting(scope: Scope, workers: int | None, cores: int, most: int, scratch: int) -> Plan:
     """Return the plan with as many workers as are wanted or, without a wish, as fit."""
-    own, unit = _own(scope), _unit(scope)
+    own, unit = max(_own(scope), _resting(scope)), _unit(scope)
     worker = WORKER + unit + 2 * _payload(scope)
     count = workers
     if count is None:
@@ -139,7 +149,7 @@ def _resting(scope: Scope) -> int:
     """Return bytes of this process while a layer is coded."""
     states = 4 * scope.tokens * _hidden(scope)
     layer = max((x.experts * x.weights for x in scope.layers), default=0)
-    return PROCESS + 4 * states + layer  # codes of 3 bits, and once more while they are joined
+    return PROCESS + 4 * states + layer * scope.bits // 8
 
 
 def _own(scope: Scope) -> int:

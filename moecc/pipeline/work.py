@@ -45,6 +45,7 @@ class Scope:
     dense: int  # weights besides the routed experts that a token meets on its way to the head
     largest: int  # weights of the largest stage of them
     weighted: bool = False  # whether errors of outputs have costs of their own, [N, N]
+    bits: int = 2  # of the widest codes
 
     @property
     def weights(self) -> int:

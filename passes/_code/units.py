@@ -110,6 +110,21 @@ def begin(unit: Unit, common: Common) -> Book:
 
 
 def join(parts: Sequence[Mapping[str, Tensor]], *, shared: bool) -> dict[str, Tensor]:
-    """The tensors of all experts from those of their units, in order."""
-    found = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-    return found | ({"codebook": parts[0]["codebook"]} if shared else {})
+    """The tensors of all experts from those of their units, in order.
+
+    Parts may lie on disk: one of them is read at a time.
+    """
+    experts = sum(len(part["lost"]) for part in parts)
+    found = dict[str, Tensor]()
+    for name in parts[0]:
+        start = 0
+        for part in parts:
+            tensor = part[name]
+            if name == "codebook" and shared:
+                found[name] = tensor
+                break
+            if name not in found:
+                found[name] = tensor.new_empty(experts, *tensor.shape[1:])
+            found[name][start : start + len(tensor)] = tensor
+            start += len(tensor)
+    return found
