@@ -204,15 +204,15 @@ class _Units:
             rows = self.routed.rows(e)
             rows = rows[:: max(1, -(-len(rows) // _MOST_TOKENS))]
             moments = self.moments
-            fit = None
+            fit, name = None, "gate_up"
             if gate_up is not None:
                 slope, offset = (None if f is None else f[e] for f in gate_up[:2])
-                fit = slope, offset
+                fit, name = (slope, offset), "down"
             yield Unit(
                 self.moe.attributes,
                 self.routed.x[rows],
                 self.routed.weight_of(e, rows).square(),
-                moments.expert(e).bare() if moments is not None and moments.weighted else None,
+                moments.expert(e).bare(name) if moments is not None and moments.weighted else None,
                 self.dense(e),
                 self.gate_up.of_expert(e),
                 self.down.of_expert(e),

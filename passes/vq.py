@@ -216,10 +216,11 @@ class Job:
 
     def unit(self, experts: Sequence[int]) -> Unit:
         """Some experts as they are now."""
-        weight = self.layer.weight(self.projection, experts=experts)
-        assert weight is not None
-        seen = tuple(self.moments.expert(e).bare() for e in experts)
-        return Unit(self.projection.name, seen, weight, self.settings, self.book)
+        node, name = self.projection.operand(), self.projection.name
+        assert node is not None
+        stored = self.layer.program.value(node, experts)
+        seen = tuple(self.moments.expert(e).bare(name) for e in experts)
+        return Unit(name, seen, stored, self.settings, self.book)
 
 
 def sample(moments: Moments) -> list[int]:

@@ -231,6 +231,10 @@ class Stored:
     def tokens(self) -> Tensor:
         return torch.ones(len(self.weights))
 
+    @property
+    def program(self) -> Any:
+        return SimpleNamespace(value=lambda node, experts: self.weights[list(experts)])
+
     def weight(
         self, p: Projection, part: str = "", experts: Sequence[int] | None = None
     ) -> Tensor | None:
@@ -249,7 +253,7 @@ class Stored:
         found = SimpleNamespace(
             metric=lambda name: (self.moment[e], None), weight=lambda name: self.weights[e]
         )
-        found.bare, found.under = lambda: found, lambda common: found
+        found.bare = found.under = lambda _: found
         return found
 
 

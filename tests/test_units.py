@@ -53,7 +53,7 @@ def unit(
     """Return a unit of these experts, of whose weights a share has been taken out."""
     weight = torch.stack([e.weight(projection) for e in some]) * (1 - taken)
     given = dict(bits=2, shared=False, rounds=1, feedback=True, seed=5) | settings
-    return Unit(projection, tuple(e.bare() for e in some), weight, Settings(**given))
+    return Unit(projection, tuple(e.bare(projection) for e in some), weight, Settings(**given))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -102,10 +102,10 @@ def test_the_error_of_a_unit_is_a_share_of_its_output_and_at_most_all_of_it() ->
     some = experts(3)
     some[1] = replace(some[1], gate_up=1e-6 * some[1].gate_up)
     some[2] = replace(some[2], gate_up=torch.zeros_like(some[2].gate_up))
-    made = replace(unit(some), weight=experts(3)[0].gate_up.expand(3, -1, -1).clone())
+    made = replace(unit(some), stored=experts(3)[0].gate_up.expand(3, -1, -1).clone())
     lost = code(made, some[0].common)["lost"].tolist()
     assert 0 < lost[0] < 0.5 and lost[1] == 1 and lost[2] == 1
-    zeros = replace(unit(some[2:]), weight=torch.zeros(1, 8, 12))
+    zeros = replace(unit(some[2:]), stored=torch.zeros(1, 8, 12))
     assert code(zeros, some[0].common)["lost"].tolist() == [0]
 
 
@@ -223,14 +223,24 @@ def test_a_unit_is_coded_to_the_same_in_another_process(how: str, cost: bool) ->
             same(want, code(sent(replace(again, book=book)), sent(common)))
 
 
-def test_a_unit_carries_nothing_of_other_experts_and_what_all_share_only_once() -> None:
-    some = experts(40)
-    whole = torch.stack([e.gate_up for e in some])
-    made = [replace(e, gate_up=whole[i]) for i, e in enumerate(some)]
-    tensors = Packed.of(unit(made[2:4])).tensors
-    # weights to be coded, gate_up, down, 36 tokens and their weights: two of each
-    own = 2 * (8 * 12 + 8 * 12 + 12 * 4 + 36 * 12 + 36)
-    assert sum(t.numel() for t in tensors) == own
+@pytest.mark.parametrize("sensitive", [True, False])
+@pytest.mark.parametrize("projection", ["gate_up", "down"])
+def test_a_unit_carries_nothing_of_other_experts_and_what_all_share_only_once(
+    projection: str, sensitive: bool
+) -> None:
+    """Matrices travel in the type that they are stored in, and down where it matters."""
+    some = experts(40, cost=sensitive)
+    up, down = (torch.stack([getattr(e, n) for e in some]).bfloat16() for n in ("gate_up", "down"))
+    made = [replace(e, gate_up=up[i], down=down[i]) for i, e in enumerate(some)]
+    stored = torch.stack([getattr(e, projection) for e in made[2:4]])
+    tensors = Packed.of(replace(unit(made[2:4], projection), stored=stored)).tensors
+    matrices = 2 * (8 * 12 + 8 * 12)
+    if projection == "down":
+        matrices = 2 * (12 * 4 + 8 * 12 + 12 * 4)
+    elif sensitive:
+        matrices += 2 * 12 * 4
+    tokens = 2 * (36 * 12 + 36)
+    assert sum(t.nbytes for t in tensors) == 2 * matrices + 4 * tokens
     assert not any(t.shape == (12, 12) for t in tensors)
 
 
@@ -261,11 +271,13 @@ def test_a_projection_is_divided_into_units_of_whole_experts(
     monkeypatch.setattr(vq, "JOINTLY", jointly)
     monkeypatch.setattr(vq, "_SAMPLED_EXPERTS", 3)
     weight, some = torch.randn(5, 8, 16), experts(5, columns=16)
-    layer: Any = type("L", (), {"weight": lambda self, p, experts: weight[list(experts)]})()
+    program = type("G", (), {"value": lambda self, node, experts: weight[list(experts)]})()
+    layer: Any = type("L", (), {"program": program})()
     moments: Any = type(
         "M", (), {"expert": lambda self, e: some[e], "tokens": torch.ones(len(some))}
     )()
-    p: Any = type("P", (), dict(path="a.down", name="down", shape=(5, 8, 16), weights=5 * 128))()
+    sizes = {"shape": (5, 8, 16), "weights": 5 * 128, "operand": lambda self: "a node"}
+    p: Any = type("P", (), {"path": "a.down", "name": "down", **sizes})()
     job = Job(layer, p, moments, Settings(2, shared, 1, True, 0))
     names, made = zip(*((name, make()) for name, make in job.units()), strict=True)
     ends = [sum(parts[: i + 1]) for i in range(len(parts))]

@@ -62,7 +62,8 @@ class Seen:
 class Expert:
     """One expert as calibration saw it; its moments are computed when they are asked for.
 
-    They are means over tokens, not sums. float32.
+    They are means over tokens, not sums, in float32. Matrices are in the type that they are stored
+    in.
     """
 
     common: Common
@@ -74,9 +75,15 @@ class Expert:
     bias: Tensor | None  # of gate_up, [N]
     made: dict[str, Tensor] = field(default_factory=dict)  # what was computed and is small
 
-    def bare(self) -> Expert:
-        """The same without what all experts share, which workers are sent once: `under` adds it."""
-        return replace(self, common=_NOTHING)
+    def bare(self, projection: str) -> Expert:
+        """The same for a worker that is asked about one projection.
+
+        It lacks what all experts share, which workers are sent once (`under` adds it), and down
+        where only its place behind gate_up would count.
+        """
+        needless = projection == "gate_up" and self.common.cost is None
+        down = self.down[:0] if needless else self.down
+        return replace(self, common=_NOTHING, down=down)
 
     def under(self, common: Common) -> Expert:
         """The same with what all experts share."""
@@ -105,8 +112,8 @@ class Expert:
         return self._once("output", self._costs)
 
     def weight(self, projection: str) -> Tensor:
-        """The float matrix [N, K]."""
-        return self.gate_up if projection == "gate_up" else self.down
+        """The matrix [N, K], in float32."""
+        return (self.gate_up if projection == "gate_up" else self.down).float()
 
     def _once(self, key: str, make: Callable[[str], Tensor]) -> Tensor:
         if key in self.made:
@@ -121,14 +128,14 @@ class Expert:
             share = SHRINKAGE / (len(self.seen.x) + SHRINKAGE)
             own = self.seen.mean_outer(lambda x: x)
             return own.mul_(1 - share).add_(self.common.average, alpha=share)
-        a = self.common.attributes
-        return self.reaching.mean_outer(lambda x: hidden_units(a, x, self.gate_up, self.bias))
+        a, gate_up = self.common.attributes, self.weight("gate_up")
+        return self.reaching.mean_outer(lambda x: hidden_units(a, x, gate_up, self.bias))
 
     def _costs(self, _: str) -> Tensor:
         assert self.common.cost is not None
-        a = self.common.attributes
-        slopes = self.reaching.mean_outer(lambda x: gate_slopes(a, x, self.gate_up, self.bias))
-        return slopes.mul_(_behind(self.down, self.common.cost, len(self.gate_up)))
+        a, gate_up = self.common.attributes, self.weight("gate_up")
+        slopes = self.reaching.mean_outer(lambda x: gate_slopes(a, x, gate_up, self.bias))
+        return slopes.mul_(_behind(self.weight("down"), self.common.cost, len(gate_up)))
 
     def _require_range(self, projection: str, moment: Tensor, output: Tensor | None) -> None:
         """Raise MoeccError unless float32 holds tr(S) |W|^2 tr(H); no error's cost is larger."""
@@ -276,10 +283,10 @@ class _FloatExperts:
 
     def read(self, e: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """gate_up [N, D], down [D, F] and gate_up's bias [N] of one expert."""
-        found = [None if n is None else self.program.value(n, [e])[0].float() for n in self.nodes]
+        found = [None if n is None else self.program.value(n, [e])[0] for n in self.nodes]
         gate_up, down, bias = found
         assert gate_up is not None and down is not None
-        return gate_up, down, bias
+        return gate_up, down, None if bias is None else bias.float()
 
 
 def _starvation(tokens: Sequence[int], starved: dict[int, int], least: int) -> str:

@@ -153,7 +153,7 @@ class Case:
         some = sample(moments.mass, rows * columns + columns**2 + rows**2)
         weight = layer.weight(projection, experts=some)
         assert weight is not None
-        seen = (Sampled(name, moments.expert(e).bare()) for e in some)
+        seen = (Sampled(name, moments.expert(e).bare(name)) for e in some)
         found = list(ctx.workers.run(look, seen, moments.common))
         mass = moments.mass[some]
         everyone = partial(mean_of, layer, projection)

@@ -41,9 +41,14 @@ class Unit:
 
     projection: str
     experts: tuple[Expert, ...]  # bare
-    weight: Tensor  # [n, N, K]
+    stored: Tensor  # [n, N, K], in any type
     settings: Settings
     book: Book | None = None  # to start with, or, if it is shared, to use as it is
+
+    @property
+    def weight(self) -> Tensor:
+        """[n, N, K], float32."""
+        return self.stored.float()
 
     def metric(self, common: Common) -> tuple[Tensor, Tensor | None]:
         """Second moments [n, K, K] of the input and costs [n, N, N] of output errors, if any."""
@@ -58,8 +63,8 @@ def code(unit: Unit, common: Common) -> dict[str, Tensor]:
     lost: each expert's error under its moments as a share of its output, [n].
     """
     moment, output = unit.metric(common)
-    weight, padded = pad_columns(unit.weight, moment)
-    s = unit.settings
+    before, s = unit.weight, unit.settings
+    weight, padded = pad_columns(before, moment)
     coded = encode(
         weight,
         padded,
@@ -71,7 +76,7 @@ def code(unit: Unit, common: Common) -> dict[str, Tensor]:
         feedback=s.feedback,
         book=unit.book,
     )
-    error = coded.dense()[..., : unit.weight.shape[-1]] - unit.weight
+    error = coded.dense()[..., : before.shape[-1]] - before
     original = torch.stack([expert.weight(unit.projection) for expert in unit.experts])
     lost = relative(weighted_error(error, moment), weighted_error(original, moment))
     found = {name: tensor for name, tensor in coded.stored().items() if tensor is not None}
@@ -90,7 +95,7 @@ def begin(unit: Unit, common: Common) -> Book:
         each = [e.under(common).moment(unit.projection).diagonal().clone() for e in unit.experts]
         importance = F.pad(torch.stack(each), (0, vq4.padded(len(each[0])) - len(each[0])))
         importance = importance + damping(importance)
-        weight = F.pad(unit.weight, (0, importance.shape[1] - unit.weight.shape[-1]))
+        weight = F.pad(unit.weight, (0, importance.shape[1] - unit.stored.shape[-1]))
         return start_book(weight, importance, bits=s.bits, seed=s.seed)
     moment, output = unit.metric(common)
     weight, moment = pad_columns(unit.weight, moment)
