@@ -16,11 +16,11 @@
      Scale routing to weigh `routing` times as much as kl, over all layers that have a router behind
      them, and add both up.
 
-All of this goes layer by layer, forward and backward, as in `_tune.whole`. Memory: one layer, the
-activations between all layers for the batches that go through together, and two S [D, D] per layer
-while a kind is measured, one for the experts and one for the values that leave the layer. A kind
-that is measured is kept on disk. If the weights don't stay in memory, batches go together, so that
-a layer is read once for all of them.
+All of this goes layer by layer, forward and backward, and expert by expert. Memory: one layer
+without its experts, one expert, the activations between all layers for the batches that go through
+together, and two S [D, D], one for the experts of a layer and one for the values that leave it.
+Both are kept on disk once the backward has passed them. Batches go together as far as memory
+allows, so that a layer is read once for all of them.
 
 Not measured: routers whose scores the trace does not show, and routers that choose all experts; the
 audit's notes name the former. Cost in bits per weight: none.
@@ -30,14 +30,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
 from moecc.ir.program import Program
 from moecc.options import option
-from moecc.passes._tune.gradients import Gradients
+from moecc.passes._tune.gradients import Gradients, Measured
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.stream import first_tokens
@@ -68,12 +67,11 @@ class MeasureSensitivity(Pass):
         assert ctx.reference is not None
         gradients = Gradients(ctx.reference, ctx)
         kinds = [k for k in ("kl", "routing") if getattr(self, k)]
-        means: dict[str, Mapping[str, Tensor]] = {}
+        means: dict[str, Measured] = {}
         for i, kind in enumerate(kinds):
             batches = first_tokens(ctx.batches[i :: len(kinds)] or ctx.batches, self.tokens)
-            kept = ctx.once(f"sensitivity {kind}", partial(gradients.measure, kind, batches))
-            means[kind] = kept.tensors
-        kl, routing = (means.get(kind, {}) for kind in ("kl", "routing"))
+            means[kind] = gradients.once(kind, batches)
+        kl, routing = (means.get(kind, Measured({})) for kind in ("kl", "routing"))
         ctx.data["sensitivity"] = Combined(kl, routing, self.kl, self.routing)
         return False
 
@@ -86,14 +84,14 @@ class Combined(Mapping[str, Tensor]):
 
     def __init__(
         self,
-        kl: Mapping[str, Tensor],
-        routing: Mapping[str, Tensor],
+        kl: Measured,
+        routing: Measured,
         kl_weight: float,
         routing_weight: float,
     ):
         self.kl, self.routing, self.kl_weight = kl, routing, kl_weight
         both = sorted(kl.keys() & routing.keys())
-        sizes = [sum(float(m[n].trace()) for n in both) for m in (kl, routing)]
+        sizes = [sum(m.trace(n) for n in both) for m in (kl, routing)]
         comparable = bool(both) and sizes[1] > 0
         self.factor = routing_weight * (sizes[0] / sizes[1] * kl_weight if comparable else 1.0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,12 +15,13 @@ from torch import Tensor
 from moecc.errors import MoeccError
 from moecc.ir.graph import run_nodes
 from moecc.ir.program import Program, output_node, stage_nodes
-from moecc.passes._tune.gradients import Gradients
+from moecc.passes._tune.gradients import Gradients, Measured, _Sums
+from moecc.passes._tune.pieces import Stage
 from moecc.passes._tune.routing import selection_scores
 from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.whole import Whole
 from moecc.passes.sensitivity import Combined
-from moecc.pipeline.passes import Context
+from moecc.pipeline.passes import Context, Kept
 from moecc.pipeline.stream import StageWeights
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -26,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("traced_once")
 
 def test_sensitivity_equals_that_of_the_whole_graph(traced: Program) -> None:
     ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
-    layered = Gradients(traced, Context()).measure("kl", [ids]).tensors
+    layered = Gradients(traced, Context()).measure("kl", [ids])
     values: dict[str, Any] = {traced.user_inputs[0].name: ids}
     paths, probes = {m.node.name: m.path for m in traced.moe_layers()}, {}
     with torch.enable_grad():
@@ -77,11 +80,11 @@ def test_sensitivity_is_the_same_if_weights_do_not_stay_in_memory(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, memory: int, batches: list[Tensor]
 ) -> None:
     program = tiny("MMM")
-    want = {k: Gradients(program, Context()).measure(k, batches).tensors for k in ("kl", "routing")}
+    want = {k: Gradients(program, Context()).measure(k, batches) for k in ("kl", "routing")}
     monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: False)
     # batches one by one without memory, all together with it
     monkeypatch.setattr("moecc.passes._tune.gradients.free_memory", lambda: memory)
-    got = {k: Gradients(program, Context()).measure(k, batches).tensors for k in want}
+    got = {k: Gradients(program, Context()).measure(k, batches) for k in want}
     for kind, found in want.items():
         assert found.keys() == got[kind].keys() and found
         assert all(torch.equal(s, got[kind][n]) for n, s in found.items())
@@ -92,15 +95,135 @@ def test_nothing_behind_the_last_loss_runs(
     kind: str, last: int, tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts are in stages 1 and 2; without a router behind it, a layer's routing has no loss."""
-    ran, run = [], Whole.run_with
+    ran: list[int] = []
 
-    def noting(self: Whole, weights: StageWeights, stage: int, *more: Any) -> Any:
+    def noting(whole: Whole, stage: int) -> Stage:
         ran.append(stage)
-        return run(self, weights, stage, *more)
+        return Stage(whole, stage)
 
-    monkeypatch.setattr(Whole, "run_with", noting)
+    monkeypatch.setattr("moecc.passes._tune.gradients.Stage", noting)
+    monkeypatch.setattr(Gradients, "_together", lambda self, batches: (1, True))
     Gradients(tiny("MMD"), Context()).measure(kind, batches[:1])
     assert ran == [*range(last), *range(last, 0, -1)]
+
+
+class Shelf:
+    """What a run keeps, by key, in the order of keeping."""
+
+    def __init__(self) -> None:
+        self.works: dict[str, Kept] = {}
+        self.order: list[str] = []
+
+    def keep(self, key: str, work: Kept) -> Kept:
+        self.order.append(key)
+        self.works[key] = Kept({k: t.clone() for k, t in work.tensors.items()}, work.facts)
+        return self.works[key]
+
+    def context(self) -> Context:
+        return Context(keep=self.keep, kept=self.works.get)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_costs_of_a_layer_are_kept_before_the_backward_reaches_the_next(
+    together: int, tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gradients, "_together", lambda self, batches: (together, False))
+    program, shelf = tiny("MM"), Shelf()
+    found = Gradients(program, shelf.context()).measure("kl", batches[:2])
+    first, second = (m.path for m in program.moe_layers())
+    behind_second, behind_first = (n for n in found if n not in (first, second))
+    # nothing but a sum is behind the experts
+    assert torch.equal(found[first], found[behind_first])
+    kept = [f"sensitivity kl {n}" for n in (behind_second, behind_first)]
+    assert shelf.order == [*kept * (2 // together), "sensitivity kl"]
+    for name, cost in found.items():
+        assert found.trace(name) == pytest.approx(float(cost.trace()), rel=1e-5)
+
+
+@pytest.mark.parametrize("alike", [(True, True), (True, False), (False, True), (False, False)])
+def test_one_sum_serves_names_whose_gradients_are_the_same_so_far(alike: tuple[bool, bool]) -> None:
+    """Two groups of two batches; b's gradients are a's in some groups."""
+    sums, drawn = _Sums(Shelf().context(), "kl"), torch.Generator().manual_seed(0)
+    all_of: dict[str, list[Tensor]] = {"a": [], "b": []}
+    for same, mean in zip(alike, (False, True), strict=True):
+        of_a, of_b = ([torch.randn(3, 4, generator=drawn) for _ in range(2)] for _ in "ab")
+        for name, found in (("a", of_a), ("b", of_a if same else of_b)):
+            sums.add(name, found)
+            all_of[name] += found
+        sums.keep(mean=mean)
+    measured = sums.measured()
+    for name, found in all_of.items():
+        g = torch.cat(found)
+        torch.testing.assert_close(measured[name], g.T @ g / len(g))
+    assert (measured.works["a"] is measured.works["b"]) == all(alike)
+
+
+def test_costs_that_an_interrupted_run_has_kept_are_not_measured_again(
+    tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, shelf = tiny("MM"), Shelf()
+    want = Gradients(program, shelf.context()).once("kl", batches[:2])
+    measured: list[str] = []
+    measure = Gradients.measure
+
+    def noting(self: Gradients, kind: str, some: list[Tensor]) -> Measured:
+        measured.append(kind)
+        return measure(self, kind, some)
+
+    monkeypatch.setattr(Gradients, "measure", noting)
+    for lost, again in (([], 0), (shelf.order[:1], 1), ([], 1)):
+        for key in lost:  # its file is damaged
+            del shelf.works[key]
+        found = Gradients(program, shelf.context()).once("kl", batches[:2])
+        assert len(measured) == again and list(found) == list(want)
+        assert all(torch.equal(cost, want[name]) for name, cost in found.items())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_experts_that_do_not_stay_in_memory_are_read_one_at_a_time(
+    inside: bool, tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all batches: forward, backward, and for what lies behind them if that isn't held."""
+    monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: False)
+    program = tiny("MM")
+    read, reading = Counter[tuple[str, tuple[int, ...]]](), program.read
+
+    def noting(name: str, *, experts: Sequence[int] | None = None) -> Tensor:
+        read[name, tuple(experts or ())] += 1
+        return reading(name, experts=experts)
+
+    monkeypatch.setattr(program, "read", noting)
+    monkeypatch.setattr(Gradients, "_together", lambda self, batches: (4, inside))
+    Gradients(program, Context()).measure("kl", batches[:4])
+    experts = program.moe_layers()[0].sizes[0]
+    one_by_one = {
+        (f"layers.{layer}.{name}", (e,)): 3
+        - inside
+        - (layer == 0)  # no gradient enters the first layer
+        for layer in range(2)
+        for name in ("gate_up", "down")
+        for e in range(experts)
+    }
+    assert {key: n for key, n in read.items() if key[0].endswith(("gate_up", "down"))} == one_by_one
+
+
+@pytest.mark.parametrize("into", ["result", "residual"])
+def test_values_that_are_written_into_give_the_same_costs(
+    into: str, tiny: Tiny, batches: list[Tensor]
+) -> None:
+    """The sum behind the experts, in place of one of its parts."""
+    program = tiny("MM")
+    want = {k: Gradients(program, Context()).measure(k, batches[:2]) for k in ("kl", "routing")}
+    for moe in program.moe_layers():
+        (add,) = moe.node.users
+        assert add.target is torch.ops.aten.add.Tensor
+        add.target = torch.ops.aten.add_.Tensor
+        other = next(n for n in add.all_input_nodes if n is not moe.node)
+        add.args = (moe.node, other) if into == "result" else (other, moe.node)
+    for kind, found in want.items():
+        got = Gradients(program, Context()).measure(kind, batches[:2])
+        assert got.keys() == found.keys() and found
+        assert all(torch.equal(cost, got[name]) for name, cost in found.items())
 
 
 def test_a_head_that_gives_no_numbers_is_named_as_a_loss_is_taken(
@@ -136,8 +259,10 @@ def test_sensitivity_of_routing_counts_later_routers_alone(traced: Program) -> N
     assert traces[0] > traces[1] > 0
 
 
-def diagonal(**sizes: tuple[float, float]) -> dict[str, Tensor]:
-    return {name: torch.diag(torch.tensor(size)) for name, size in sizes.items()}
+def diagonal(**sizes: tuple[float, float]) -> Measured:
+    return Measured(
+        {name: Kept({"S": torch.diag(torch.tensor(x))}, sum(x)) for name, x in sizes.items()}
+    )
 
 
 @pytest.mark.parametrize(("kl_weight", "routing_weight"), [(1.0, 1.0), (2.0, 0.5), (0.25, 3.0)])
@@ -176,8 +301,8 @@ def test_sensitivity_takes_even_batches_for_kl_and_odd_ones_for_routing(traced: 
     program = run.ctx.reference
     assert program is not None
     # two batches of 24 tokens each
-    kl = Gradients(program, Context()).measure("kl", [TOKENS[0], TOKENS[2]]).tensors
-    routing = Gradients(program, Context()).measure("routing", [TOKENS[1], TOKENS[3]]).tensors
+    kl = Gradients(program, Context()).measure("kl", [TOKENS[0], TOKENS[2]])
+    routing = Gradients(program, Context()).measure("routing", [TOKENS[1], TOKENS[3]])
     both = kl.keys() & routing.keys()
     assert kl.keys() - both and both
     traces = [sum(float(found[n].trace()) for n in both) for found in (kl, routing)]
@@ -196,7 +321,7 @@ def test_a_kind_that_is_measured_alone_takes_all_batches(
     run = compiled(traced, f"sensitivity{{{off}=0,{kind}=3,tokens=48}}")
     program = run.ctx.reference
     assert program is not None
-    want = Gradients(program, Context()).measure(kind, TOKENS[:2]).tensors
+    want = Gradients(program, Context()).measure(kind, TOKENS[:2])
     found = run.ctx.data["sensitivity"]
     assert set(found) == want.keys() and want
     for name, value in want.items():

@@ -6,31 +6,22 @@ value, some tokens at a time, so that only both logits and the gradient are in m
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
+
+from moecc.passes._tune.function import Context, applied
 
 _AT_ONCE = 1 << 18  # logits that are worked on together
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over tokens, in nats; logits [T, V] of both. Differentiable in the student's."""
-    found: Tensor = _Divergence.apply(student, teacher)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _Context(Protocol):
-    needs_input_grad: tuple[bool, ...]
-
-    @property
-    def saved_tensors(self) -> tuple[Tensor, ...]: ...
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    return applied(_Divergence, student, teacher)
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: Context, student: Tensor, teacher: Tensor) -> Tensor:
         tokens, width = student.shape
         grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         parts = []
@@ -46,6 +37,6 @@ class _Divergence(torch.autograd.Function):
         return torch.stack(parts).sum() / tokens
 
     @staticmethod
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = ctx.saved_tensors
         return grad * grads[0], None

@@ -28,6 +28,7 @@ from moecc.ir.ops import VQ_EXPERTS
 from moecc.ir.program import Program
 from moecc.ir.reference import VQ_OPERANDS, by_expert, inverse, norm_output
 from moecc.ir.register import Operand
+from moecc.passes._tune.function import Context, applied
 from moecc.passes._tune.lookup import CodedMatrix
 
 
@@ -99,7 +100,7 @@ class _Coded:
     def product(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Multiply `counts` of the rows x [S, K] by each matrix in turn; return [S, N]."""
         stored = (self.codes, self.signs, self.book, self.scale, self.bias)
-        return _applied(_Product, x, *stored, counts)
+        return applied(_Product, x, *stored, counts)
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,11 @@ class _Slots:
 
     def spread(self, x: Tensor) -> Tensor:
         """The rows of tokens [T, C] at their slots [S, C]."""
-        return _applied(_Spread, x, self)
+        return applied(_Spread, x, self)
 
     def summed(self, x: Tensor) -> Tensor:
         """The rows of slots [S, C], added up over each token's, [T, C]."""
-        return _applied(_Summed, x, self)
+        return applied(_Summed, x, self)
 
     def to_slots(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token)
@@ -173,16 +174,9 @@ class _Slots:
         return each.sum(1)
 
 
-class _Context(Protocol):
-    """What PyTorch keeps between the two directions of a function."""
-
-    needs_input_grad: tuple[bool, ...]
+class _Context(Context, Protocol):
     slots: _Slots
     counts: Sequence[int]
-
-    @property
-    def saved_tensors(self) -> tuple[Tensor, ...]: ...
-    def save_for_backward(self, *tensors: Operand) -> None: ...
 
 
 class _Spread(torch.autograd.Function):
@@ -254,11 +248,6 @@ class _Product(torch.autograd.Function):
             if dbias is not None:
                 dbias[e] = dy[rows].sum(0)
         return dx, None, None, dbook, dscale, dbias, None
-
-
-def _applied(function: type[torch.autograd.Function], *args: object) -> Tensor:
-    y: Tensor = function.apply(*args)
-    return y
 
 
 def _buffer(x: Tensor, scale: Tensor) -> Tensor:

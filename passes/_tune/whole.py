@@ -61,19 +61,9 @@ class Whole:
     def run(self, stage: int, values: Values, trained: TrainedValues) -> Values:
         """Take the values before `stage` through it; return those alive after it or watched."""
         weights = StageWeights.sharing(self.weights(), trained(self.reads[stage]))
-        return self.run_with(weights, stage, values)
-
-    def run_with(
-        self,
-        weights: StageWeights,
-        stage: int,
-        values: Values,
-        change: Callable[[str, Value], Value] = lambda _, v: v,
-    ) -> Values:
-        """The same with these weights; `change` maps a node's name and result to its value."""
         here, wanted = dict(values), self.alive[stage].union(self.watched[stage])
-        for node, value in run_nodes(self.stages[stage], here, weights, keep=wanted):
-            here[node.name] = change(node.name, value)
+        for _ in run_nodes(self.stages[stage], here, weights, keep=wanted):
+            pass
         return {k: v for k, v in here.items() if k in wanted}
 
     @torch.no_grad()
