@@ -34,7 +34,7 @@ from moecc.pipeline.plan import fitting
 from moecc.pipeline.work import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
-_PASS = re.compile(r"^(\w+): \d+ nodes.*?([\d.]+) s$", re.M)
+_PASS = re.compile(r"^(\w+)(?:\{.*?\})?: \d+ nodes.*?([\d.]+) s$", re.M)
 _PLAN = re.compile(r"^plan: about (\S+ \S+) on this machine", re.M)
 _EVERY = 0.25  # seconds between two looks at the scratch disk
 

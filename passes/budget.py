@@ -29,11 +29,12 @@ from moecc.ir.program import Program
 from moecc.options import option
 from moecc.passes._code import native
 from moecc.passes._code.moments import measure, routed_tokens
-from moecc.passes._code.sharing import Case
+from moecc.passes._code.sharing import Case, choosing
 from moecc.pipeline.bits import coded_bits
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Kept, Layer, Pass
 from moecc.pipeline.stream import Stream, first_tokens
+from moecc.pipeline.work import Scope, Work
 
 # Error of an output by owner of the codebooks, relative to codebooks of experts; measured with
 # `vq` behind a mean.
@@ -85,6 +86,11 @@ class PlanBits(Pass):
     def estimate(self, found: Estimate) -> None:
         found.data["budget"] = self
         found.most = str(self), float(self.bits)
+
+    def work(self, scope: Scope) -> Work:
+        done = choosing(scope)
+        done.here += min(self.tokens, scope.tokens) * (scope.forward + scope.dense)
+        return done
 
     def run(self, program: Program, ctx: Context) -> bool:
         layers = program.moe_layers()

@@ -27,6 +27,7 @@ from moecc.passes._tune.linears import FEWEST_OUTPUTS, linears
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.fate import Fate
 from moecc.pipeline.passes import Context, Layer, LayerPass
+from moecc.pipeline.work import Scope, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class QuantizeDense(LayerPass):
             taken = m.role in ("attention", "shared expert") and len(m.shape) == 2
             if taken and m.shape[1] % self.group == 0 and m.shape[0] >= FEWEST_OUTPUTS:
                 m.bits = m.weights * (self.bits + 24 / self.group)
+
+    def work(self, scope: Scope) -> Work:
+        return Work()  # next to nothing
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         program, changed = layer.program, False

@@ -34,11 +34,11 @@ from moecc.passes._code import native
 from moecc.passes._code.basis import Shared, Unread, factorize
 from moecc.passes._code.moments import Moments
 from moecc.passes._code.rate import gain
-from moecc.passes._code.sharing import Case, Choice, sample_size
+from moecc.passes._code.sharing import Case, Choice, choosing
 from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
-from moecc.pipeline.work import Scope, Work, each, factor
+from moecc.pipeline.work import Scope, Work
 
 Cases = dict[Projection, Case]
 
@@ -78,15 +78,12 @@ class SharedBasis(LayerPass):
             found.remarks.append("a shared mean and basis come on top where they earn their bits")
 
     def work(self, scope: Scope) -> Work:
-        done = Work()
-        for layer, rows, columns, tokens in each(scope):
-            some = sample_size(layer.experts, rows * columns + columns**2 + rows**2)
-            share = some / layer.experts
-            done.here += share * tokens * (columns**2 + layer.rows * layer.hidden)
-            done.here += some * (factor(columns) + 3 * rows * columns**2)
-            done.here += some * factor(rows) * scope.weighted
-            done.here += 20 * max(columns, layer.hidden) ** 3  # eigenvectors
-        return done
+        return Work() if self.leaves_all else choosing(scope)
+
+    @property
+    def leaves_all(self) -> bool:
+        """Whether nothing may be taken out, unless `budget` says so."""
+        return self.rank == 0 and self.mean == "off"
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         done = [self.factor(layer, moe, ctx) for moe in layer.moe if moe.node.target is EXPERTS]
@@ -94,6 +91,10 @@ class SharedBasis(LayerPass):
 
     def factor(self, layer: Layer, moe: MoE, ctx: Context) -> bool:
         """Take out the shared part of one layer's experts; return whether there is any."""
+        if self.leaves_all and "budget" not in ctx.data:
+            for p in moe.projections:
+                ctx.record(p.path, rank=0, mean="none")
+            return False
         moments: Moments = layer.data["moments", moe.path]
         cases = {p: Case.of(layer, p, moments, ctx) for p in moe.projections}
         plan = {p: ctx.data.get("budget", {}).get(p.path) for p in cases}

@@ -21,6 +21,7 @@ from moecc.passes._tune.peft import Adapter, adapter_files, require_fitting
 from moecc.passes._tune.update import merge_into
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Pass
+from moecc.pipeline.work import Scope, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,9 @@ class MergeLora(Pass):
 
     def estimate(self, found: Estimate) -> None:
         return None
+
+    def work(self, scope: Scope) -> Work:
+        return Work()  # next to nothing
 
     def run(self, program: Program, ctx: Context) -> bool:
         updates = Adapter.read(self.name, self.path).updates(program)

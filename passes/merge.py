@@ -16,6 +16,7 @@ from moecc.ir.program import Program
 from moecc.passes._tune.low_rank import attached, merge
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Pass
+from moecc.pipeline.work import Scope, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class MergeAdapters(Pass):
 
     def estimate(self, found: Estimate) -> None:
         return None
+
+    def work(self, scope: Scope) -> Work:
+        return Work()  # next to nothing
 
     def run(self, program: Program, ctx: Context) -> bool:
         found = attached(program)

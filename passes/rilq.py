@@ -39,6 +39,7 @@ from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.training import Training
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Pass
+from moecc.pipeline.work import DECODE, Scope, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,14 @@ class ModelLossAdapters(Pass):
 
     def estimate(self, found: Estimate) -> None:
         return None
+
+    def work(self, scope: Scope) -> Work:
+        held_out = max(scope.tokens / 8, scope.row)
+        rows = self.steps * self.batches + 11 * held_out / scope.row
+        done = Work(here=(4 * self.steps * self.batches * scope.row) * scope.forward)
+        done.here += 12 * held_out * scope.forward  # the float model's, once
+        done.here += rows * scope.weights * DECODE
+        return done
 
     def machinery(self) -> str:
         return native.machinery()

@@ -40,6 +40,7 @@ from moecc.passes._tune.gradients import Gradients, Measured
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.stream import first_tokens
+from moecc.pipeline.work import Scope, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,14 @@ class MeasureSensitivity(Pass):
 
     def estimate(self, found: Estimate) -> None:
         return None
+
+    def work(self, scope: Scope) -> Work:
+        kinds = sum(bool(weight) for weight in (self.kl, self.routing))
+        tokens = kinds * min(self.tokens, scope.tokens / max(kinds, 1))
+        # forward and backward, and forward again where memory is short
+        done = Work(here=3.5 * tokens * scope.forward)
+        done.here += sum(2 * tokens * layer.hidden**2 for layer in scope.layers)
+        return done
 
     def run(self, program: Program, ctx: Context) -> bool:
         assert ctx.reference is not None

@@ -35,6 +35,7 @@ from moecc.passes._tune.block import Block
 from moecc.passes._tune.tuned import Tuned, split
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
+from moecc.pipeline.work import DECODE, Scope, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,18 @@ class AlignRouting(LayerPass):
 
     def estimate(self, found: Estimate) -> None:
         return None
+
+    def work(self, scope: Scope) -> Work:
+        done, step = Work(), self.batches * scope.row
+        held_out = max(scope.tokens / 8, scope.row)
+        for layer in scope.layers:
+            chosen, around = layer.top_k * layer.weights, scope.around
+            # both models go through the layer, and both on to the next router
+            done.here += scope.tokens * (2 * chosen + 4 * around)
+            done.here += (3 * self.steps * step + 4 * held_out) * (chosen + around)
+            times = self.steps + 4 * held_out / scope.row
+            done.here += times * layer.experts * layer.weights * DECODE
+        return done
 
     def machinery(self) -> str:
         return native.machinery()

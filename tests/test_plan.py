@@ -11,7 +11,7 @@ from moecc.errors import MoeccError
 from moecc.pipeline import work
 from moecc.pipeline.pace import Pace, duration
 from moecc.pipeline.plan import fitting, planned, scope_of
-from moecc.pipeline.work import Coding, Experts, Machine, Scope, Work
+from moecc.pipeline.work import DECODE, Coding, Experts, Machine, Scope, Work
 
 QWEN = Experts(128, 1536, 2048, 768, 8)
 SCOPE = Scope((QWEN,) * 48, 32768, 48 * 4 * 2048**2, 150_000 * 2048)
@@ -19,7 +19,7 @@ SCOPE = Scope((QWEN,) * 48, 32768, 48 * 4 * 2048**2, 150_000 * 2048)
 
 def test_a_scope_counts_experts_and_what_each_token_meets(tiny: Tiny) -> None:
     program = tiny("MD")
-    scope = scope_of(program, resolved("kbvq"), 48)
+    scope = scope_of(program, resolved("kbvq"), 48, 16)
     (experts,) = scope.layers
     assert experts == Experts(4, 16, 16, 8, 2) and not scope.weighted
     assert scope.weights == 4 * (16 * 16 + 16 * 8) and experts.weights == 16 * 16 + 16 * 8
@@ -33,9 +33,9 @@ def test_a_scope_counts_experts_and_what_each_token_meets(tiny: Tiny) -> None:
     routed = scope.weights
     assert scope.dense == sum(sizes.values()) - ends - routed
     assert scope.forward == scope.dense + 2 * experts.weights
-    assert scope_of(program, resolved("vsraq,kbvq"), 48).weighted
+    assert scope_of(program, resolved("vsraq,kbvq"), 48, 16).weighted
     for text, bits in (("kbvq", 2), ("kbvq{bits=3}", 3), ("sensitivity,budget,kbvq", 4)):
-        assert scope_of(program, resolved(text), 48).bits == bits
+        assert scope_of(program, resolved(text), 48, 16).bits == bits
 
 
 def test_workers_are_as_many_as_cores_memory_and_work_allow() -> None:
@@ -68,8 +68,8 @@ def test_a_bound_that_can_not_be_held_is_refused(tiny: Tiny) -> None:
     with pytest.raises(
         MoeccError, match=r"this takes about .* of memory, more than 1\.00 kB; give"
     ):
-        planned(tiny("M"), resolved("kbvq"), 48, most=1000)
-    assert planned(tiny("M"), resolved("kbvq"), 48, most=1 << 40).workers == 1
+        planned(tiny("M"), resolved("kbvq"), 48, 16, most=1000)
+    assert planned(tiny("M"), resolved("kbvq"), 48, 16, most=1 << 40).workers == 1
 
 
 def test_a_plan_is_said_with_its_time_if_that_is_worth_measuring(
@@ -83,9 +83,9 @@ def test_a_plan_is_said_with_its_time_if_that_is_worth_measuring(
         "plan: experts are coded in this process; about "
         f"{small.memory / 1e6:.2f} MB of memory, 1.00 GB of disk in OUT.partial"
     ]
-    lines = fitting(SCOPE, 4, 4, 1 << 50, 0).lines(resolved("kbvq,rilq"), 1)
+    lines = fitting(SCOPE, 4, 4, 1 << 50, 0).lines(resolved("kbvq,absorb"), 1)
     assert "by 4 workers" in lines[0] and lines[1].startswith("plan: about ")
-    assert lines[1].endswith("; without rilq, not known")
+    assert lines[1].endswith("; without absorb, not known")
 
 
 def test_time_is_that_of_all_parts_of_the_work() -> None:
@@ -136,3 +136,34 @@ def test_each_layer_is_said_with_the_time_that_is_left(monkeypatch: pytest.Monke
         f"layer 1, 2 of 3: 4096 tokens, 20.0 s, {memory}, about 15.0 s left until vsraq",
         f"layer 3, 3 of 3: 4096 tokens, 30.0 s, {memory}",
     ]
+
+
+PIPELINES = ["kbvq", "vsraq,kbvq", "sensitivity,budget,kbvq", "kbvq,rilq,merge"]
+
+
+@pytest.mark.parametrize("text", PIPELINES)
+def test_every_pass_of_a_common_pipeline_knows_its_work(text: str) -> None:
+    """More of anything that it goes through is more work, and nothing else changes it."""
+    passes = [p for p in resolved(text) if p.name != "fold"]
+    bigger = {
+        "tokens": replace(SCOPE, tokens=2 * SCOPE.tokens),
+        "layers": replace(SCOPE, layers=SCOPE.layers * 2, dense=2 * SCOPE.dense),
+        "width": replace(SCOPE, layers=(replace(QWEN, hidden=4096),) * 48),
+    }
+    for p in passes:
+        found = p.work(SCOPE)
+        assert found.known, p.name
+        for what, scope in bigger.items():
+            more = p.work(scope)
+            if what == "layers":
+                assert more.here == pytest.approx(2 * found.here), (p.name, what)
+                assert more.products == pytest.approx(2 * found.products)
+            assert more.here >= found.here and more.products >= found.products, (p.name, what)
+
+
+def test_tuning_takes_longer_with_more_steps_and_klt_only_with_a_choice() -> None:
+    (few, many) = (resolved(f"vsraq{{steps={n}}}")[-1].work(SCOPE).here for n in (60, 120))
+    tokens = 60 * (3 * SCOPE.row * (8 * QWEN.weights + SCOPE.around) + DECODE * 128 * QWEN.weights)
+    assert many - few == pytest.approx(48 * tokens)
+    (klt,) = (p for p in resolved("kbvq{rank=0,mean=off}") if p.name == "klt")
+    assert klt.work(SCOPE) == Work()

@@ -158,8 +158,8 @@ def compile_model(
             machinery=", ".join(sorted({p.machinery() for p in resolved} - {""})),
         )
         batches = [] if ids is None else list(ids.split(BATCH))
-        tokens = 0 if ids is None else ids.numel()
-        intended = planned(program, resolved, tokens, workers=workers, most=max_memory)
+        tokens, row = sum(b.numel() for b in batches), batches[0].numel() if batches else 0
+        intended = planned(program, resolved, tokens, row, workers=workers, most=max_memory)
         for line in intended.lines(resolved, torch.get_num_threads()):
             say(line)
         with workers_for(intended.workers, ray, memory=intended.worker, say=say) as those:

@@ -40,7 +40,8 @@ from moecc.pipeline.plan import planned
 from moecc.target import Sizes
 from moecc.types import Json
 
-TOKENS = 64 * 512  # calibration tokens of `moecc compile` by default
+ROW = 2 * 512  # tokens of a batch of `moecc compile` by default
+TOKENS = 32 * ROW
 # bookkeeping, which does not show how a router chooses
 _SILENT = frozenset(
     "view reshape getitem to _to_copy unsqueeze squeeze expand zeros_like flatten".split()
@@ -101,7 +102,7 @@ def inspect_model(model: str, *, passes: str | None = None, bits: float | None =
         experts = sum(moe.weights for moe in program.moe_layers())
         rest = result["parameters"] - experts
         result["estimate"] = _estimated(estimate, wanted, rest, estimate.weights / experts)
-        intended = planned(program, wanted, TOKENS)
+        intended = planned(program, wanted, TOKENS, ROW)
         result["estimate"]["plan"] = intended.lines(wanted, torch.get_num_threads())
     return result
 

@@ -24,8 +24,8 @@ _OF_A_WORKER = 2_000_000
 _WORTH_TIMING = 50_000_000  # weights; for less, the time isn't worth measuring the machine
 
 
-def scope_of(program: Program, passes: Sequence[Pass], tokens: int) -> Scope:
-    """Return what `passes` go through, from shapes alone."""
+def scope_of(program: Program, passes: Sequence[Pass], tokens: int, row: int) -> Scope:
+    """Return what `passes` go through, from shapes alone. row: tokens of a calibration batch."""
     found, stages = [], dict[int, int]()
     weighted = any(p.weighs_errors for p in passes)
     operands = set()
@@ -39,7 +39,7 @@ def scope_of(program: Program, passes: Sequence[Pass], tokens: int) -> Scope:
     ends = (0, program.layers - 1)  # embedding and head
     dense = sum(count for stage, count in stages.items() if stage not in ends)
     largest, bits = max(stages.values(), default=0), _widest(passes)
-    return Scope(tuple(found), tokens, dense, largest, weighted, bits)
+    return Scope(tuple(found), tokens, dense, largest, weighted, bits, row)
 
 
 def _widest(passes: Sequence[Pass]) -> int:
@@ -104,16 +104,17 @@ def planned(
     program: Program,
     passes: Sequence[Pass],
     tokens: int,
+    row: int,
     *,
     workers: int | None = None,
     most: int | None = None,
 ) -> Plan:
-    """Return the plan of a run of `passes` on `tokens` tokens.
+    """Return the plan of a run of `passes` on `tokens` tokens, `row` of them in a batch.
 
     workers: as many as are wanted, or None: as many as cores and memory have room for. most: bytes
     that all processes may take. Raise MoeccError if they would take more.
     """
-    scope = scope_of(program, passes, tokens)
+    scope = scope_of(program, passes, tokens, row)
     scratch = scope.weights * scope.bits // 8 + _kept(scope)
     found = fitting(scope, workers, usable_cores(), most or free_memory(), scratch)
     if most is not None and found.memory > most:

@@ -46,6 +46,7 @@ class Scope:
     largest: int  # weights of the largest stage of them
     weighted: bool = False  # whether errors of outputs have costs of their own, [N, N]
     bits: int = 2  # of the widest codes
+    row: int = 1024  # tokens of a calibration batch
 
     @property
     def weights(self) -> int:
@@ -53,9 +54,19 @@ class Scope:
         return sum(layer.experts * layer.weights for layer in self.layers)
 
     @property
+    def around(self) -> float:
+        """Weights besides the routed experts that a token meets in a layer with experts."""
+        return self.dense / max(len(self.layers), 1)
+
+    @property
     def forward(self) -> float:
         """Multiply-adds of a token on its way through the layers."""
         return self.dense + sum(layer.top_k * layer.weights for layer in self.layers)
+
+
+# multiply-adds that take as long as to decode a weight for a step of tuning, and to add up its
+# gradients
+DECODE = 110
 
 
 @dataclass(frozen=True)

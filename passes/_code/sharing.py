@@ -33,6 +33,7 @@ from moecc.passes._code.moments import Common, Expert, Moments, evenly
 from moecc.passes._code.rate import gain
 from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.passes import Context, Layer
+from moecc.pipeline.work import Scope, Work, each, factor
 from moecc.pipeline.workers.base import Alone, Workers
 
 # bits of a mean -> the cost of its error, as a share of the mean's energy: measured
@@ -310,6 +311,21 @@ class Case:
 def sample_size(experts: int, numbers: int) -> int:
     """How many experts a choice is made on, if one of them has so many numbers."""
     return min(experts, max(_LEAST_SAMPLE, min(_MOST_SAMPLE, _IN_SAMPLE // numbers)))
+
+
+def choosing(scope: Scope) -> Work:
+    """The work of a choice in every layer."""
+    done = Work()
+    for layer, rows, columns, tokens in each(scope):
+        some = sample_size(layer.experts, rows * columns + columns**2 + rows**2)
+        share = some / layer.experts
+        done.products += share * tokens * (columns**2 + layer.rows * layer.hidden)
+        done.products += some * rows * columns**2
+        done.factors += some * factor(columns)
+        done.factors += some * factor(rows) * scope.weighted
+        done.here += some * rows * columns**2
+        done.here += 2 * max(columns, layer.hidden) ** 3
+    return done
 
 
 def sample(mass: Tensor, numbers: int) -> list[int]:
