@@ -101,7 +101,7 @@ def test_weights_fit_if_they_are_less_than_half_of_what_is_free(
     experts, router, ends = 4 * (16 * 16 + 16 * 8), 4 * 16, 2 * 16 * 16
     nbytes = 4 * (experts + router + ends)
     for free, fits in ((2 * nbytes + 2, True), (2 * nbytes + 1, False), (0, False)):
-        monkeypatch.setattr("moecc.pipeline.stream.free_memory", lambda free=free: free)
+        monkeypatch.setattr("moecc.pipeline.device.free_memory", lambda free=free: free)
         assert fits_in_memory(program) is fits
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from moecc.errors import MoeccError
 from moecc.ir import ops
 from moecc.ir.text import node_text
 from moecc.types import Value
+
+# Kernels of another device may lay out their results otherwise, and then a view takes a copy.
+_ANY_STRIDES: dict[object, Callable[..., Value]] = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default
+}
 
 
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
@@ -98,17 +103,23 @@ def run_nodes(
     """Evaluate `nodes` in order and yield each with its result.
 
     `values` (by node name) is read and extended; `weight` gives the placeholders of weights. With
-    `keep`, a value is dropped after its last use among `nodes` unless its name is in `keep`. Raise
-    MoeccError, with node and stage, if a node fails.
+    `keep`, a value is dropped after its last use among `nodes` unless its name is in `keep`. What
+    nodes make of nothing is on the device of `values`, not on that of the trace. Raise MoeccError,
+    with node and stage, if a node fails.
     """
     nodes = list(nodes)
+    device = next((v.device for v in values.values() if isinstance(v, Tensor)), None)
     last: dict[str, fx.Node] = {}
     if keep is not None:
         for node in nodes:
             for i in node.all_input_nodes:
                 last[i.name] = node
 
-    def value(n: fx.Node) -> Value:
+    def value(n: object) -> Value:
+        if isinstance(n, torch.device):
+            return device or n
+        if not isinstance(n, fx.Node):
+            return n
         if n.op == "get_attr":  # a constant that is no tensor: a mask function's tree
             return getattr(n.graph.owning_module, str(n.target))
         return values[n.name] if n.name in values else weight[n.name]
@@ -123,15 +134,16 @@ def run_nodes(
                     values.pop(i.name, None)
 
 
-def _call(node: fx.Node, value: Callable[[fx.Node], Value]) -> Value:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    target = node.target
+def _call(node: fx.Node, value: Callable[[object], Value]) -> Value:
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), value)
+    target = _ANY_STRIDES.get(node.target, node.target)
     if torch.is_grad_enabled():
         target = ops.REFERENCE.get(target, target)
     assert callable(target)
     try:
         return target(*args, **kwargs)
-    except (RuntimeError, IndexError, TypeError) as error:
+    except (RuntimeError, IndexError, TypeError, Warning) as error:
+        # a warning: the GPU has no algorithm that repeats (`moecc.pipeline.device`)
         raise failed(node, error) from error
 
 

@@ -9,6 +9,8 @@ come last. A placeholder stands for a `Weight`, one of
 So a program of any size fits in memory, and a pass sees one canonical layout, whatever the
 checkpoint's layout is.
 
+A program computes on one device: what is read goes there, and what is held comes back to memory.
+
 Every node has three entries in its metadata:
   val     its fake value;
   layer   its stage: 0 before the first decoder layer, i + 1 in decoder layer i, one more after the
@@ -32,7 +34,7 @@ from moecc.ir.derived import derive, derive_experts
 from moecc.ir.graph import copy_module
 from moecc.ir.moe import MoE, Projection, router_logits
 from moecc.ir.restriction import Restriction
-from moecc.ir.tensors import Held, Reader, Store, Weight
+from moecc.ir.tensors import CPU, Held, Reader, Store, Weight
 from moecc.types import Config
 
 __all__ = ["Program", "Resizer", "Weight", "output_node", "stage_nodes"]
@@ -64,6 +66,7 @@ class Program:
     config: Config = None
     source: str = ""
     dtype: torch.dtype = torch.float32
+    device: torch.device = CPU  # where its weights are read to and its nodes run
     restriction: Restriction = field(default_factory=Restriction)  # of the shapes it holds for
     unreached: tuple[str, ...] = ()  # parameters that no traced path reads
     # the facts that the passes so far have established (`moecc.pipeline.passes.Pass`)
@@ -97,10 +100,15 @@ class Program:
     # ---- weights
 
     def read(self, name: str, *, experts: Sequence[int] | None = None) -> Tensor:
-        """Return the tensor called `name` in the program's dtype; integers keep their type.
+        """Return the tensor called `name` on the program's device and in its dtype.
 
-        experts: the rows of [E, ...] to read. Raise MoeccError if there is no such weight.
+        Integers keep their type. experts: the rows of [E, ...] to read. Raise MoeccError if there
+        is no such weight.
         """
+        return self._found(name, experts).to(self.device)
+
+    def _found(self, name: str, experts: Sequence[int] | None) -> Tensor:
+        """Return a tensor from wherever it is."""
         if name in self.tensors:
             return (
                 self.tensors[name] if experts is None else self.tensors.reader(name).rows(experts)
@@ -164,7 +172,7 @@ class Program:
             advice = "that its new value" if len(sources) == 1 else "those their new values"
             raise MoeccError(f"{name} is computed from {', '.join(sources)}; give {advice}")
         self.tensors[name] = tensor
-        return self._place(name, self._fake(tensor))
+        return self._place(name, self._fake(self.tensors[name]))
 
     def add_reader(self, name: str, like: fx.Node, read: Reader) -> fx.Node:
         """Hold what `read` reads as the weight `name`, of the type and shape of a node's value."""
@@ -272,7 +280,7 @@ class Program:
                 raise MoeccError(f"{path}: can't keep the experts {list(rows)}; give {there}")
         self.require_experts({path: len(rows) for path, rows in keep.items()})
         assert self.resizer is not None
-        made = self.resizer.resize(self, keep)
+        made = replace(self.resizer.resize(self, keep), device=self.device)
         for f in fields(self):
             setattr(self, f.name, getattr(made, f.name))
 

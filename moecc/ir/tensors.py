@@ -1,6 +1,6 @@
 """A program's tensors: `Weight` names one, `Store` reads the checkpoint's, `Held` has the others.
 
-A held tensor is in memory, or spilled to disk and read on demand.
+A held tensor is in memory, whatever device made it, or spilled to disk and read on demand.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Held(MutableMapping[str, Tensor]):
         return held if isinstance(held, Tensor) else held.whole()
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self._there[name] = tensor
+        self._there[name] = tensor.to(CPU)
 
     def __delitem__(self, name: str) -> None:
         del self._there[name]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import torch
+
 from moecc.checkpoint.files import size
 from moecc.checkpoint.memory import peak_memory
+from moecc.ir.tensors import CPU
+from moecc.pipeline.device import peak
 from moecc.types import Say
 
 
@@ -21,10 +25,19 @@ class Pace:
     """The pace of passes that go through the layers together.
 
     stages: those in which they have work. until: what comes after the last one, for the lines.
+    device: what computes.
     """
 
-    def __init__(self, stages: Sequence[int], tokens: int, until: str, say: Say):
+    def __init__(
+        self,
+        stages: Sequence[int],
+        tokens: int,
+        until: str,
+        say: Say,
+        device: torch.device = CPU,
+    ):
         self.stages, self.tokens, self.until, self.say = list(stages), tokens, until, say
+        self.device = device
         self.start = time.perf_counter()
         self.times: list[float] = []  # of the layers that were done in this process
 
@@ -42,11 +55,16 @@ class Pace:
         left = sum(s > stage for s in self.stages) * sum(self.times) / len(self.times)
         rest = f", about {duration(left)} left{self.until}" if left else ""
         where = f"layer {stage - 1}, {self.stages.index(stage) + 1} of {len(self.stages)}"
-        memory = f"at most {size(peak_memory())} of memory"
+        memory = f"at most {_most_memory(self.device)}"
         self.say(f"{where}: {error}{self.tokens} tokens, {duration(took)}, {memory}{rest}")
 
 
-def total(start: float) -> str:
-    """Return the line at the end of a run that began at `start`, of time.perf_counter."""
+def total(start: float, device: torch.device = CPU) -> str:
+    """Return the line at the end of a run on a device that began at `start`, of perf_counter."""
     took = duration(time.perf_counter() - start)
-    return f"took {took} and at most {size(peak_memory())} of memory"
+    return f"took {took} and at most {_most_memory(device)}"
+
+
+def _most_memory(device: torch.device) -> str:
+    there = peak(device)
+    return f"{size(peak_memory())} of memory" + (f", {size(there)} of the GPU's" if there else "")

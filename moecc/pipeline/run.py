@@ -77,7 +77,7 @@ def run_passes(
     layer and the earlier passes, if a pass fails.
     """
     ctx.traced = ctx.reference = program.copy()
-    ctx.batches = batches
+    ctx.batches = [ids.to(program.device) for ids in batches]
     if not batches and (needy := next((p for p in passes if p.needs_data), None)) is not None:
         raise MoeccError(f"{needy.name} needs calibration text; give --calib FILE")
     for p in passes:
@@ -146,7 +146,7 @@ class _Run:
         last_experts = max(with_experts, default=0)
         tokens = sum(batch.numel() for batch in ctx.batches)
         until = f" until {self.next}" if self.next else ""
-        pace = Pace(with_experts, tokens, until, self.hooks.say)
+        pace = Pace(with_experts, tokens, until, self.hooks.say, program.device)
         for stage in ctx.progress(range(program.layers), "layers"):
             # no pass needs the logits of all calibration text at once
             head = last_experts < stage == program.layers - 1

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from moecc.checkpoint.memory import free_memory
 from moecc.errors import MoeccError
 from moecc.ir.graph import needed_for
 from moecc.ir.program import Program, output_node, stage_nodes
 from moecc.pipeline.batches import Visit, run_batches
+from moecc.pipeline.device import memory_left
 from moecc.pipeline.workers.base import Workers
 from moecc.types import Value
 
@@ -79,7 +79,7 @@ class Stream:
     def __init__(self, program: Program, batches: Iterable[Tensor], workers: Workers | None = None):
         name = program.user_inputs[0].name
         self.program, self.stage, self.workers = program, 0, workers
-        self.values: list[dict[str, Value]] = [{name: ids} for ids in batches]
+        self.values: list[dict[str, Value]] = [{name: ids.to(program.device)} for ids in batches]
 
     @torch.no_grad()
     def advance(self, visit: Visit | None = None) -> None:
@@ -170,10 +170,15 @@ def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
 
 
 def fits_in_memory(program: Program) -> bool:
-    """Return whether all weights fit in half of the free memory, so that they can stay loaded."""
+    """Return whether all weights fit in half of the memory that its device has left.
+
+    So that they can stay there.
+    """
     values = [
         n.meta["val"]
         for n in program.graph.nodes
         if n.op == "placeholder" and n.name in program.weights
     ]
-    return bool(sum(v.numel() * v.element_size() for v in values) < free_memory() // 2)
+    return bool(
+        sum(v.numel() * v.element_size() for v in values) < memory_left(program.device) // 2
+    )
