@@ -27,7 +27,7 @@ from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS
 from moecc.ir.program import Program
 from moecc.options import option
-from moecc.passes._code import native
+from moecc.passes._code.machinery import coding_by
 from moecc.passes._code.moments import measure, routed_tokens
 from moecc.passes._code.sharing import Case, choosing
 from moecc.pipeline.bits import coded_bits
@@ -80,8 +80,8 @@ class PlanBits(Pass):
         8192, help="calibration tokens to measure on, at most", low=1, high=1 << 30
     )
 
-    def machinery(self) -> str:
-        return native.machinery()
+    def machinery(self, device: torch.device) -> str:
+        return coding_by(device)
 
     def estimate(self, found: Estimate) -> None:
         found.data["budget"] = self

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from moecc.ir import vq4
@@ -30,8 +31,8 @@ from moecc.ir.ops import EXPERTS, KLT_EXPERTS
 from moecc.ir.program import Program
 from moecc.ir.tensors import Reader
 from moecc.options import option
-from moecc.passes._code import native
 from moecc.passes._code.basis import Shared, Unread, factorize
+from moecc.passes._code.machinery import coding_by
 from moecc.passes._code.moments import Moments
 from moecc.passes._code.rate import gain
 from moecc.passes._code.sharing import Case, Choice, choosing
@@ -64,8 +65,8 @@ class SharedBasis(LayerPass):
         choices=(2, 3, 4),
     )
 
-    def machinery(self) -> str:
-        return native.machinery()
+    def machinery(self, device: torch.device) -> str:
+        return coding_by(device)
 
     def estimate(self, found: Estimate) -> None:
         for p in found.projections:

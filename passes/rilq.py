@@ -29,10 +29,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.options import option
-from moecc.passes._code import native
+from moecc.passes._code.machinery import coding_by
 from moecc.passes._tune.block import output_logits
 from moecc.passes._tune.model_loss import ModelLoss
 from moecc.passes._tune.trained import Trained
@@ -82,8 +84,8 @@ class ModelLossAdapters(Pass):
         done.here += rows * scope.weights * DECODE
         return done
 
-    def machinery(self) -> str:
-        return native.machinery()
+    def machinery(self, device: torch.device) -> str:
+        return coding_by(device)
 
     def run(self, program: Program, ctx: Context) -> bool:
         if not (self.hidden or self.kl or self.lm):

@@ -28,15 +28,24 @@ from moecc.ir import vq4
 from moecc.ir.moe import MoE, Projection
 from moecc.ir.ops import EXPERTS, KLT_EXPERTS, VQ_EXPERTS
 from moecc.options import option
-from moecc.passes._code import native
 from moecc.passes._code.codebooks import Book
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
 from moecc.passes._code.half import compact
+from moecc.passes._code.machinery import coding_by
 from moecc.passes._code.metric import weighted_error
 from moecc.passes._code.moments import Moments, evenly
 from moecc.passes._code.rate import gain
-from moecc.passes._code.units import AT_ONCE, JOINTLY, Settings, Unit, begin, code, join
+from moecc.passes._code.units import (
+    AT_ONCE,
+    JOINTLY,
+    Settings,
+    Unit,
+    begin,
+    code,
+    join,
+    on_device,
+)
 from moecc.pipeline.bits import coded_bits
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.fate import Fate
@@ -61,8 +70,8 @@ class VectorQuantize(LayerPass):
         True, help="error feedback and refits; false is plain k-means, for ablation"
     )
 
-    def machinery(self) -> str:
-        return native.machinery()
+    def machinery(self, device: torch.device) -> str:
+        return coding_by(device)
 
     def estimate(self, found: Estimate) -> None:
         plan = found.data.get("budget")
@@ -194,10 +203,18 @@ class Job:
         self.layer, self.projection, self.moments = layer, projection, moments
         self.settings, self.path = settings, projection.path
         self.book: Book | None = None
-        experts, rows, columns = projection.shape
+        experts = projection.shape[0]
         together = settings.shared and projection.weights <= JOINTLY
-        step = experts if together else max(1, AT_ONCE // (rows * columns))
+        step = experts if together else self._step()
         self.parts = [range(i, min(i + step, experts)) for i in range(0, experts, step)]
+
+    def _step(self) -> int:
+        """How many experts a unit has."""
+        experts, rows, columns = self.projection.shape
+        device = self.layer.program.device
+        if device.type == "cpu":
+            return max(1, AT_ONCE // (rows * columns))
+        return on_device(experts, rows, columns, device, weighted=self.moments.weighted)
 
     @property
     def begins(self) -> bool:

@@ -30,7 +30,7 @@ import torch
 
 from moecc.ir.ops import VQ_EXPERTS
 from moecc.options import option
-from moecc.passes._code import native
+from moecc.passes._code.machinery import coding_by
 from moecc.passes._tune.block import Block
 from moecc.passes._tune.tuned import Tuned, split
 from moecc.pipeline.estimate import Estimate
@@ -69,8 +69,8 @@ class AlignRouting(LayerPass):
             done.here += times * layer.experts * layer.weights * DECODE
         return done
 
-    def machinery(self) -> str:
-        return native.machinery()
+    def machinery(self, device: torch.device) -> str:
+        return coding_by(device)
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
         found = [m for m in layer.moe if m.node.target is VQ_EXPERTS]

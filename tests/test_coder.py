@@ -18,6 +18,7 @@ from moecc.native.build import COMPILERS, FLAGS, compiler
 from moecc.passes._code import native
 from moecc.passes._code.coded import Coded
 from moecc.passes._code.feedback import choose
+from moecc.passes._code.machinery import coding_by
 from moecc.passes._code.sweep import sweep
 
 pytestmark = pytest.mark.skipif(
@@ -109,7 +110,7 @@ def test_a_compiler_that_fails_is_said_with_the_way_without_it(
     said = r"can't compile the coder: exit code 1; set CXX .*, or MOECC_NATIVE=0 to do without it"
     try:
         with pytest.raises(MoeccError, match=said):
-            native.machinery()
+            coding_by(torch.device("cpu"))
     finally:
         native.compiled.cache_clear()
 

@@ -31,7 +31,7 @@ PASSES_SEE = (
     *(f"moecc.checkpoint.{part}" for part in ("memory", "files", "reading")),
     *(
         f"moecc.pipeline.{part}"
-        for part in ("passes", "estimate", "stream", "bits", "fate", "work", "workers")
+        for part in ("passes", "estimate", "stream", "bits", "fate", "work", "workers", "device")
     ),
     *("moecc.passes._code", "moecc.passes._tune"),
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moecc.ir import vq4
 from moecc.ir.program import Program
+from moecc.ir.tensors import CPU
 from moecc.passes import affine, vq
 from moecc.passes._code import units
 from moecc.passes._code.coded import pad_columns
@@ -271,8 +272,8 @@ def test_a_projection_is_divided_into_units_of_whole_experts(
     monkeypatch.setattr(vq, "JOINTLY", jointly)
     monkeypatch.setattr(vq, "_SAMPLED_EXPERTS", 3)
     weight, some = torch.randn(5, 8, 16), experts(5, columns=16)
-    program = type("G", (), {"value": lambda self, node, experts: weight[list(experts)]})()
-    layer: Any = type("L", (), {"program": program})()
+    members = {"value": lambda self, node, experts: weight[list(experts)], "device": CPU}
+    layer: Any = type("L", (), {"program": type("G", (), members)()})()
     moments: Any = type(
         "M", (), {"expert": lambda self, e: some[e], "tokens": torch.ones(len(some))}
     )()

@@ -155,7 +155,7 @@ def compile_model(
             threads=torch.get_num_threads(),
             backend="" if target is None else str(target),
             versions=versions(),
-            machinery=", ".join(sorted({p.machinery() for p in resolved} - {""})),
+            machinery=", ".join(sorted({p.machinery(program.device) for p in resolved} - {""})),
         )
         batches = [] if ids is None else list(ids.split(BATCH))
         tokens, row = sum(b.numel() for b in batches), batches[0].numel() if batches else 0

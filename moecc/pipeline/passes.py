@@ -78,11 +78,12 @@ class Pass(Options):
         """Return the work of this pass over all layers, from sizes only."""
         return Work(known=False)
 
-    def machinery(self) -> str:
+    def machinery(self, device: torch.device) -> str:
         """Return what of this machine the last bits of a result depend on, in a word or two.
 
-        An interrupted run goes on only where it is the same. Raise MoeccError if something that
-        the pass needs of the machine fails.
+        device: the one that the run computes on, whose kind counts anyway. An interrupted run goes
+        on only where all this is the same. Raise MoeccError if something that the pass needs of the
+        machine fails.
         """
         return ""
 
@@ -245,7 +246,7 @@ class Context:
         left = (make() for name, make in units if kept[name] is None)
         made = self.workers.run(function, left, shared)
         for name, _ in units:
-            found = kept[name] or self.keep(UNIT + name, Kept(next(made)))
+            found = kept[name] or self.keep(UNIT + name, Kept(_in_memory(next(made))))
             yield found.tensors
 
     def keep_experts(self, program: Program, keep: Mapping[str, Sequence[int]]) -> None:
@@ -270,6 +271,10 @@ class Context:
         except (TypeError, ValueError) as e:
             advice = "give finite numbers, text, lists or dicts"
             raise MoeccError(f"{name}: can't record {sorted(facts)} ({e}); {advice}") from e
+
+
+def _in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _fate_as_json(value: object) -> Json:

@@ -103,12 +103,6 @@ def loops() -> _Coder:
     return found
 
 
-def machinery() -> str:
-    """Return which loops code on this machine, for `Pass.machinery`."""
-    found = compiled()
-    return "coding by torch" if found is None else f"coding by {found.name.decode()}"
-
-
 def serves(x: Tensor) -> bool:
     """Return whether the compiled loops can work on `x`."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and compiled() is not None

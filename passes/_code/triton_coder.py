@@ -47,12 +47,19 @@ class Launch(NamedTuple):
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
+def wanted_on(device: torch.device) -> bool:
+    """Return whether the kernels are those for a device; none are if $MOECC_NATIVE is 0."""
+    return device.type == "cuda" and os.environ.get("MOECC_NATIVE") != "0"
+
+
+def runs_on(device: torch.device) -> bool:
+    """Return whether the kernels are those for a device, and triton is there."""
+    return wanted_on(device) and importlib.util.find_spec("triton") is not None
+
+
 def serves(x: Tensor) -> bool:
-    """Return whether the kernels can work on `x`; never if $MOECC_NATIVE is 0."""
-    wanted = (
-        os.environ.get("MOECC_NATIVE") != "0" and importlib.util.find_spec("triton") is not None
-    )
-    return x.device.type == "cuda" and x.dtype == torch.float32 and wanted
+    """Return whether the kernels can work on `x`."""
+    return x.dtype == torch.float32 and runs_on(x.device)
 
 
 def choose(tables: Tables, block: slice, rest: Tensor, upper: Tensor, found: Coded) -> None:

@@ -11,6 +11,8 @@ are the same in any tile.
 import triton
 import triton.language as tl
 
+VERSION = triton.__version__
+
 
 @triton.jit
 def _column(x, v, V: tl.constexpr):

@@ -19,9 +19,25 @@ from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode, fitted_book, start_book
 from moecc.passes._code.metric import damping, weighted_error
 from moecc.passes._code.moments import Common, Expert, stacked
+from moecc.pipeline.device import for_a_unit
 
-AT_ONCE = 1 << 19  # weights of a unit; an expert that has more is a unit of its own
+AT_ONCE = 1 << 19  # weights of a unit on a CPU; an expert that has more is a unit of its own
 JOINTLY = 1 << 26  # weights of experts that can be given a codebook of all together
+
+_COPIES = 10  # float32 copies of a matrix and of its metric while a GPU codes it
+
+
+def on_device(
+    experts: int, rows: int, columns: int, device: torch.device, *, weighted: bool
+) -> int:
+    """Return how many experts a GPU codes together: equally many in each unit, if it can.
+
+    weighted: whether errors of outputs have costs of their own.
+    """
+    one = 4 * _COPIES * (columns * (rows + columns) + rows * rows * weighted)
+    most = min(experts, max(1, for_a_unit(device) // one))
+    units = -(-experts // most)
+    return -(-experts // units)
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,11 @@ class Workers(ABC):
         The results are the same for any number of workers: a unit is computed by one thread,
         without gradients, on copies of its tensors. function: at the top level of a module; it
         draws no random numbers but from generators of its own. units: objects that pickle takes,
-        with dense tensors on the CPU; at most count + 1 of them are taken ahead, and results and
-        units that wait are 2 * count at most. shared: sent to each worker once; the function must
-        not change it. Raise MoeccError if the function has no name by which it is found elsewhere,
-        Mendable if workers end again and again at one unit, and what the function raises.
+        with dense tensors on the CPU (those of `OnDevice` are on the device); at most count + 1 of
+        them are taken ahead, and results and units that wait are 2 * count at most. shared: sent to
+        each worker once; the function must not change it. Raise MoeccError if the function has no
+        name by which it is found elsewhere, Mendable if workers end again and again at one unit,
+        and what the function raises.
         """
 
     def close(self) -> None:
@@ -66,6 +67,16 @@ class Alone(Workers):
     ) -> Iterator[R]:
         call = Packed.of(Call(function, shared)).aligned().unpacked()
         return map(partial(_result, call), units)
+
+
+class OnDevice(Workers):
+    """This process, whose units are on a GPU and stay there: each has many experts."""
+
+    def run(
+        self, function: Callable[..., R], units: Iterable[U], shared: object = None
+    ) -> Iterator[R]:
+        call = Call(function, shared)
+        return map(call.here, units)
 
 
 def _result(call: Any, unit: object) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from io import FileIO
 from queue import SimpleQueue
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -62,9 +62,13 @@ class Call:
 
     def result(self, unit: Packed) -> Packed:
         """Return what the function gives for a unit."""
-        with _one_thread(), torch.no_grad():
-            given = () if self.shared is None else (self.shared,)
-            return Packed.of(self.function(unit.unpacked(), *given))
+        with _one_thread():
+            return Packed.of(self.here(unit.unpacked()))
+
+    @torch.no_grad()
+    def here(self, unit: object) -> Any:
+        """Return what the function gives for a unit, without gradients and wherever it is."""
+        return self.function(unit, *(() if self.shared is None else (self.shared,)))
 
 
 @contextmanager
