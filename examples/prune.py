@@ -102,7 +102,7 @@ def expert_scores(layer: Layer, moe: MoE) -> Tensor:
         chosen, one = index[:, slot : slot + 1], torch.ones_like(weight[:, slot : slot + 1])
         y = EXPERTS(x, chosen, one, *operands, **moe.attributes)
         norms = y.double().norm(dim=-1) * weight[:, slot].double().abs()
-        scores.index_add_(0, chosen[:, 0], norms)
+        scores.index_add_(0, chosen[:, 0].cpu(), norms.cpu())  # layers may run on a GPU
     return scores / len(x)
 
 

@@ -166,8 +166,8 @@ def _rows_joined(old: Parts, new: Parts) -> Iterator[Parts]:
     coarse, fine = old[1] * old[2].unsqueeze(-1), new[1] * new[2].unsqueeze(-1)
     fits = 127 * old[2] / fine.abs().amax(-1).clamp(min=1e-30)
     fits = fits[(fits > 0) & (fits < 1e20)]
-    shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    for fit in torch.quantile(fits, shares) if len(fits) else [torch.ones(())]:
+    shares = fits.new_tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    for fit in torch.quantile(fits, shares) if len(fits) else [fits.new_ones(())]:
         least = torch.maximum(old[2], (fine * fit).abs().amax(-1) / 127)
         scale = compact(least.clamp(min=1e-8)).float()
         coef = torch.cat([coarse, fine * fit], -1) / scale.unsqueeze(-1)
@@ -176,7 +176,7 @@ def _rows_joined(old: Parts, new: Parts) -> Iterator[Parts]:
 
 def _sum(program: Program, weight: str, update: Update) -> Tensor:
     """The adapted weight, unrounded."""
-    return program.read(weight).float() + update.delta()
+    return program.read(weight).float() + update.delta().to(program.device)
 
 
 def _moments(layer: Layer, moe: MoE) -> dict[str, Tensor]:

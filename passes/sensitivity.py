@@ -32,9 +32,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from moecc.ir.program import Program
+from moecc.ir.tensors import CPU
 from moecc.options import option
 from moecc.passes._tune.gradients import Gradients, Measured
 from moecc.pipeline.estimate import Estimate
@@ -81,7 +83,7 @@ class MeasureSensitivity(Pass):
             batches = first_tokens(ctx.batches[i :: len(kinds)] or ctx.batches, self.tokens)
             means[kind] = gradients.once(kind, batches)
         kl, routing = (means.get(kind, Measured({})) for kind in ("kl", "routing"))
-        ctx.data["sensitivity"] = Combined(kl, routing, self.kl, self.routing)
+        ctx.data["sensitivity"] = Combined(kl, routing, self.kl, self.routing, program.device)
         return False
 
 
@@ -97,8 +99,10 @@ class Combined(Mapping[str, Tensor]):
         routing: Measured,
         kl_weight: float,
         routing_weight: float,
+        device: torch.device = CPU,
     ):
-        self.kl, self.routing, self.kl_weight = kl, routing, kl_weight
+        """device: where sums are formed."""
+        self.kl, self.routing, self.kl_weight, self.device = kl, routing, kl_weight, device
         both = sorted(kl.keys() & routing.keys())
         sizes = [sum(m.trace(n) for n in both) for m in (kl, routing)]
         comparable = bool(both) and sizes[1] > 0
@@ -115,6 +119,8 @@ class Combined(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.kl:
-            return self.routing[name] * self.factor
-        found = self.kl[name] * self.kl_weight
-        return found.add_(self.routing[name], alpha=self.factor) if name in self.routing else found
+            return self.routing[name].to(self.device) * self.factor
+        found = self.kl[name].to(self.device) * self.kl_weight
+        if name not in self.routing:
+            return found
+        return found.add_(self.routing[name].to(self.device), alpha=self.factor)

@@ -110,6 +110,8 @@ def test_a_shared_part_is_found_where_the_weights_are(input_side: bool) -> None:
     ("step", "said"),
     [
         (lambda x: x @ torch.eye(3), "takes tensors of the CPU"),
+        (lambda x: torch.zeros(()).add_(x.sum()), "takes tensors of the CPU"),
+        (lambda x: torch.stack([x.sum(), torch.zeros(())]), "takes tensors of the CPU"),
         (lambda x: x.gather(0, torch.zeros(3, 3, dtype=torch.long)), "takes tensors of the CPU"),
         (lambda x: torch.randn(3, generator=torch.Generator(), device=x.device), "generator of"),
         (lambda x: x.new_zeros(3, 3).index_add_(0, x[0].long(), x), "adds in any order"),

@@ -83,7 +83,7 @@ def test_sensitivity_is_the_same_if_weights_do_not_stay_in_memory(
     want = {k: Gradients(program, Context()).measure(k, batches) for k in ("kl", "routing")}
     monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: False)
     # batches one by one without memory, all together with it
-    monkeypatch.setattr("moecc.passes._tune.gradients.free_memory", lambda: memory)
+    monkeypatch.setattr("moecc.passes._tune.gradients.memory_left", lambda device: memory)
     got = {k: Gradients(program, Context()).measure(k, batches) for k in want}
     for kind, found in want.items():
         assert found.keys() == got[kind].keys() and found

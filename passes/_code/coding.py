@@ -91,7 +91,8 @@ def start_book(
 
 def fitted_book(coded: Coded, weight: Tensor) -> Book:
     """The shared codebook of coded rows of weight [E, N, K], to be used for others as it is."""
-    return Book(coded.codebook, (coded.scale / _size(weight).squeeze(-1)).median().view(1, 1))
+    steps = (coded.scale / _size(weight).squeeze(-1)).flatten().sort().values
+    return Book(coded.codebook, steps[(len(steps) - 1) // 2].view(1, 1))
 
 
 def _size(weight: Tensor) -> Tensor:

@@ -77,9 +77,9 @@ def choose_rows(
     for start in range(0, columns, block):
         cols = slice(start, min(start + block, columns))
         search(cols, rest, found)
-    codes = torch.empty_like(codes).scatter_(2, coder.order.unsqueeze(1).expand_as(codes), codes)
+    codes = codes.gather(2, coder.order.argsort(-1).unsqueeze(1).expand_as(codes))
     if negative is not None:
-        negative = torch.empty_like(negative).scatter_(2, index, negative)
+        negative = negative.gather(2, coder.columns.argsort(-1).unsqueeze(1).expand_as(negative))
     return replace(found, codes=codes, negative=negative)
 
 

@@ -269,7 +269,8 @@ def measure(
             reaching = Seen(routed.x[_sent(routed, e, min_tokens)], None)
         return Expert(common, moe.path, own, reaching, *weights.read(e), made[e])
 
-    counts = torch.tensor(tokens), torch.tensor(mass)
+    device = routed.x.device
+    counts = torch.tensor(tokens, device=device), torch.tensor(mass, device=device)
     return Moments(*counts, starved, common, expert, notes)
 
 

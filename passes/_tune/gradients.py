@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moecc.checkpoint.memory import free_memory
 from moecc.errors import MoeccError
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program
+from moecc.ir.tensors import CPU
 from moecc.passes._tune.block import output_logits
 from moecc.passes._tune.pieces import Experts, Piece, Stage
 from moecc.passes._tune.routing import boundary_nearness, selection_scores, standardized
 from moecc.passes._tune.whole import Values, Whole
+from moecc.pipeline.device import memory_left
 from moecc.pipeline.passes import Context, Kept
 from moecc.pipeline.stream import require_numbers
 
@@ -83,14 +84,14 @@ class _Sums:
             if name in self.now:
                 outer = self.now[name].add_(outer)
             elif before is not None:
-                outer = before.tensors["S"] + outer
+                outer = before.tensors["S"].to(outer.device) + outer
             self.now[name] = outer
 
     def keep(self, *, mean: bool) -> None:
         """Keep what was added since. mean: whether that was all, so that it is divided."""
         for name, total in self.now.items():
             total = total.div_(self.tokens[name]) if mean else total
-            work = Kept({"S": total}, float(total.trace()))
+            work = Kept({"S": total.to(CPU)}, float(total.trace()))
             self.works[name] = self.ctx.keep(_key(self.kind, name), work)
         self.now, self.added = {}, {}
 
@@ -170,7 +171,7 @@ class Gradients:
             held = [_bytes(some, there) for some in (found[1:], found[-1:])]
             before = found
         inside, between = held
-        room, layers = free_memory() // 4, self.top + _WITHIN
+        room, layers = memory_left(self.whole.program.device) // 4, self.top + _WITHIN
         if len(batches) * inside * layers <= room:
             return len(batches), True
         return max(1, room // max(1, between * layers)), False
@@ -287,15 +288,16 @@ class Gradients:
     def _output(self, output: Tensor, draw: torch.Generator) -> Tensor:
         """kl's loss, summed over tokens: output [T, vocabulary], or [T, D] without a head."""
         if not self.has_head:
-            return (output * torch.randn(output.shape, generator=draw)).sum()
-        labels = torch.multinomial(output.detach().softmax(-1), 1, generator=draw).squeeze(-1)
+            return (output * _normal(output, draw)).sum()
+        chances = output.detach().softmax(-1).cpu()
+        labels = torch.multinomial(chances, 1, generator=draw).squeeze(-1).to(output.device)
         return F.cross_entropy(output, labels, reduction="sum")
 
     def _decisions(self, scores: Tensor, top_k: int, draw: torch.Generator) -> Tensor:
         """One router's part of routing's loss, summed over tokens: scores [T, E]."""
         s, t = standardized(scores, scores.detach())
         nearness = boundary_nearness(t, top_k, SHARPNESS)
-        return (torch.randn(s.shape, generator=draw) * nearness.sqrt() * s).sum()
+        return (_normal(s, draw) * nearness.sqrt() * s).sum()
 
 
 def _add(grads: Grads, name: str, grad: Tensor) -> None:
@@ -310,6 +312,11 @@ def _bytes(states: list[list[Values]], there: set[int]) -> int:
     """Bytes of one batch's values, without those that are `there`; each counts once."""
     found = {t.data_ptr(): t.nbytes for (values,) in states for t in _tensors(values)}
     return sum(n for place, n in found.items() if place not in there)
+
+
+def _normal(like: Tensor, draw: torch.Generator) -> Tensor:
+    """Standard normal numbers, the same on any device."""
+    return torch.randn(like.shape, generator=draw).to(like.device)
 
 
 def _routers(found: list[MoE], ctx: Context) -> dict[str, int]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moecc.ir import vq4
 from moecc.passes._code import native
+from moecc.passes._code.sums import sums_by_code
 
 _SUMMED_ROWS = 256  # whose gradients of a codebook are one sum
 
@@ -91,6 +92,9 @@ class CodedMatrix:
         stored = self.codes.shape[1] * v
         if columns < stored:
             moved = torch.nn.functional.pad(moved, (0, stored - columns))
+        codes = self.codes.flatten().long()
+        if grad.device.type != "cpu":
+            return sums_by_code(codes.unsqueeze(0), 1)(moved.reshape(1, -1, v))[0], scale
         # of PyTorch's ways to add rows by number, the quickest
-        code = self.codes.flatten().long().unsqueeze(-1).expand(-1, v)
+        code = codes.unsqueeze(-1).expand(-1, v)
         return torch.zeros_like(self.book).scatter_add_(0, code, moved.reshape(-1, v)), scale

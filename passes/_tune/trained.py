@@ -47,9 +47,10 @@ class Trained:
     def _adapt(self, weight: fx.Node, rank: int, generator: torch.Generator) -> None:
         rows, columns = weight.meta["val"].shape
         rank = min(rank, rows, columns)
-        a = torch.randn(rank, columns, generator=generator) / columns**0.5
+        device = self.program.device
+        a = (torch.randn(rank, columns, generator=generator) / columns**0.5).to(device)
         self.a[weight.name] = a.requires_grad_()
-        self.b[weight.name] = torch.zeros(rows, rank, requires_grad=True)
+        self.b[weight.name] = torch.zeros(rows, rank, device=device, requires_grad=True)
 
     @property
     def placeholders(self) -> set[str]:
