@@ -10,7 +10,9 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-_SHORT = re.compile("out of memory|can't allocate memory|cannot allocate memory|bad_alloc", re.I)
+_SHORT = re.compile(
+    "out of memory|can't allocate memory|cannot allocate memory|bad_alloc|_alloc_failed", re.I
+)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but line breaks and tabs
 _LONGEST = 200  # characters that are shown of a name
 _LONGEST_LINE = 900  # characters of a message

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moecc.errors import Mendable, MoeccError, fault, may_pass
+from moecc.ir.tensors import CPU
 from moecc.pipeline.parse import find_pass
 from moecc.pipeline.workers import base, choice, cluster, processes
 from moecc.pipeline.workers.base import Alone, Workers, in_order
@@ -381,7 +382,7 @@ def test_no_worker_outlives_its_driver(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_run_has_the_workers_that_were_planned(count: int) -> None:
-    found = choice.workers_for(count, None, memory=10, say=print)
+    found = choice.workers_for(count, None, CPU, memory=10, say=print)
     assert found.count == count and isinstance(found, Alone if count == 1 else Processes)
 
 
@@ -398,16 +399,16 @@ def test_workers_that_a_run_can_t_have_are_refused(
 ) -> None:
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     with pytest.raises(MoeccError, match=re.escape(says)):
-        choice.require_one(workers, ray)
+        choice.require_one(workers, ray, CPU)
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":1", "ray://host", "host:1/a", "a b:c"])
 def test_an_address_of_no_cluster_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "find_spec", lambda name: True)
     with pytest.raises(MoeccError, match="give local, auto, HOST:PORT or ray://HOST:PORT"):
-        choice.require_one(None, address)
+        choice.require_one(None, address, CPU)
     for sound in ("local", "auto", "host:1", "ray://host:1", "[::1]:1"):
-        choice.require_one(None, sound)
+        choice.require_one(None, sound, CPU)
 
 
 SCALED = """

@@ -44,7 +44,7 @@ def reload_and_compare(
     A model that does not fit in `memory` bytes (by default those that are free) is traced again
     and run layer by layer instead. Raise MoeccError if the logits differ by more than rounding.
     """
-    want = run_program(program, batches)
+    want = [logits.cpu() for logits in run_program(program, batches)]
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) * 2
     fits = size * _EXPANSION < (free_memory() if memory is None else memory)
     got = _reloaded(folder, batches, fits)

@@ -205,6 +205,7 @@ def _compile(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="that all processes together may take, such as 16GiB (default: what is free)",
     )
+    _device(parser)
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
@@ -227,6 +228,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows computed together (default: 8)",
     )
+    _device(parser)
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:
@@ -247,6 +249,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=_seed, default=0, metavar="S", help="for a temperature above 0 (default: 0)"
     )
+    _device(parser)
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -309,6 +312,15 @@ def _rows(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--length", type=_positive, default=512, metavar="L", help="tokens of a row (default: 512)"
+    )
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="what computes: cpu (the default), cuda, cuda:N, or auto for a GPU if there is one",
     )
 
 

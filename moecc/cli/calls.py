@@ -59,6 +59,7 @@ def compile(options: argparse.Namespace) -> Outcome:
         workers=options.workers,
         ray=options.ray,
         max_memory=options.max_memory,
+        device=options.device,
         progress=progress(options),
         say=say,
     )
@@ -101,6 +102,7 @@ def eval(options: argparse.Namespace) -> Outcome:
         rows=options.rows,
         length=options.length,
         batch=options.batch,
+        device=options.device,
         trust_remote_code=options.trust_remote_code,
         progress=progress(options),
         say=say,
@@ -121,6 +123,7 @@ def generate(options: argparse.Namespace) -> Outcome:
         new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        device=options.device,
         trust_remote_code=options.trust_remote_code,
     )
     return 0, found, found["prompt"] + found["text"]

@@ -73,7 +73,7 @@ def compare_sets(a: Tensor, b: Tensor) -> tuple[int, int]:
 def _sorted(chosen: Tensor) -> Tensor:
     """Sort each row. Slots of -1 come first and get distinct numbers: -k, -k + 1, ..."""
     chosen, k = chosen.sort(1).values, chosen.shape[1]
-    return torch.where(chosen < 0, torch.arange(-k, 0), chosen).contiguous()
+    return torch.where(chosen < 0, torch.arange(-k, 0, device=chosen.device), chosen).contiguous()
 
 
 def _zero() -> Tensor:
@@ -104,8 +104,13 @@ class Totals:
 
     def _add(self, logits: Tensor, reference: Tensor, targets: Tensor) -> None:
         q, p = logits.log_softmax(-1), reference.log_softmax(-1)
-        self.nll -= q.gather(1, targets[:, None]).sum(dtype=torch.float64)
-        self.reference_nll -= p.gather(1, targets[:, None]).sum(dtype=torch.float64)
+        self.nll -= _total(q.gather(1, targets[:, None]))
+        self.reference_nll -= _total(p.gather(1, targets[:, None]))
         # a masked token (logit -inf in both) has p = 0 and adds nothing; 0 * (inf - inf) is NaN
         kl = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
-        self.kl += kl.sum(dtype=torch.float64)
+        self.kl += _total(kl)
+
+
+def _total(values: Tensor) -> Tensor:
+    """Return the sum in memory, from whatever device."""
+    return values.sum(dtype=torch.float64).cpu()

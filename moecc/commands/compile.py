@@ -14,7 +14,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from moecc.frontend.config import read_config, require_generation
 from moecc.frontend.trace import trace
 from moecc.ir import vq4
 from moecc.ir.program import Program
+from moecc.pipeline.device import device_called, kind_of, repeatable
 from moecc.pipeline.journal import Journal, finished, has_work
 from moecc.pipeline.order import groups, require_whole, resolve
 from moecc.pipeline.pace import total
@@ -108,6 +109,7 @@ def compile_model(
     workers: int | None = None,
     ray: str | None = None,
     max_memory: int | None = None,
+    device: str = "cpu",
     progress: Progress = lambda items, label: items,
     say: Say = print,
 ) -> Json:
@@ -118,11 +120,12 @@ def compile_model(
     form is written too. dump: a folder for the program's text after every pass. workers: processes
     that code experts, by default as many as cores and memory allow; ray: the address of a Ray
     cluster that codes them, or "local". Neither changes a byte. max_memory: bytes that all
-    processes together may take. Return a summary of what was written. Raise MoeccError, in one line
-    and with nothing left behind, for bad input. If the machine or code fails instead, finished work
-    stays and the line says so.
+    processes together may take. device: what computes, by `device_called`. Return a summary of what
+    was written. Raise MoeccError, in one line and with nothing left behind, for bad input. If the
+    machine or code fails instead, finished work stays and the line says so.
     """
-    require_one(workers, ray)
+    where = device_called(device)
+    require_one(workers, ray, where)
     with Draft(out, "partial", partial(finish, dump, out)) as draft, _outlived(draft, say):
         texts = Dump(dump, out, draft.folder)
         target = None if backend is None else parse_target(backend)
@@ -135,7 +138,7 @@ def compile_model(
         copy_small_files(folder, draft.output, say)
         ids = _calibration(folder, calib, rows, length, resolved, trust_remote_code)
         say(f"tracing {model}")
-        program = trace(folder, dtype=torch.float32)
+        program = replace(trace(folder, dtype=torch.float32), device=where)
         digest = _require_fresh(program, model, say)
         number_experts(program, folder)
         if ids is not None:
@@ -155,14 +158,15 @@ def compile_model(
             threads=torch.get_num_threads(),
             backend="" if target is None else str(target),
             versions=versions(),
-            machinery=", ".join(sorted({p.machinery(program.device) for p in resolved} - {""})),
+            machinery=_machinery(resolved, where),
         )
         batches = [] if ids is None else list(ids.split(BATCH))
         tokens, row = sum(b.numel() for b in batches), batches[0].numel() if batches else 0
         intended = planned(program, resolved, tokens, row, workers=workers, most=max_memory)
         for line in intended.lines(resolved, torch.get_num_threads()):
             say(line)
-        with workers_for(intended.workers, ray, memory=intended.worker, say=say) as those:
+        those = workers_for(intended.workers, ray, where, memory=intended.worker, say=say)
+        with repeatable(where), those:
             run = _Run(
                 job,
                 folder,
@@ -297,7 +301,7 @@ class _Run:
         result = self.write(ctx, reports)
         self.require_same_source()
         self.draft.finish()
-        self.say(total(self.start))
+        self.say(total(self.start, self.program.device))
         return result
 
     def require_same_source(self) -> None:
@@ -386,6 +390,11 @@ def _pipeline(passes: str, bits: float | None, say: Say) -> list[Pass]:
         say(remark)
     say("pipeline: " + ",".join(map(str, resolved)))
     return resolved
+
+
+def _machinery(passes: Sequence[Pass], device: torch.device) -> str:
+    found = {kind_of(device), *(p.machinery(device) for p in passes)}
+    return ", ".join(sorted(found - {""}))
 
 
 def _calibration(

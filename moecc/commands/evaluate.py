@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -37,6 +37,7 @@ from moecc.ir.graph import run_nodes
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program, output_node, stage_nodes
 from moecc.pipeline.bits import everything_bits, experts_bits
+from moecc.pipeline.device import device_called, repeatable
 from moecc.pipeline.stream import StageWeights, Stream
 from moecc.types import Json, Progress, Say
 
@@ -81,7 +82,7 @@ def evaluate(
 
     Raise MoeccError if they cannot be compared.
     """
-    pairs = _check(program, reference, rows)
+    pairs, rows = _check(program, reference, rows), rows.to(reference.device)
     most = _LOGITS_AT_ONCE // (rows.shape[1] * _width(reference))
     batches = list(torch.split(rows, max(1, min(batch, most))))
     ours = _Side(program, [p for p, _ in pairs], batches)
@@ -108,6 +109,7 @@ def evaluate_models(
     rows: int = 64,
     length: int = 512,
     batch: int = 8,
+    device: str = "cpu",
     trust_remote_code: bool = False,
     progress: Progress = lambda items, label: items,
     say: Say = print,
@@ -117,17 +119,19 @@ def evaluate_models(
     model, reference: folders or hub ids. text: files (`texts`); the default is text that comes with
     Python.
     rows, length: the rows that are taken and the tokens of each. batch: rows computed together.
-    Raise MoeccError if the two cannot be compared.
+    device: what computes, by `device_called`. Raise MoeccError if the two cannot be compared.
     """
+    where = device_called(device)
     folder, original = checkpoint_folder(model), checkpoint_folder(reference)
     tokenizer = tokenizer_of(original, trust_remote_code=trust_remote_code)
     ids = token_rows(tokenizer, text, count=rows, length=length, purpose="evaluation", say=say)
     if read_manifest(folder).get("calibration_digest") == rows_digest(ids):
         say(f"note: {model} was calibrated on these very rows; they say little about others")
-    programs = [_traced(path, say) for path in (folder, original)]
+    programs = [replace(_traced(path, say), device=where) for path in (folder, original)]
     if restriction := programs[1].restriction:
         say(f"note: the trace holds for {restriction} only")
-    found = evaluate(programs[0], programs[1], ids, batch=batch, progress=progress)
+    with repeatable(where):
+        found = evaluate(programs[0], programs[1], ids, batch=batch, progress=progress)
     return {
         "model": model,
         "reference": reference,
@@ -334,7 +338,7 @@ class _Side:
                 self.seen.pop((node.name, b)) for node in (*_routing(moe), moe.node)
             )
             if kept is not None:
-                index = kept[index]
+                index = kept.to(index.device)[index]
             found.append((torch.where(weight != 0, index, -1), y))
         return found
 

@@ -17,6 +17,7 @@ from moecc.errors import MoeccError, out_of_memory, reason
 from moecc.frontend.config import longest_row, quantization_method, read_config
 from moecc.frontend.skeleton import bare
 from moecc.frontend.traceable import logits_alone
+from moecc.pipeline.device import device_called
 from moecc.types import FamilyModule, Json
 
 _LEAST_TEMPERATURE = 1e-30  # logits are divided by it, in float32
@@ -30,13 +31,15 @@ def generate(
     new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Json:
     """Return the prompt, the text that follows it and that text's token ids.
 
-    model: folder or hub id. temperature: 0 is greedy; above 0, `seed` decides what is drawn. Raise
-    MoeccError if the prompt is no text, if no token can be drawn at the temperature, or if the
-    model cannot be loaded, does not fit its tokenizer, or has too few positions.
+    model: folder or hub id. temperature: 0 is greedy; above 0, `seed` decides what is drawn.
+    device: what computes, by `device_called`. Raise MoeccError if the prompt is no text, if no
+    token can be drawn at the temperature, or if the model cannot be loaded, does not fit its
+    tokenizer, or has too few positions.
     """
     try:
         prompt.encode()
@@ -45,6 +48,7 @@ def generate(
     if temperature != 0 and not _LEAST_TEMPERATURE <= temperature < math.inf:
         advice = f"give 0 for the likeliest token, or {_LEAST_TEMPERATURE} and more"
         raise MoeccError(f"no tokens can be drawn at temperature {temperature}; {advice}")
+    where = device_called(device)
     folder = checkpoint_folder(model)
     tokenizer = tokenizer_of(folder, trust_remote_code=trust_remote_code)
     with using(tokenizer):
@@ -73,6 +77,7 @@ def generate(
         settings["temperature"] = temperature
         torch.manual_seed(seed)
     settings["pad_token_id"] = tokenizer.eos_token_id if padding is None else padding
+    loaded, ids = loaded.to(where), ids.to(where)
     tokens = _continued(model, loaded, ids, max_new_tokens=new_tokens, **settings)[0, length:]
     with using(tokenizer):
         text = tokenizer.decode(tokens, skip_special_tokens=True)

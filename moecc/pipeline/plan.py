@@ -1,21 +1,26 @@
-"""The plan of a compilation, before it starts: workers, memory, scratch disk and time."""
+"""The plan of a compilation, before it starts: workers or GPU, memory, scratch disk and time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from moecc.checkpoint.cores import usable_cores
 from moecc.checkpoint.files import size
 from moecc.checkpoint.memory import free_memory
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
+from moecc.ir.tensors import CPU
+from moecc.pipeline.device import for_a_unit, kind_of, whole_memory
 from moecc.pipeline.pace import duration
 from moecc.pipeline.passes import Pass
 from moecc.pipeline.work import Experts, Machine, Scope
 
 PROCESS = 600 << 20  # bytes of a process that has imported torch and traced a model
 WORKER = 400 << 20  # of one that codes
+CUDA = 2 << 30  # that its libraries take in a process
 _ACTIVATIONS = 7  # float32 copies of all tokens' hidden states at a time
 _MOST_BITS = 4  # of a code
 _COPIES = 8  # float32 copies of a matrix and of its metric while it is coded
@@ -59,6 +64,8 @@ class Plan:
     own: int
     worker: int
     scratch: int
+    device: torch.device = CPU
+    there: int = 0  # bytes of a GPU's memory
 
     @property
     def memory(self) -> int:
@@ -66,7 +73,16 @@ class Plan:
         return self.own + (self.workers * self.worker if self.workers > 1 else 0)
 
     def lines(self, passes: Sequence[Pass], threads: int) -> list[str]:
-        """Return the plan in words; time is measured on this machine, which takes a moment."""
+        """Return the plan in words; time is measured on this machine, which takes a moment.
+
+        A GPU's time isn't known.
+        """
+        if self.device.type != "cpu":
+            return [
+                f"plan: {self.device} ({kind_of(self.device)}) computes, in a time that isn't "
+                f"known; about {size(self.there)} of its memory, {size(self.memory)} of this "
+                f"machine's, {size(self.scratch)} of disk in OUT.partial"
+            ]
         alone = self.workers == 1
         who = "in this process" if alone else f"by {self.workers} workers"
         found = [
@@ -112,11 +128,14 @@ def planned(
     """Return the plan of a run of `passes` on `tokens` tokens, `row` of them in a batch.
 
     workers: as many as are wanted, or None: as many as cores and memory have room for. most: bytes
-    that all processes may take. Raise MoeccError if they would take more.
+    that all processes may take. Raise MoeccError if they would take more, or if a GPU has less.
     """
     scope = scope_of(program, passes, tokens, row)
     scratch = scope.weights * scope.bits // 8 + _kept(scope)
-    found = fitting(scope, workers, usable_cores(), most or free_memory(), scratch)
+    if program.device.type == "cpu":
+        found = fitting(scope, workers, usable_cores(), most or free_memory(), scratch)
+    else:
+        found = on_gpu(scope, program.device, scratch)
     if most is not None and found.memory > most:
         advice = "give more, or fewer --workers, --rows or a smaller --length"
         raise MoeccError(
@@ -137,6 +156,22 @@ def fitting(scope: Scope, workers: int | None, cores: int, most: int, scratch: i
     return Plan(scope, count, own, worker, scratch)
 
 
+def on_gpu(scope: Scope, device: torch.device, scratch: int) -> Plan:
+    """Return the plan on a GPU. Raise MoeccError if it has too little memory."""
+    whole = whole_memory(device)
+    experts = max((layer.experts for layer in scope.layers), default=0)
+    together = min(experts * (_unit(scope) + _payload(scope)), for_a_unit(device))
+    there = _activations(scope) + max(_unit(scope) + _payload(scope), together)
+    if there > whole:
+        advice = "give fewer --rows, a smaller --length, or --device cpu"
+        raise MoeccError(
+            f"this takes about {size(there)} of memory on {device}, which has {size(whole)}; "
+            f"{advice}"
+        )
+    own = CUDA + _resting(replace(scope, tokens=0)) + 4 * scope.largest + together // _COPIES
+    return Plan(scope, 1, own, 0, scratch, device, there)
+
+
 def _hidden(scope: Scope) -> int:
     return max((layer.hidden for layer in scope.layers), default=0)
 
@@ -155,8 +190,13 @@ def _resting(scope: Scope) -> int:
 
 def _own(scope: Scope) -> int:
     """Return bytes of this process while tokens go through a layer."""
+    return PROCESS + _activations(scope)
+
+
+def _activations(scope: Scope) -> int:
+    """Return bytes of the tokens that go through a layer, and of its weights."""
     states = 4 * scope.tokens * _hidden(scope)
-    return PROCESS + _ACTIVATIONS * states + 4 * (scope.largest + 3 * _largest(scope))
+    return _ACTIVATIONS * states + 4 * (scope.largest + 3 * _largest(scope))
 
 
 def _kept(scope: Scope) -> int:
