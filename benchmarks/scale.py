@@ -4,13 +4,14 @@
     python benchmarks/scale.py qwen3-30b-a3b --passes kbvq vsraq,kbvq --experts 16
     python benchmarks/scale.py qwen3-30b-a3b --before CHECKOUT  # beside another checkout of moecc
     python benchmarks/scale.py qwen3-30b-a3b --how 1 2 ray      # workers
+    python benchmarks/scale.py qwen3-30b-a3b --experts 128 --how cuda
     python benchmarks/scale.py --predict                        # whole models, on this machine
 
-Every process has one thread. Speed is in millions of routed-expert weights per second of a core,
-with what it takes to start; `wall` is the time that passes, of which `planned` is what
-`moecc compile` said before it began. Memory is the peak of all processes together, each page of
-the machine counted once; scratch disk is that of OUT.partial. Times of passes are those that
-`moecc compile` prints.
+Every process has one thread, but for one that a GPU computes for. Speed is in millions of
+routed-expert weights per second of a core, with what it takes to start; `wall` is the time that
+passes, of which `planned` is what `moecc compile` said before it began. Memory is the peak of all
+processes together, each page of the machine counted once; scratch disk is that of OUT.partial.
+Times of passes are those that `moecc compile` prints.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ from moecc.pipeline.work import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 _PASS = re.compile(r"^(\w+)(?:\{.*?\})?: \d+ nodes.*?([\d.]+) s$", re.M)
+_ON_GPU = re.compile(r"([\d.]+ \w+) of the GPU's$", re.M)
 _PLAN = re.compile(r"^plan: about (\S+ \S+) on this machine", re.M)
 _EVERY = 0.25  # seconds between two looks at the scratch disk
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One compilation. seconds: of all cores. passes: seconds of each."""
+    """One compilation. seconds: of all cores. passes: seconds of each. gpu: peak of its memory."""
 
     what: str
     weights: int
@@ -51,6 +53,7 @@ class Measured:
     passes: dict[str, float]
     memory: int
     scratch: int
+    gpu: str = ""
 
     @property
     def speed(self) -> float:
@@ -68,7 +71,9 @@ def compiled(
         command = [sys.executable, "-P", "-m", "moecc.cli", "compile", str(model), "-o", str(out)]
         command += ["--passes", passes, "--calib", str(EXAMPLE / "calib.txt"), "--no-progress"]
         command += ["--rows", str(rows), "--length", str(length), *how]
-        alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(code)}
+        alone = {"PYTHONPATH": str(code)}
+        if "--device" not in how:
+            alone |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with said.open("w") as errors:
             process = subprocess.Popen(
                 command, env=os.environ | alone, stdout=subprocess.DEVNULL, stderr=errors
@@ -87,7 +92,7 @@ def compiled(
     usage = done[2]
     times = {name: float(seconds) for name, seconds in _PASS.findall(text)}
     seconds = usage.ru_utime + usage.ru_stime
-    planned = _PLAN.search(text)
+    planned, gpu = _PLAN.search(text), _ON_GPU.findall(text)
     return Measured(
         passes,
         weights,
@@ -97,6 +102,7 @@ def compiled(
         times,
         memory,
         scratch,
+        gpu[-1] if gpu else "",
     )
 
 
@@ -137,7 +143,8 @@ def table(rows: Sequence[tuple[str, Measured]]) -> str:
     for how, m in rows:
         ratio = first.setdefault(m.what, m).wall / m.wall
         parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in m.passes.items())
-        sizes = f"{m.memory / 2**30:.2f} | {m.scratch / 2**30:.2f}"
+        gpu = f", {m.gpu} of the GPU's" if m.gpu else ""
+        sizes = f"{m.memory / 2**30:.2f}{gpu} | {m.scratch / 2**30:.2f}"
         times = f"{m.seconds:.0f} | {m.wall:.0f} | {ratio:.2f} | {m.planned}"
         lines.append(f"| `{m.what}` | {how} | {m.speed:.3f} | {times} | {parts} | {sizes} |")
     return "\n".join(lines)
@@ -164,6 +171,13 @@ def predictions(pipelines: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _asked(how: str) -> list[str]:
+    """Return the options of `moecc compile` for workers, ray or a device."""
+    if how == "ray":
+        return ["--ray", "local"]
+    return ["--workers" if how.isdecimal() else "--device", how]
+
+
 def title(name: str, shape: Shape, args: argparse.Namespace) -> str:
     rows, length = args.tokens
     return (
@@ -182,7 +196,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs=2, default=(8, 256), metavar=("ROWS", "LENGTH"))
     parser.add_argument("--before", type=Path, help="another checkout, for the ratio")
-    parser.add_argument("--how", nargs="+", default=["1"], help="workers, or ray")
+    parser.add_argument("--how", nargs="+", default=["1"], help="workers, ray, or a device")
     parser.add_argument("--predict", action="store_true", help="whole models by the cost model")
     parser.add_argument("--out", type=Path, help="also write the page there")
     found = parser.parse_args(argv)
@@ -202,8 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(shape, model, args.experts, args.layers)
             whose = [("before", args.before, [])] if args.before else []
             for how in args.how:
-                asked = ["--ray", "local"] if how == "ray" else ["--workers", how]
-                whose.append((how if how == "ray" else f"{how} workers", ROOT, asked))
+                label = f"{how} workers" if how.isdecimal() else how
+                whose.append((label, ROOT, _asked(how)))
             rows = [
                 (label, compiled(model, passes, code, tuple(args.tokens), weights, asked))
                 for passes in args.passes
