@@ -15,7 +15,7 @@ it says. Cost in bits per weight: `bits`, everything that is stored for the rout
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -86,6 +86,9 @@ class PlanBits(Pass):
     def estimate(self, found: Estimate) -> None:
         found.data["budget"] = self
         found.most = str(self), float(self.bits)
+
+    def widths(self) -> Collection[int]:
+        return _ERROR
 
     def work(self, scope: Scope) -> Work:
         done = choosing(scope)

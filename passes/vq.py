@@ -16,7 +16,7 @@ per expert for codebooks (4096/(N K) at 4 bit).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -83,6 +83,9 @@ class VectorQuantize(LayerPass):
             p.low = (own if chosen == "expert" else one) + (shared[0] if p.coded else 0)
             p.high = (one if chosen == "layer" else own) + (shared[1] if p.coded else 0)
             p.coded = True
+
+    def widths(self) -> Collection[int]:
+        return (self.bits,)
 
     def work(self, scope: Scope) -> Work:
         done = Work()

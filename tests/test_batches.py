@@ -252,8 +252,10 @@ def test_a_stage_of_many_batches_equals_each_batch_by_itself(text: str) -> None:
 def test_workers_give_what_one_of_them_gives(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """Dense experts and coded ones, one in a unit or all."""
     monkeypatch.setattr(batches, "_AT_ONCE", at_once)
+    monkeypatch.setattr(batches, "_TOKENS", 2048)  # as in the workers
     float_model = tiny_program("MD")
-    coded = compiled(float_model.copy(), "klt{rank=2,mean=3},vq{rounds=1}").program
+    pipeline = "klt{rank=2,mean=3},vq{rounds=1}"
+    coded = compiled(float_model.copy(), pipeline, batches=tiny_batches()).program
     with Processes(2, print) as pool:
         for program in (float_model, coded):
             alone, spread, threads = (

@@ -22,6 +22,7 @@ from torch import Tensor
 from moecc.ir import vq4
 from moecc.ir.moe import Projection
 from moecc.ir.program import Program
+from moecc.ir.tensors import CPU
 from moecc.passes import vq
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
@@ -233,7 +234,10 @@ class Stored:
 
     @property
     def program(self) -> Any:
-        return SimpleNamespace(value=lambda node, experts: self.weights[list(experts)])
+        def read(node: object, experts: Sequence[int]) -> Tensor:
+            return self.weights[list(experts)]
+
+        return SimpleNamespace(value=read, device=CPU)
 
     def weight(
         self, p: Projection, part: str = "", experts: Sequence[int] | None = None

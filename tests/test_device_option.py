@@ -88,6 +88,13 @@ def test_a_gpu_that_can_not_be_used_is_refused_with_what_to_do(
     assert device_called("auto") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     says("cuda", "torch finds no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+
+    def outdated() -> bool:
+        warnings.warn("an old driver\nUpdate it", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", outdated)
+    says("cuda", r"torch finds no GPU \(an old driver\); look at")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
     says("cuda", "this torch is built for CPUs alone; install its build for your GPU")
@@ -148,16 +155,16 @@ def test_a_plan_says_what_a_gpu_needs_and_refuses_too_small_a_one(
     tiny: Tiny, two_cards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, passes = replace(tiny("M"), device=torch.device("cuda", 1)), resolved("kbvq")
-    found = planned(program, passes, 48)
+    found = planned(program, passes, 48, 16)
     (line,) = found.lines(passes, 1)
     assert line.startswith("plan: cuda:1 (NVIDIA H200 of 139 GiB, cuda 12.8) computes, in a time")
     assert found.workers == 1 and found.there > 0 and found.memory > plan.PROCESS + plan.CUDA
     assert "3.00 GB of the GPU's" in total(0.0, program.device)
     with pytest.raises(MoeccError, match=r"of memory, more than 1\.00 kB"):
-        planned(program, passes, 48, most=1000)
+        planned(program, passes, 48, 16, most=1000)
     monkeypatch.setattr(plan, "whole_memory", lambda device: 1000)
     with pytest.raises(MoeccError, match=r"memory on cuda:1, which has 1\.00 kB; give fewer"):
-        planned(program, passes, 48)
+        planned(program, passes, 48, 16)
 
 
 def test_a_run_does_not_go_on_on_another_device(

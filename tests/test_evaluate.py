@@ -26,6 +26,7 @@ from moecc.errors import MoeccError
 from moecc.frontend.trace import trace
 from moecc.ir.program import Program
 from moecc.ir.restriction import Restriction
+from moecc.ir.tensors import CPU
 from moecc.pipeline.bits import everything_bits, experts_bits
 from moecc.types import FamilyModule
 
@@ -546,7 +547,7 @@ def test_the_command_compares_on_the_reference_s_own_tokens(
     monkeypatch.setattr(
         command, "read_manifest", noting("manifest", {"calibration_digest": digest})
     )
-    monkeypatch.setattr(command, "_traced", lambda path, say: programs[path.name])
+    monkeypatch.setattr(command, "_traced", lambda path, device, say: programs[path.name])
     monkeypatch.setattr(command, "evaluate", noting("evaluate", FOUND))
     say, progress = said.append, lambda items, label: items
     options: Any = dict(text=Path("t"), rows=6, length=8, batch=3, progress=progress, say=say)
@@ -586,9 +587,9 @@ def test_a_traced_model_has_weights_that_fit_and_numbers_of_its_experts(
     def kept(**rows: list[int]) -> dict[str, tuple[int, ...]]:
         manifest = {"experts_kept": {path if k == "first" else k: v for k, v in rows.items()}}
         (tmp_path / "moecc.json").write_text(json.dumps(manifest))
-        return command._traced(tmp_path, said.append).kept
+        return command._traced(tmp_path, CPU, said.append).kept
 
-    assert command._traced(tmp_path, said.append).kept == {}
+    assert command._traced(tmp_path, CPU, said.append).kept == {}
     assert said == [f"tracing {tmp_path}"] and asked == [(tmp_path, torch.float32)]
     assert kept(first=[1, 2, 5, 9]) == {path: (1, 2, 5, 9)}
     for name, rows in (
@@ -607,5 +608,5 @@ def test_a_traced_model_has_weights_that_fit_and_numbers_of_its_experts(
     monkeypatch.setattr(ModuleStore, "check", lambda self: checked.append(True))
     monkeypatch.setattr(command, "trace", tracing)
     (tmp_path / "moecc.json").unlink()
-    command._traced(tmp_path, said.append)
+    command._traced(tmp_path, CPU, said.append)
     assert checked == [True]

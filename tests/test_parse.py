@@ -82,8 +82,8 @@ UNREADABLE = {
     "vq{BITS=3}": "vq has no option 'BITS'; did you mean 'bits'?",
     "vq{bitz=3}": "vq has no option 'bitz'; did you mean 'bits'?",
     "kbvq{zzz=3}": (
-        "kbvq has no option 'zzz'; it has ['bits', 'codebook', 'feedback', 'mean', 'min_tokens', "
-        "'offset', 'rank', 'rounds', 'routing', 'tokens']"
+        "kbvq has no option 'zzz'; it has ['behind', 'bits', 'codebook', 'feedback', 'mean', "
+        "'min_tokens', 'offset', 'rank', 'rounds', 'routing', 'tokens']"
     ),
     "kbvq{round=8}": "kbvq has no option 'round'; did you mean 'rounds'?",
     "vq{bits=2,bits=3}": "vq: option 'bits' is there twice; leave one out",

@@ -96,7 +96,7 @@ class Totals:
         """
         step = max(1, _PROBABILITIES_AT_ONCE // logits.shape[-1])
         for row, (ours, theirs) in enumerate(zip(logits, reference, strict=True)):
-            targets = ids[row, 1:]
+            targets = ids[row, 1:].to(logits.device)
             for i in range(0, len(targets), step):
                 chunk = slice(i, min(i + step, len(targets)))
                 self._add(ours[chunk].float(), theirs[chunk].float(), targets[chunk])

@@ -82,7 +82,7 @@ def evaluate(
 
     Raise MoeccError if they cannot be compared.
     """
-    pairs, rows = _check(program, reference, rows), rows.to(reference.device)
+    pairs = _check(program, reference, rows)
     most = _LOGITS_AT_ONCE // (rows.shape[1] * _width(reference))
     batches = list(torch.split(rows, max(1, min(batch, most))))
     ours = _Side(program, [p for p, _ in pairs], batches)
@@ -127,7 +127,7 @@ def evaluate_models(
     ids = token_rows(tokenizer, text, count=rows, length=length, purpose="evaluation", say=say)
     if read_manifest(folder).get("calibration_digest") == rows_digest(ids):
         say(f"note: {model} was calibrated on these very rows; they say little about others")
-    programs = [replace(_traced(path, say), device=where) for path in (folder, original)]
+    programs = [_traced(path, where, say) for path in (folder, original)]
     if restriction := programs[1].restriction:
         say(f"note: the trace holds for {restriction} only")
     with repeatable(where):
@@ -142,11 +142,11 @@ def evaluate_models(
     }
 
 
-def _traced(folder: Path, say: Say) -> Program:
+def _traced(folder: Path, device: torch.device, say: Say) -> Program:
     say(f"tracing {folder}")
     if left := adapter_beside(folder):
         say(f"note: {folder}: {left}")
-    program = trace(folder, dtype=torch.float32)
+    program = replace(trace(folder, dtype=torch.float32), device=device)
     assert program.store is not None
     program.store.check()
     number_experts(program, folder)

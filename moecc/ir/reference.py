@@ -62,6 +62,21 @@ def _combine(
     return torch.cat(parts)[inverse(order)].view(tokens, k, -1).sum(1).to(x.dtype)
 
 
+def repeats(index: Tensor) -> bool:
+    """Return whether a token has the same expert twice: index [T, k]."""
+    return bool((index.sort(-1).values.diff(dim=-1) == 0).any())
+
+
+def add_slots(total: Tensor, slots: Tensor, y: Tensor, k: int, *, twice: bool) -> None:
+    """Add the rows y [n, D] of an expert's slots t * k + j to those of their tokens, [T, D].
+
+    twice: whether there may be two slots of one token. They are added one after the other, because
+    a GPU adds in any order.
+    """
+    for part in (slots % k == j for j in range(k)) if twice else [slice(None)]:
+        total.index_add_(0, slots[part] // k, y[part])
+
+
 def inverse(order: Tensor) -> Tensor:
     """Return the inverse of a permutation."""
     found = torch.empty_like(order)

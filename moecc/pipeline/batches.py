@@ -20,6 +20,7 @@ from moecc.ir import ops
 from moecc.ir.graph import failed, run_nodes
 from moecc.ir.moe import MoE, operand_names
 from moecc.ir.program import Program
+from moecc.ir.reference import add_slots, repeats
 from moecc.pipeline.workers.base import Workers
 from moecc.types import Json, Value
 
@@ -206,11 +207,9 @@ def outputs(
     found: Iterable[list[Tensor]]
     found = map(answers, shares) if workers is None else workers.run(answers, shares)
     total = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    twice = bool((index.sort(-1).values.diff(dim=-1) == 0).any())  # an expert for one token
+    twice = repeats(index)
     for e, y in zip(used, chain.from_iterable(found), strict=True):
-        # each row once, because a GPU adds in any order
-        for part in (slots[e] % k == j for j in range(k)) if twice else [slice(None)]:
-            total.index_add_(0, rows[e][part], y[part].to(total.dtype))
+        add_slots(total, slots[e], y.to(total.dtype), k, twice=twice)
     return total.to(x.dtype)
 
 

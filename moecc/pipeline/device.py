@@ -53,8 +53,14 @@ def _why_not(index: int) -> str:
     """Return why this GPU can't be used, and what to do; "" if it can."""
     if not (torch.version.cuda or torch.version.hip):
         return "this torch is built for CPUs alone; install its build for your GPU (pytorch.org)"
-    if not torch.cuda.is_available():
-        return "torch finds no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if not available:
+        cause = (
+            f" ({reason(UserWarning(said[0].message))})" if said else ""
+        )  # such as too old a driver
+        return f"torch finds no GPU{cause}; look at nvidia-smi and CUDA_VISIBLE_DEVICES"
     count = torch.cuda.device_count()
     if index >= count:
         last = f"..cuda:{count - 1}" if count > 1 else ""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -73,6 +73,10 @@ class Pass(Options):
     def estimate(self, found: Estimate) -> None:
         """Change `found` as this pass would change the stored bits; uses sizes only."""
         found.unknown.append(self.name)
+
+    def widths(self) -> Collection[int]:
+        """Return the bits of the codes that this pass may choose, if any."""
+        return ()
 
     def work(self, scope: Scope) -> Work:
         """Return the work of this pass over all layers, from sizes only."""

@@ -49,10 +49,7 @@ def scope_of(program: Program, passes: Sequence[Pass], tokens: int, row: int) ->
 
 def _widest(passes: Sequence[Pass]) -> int:
     """Return the bits of the widest code that may be stored."""
-    if any("budget" in p.provides for p in passes):
-        return _MOST_BITS
-    coding = (p for p in passes if "vq" in p.provides)
-    return max((int(getattr(p, "bits", _MOST_BITS)) for p in coding), default=_MOST_BITS)
+    return max((bits for p in passes for bits in p.widths()), default=_MOST_BITS)
 
 
 @dataclass(frozen=True)

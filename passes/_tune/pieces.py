@@ -11,12 +11,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
 
 from moecc.ir import ops
 from moecc.ir.graph import run_nodes, written
+from moecc.ir.reference import add_slots, repeats
 from moecc.passes._tune.whole import Values, Whole
 
 
@@ -112,11 +114,10 @@ class Experts:
         found = [torch.zeros_like(call.x) for call in calls]
 
         def run(number: int, own: list[Tensor | None], slots: Tensor) -> None:
-            rows, x, weight = calls[number].of(slots)
-            y = self.reference(
-                x, torch.zeros_like(slots).unsqueeze(-1), weight, *own, **self.node.kwargs
-            )
-            found[number].index_add_(0, rows, y)
+            _, x, weight = calls[number].of(slots)
+            first = torch.zeros_like(slots).unsqueeze(-1)
+            y = self.reference(x, first, weight, *own, **self.node.kwargs)
+            calls[number].add(found[number], slots, y)
 
         self._each(calls, run)
         return found
@@ -135,7 +136,7 @@ class Experts:
                 inputs = (x.requires_grad_(), weight.requires_grad_())
                 y = self.reference(inputs[0], first, inputs[1], *own, **self.node.kwargs)
             dx, dweight = torch.autograd.grad(y, inputs, grad)
-            found[number][0].index_add_(0, rows, dx)
+            calls[number].add(found[number][0], slots, dx)
             found[number][1].view(-1)[slots] = dweight.squeeze(-1)
 
         self._each(calls, run)
@@ -190,6 +191,14 @@ class _Call:
         counts = torch.bincount(flat, minlength=experts).tolist()
         parts: tuple[Tensor, ...] = flat.argsort(stable=True).split(counts)
         return parts
+
+    @cached_property
+    def twice(self) -> bool:
+        return repeats(self.index)
+
+    def add(self, total: Tensor, slots: Tensor, y: Tensor) -> None:
+        """Add rows of an expert's slots to those of their tokens."""
+        add_slots(total, slots, y, self.index.shape[1], twice=self.twice)
 
     def of(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of these slots, their inputs and their weights [n, 1]."""
