@@ -10,7 +10,7 @@
 Every process has one thread, but for one that a GPU computes for. Speed is in millions of
 routed-expert weights per second of a core, with what it takes to start; `wall` is the time that
 passes, of which `planned` is what `moecc compile` said before it began. Memory is the peak of all
-processes together, each page of the machine counted once; scratch disk is that of OUT.partial.
+processes together, files that they share counted once; scratch disk is that of OUT.partial.
 Times of passes are those that `moecc compile` prints.
 """
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _PASS = re.compile(r"^(\w+)(?:\{.*?\})?: \d+ nodes.*?([\d.]+) s$", re.M)
 _ON_GPU = re.compile(r"([\d.]+ \w+) of the GPU's$", re.M)
 _PLAN = re.compile(r"^plan: about (\S+ \S+) on this machine", re.M)
-_EVERY = 0.25  # seconds between two looks at the scratch disk
+_EVERY = 0.5  # seconds between two looks at memory and scratch disk
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,19 @@ def compiled(
     )
 
 
-def _memory(pid: int) -> int:
-    """Return the bytes that a process and those that it has started hold, shared pages by shares.
+def _memory(pid: int, *, files: bool = True) -> int:
+    """Return the bytes that a process and those that it has started hold; 0 for one that has ended.
 
-    0 for one that has ended.
+    files: count pages of files too. Of those it has started they are its own.
     """
+    kinds = ("RssAnon:", "RssShmem:", "RssFile:") if files else ("RssAnon:", "RssShmem:")
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        own = next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        own = sum(int(line.split()[1]) for line in lines if line.startswith(kinds)) * 1024
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (OSError, StopIteration):
+    except OSError:
         return 0
-    return own + sum(_memory(int(child)) for child in children)
+    return own + sum(_memory(int(child), files=False) for child in children)
 
 
 def _size(folder: Path) -> int:
