@@ -146,8 +146,10 @@ def table(rows: Sequence[tuple[str, Measured]]) -> str:
         parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in m.passes.items())
         gpu = f", {m.gpu} of the GPU's" if m.gpu else ""
         sizes = f"{m.memory / 2**30:.2f}{gpu} | {m.scratch / 2**30:.2f}"
-        times = f"{m.seconds:.0f} | {m.wall:.0f} | {ratio:.2f} | {m.planned}"
-        lines.append(f"| `{m.what}` | {how} | {m.speed:.3f} | {times} | {parts} | {sizes} |")
+        # processes of a cluster are nobody's children
+        own = "– | –" if how == "ray" else f"{m.speed:.3f} | {m.seconds:.0f}"
+        times = f"{m.wall:.0f} | {ratio:.2f} | {m.planned}"
+        lines.append(f"| `{m.what}` | {how} | {own} | {times} | {parts} | {sizes} |")
     return "\n".join(lines)
 
 
