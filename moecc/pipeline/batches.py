@@ -20,7 +20,7 @@ from moecc.ir import ops
 from moecc.ir.graph import failed, run_nodes
 from moecc.ir.moe import MoE, operand_names
 from moecc.ir.program import Program
-from moecc.ir.reference import add_slots, repeats
+from moecc.ir.reference import add_slots, by_expert, repeats
 from moecc.pipeline.workers.base import Workers
 from moecc.types import Json, Value
 
@@ -191,15 +191,13 @@ def outputs(
     """
     reference, attributes = ops.REFERENCE[node.target], dict(node.kwargs)
     moe = MoE(node, node.meta["path"], node.meta["layer"], None)
-    experts, k, flat = moe.sizes[0], index.shape[1], index.reshape(-1)
-    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < experts:
-        raise IndexError(f"moecc: expert index outside 0..{experts - 1}")
-    slots = flat.argsort(stable=True).split(flat.bincount(minlength=experts).tolist())
+    experts, k = moe.sizes[0], index.shape[1]
+    order, counts = by_expert(index, experts)
+    slots, weight = order.split(counts), weight.reshape(-1, 1)
     used = [e for e, its in enumerate(slots) if len(its)]
-    rows, weight = {e: slots[e] // k for e in used}, weight.reshape(-1, 1)
 
     def share(some: Sequence[int]) -> Share:
-        each = [(x[rows[e]], weight[slots[e]], operands(e)) for e in some]
+        each = [(x[slots[e] // k], weight[slots[e]], operands(e)) for e in some]
         return Share(reference, attributes, each)
 
     few = max(1, _AT_ONCE * experts // moe.weights)

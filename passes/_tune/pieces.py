@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from moecc.ir import ops
 from moecc.ir.graph import run_nodes, written
-from moecc.ir.reference import add_slots, repeats
+from moecc.ir.reference import add_slots, by_expert, repeats
 from moecc.passes._tune.whole import Values, Whole
 
 
@@ -187,9 +187,8 @@ class _Call:
 
     def slots(self, experts: int) -> tuple[Tensor, ...]:
         """The places of each expert among the T k choices."""
-        flat = self.index.reshape(-1)
-        counts = torch.bincount(flat, minlength=experts).tolist()
-        parts: tuple[Tensor, ...] = flat.argsort(stable=True).split(counts)
+        order, counts = by_expert(self.index, experts)
+        parts: tuple[Tensor, ...] = order.split(counts)
         return parts
 
     @cached_property
