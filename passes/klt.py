@@ -31,15 +31,16 @@ from moecc.ir.ops import EXPERTS, KLT_EXPERTS
 from moecc.ir.program import Program
 from moecc.ir.tensors import Reader
 from moecc.options import option
-from moecc.passes._code.basis import Shared, Unread, factorize
+from moecc.passes._code.basis import MORE, Shared, added, root_of, stored_basis
 from moecc.passes._code.machinery import coding_by
 from moecc.passes._code.moments import Moments
 from moecc.passes._code.rate import gain
-from moecc.passes._code.sharing import Case, Choice, choosing
+from moecc.passes._code.sharing import Case, Choice, Pulled, Pulling, choosing, pull
 from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
 from moecc.pipeline.work import Scope, Work
+from moecc.pipeline.workers.base import Workers
 
 Cases = dict[Projection, Case]
 
@@ -104,10 +105,10 @@ class SharedBasis(LayerPass):
         found: dict[Projection, Shared] = {}
         total = sum(p.weights for p in cases)
         for p, (mean, rank) in taken.items():
-            found[p] = take(layer, cases[p], moments, mean, rank)
+            found[p] = take(layer, cases[p], moments, mean, rank, ctx.workers)
             if self.rank == "auto" and rank and p not in planned and not cases[p].whole:
                 bits = basis_bits(rank, *p.shape, input_side=p.input_side) / total
-                plain = take(layer, cases[p], moments, mean, 0)
+                plain = cases[p].take(mean, 0)
                 if not cases[p].earns(plain, found[p], bits):
                     rank, found[p] = 0, plain
             ctx.record(p.path, rank=rank, mean=f"{mean} bit" if mean else "none")
@@ -179,21 +180,32 @@ def _may_earn(choices: Sequence[Choice], total: int) -> bool:
     return any(gain(first.cost, c.cost, (c.bits - first.bits) / total) > 0 for c in others)
 
 
-def take(layer: Layer, case: Case, moments: Moments, mean: int, rank: int) -> Shared:
+def take(
+    layer: Layer, case: Case, moments: Moments, mean: int, rank: int, workers: Workers
+) -> Shared:
     """The mean of `mean` bits and the basis of `rank` rows of all experts, as they are stored."""
-    p, count = case.projection, case.experts
     if not rank or case.whole:
         return case.take(mean, rank)
-    found = case.take(mean, 0)
+    found, p = case.take(mean, 0), case.projection
+    node, side = p.operand(), p.input_side
+    assert node is not None
 
     def left(e: int) -> Tensor:
-        weight = layer.weight(p, experts=[e])
-        assert weight is not None
-        return found.left_of(weight)[0]
+        stored = layer.program.value(node, [e])
+        return found.left_of(stored.float()) if found.tensors else stored
 
-    weights = Unread(count, left)
-    metrics = Unread(count, lambda e: moments.expert(e).moment(p.name))
-    return found | factorize(weights, metrics, rank, input_side=p.input_side)
+    def turned(span: Tensor) -> Tensor:
+        units = (
+            Pulling(left(e), None if side else moments.expert(e).bare(p.name))
+            for e in range(case.experts)
+        )
+        return added(workers.run(pull, units, Pulled(span, moments.common)))
+
+    root = root_of(moments.typical()) if side else None
+    begun = case.directions(found.left_of(case.weight), rank + MORE)
+    basis = begun.turned(turned, root, rank)
+    weights = (left(e)[0].float() for e in range(case.experts))
+    return found | stored_basis(weights, p.shape[2], basis, input_side=side)
 
 
 def remainder(program: Program, projection: Projection, shared: Shared) -> fx.Node:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from layers import bits_of
 from torch import Tensor
 
 from moecc.ir import vq4
-from moecc.passes._code.basis import Unread, common_mean, factorize, largest
+from moecc.passes._code.basis import common_mean, directions, factorize, largest, root_of
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
 from moecc.pipeline.bits import basis_bits
@@ -105,25 +104,37 @@ def test_a_basis_can_be_cut_and_joined_with_a_mean(input_side: bool) -> None:
 
 
 @pytest.mark.parametrize("input_side", [True, False])
-def test_a_basis_is_the_same_of_matrices_that_are_read_one_by_one(input_side: bool) -> None:
-    weight, moment = drawn(8, experts=5, rows=10, columns=8)
-    alive = weakref.WeakSet[Tensor]()
+@pytest.mark.parametrize("seen", [16, 2])
+def test_directions_of_some_experts_become_those_of_all_if_all_turn_them_once(
+    input_side: bool, seen: int
+) -> None:
+    """They hold all but a hundredth of the energy that the directions of all experts hold."""
+    weight, moment = drawn(8, experts=16, rows=24, columns=24)
+    draw = torch.Generator().manual_seed(1)
+    few = torch.randn(3, 24, generator=draw)
+    own = torch.randn(16, 24, 3, generator=draw)
+    weight = weight + 2 * (own @ few if input_side else (own @ few).mT)
+    root = root_of(moment.mean(0)) if input_side else None
+    roots = torch.linalg.cholesky(moment)
 
-    def read(matrices: Tensor) -> Unread:
-        def one(expert: int) -> Tensor:
-            assert len(alive) <= 4  # of this expert and the one before, that is dropped next
-            found = matrices[expert].clone()
-            alive.add(found)
-            return found
+    def pull(span: Tensor) -> Tensor:
+        whole = weight.mT @ weight if input_side else weight @ moment @ weight.mT
+        return whole.sum(0) @ span
 
-        return Unread(len(matrices), one)
+    def held(onto: Tensor, basis: Tensor) -> float:
+        part = weight @ onto @ basis if input_side else basis.T @ (onto.T @ weight)
+        left = weight - part
+        return float((left @ root if root is not None else left @ roots).square().sum())
 
-    want = factorize(weight, moment, 3, input_side=input_side)
-    got = factorize(read(weight), read(moment), 3, input_side=input_side)
-    assert got.tensors.keys() == want.tensors.keys()
-    for name, tensor in want.tensors.items():
-        other = got.tensors[name]
-        assert tensor is not None and other is not None and torch.equal(tensor, other), name
+    begun = directions(weight[:seen], moment[:seen], 6, input_side=input_side)
+    found = begun.turned(pull, root, 3)
+    best = directions(weight, moment, 3, input_side=input_side)
+    assert found.onto.shape == (24, 3) and found.basis.shape == (3, 24)
+    torch.testing.assert_close(found.basis @ found.onto, torch.eye(3), rtol=1e-3, atol=1e-3)
+    nothing, least = held(found.onto * 0, found.basis), held(best.onto, best.basis)
+    assert nothing - held(found.onto, found.basis) > 0.99 * (nothing - least)
+    alone = directions(weight[:seen], moment[:seen], 3, input_side=input_side)
+    assert held(found.onto, found.basis) <= held(alone.onto, alone.basis) * 1.001
 
 
 @pytest.mark.parametrize("input_side", [True, False])

@@ -86,8 +86,8 @@ def test_what_experts_share_is_of_all_of_them_though_it_is_chosen_by_a_sample(
             node = p.operand(part)
             if node is not None:
                 a, b = (q.read(q.weights[node.name].name).float() for q in runs)
-                # the mean of a sample of all is added up in another order
-                torch.testing.assert_close(b, a, rtol=0, atol=0 if mean == "off" else 0.02)
+                # sums of a sample of all are added up in another order
+                torch.testing.assert_close(b, a, rtol=0, atol=1e-3 if mean == "off" else 0.02)
         name = f"{p.path}.remainder"
         left = some.read(name)
         assert some.tensors.in_memory(name) is None

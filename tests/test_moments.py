@@ -132,6 +132,7 @@ def test_moments_are_means_over_the_tokens_of_each_expert(
     np.testing.assert_allclose(found.mass, want.mass, rtol=1e-5)
     np.testing.assert_allclose(found.of("gate_up"), want.inputs, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.of("down"), want.hidden, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.typical(), np.mean(want.inputs, 0), rtol=1e-4, atol=1e-5)
     behind = found.output_of("down")
     assert behind is not None and torch.equal(behind, cost.expand(4, -1, -1))
     got = found.output_of("gate_up")

@@ -143,7 +143,8 @@ def planned(
 
 def fitting(scope: Scope, workers: int | None, cores: int, most: int, scratch: int) -> Plan:
     """Return the plan with as many workers as are wanted or, without a wish, as fit."""
-    own, unit = max(_own(scope), _resting(scope)), _unit(scope)
+    unit = _unit(scope)  # this process has work of that size too, such as a basis
+    own = max(_own(scope), _resting(scope) + unit)
     worker = WORKER + unit + 2 * _payload(scope)
     count = workers
     if count is None:

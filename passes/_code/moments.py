@@ -125,7 +125,7 @@ class Expert:
 
     def _moment(self, projection: str) -> Tensor:
         if projection == "gate_up":
-            share = SHRINKAGE / (len(self.seen.x) + SHRINKAGE)
+            share = _shrinkage(len(self.seen.x))
             own = self.seen.mean_outer(lambda x: x)
             return own.mul_(1 - share).add_(self.common.average, alpha=share)
         a, gate_up = self.common.attributes, self.weight("gate_up")
@@ -159,6 +159,7 @@ class Moments:
     starved: dict[int, int]  # expert -> tokens sent to it on purpose
     common: Common
     expert: Callable[[int], Expert]
+    typical: Callable[[], Tensor]  # the mean of all experts' moments of gate_up, [D, D]
     notes: list[str] = field(default_factory=list)  # remarks on anything left out
 
     @property
@@ -269,9 +270,19 @@ def measure(
             reaching = Seen(routed.x[_sent(routed, e, min_tokens)], None)
         return Expert(common, moe.path, own, reaching, *weights.read(e), made[e])
 
+    def typical() -> Tensor:
+        counts, average = routed.x.new_zeros(len(routed.x)), 0.0
+        for rows, weight in seen:
+            share = _shrinkage(len(rows))
+            own = torch.ones_like(rows, dtype=counts.dtype) if weight is None else weight
+            counts[rows] += (1 - share) * own / own.sum().clamp(min=1e-30)
+            average += share
+        total = Seen(routed.x, counts).mean_outer(lambda x: x).mul_(counts.sum())
+        return total.add_(common.average, alpha=average).div_(len(seen))
+
     device = routed.x.device
     counts = torch.tensor(tokens, device=device), torch.tensor(mass, device=device)
-    return Moments(*counts, starved, common, expert, notes)
+    return Moments(*counts, starved, common, expert, typical, notes)
 
 
 class _FloatExperts:
@@ -304,6 +315,11 @@ def _usable(moe: MoE, cost: Tensor | None) -> tuple[Tensor | None, list[str]]:
         return cost, []
     why = "a norm stands between them and sensitivity"
     return None, [f"{moe.path}: errors of all channels count alike; {why}"]
+
+
+def _shrinkage(tokens: int) -> float:
+    """The part of the layer's average in the moment of an expert's inputs."""
+    return SHRINKAGE / (tokens + SHRINKAGE)
 
 
 def _behind(down: Tensor, cost: Tensor, rows: int) -> Tensor:

@@ -25,7 +25,15 @@ from torch import Tensor
 
 from moecc.errors import MoeccError
 from moecc.ir.moe import Projection
-from moecc.passes._code.basis import Shared, common_mean, factorize
+from moecc.passes._code.basis import (
+    MORE,
+    Directions,
+    Shared,
+    common_mean,
+    directions,
+    factorize,
+    steady,
+)
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
 from moecc.passes._code.metric import OUTPUT_DAMPING, pivots, weighted_error
@@ -118,6 +126,31 @@ def attempt(trial: Trial) -> Tensor:
         turns=5,
     )
     return weighted_error(coded.dense() - weight, moment, trial.output)
+
+
+@dataclass(frozen=True)
+class Pulling:
+    """One expert that turns directions."""
+
+    left: Tensor  # what is left of its weights, [1, N, K], in any type
+    expert: Expert | None  # bare; None for gate_up, which does without it
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What is turned."""
+
+    span: Tensor  # [D, r]
+    common: Common
+
+
+def pull(unit: Pulling, near: Pulled) -> Tensor:
+    """Multiply by the expert's part of what `Directions.turned` asks for, [D, r]."""
+    weight, span = unit.left[0].float(), near.span
+    if unit.expert is None:
+        return weight.mT @ (weight @ span)
+    moment = steady(unit.expert.under(near.common).moment("down"))
+    return weight @ (moment @ (weight.mT @ span))
 
 
 @dataclass(frozen=True)
@@ -307,6 +340,11 @@ class Case:
         """A basis of `rank` rows for the sample's experts, or their remainders, [E', N, K]."""
         return factorize(weight, self.metric.moment, rank, input_side=self.input_side)
 
+    def directions(self, weight: Tensor, rank: int) -> Directions:
+        """That basis before it is stored; it may have fewer rows."""
+        rank = min(rank, self.hidden)
+        return directions(weight, self.metric.moment, rank, input_side=self.input_side)
+
 
 def sample_size(experts: int, numbers: int) -> int:
     """How many experts a choice is made on, if one of them has so many numbers."""
@@ -314,7 +352,7 @@ def sample_size(experts: int, numbers: int) -> int:
 
 
 def choosing(scope: Scope) -> Work:
-    """The work of a choice in every layer."""
+    """The work of a choice in every layer, and of a basis of all experts."""
     done = Work()
     for layer, rows, columns, tokens in each(scope):
         some = sample_size(layer.experts, rows * columns + columns**2 + rows**2)
@@ -325,6 +363,13 @@ def choosing(scope: Scope) -> Work:
         done.factors += some * factor(rows) * scope.weighted
         done.here += some * rows * columns**2
         done.here += 2 * max(columns, layer.hidden) ** 3
+        if some == layer.experts:
+            continue
+        done.products += 2 * layer.experts * rows * columns * (_RANKS[-1] + MORE)
+        if columns == layer.hidden:  # gate_up, for `Moments.typical`
+            done.here += scope.tokens * columns**2
+        if columns == layer.intermediate:
+            done.products += tokens * (columns**2 + layer.rows * layer.hidden)
     return done
 
 
