@@ -43,6 +43,7 @@ from moecc.passes._code.units import (
     Unit,
     begin,
     code,
+    fit,
     join,
     on_device,
 )
@@ -51,6 +52,7 @@ from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.fate import Fate
 from moecc.pipeline.passes import Context, Layer, LayerPass
 from moecc.pipeline.work import Coding, Scope, Work, each, factor
+from moecc.pipeline.workers.base import Workers
 
 _SAMPLED_EXPERTS = 8  # for codebook=auto, and for the codebook that units begin with
 
@@ -120,10 +122,8 @@ class VectorQuantize(LayerPass):
         """Code both projections and replace the experts node."""
         moments: Moments = layer.data["moments", moe.path]
         jobs = [self.job(layer, p, moments, ctx) for p in moe.projections]
-        beginning = (unit for job in jobs for unit in job.beginning())
-        books = ctx.workers.run(begin, beginning, moments.common)
         for job in jobs:
-            job.book = next(books) if job.begins else None
+            job.begin(ctx.workers)
         units = [unit for job in jobs for unit in job.units()]
         results = ctx.results(code, units, moments.common)
         operands: list[fx.Node | None] = []
@@ -151,8 +151,8 @@ class VectorQuantize(LayerPass):
             some = sample(moments)
             weight = layer.weight(projection, experts=some)
             assert weight is not None
-            padded = pad_columns(weight, moments.of(projection.name, some))
-            shared = own.shares(*padded, seed, experts=projection.shape[0])
+            moment = partial(moments.of, projection.name, some)
+            shared = own.shares(weight, moment, seed, experts=projection.shape[0])
         settings = Settings(own.bits, shared, own.rounds, own.feedback, seed)
         return Job(layer, projection, moments, settings)
 
@@ -173,20 +173,22 @@ class VectorQuantize(LayerPass):
         found = {name: coded.get(name) for name in vq4.CODED} | {"scale": compact(coded["scale"])}
         return {**found, "bias": None if bias is None else compact(bias), **held}
 
-    def shares(self, weight: Tensor, moment: Tensor, seed: int, experts: int) -> bool:
+    def shares(self, weight: Tensor, moment: Callable[[], Tensor], seed: int, experts: int) -> bool:
         """Whether one codebook for the layer of so many experts is the better use of bits.
 
-        Measured on some of them, weight [n, N, K], with all output channels alike.
+        Measured on some of them, weight [n, N, K] under their moments [n, K, K], with all output
+        channels alike.
         """
         book = 8 * vq4.CODEBOOK_SIZE * vq4.group_size(self.bits)
         price = book * (1 - 1 / experts) / weight[0].numel()
         if price < 0.005:  # next to nothing
             return False
+        weight, under = pad_columns(weight, moment())
         quick = min(self.rounds, 2)
         coded = (
             encode(
                 weight,
-                moment,
+                under,
                 bits=self.bits,
                 shared=shared,
                 seed=seed,
@@ -195,7 +197,7 @@ class VectorQuantize(LayerPass):
             )
             for shared in (True, False)
         )
-        one, own = (float(weighted_error(c.dense() - weight, moment).sum()) for c in coded)
+        one, own = (float(weighted_error(c.dense() - weight, under).sum()) for c in coded)
         return gain(one, own, price) <= 0
 
 
@@ -219,15 +221,18 @@ class Job:
             return max(1, AT_ONCE // (rows * columns))
         return on_device(experts, rows, columns, device, weighted=self.moments.weighted)
 
-    @property
-    def begins(self) -> bool:
-        """Whether units begin with a common codebook; a single one makes its own."""
-        return len(self.parts) > 1
-
-    def beginning(self) -> Iterator[Unit]:
-        """The unit that makes this codebook, if there is one."""
-        if self.begins:
-            yield self.unit(sample(self.moments))
+    def begin(self, workers: Workers) -> None:
+        """Find the codebook that units begin with; a single one makes its own."""
+        if len(self.parts) == 1:
+            return
+        common, some = self.moments.common, sample(self.moments)
+        if self.settings.shared:
+            (self.book,) = workers.run(fit, [self.unit(some)], common)
+            return
+        _, rows, columns = self.projection.shape
+        shape = len(some), rows, vq4.padded(columns)
+        each = (self.unit([e]) for e in some)
+        self.book = begin(workers, each, self.settings, shape, common)
 
     def units(self) -> Iterator[tuple[str, Callable[[], Unit]]]:
         """Every unit's name, and a function that reads it."""

@@ -34,6 +34,7 @@ def values_lie(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param == "side by side":
         monkeypatch.setattr(batches, "_LARGE_BYTES", 1)
         monkeypatch.setattr(batches, "_TOKENS", 2)
+        monkeypatch.setattr(batches, "TOGETHER", 4)
 
 
 AROUND: dict[str, Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]] = {
@@ -253,6 +254,7 @@ def test_workers_give_what_one_of_them_gives(monkeypatch: pytest.MonkeyPatch, at
     """Dense experts and coded ones, one in a unit or all."""
     monkeypatch.setattr(batches, "_AT_ONCE", at_once)
     monkeypatch.setattr(batches, "_TOKENS", 2048)  # as in the workers
+    monkeypatch.setattr(batches, "TOGETHER", 4096)
     float_model = tiny_program("MD")
     pipeline = "klt{rank=2,mean=3},vq{rounds=1}"
     coded = compiled(float_model.copy(), pipeline, batches=tiny_batches()).program

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import SimpleNamespace
@@ -194,7 +194,7 @@ def test_a_codebook_is_shared_unless_own_ones_save_more_bits_than_they_take(
         for share in (0.98, 1.02):
             sizes[False] = 1 / 2 ** (share * price)  # errors fall by a factor of 4 per bit
             own = share > 1 and experts > 1
-            got = found.shares(weight, moment, 5, experts)
+            got = found.shares(weight, lambda: moment, 5, experts)
             assert got == (not own if experts > 1 else False)
     assert calls == ([(s, r) for r in (1, 2) for _ in range(2) for s in (True, False)]) * (
         experts > 1
@@ -206,7 +206,14 @@ def test_own_codebooks_that_cost_next_to_nothing_are_not_weighed(
 ) -> None:
     """One of 1024 bytes more for two experts: 0.0039 bits per weight, and 0.0078."""
     moment = torch.zeros(2, 1024, 1024)
-    assert VectorQuantize().shares(torch.zeros(2, 1024, 1024), moment, 0, 2) is False
+    asked: list[Tensor] = []
+
+    def computed() -> Tensor:
+        asked.append(moment)
+        return moment
+
+    assert VectorQuantize().shares(torch.zeros(2, 1024, 1024), computed, 0, 2) is False
+    assert not asked
     seen: list[bool] = []
 
     def encode(w: Tensor, m: Tensor, *, shared: bool, **options: object) -> Off:
@@ -215,7 +222,7 @@ def test_own_codebooks_that_cost_next_to_nothing_are_not_weighed(
 
     monkeypatch.setattr(vq, "encode", encode)
     small = VectorQuantize(rounds=1)
-    assert small.shares(torch.ones(2, 512, 1024), moment, 0, 2) is True
+    assert small.shares(torch.ones(2, 512, 1024), computed, 0, 2) is True
     assert seen == [True, False]
 
 
@@ -280,9 +287,10 @@ def test_a_projection_is_coded_with_the_options_of_the_pass(
     some = [0, 1, 3, 4, 6, 7, 9, 11] if experts == 12 else [0, 1, 2]
     ctx, asked = Context(seed=3), []
 
-    def shares(self: VectorQuantize, w: Tensor, m: Tensor, seed: int, experts: int) -> bool:
-        padded, wide = pad_columns(made.weights[some], made.moment[some])
-        assert torch.equal(w, padded) and torch.equal(m, wide)
+    def shares(
+        self: VectorQuantize, w: Tensor, m: Callable[[], Tensor], seed: int, experts: int
+    ) -> bool:
+        assert torch.equal(w, made.weights[some]) and torch.equal(m(), made.moment[some])
         assert seed == ctx.seed_for(p.moe.path, p.name)
         asked.append(experts)
         return True

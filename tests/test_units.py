@@ -22,11 +22,12 @@ from moecc.ir.program import Program
 from moecc.ir.tensors import CPU
 from moecc.passes import affine, vq
 from moecc.passes._code import units
+from moecc.passes._code.codebooks import Book, kmeans, rounded
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
-from moecc.passes._code.metric import weighted_error
+from moecc.passes._code.metric import damping, weighted_error
 from moecc.passes._code.moments import Common, Expert, Seen
-from moecc.passes._code.units import Settings, Unit, begin, code, join
+from moecc.passes._code.units import Settings, Unit, begin, code, fit, join
 from moecc.passes.vq import Job
 from moecc.pipeline.journal import Journal
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
@@ -55,6 +56,18 @@ def unit(
     weight = torch.stack([e.weight(projection) for e in some]) * (1 - taken)
     given = dict(bits=2, shared=False, rounds=1, feedback=True, seed=5) | settings
     return Unit(projection, tuple(e.bare(projection) for e in some), weight, Settings(**given))
+
+
+def begun(made: Unit, common: Common) -> Book:
+    """Return the codebook that units begin with, from all experts of one."""
+    if made.settings.shared:
+        return fit(made, common)
+    each = [
+        replace(made, experts=(e,), stored=made.stored[i : i + 1])
+        for i, e in enumerate(made.experts)
+    ]
+    count, rows, columns = made.stored.shape
+    return begin(Alone(), each, made.settings, (count, rows, vq4.padded(columns)), common)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -122,7 +135,7 @@ def test_experts_are_coded_to_the_same_in_units_of_any_size(
     """They begin with one book; a shared one is used as it is."""
     some = experts(6, rows=16, cost=cost)
     common = some[0].common
-    book = begin(unit(some[::2], bits=bits, shared=shared), common)
+    book = begun(unit(some[::2], bits=bits, shared=shared), common)
     found = []
     for size in (1, 2, 4, 6):
         parts = [
@@ -138,6 +151,27 @@ def test_experts_are_coded_to_the_same_in_units_of_any_size(
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("most", [1 << 14, 100])
+@pytest.mark.parametrize("columns", [32, 28])
+def test_units_begin_with_the_codebook_of_kmeans_over_all_experts_of_a_sample(
+    bits: int, most: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though each expert gives no more than the groups of weights that k-means looks at."""
+    monkeypatch.setattr("moecc.passes._code.codebooks._SAMPLE", most)
+    some = experts(3, rows=64, columns=columns)
+    common, made = some[0].common, unit(some, bits=bits)
+    weight, moment = pad_columns(made.weight, made.metric(common)[0])
+    importance = moment.diagonal(dim1=-2, dim2=-1)
+    importance = importance + damping(importance)
+    size = weight.square().mean(-1, keepdim=True).sqrt()
+    importance = importance / importance.mean(-1, keepdim=True)
+    want = rounded(kmeans(weight / size, importance, bits=bits, seed=5, turns=15), bits)
+    got = begun(made, common)
+    torch.testing.assert_close(got.integers, want.integers, rtol=0, atol=1)
+    torch.testing.assert_close(got.step, want.step, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("cost", [False, True])
 def test_a_shared_codebook_of_a_sample_serves_all(
     bits: int, cost: bool, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +181,7 @@ def test_a_shared_codebook_of_a_sample_serves_all(
     weight, common = torch.stack([e.gate_up for e in some]), some[0].common
     together = code(unit(some, bits=bits, shared=True, rounds=3), common)
     monkeypatch.setattr(units, "JOINTLY", weight.numel() // 3)
-    book = begin(unit(some[::2] + some[9:], bits=bits, shared=True, rounds=3), common)
+    book = fit(unit(some[::2] + some[9:], bits=bits, shared=True, rounds=3), common)
     alone = [unit([e], bits=bits, shared=True, rounds=3) for e in some]
     got = join([code(replace(u, book=book), common) for u in alone], shared=True)
     metric = unit(some).metric(common)
@@ -184,7 +218,7 @@ def test_a_shared_codebook_begins_with_as_many_rows_as_can_be_coded_together(
         output[:, rows][:, :, rows],
         **{**vars(made.settings)},
     )
-    book = begin(made, common)
+    book = fit(made, common)
     assert torch.equal(book.integers, want.codebook) and book.step.shape == (1, 1)
     size = made.weight[:, rows].square().mean(-1).sqrt()
     assert float(book.step) == pytest.approx(float((want.scale / size).median()), rel=1e-5)
@@ -197,7 +231,7 @@ def test_a_beginning_with_experts_that_see_nothing_serves_all(shared: bool) -> N
     common = replace(some[0].common, average=torch.zeros(12, 12))
     dead = [replace(e, seen=Seen(e.seen.x * 0, None)) for e in some[:2]]
     assert not dead[0].under(common).moment("gate_up").any()
-    book = begin(unit([*dead, *some[2:]], shared=shared), common)
+    book = begun(unit([*dead, *some[2:]], shared=shared), common)
     assert bool(book.integers.isfinite().all() and book.step.isfinite().all())
     for e in [*dead, *some[2:]]:
         found = code(replace(unit([e], shared=shared), book=book), common)
@@ -217,7 +251,7 @@ def test_a_unit_is_coded_to_the_same_in_another_process(how: str, cost: bool) ->
 
     for made in (unit(some[2:4]), unit(some[2:4], shared=True, bits=3)):
         fresh = replace(made, experts=tuple(replace(e, made={}) for e in made.experts))
-        book, other = begin(made, common), begin(sent(fresh), sent(common))
+        book, other = begun(made, common), begun(sent(fresh), sent(common))
         assert torch.equal(book.integers, other.integers) and torch.equal(book.step, other.step)
         want = code(replace(made, book=book), common)
         for again in (fresh, made):
@@ -275,24 +309,32 @@ def test_a_projection_is_divided_into_units_of_whole_experts(
     members = {"value": lambda self, node, experts: weight[list(experts)], "device": CPU}
     layer: Any = type("L", (), {"program": type("G", (), members)()})()
     moments: Any = type(
-        "M", (), {"expert": lambda self, e: some[e], "tokens": torch.ones(len(some))}
+        "M",
+        (),
+        {
+            "expert": lambda self, e: some[e],
+            "tokens": torch.ones(len(some)),
+            "common": some[0].common,
+        },
     )()
     sizes = {"shape": (5, 8, 16), "weights": 5 * 128, "operand": lambda self: "a node"}
-    p: Any = type("P", (), {"path": "a.down", "name": "down", **sizes})()
+    p: Any = type("P", (), {"path": "a.gate_up", "name": "gate_up", **sizes})()
     job = Job(layer, p, moments, Settings(2, shared, 1, True, 0))
     names, made = zip(*((name, make()) for name, make in job.units()), strict=True)
     ends = [sum(parts[: i + 1]) for i in range(len(parts))]
-    assert list(names) == [f"a.down {b - n}-{b - 1}" for n, b in zip(parts, ends, strict=True)]
+    assert list(names) == [f"a.gate_up {b - n}-{b - 1}" for n, b in zip(parts, ends, strict=True)]
     assert [len(u.experts) for u in made] == parts
     seen = [e.gate_up for u in made for e in u.experts]
     assert all(a is e.gate_up for a, e in zip(seen, some, strict=True))
     assert torch.equal(torch.cat([u.weight for u in made]), weight)
-    assert {(u.projection, u.settings, u.book) for u in made} == {("down", job.settings, None)}
-    beginning = list(job.beginning())
-    assert job.begins == (len(parts) > 1) and len(beginning) == job.begins
-    for u in beginning:
-        assert all(a.gate_up is e.gate_up for a, e in zip(u.experts, some[::2], strict=True))
-        assert torch.equal(u.weight, weight[[0, 2, 4]])
+    assert {(u.projection, u.settings, u.book) for u in made} == {("gate_up", job.settings, None)}
+    job.begin(Alone())
+    if len(parts) == 1:
+        assert job.book is None
+        return
+    want = begun(replace(made[0], experts=tuple(some[::2]), stored=weight[::2]), some[0].common)
+    assert job.book is not None and torch.equal(job.book.integers, want.integers)
+    assert {id(u().book) for _, u in job.units()} == {id(job.book)}
 
 
 def test_books_begin_with_evenly_spaced_experts_that_see_tokens() -> None:

@@ -27,6 +27,7 @@ from moecc.types import Json, Value
 Visit: TypeAlias = Callable[[fx.Node, Value, int], None]
 _LARGE = ("gate_up", "down", "codes", "signs", "coef")  # ends of operands read expert by expert
 _TOKENS = 2048  # that go through an expert at once
+TOGETHER = 2 * _TOKENS  # of them that are a unit of work
 _AT_ONCE = 1 << 20  # weights of experts that are run together
 _LARGE_BYTES = 1 << 24  # of a value of all batches that is laid side by side
 _SHARED = ("basis", "post_norm")  # and of those that all experts share as they are
@@ -158,7 +159,7 @@ def _tensor(values: Mapping[str, Value], weights: Mapping[str, Tensor], node: ob
 
 @dataclass(frozen=True)
 class Share:
-    """Some experts of a node, and for each the inputs [n, D] and weights [n, 1] of its tokens."""
+    """Some experts of a node, and for each the inputs [n, D] and weights [n, 1] of tokens."""
 
     reference: Callable[..., Tensor]
     attributes: Json
@@ -193,21 +194,34 @@ def outputs(
     moe = MoE(node, node.meta["path"], node.meta["layer"], None)
     experts, k = moe.sizes[0], index.shape[1]
     order, counts = by_expert(index, experts)
-    slots, weight = order.split(counts), weight.reshape(-1, 1)
-    used = [e for e, its in enumerate(slots) if len(its)]
+    weight = weight.reshape(-1, 1)
+    parts = [
+        (e, part)
+        for e, slots in enumerate(order.split(counts))
+        for part in slots.split(TOGETHER)
+        if len(part)
+    ]
 
-    def share(some: Sequence[int]) -> Share:
-        each = [(x[slots[e] // k], weight[slots[e]], operands(e)) for e in some]
+    held: dict[int, list[Tensor | None]] = {}  # the operands of the latest expert
+
+    def own(e: int) -> list[Tensor | None]:
+        if e not in held:
+            held.clear()
+            held[e] = operands(e)
+        return held[e]
+
+    def share(some: Sequence[tuple[int, Tensor]]) -> Share:
+        each = [(x[slots // k], weight[slots], own(e)) for e, slots in some]
         return Share(reference, attributes, each)
 
     few = max(1, _AT_ONCE * experts // moe.weights)
-    shares = (share(used[i : i + few]) for i in range(0, len(used), few))
+    shares = (share(parts[i : i + few]) for i in range(0, len(parts), few))
     found: Iterable[list[Tensor]]
     found = map(answers, shares) if workers is None else workers.run(answers, shares)
     total = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     twice = repeats(index)
-    for e, y in zip(used, chain.from_iterable(found), strict=True):
-        add_slots(total, slots[e], y.to(total.dtype), k, twice=twice)
+    for (_, slots), y in zip(parts, chain.from_iterable(found), strict=True):
+        add_slots(total, slots, y.to(total.dtype), k, twice=twice)
     return total.to(x.dtype)
 
 

@@ -13,6 +13,7 @@ from moecc.checkpoint.memory import free_memory
 from moecc.errors import MoeccError
 from moecc.ir.program import Program
 from moecc.ir.tensors import CPU
+from moecc.pipeline.batches import TOGETHER
 from moecc.pipeline.device import for_a_unit, kind_of, whole_memory
 from moecc.pipeline.pace import duration
 from moecc.pipeline.passes import Pass
@@ -21,7 +22,8 @@ from moecc.pipeline.work import Experts, Machine, Scope
 PROCESS = 600 << 20  # bytes of a process that has imported torch and traced a model
 WORKER = 400 << 20  # of one that codes
 CUDA = 2 << 30  # that its libraries take in a process
-_ACTIVATIONS = 7  # float32 copies of all tokens' hidden states at a time
+_ACTIVATIONS = 8  # float32 copies of all tokens' hidden states at a time
+_OF_A_PART = 6  # those of the tokens that go through an expert together
 _MOST_BITS = 4  # of a code
 _COPIES = 8  # float32 copies of a matrix and of its metric while it is coded
 # Weights that a core codes in the time in which a worker starts. Less is not worth one.
@@ -150,7 +152,7 @@ def fitting(scope: Scope, workers: int | None, cores: int, most: int, scratch: i
     if count is None:
         count = max(1, min(cores, (most - own) // worker, 1 + scope.weights // _OF_A_WORKER))
     if count == 1:
-        own = max(own, _resting(scope) + unit + _payload(scope))
+        own = max(own, _resting(scope) + unit + 2 * _payload(scope))
     return Plan(scope, count, own, worker, scratch)
 
 
@@ -193,8 +195,9 @@ def _own(scope: Scope) -> int:
 
 def _activations(scope: Scope) -> int:
     """Return bytes of the tokens that go through a layer, and of its weights."""
-    states = 4 * scope.tokens * _hidden(scope)
-    return _ACTIVATIONS * states + 4 * (scope.largest + 3 * _largest(scope))
+    together = min(TOGETHER, scope.tokens)
+    states = _ACTIVATIONS * scope.tokens + _OF_A_PART * together
+    return 4 * (states * _hidden(scope) + scope.largest + 3 * _largest(scope))
 
 
 def _kept(scope: Scope) -> int:

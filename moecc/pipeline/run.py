@@ -155,6 +155,7 @@ class _Run:
             layer = Layer(stage, program, ctx.reference, stream, target)
             if done:
                 self.layer(layer, passes, reports)
+                layer.data.clear()  # it may hold all tokens
                 program.module.recompile()
                 self.hooks.after_layer(stage, program, ctx)
             if not head:

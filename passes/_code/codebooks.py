@@ -48,19 +48,33 @@ def kmeans(target: Tensor, importance: Tensor, *, bits: int, seed: int, turns: i
     target [E, N, K], importance [E, K] -> centroids [1, 256, v], one codebook for the layer: rows
     are normalised, so experts differ little here, and refits make the codebook an expert's own.
     """
+    generator = torch.Generator().manual_seed(seed)
+    places = drawn(target.numel() // vq4.group_size(bits), generator)
+    return clustered(*groups(target, importance, bits, places), turns, generator)
+
+
+def drawn(count: int, generator: torch.Generator) -> Tensor:
+    """Which of so many groups k-means looks at; numbers are drawn on the CPU."""
+    if count <= _SAMPLE:
+        return torch.arange(count)
+    return torch.randint(count, (_SAMPLE,), generator=generator)
+
+
+def groups(target: Tensor, importance: Tensor, bits: int, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Groups of weights for k-means and the costs of their errors, both [n, v].
+
+    target [E, N, K], importance [E, K], places [n] among all groups.
+    """
     v = vq4.group_size(bits)
-    points = (target.abs() if bits == 3 else target).unflatten(-1, (-1, v))
-    cost = importance.unflatten(-1, (-1, v)).unsqueeze(1).expand_as(points)
-    points, cost = points.reshape(-1, v), cost.reshape(-1, v)
-    generator = torch.Generator().manual_seed(seed)  # every device gets the same draws
-    if len(points) > _SAMPLE:
-        chosen = torch.randint(len(points), (_SAMPLE,), generator=generator).to(target.device)
-        points, cost = points[chosen], cost[chosen]
-    return _kmeans_one(points, cost, turns, generator).unsqueeze(0)
+    points, cost = (x.unflatten(-1, (-1, v)) for x in (target, importance))
+    rows, count = points.shape[1:3]
+    places = places.to(target.device)
+    found = points.reshape(-1, v)[places]
+    return found.abs() if bits == 3 else found, cost[places // (rows * count), places % count]
 
 
-def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Generator) -> Tensor:
-    """Centroids [256, v] of points [n, v] under the costs [n, v] of their components."""
+def clustered(points: Tensor, cost: Tensor, turns: int, generator: torch.Generator) -> Tensor:
+    """Centroids [1, 256, v] of points [n, v] under the costs [n, v] of their components."""
     size = vq4.CODEBOOK_SIZE
     chance = ((cost * points.square()).sum(-1) + 1e-9).cpu()
     start = torch.multinomial(chance, size, replacement=len(points) < size, generator=generator)
@@ -75,7 +89,7 @@ def _kmeans_one(points: Tensor, cost: Tensor, turns: int, generator: torch.Gener
             count = (int(empty.sum()),)
             again = torch.randint(len(points), count, generator=generator).to(points.device)
             centroids[empty] = points[again]
-    return centroids
+    return centroids.unsqueeze(0)
 
 
 def signs_of(v: int, like: Tensor) -> Tensor:

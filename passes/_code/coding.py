@@ -30,13 +30,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moecc.passes._code.codebooks import Book, kmeans, rounded
+from moecc.passes._code.codebooks import Book, groups, kmeans, rounded
 from moecc.passes._code.coded import Coded
 from moecc.passes._code.coder import Coder
 from moecc.passes._code.feedback import choose
 from moecc.passes._code.metric import OUTPUT_DAMPING, damped
 from moecc.passes._code.refit import refit_codebook, refit_scale
 from moecc.passes._code.sweep import sweep
+
+TURNS = 15  # of k-means, at most
 
 
 def encode(
@@ -49,7 +51,7 @@ def encode(
     seed: int,
     rounds: int = 3,
     feedback: bool = True,
-    turns: int = 15,
+    turns: int = TURNS,
     book: Book | None = None,
 ) -> Coded:
     """Code weight [E, N, K] under second moments [E, K, K] of its input.
@@ -80,13 +82,15 @@ def encode(
     return replace(found, scale=found.scale * size.squeeze(-1) * weight.any(-1))
 
 
-def start_book(
-    weight: Tensor, importance: Tensor, *, bits: int, seed: int, turns: int = 15
-) -> Book:
-    """A codebook by k-means for rows of weight [E, N, K], with importance [E, K] of columns."""
+def start_groups(
+    weight: Tensor, importance: Tensor, bits: int, places: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Those groups of weight [E, N, K] that a codebook by k-means starts from; see `groups`.
+
+    importance: of columns, [E, K].
+    """
     importance = importance / importance.mean(-1, keepdim=True)
-    centroids = kmeans(weight / _size(weight), importance, bits=bits, seed=seed, turns=turns)
-    return rounded(centroids, bits)
+    return groups(weight / _size(weight), importance, bits, places)
 
 
 def fitted_book(coded: Coded, weight: Tensor) -> Book:

@@ -5,7 +5,7 @@ Shapes: n experts, N rows, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moecc.ir import vq4
+from moecc.ir.reference import inverse
 from moecc.ir.relative import relative
-from moecc.passes._code.codebooks import Book
+from moecc.passes._code.codebooks import Book, clustered, drawn, rounded
 from moecc.passes._code.coded import pad_columns
-from moecc.passes._code.coding import encode, fitted_book, start_book
+from moecc.passes._code.coding import TURNS, encode, fitted_book, start_groups
 from moecc.passes._code.metric import damping, weighted_error
 from moecc.passes._code.moments import Common, Expert, stacked
 from moecc.pipeline.device import for_a_unit
+from moecc.pipeline.workers.base import Workers
 
 AT_ONCE = 1 << 19  # weights of a unit on a CPU; an expert that has more is a unit of its own
 JOINTLY = 1 << 26  # weights of experts that can be given a codebook of all together
@@ -100,19 +102,70 @@ def code(unit: Unit, common: Common) -> dict[str, Tensor]:
     return found | {"scale": coded.scale, "lost": lost.clamp(max=1)}
 
 
-def begin(unit: Unit, common: Common) -> Book:
-    """The codebook that all units of a projection begin with, from a sample of its experts.
+@dataclass(frozen=True)
+class Beginning:
+    """One expert of those that a codebook begins with."""
 
-    A shared one is fitted, on evenly spaced rows; else it is by k-means.
+    unit: Unit
+    places: Tensor  # of its groups of weights, [n]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Groups of weights to be clustered."""
+
+    found: tuple[Tensor, Tensor]  # see `groups`
+    bits: int
+    seed: int
+    count: int  # of the groups that they were drawn from
+
+
+def begin(
+    workers: Workers,
+    units: Iterable[Unit],
+    settings: Settings,
+    shape: tuple[int, int, int],
+    common: Common,
+) -> Book:
+    """The codebook that all units of a projection begin with, by k-means.
+
+    units: one for each expert of a sample; shape: of the weights of all of these, padded. They give
+    no more than what k-means looks at.
     """
+    experts, rows, columns = shape
+    each = rows * columns // vq4.group_size(settings.bits)
+    places = drawn(experts * each, torch.Generator().manual_seed(settings.seed))
+    owner = places // each
+    parts = (Beginning(unit, places[owner == i] % each) for i, unit in enumerate(units))
+    found = list(workers.run(sampled, parts, common))
+    back = inverse(owner.argsort(stable=True))
+    points, cost = (torch.cat(list(t))[back] for t in zip(*found, strict=True))
+    made = Points((points, cost), settings.bits, settings.seed, experts * each)
+    (book,) = workers.run(cluster, [made])
+    return book
+
+
+def sampled(part: Beginning, common: Common) -> tuple[Tensor, Tensor]:
+    """Those groups of one expert that k-means looks at; see `groups`."""
+    unit = part.unit
+    (expert,) = unit.experts
+    diagonal = expert.under(common).moment(unit.projection).diagonal()
+    wide = vq4.padded(len(diagonal))
+    importance = F.pad(diagonal, (0, wide - len(diagonal))).unsqueeze(0)
+    weight = F.pad(unit.weight, (0, wide - unit.stored.shape[-1]))
+    return start_groups(weight, importance + damping(importance), unit.settings.bits, part.places)
+
+
+def cluster(points: Points) -> Book:
+    """The codebook of groups."""
+    generator = torch.Generator().manual_seed(points.seed)
+    drawn(points.count, generator)  # those that chose the groups
+    return rounded(clustered(*points.found, TURNS, generator), points.bits)
+
+
+def fit(unit: Unit, common: Common) -> Book:
+    """The shared codebook of a projection, fitted to evenly spaced rows of some of its experts."""
     s = unit.settings
-    if not s.shared:
-        # one after the other, so that one moment is in memory
-        each = [e.under(common).moment(unit.projection).diagonal().clone() for e in unit.experts]
-        importance = F.pad(torch.stack(each), (0, vq4.padded(len(each[0])) - len(each[0])))
-        importance = importance + damping(importance)
-        weight = F.pad(unit.weight, (0, importance.shape[1] - unit.stored.shape[-1]))
-        return start_book(weight, importance, bits=s.bits, seed=s.seed)
     moment, output = unit.metric(common)
     weight, moment = pad_columns(unit.weight, moment)
     rows = slice(None, None, max(1, -(-weight.numel() // JOINTLY)))
