@@ -196,8 +196,13 @@ def threaded(part: Callable[[slice], None], rows: int, least: int = _LEAST_ROWS)
     if len(parts) == 1:
         part(parts[0])
         return
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(part, parts))
+    list(_threads(count).map(part, parts))
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads that wait for work: to start one takes longer than many a part."""
+    return ThreadPoolExecutor(count, "moecc")
 
 
 def at(tensor: Tensor) -> int:

@@ -22,6 +22,7 @@ from moecc.ir import vq4
 from moecc.passes._code import native
 from moecc.passes._code.sums import sums_by_code
 
+_OF_A_THREAD = 1 << 19  # weights; for fewer, another thread isn't worth its start
 _SUMMED_ROWS = 256  # whose gradients of a codebook are one sum
 
 
@@ -43,7 +44,7 @@ class CodedMatrix:
         def part(rows: slice) -> None:
             loops.decode(ctypes.byref(self._rows(out, rows)))
 
-        native.threaded(part, len(out))
+        native.threaded(part, len(out), least=-(-_OF_A_THREAD // out.shape[1]))
         return out
 
     def pull(self, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,8 @@ class CodedMatrix:
                 ends = {"book_grad": native.at(books[i]), "scale_grad": native.at(scale[some])}
                 loops.pull(ctypes.byref(self._rows(grad, some, **ends)))
 
-        native.threaded(part, len(starts), least=1)
+        least = -(-_OF_A_THREAD // (_SUMMED_ROWS * grad.shape[1]))
+        native.threaded(part, len(starts), least)
         return books.sum(0), scale
 
     def _rows(self, dense: Tensor, part: slice, **ends: int) -> native.Rows:
