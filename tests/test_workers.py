@@ -459,3 +459,13 @@ def assert_gone(mark: Path) -> None:
             return True
 
     until(gone)
+
+
+def test_processes_get_ready_before_there_is_work() -> None:
+    """They are those that work then."""
+    with Processes(2) as workers:
+        workers.prepare()
+        ready = {process._process.pid for process in workers._idle}
+        assert len(ready) == 2
+        pids = {found["pid"] for found in workers.run(units.facts, [1, 2, 3, 4])}
+        assert pids <= ready

@@ -29,12 +29,16 @@ def workers_for(
 ) -> Workers:
     """Return the workers of a run on a device, to be closed at its end.
 
-    count: processes, or the cores of a local cluster; 1: this process alone. ray: the address of a
-    cluster, or "local". memory: bytes that a worker takes. Raise MoeccError if the cluster can't be
-    used.
+    count: processes, which get ready from now on, or the cores of a local cluster; 1: this process
+    alone. ray: the address of a cluster, or "local". memory: bytes that a worker takes. Raise
+    MoeccError if the cluster can't be used.
     """
     if device.type != "cpu":
         return OnDevice()
     if ray is not None:
         return Ray(ray, memory, count)
-    return Alone() if count == 1 else Processes(count, say)
+    if count == 1:
+        return Alone()
+    found = Processes(count, say)
+    found.prepare()
+    return found

@@ -47,7 +47,10 @@ class Ended(Exception):
 
 
 class Process:
-    """A worker process, of one thread. Raise Mendable if the system starts no more."""
+    """A worker process, of one thread; it gets ready by itself.
+
+    Raise Mendable if the system starts no more.
+    """
 
     def __init__(self) -> None:
         self.call: Packed | None = None  # the one that it knows; None until it is ready
@@ -65,6 +68,9 @@ class Process:
             raise Mendable(why) from error
         self._requests = cast(FileIO, self._process.stdin)
         self._answers = cast(FileIO, self._process.stdout)
+        path = json.dumps([str(folder) for folder in sys.path])
+        with suppress(BrokenPipeError):
+            self._requests.write(path.encode() + b"\n")
 
     def do(self, call: Packed, unit: Packed) -> Packed:
         """Return the answer to a unit.
@@ -73,7 +79,7 @@ class Process:
         reads the call.
         """
         if self.call is None:
-            self._start()
+            self._await()
         if self.call is not call:
             self._begin(call)
         return self._ask(Do(unit))
@@ -100,11 +106,8 @@ class Process:
         self._answers.close()
         return self._process.wait()
 
-    def _start(self) -> None:
-        path = json.dumps([str(folder) for folder in sys.path])
+    def _await(self) -> None:
         try:
-            with suppress(BrokenPipeError):
-                self._requests.write(path.encode() + b"\n")
             Packed.receive(self._answers)
         except EOFError as error:
             ended = Ended(self.end())
@@ -126,7 +129,7 @@ class Process:
 
 
 class Processes(Workers):
-    """Processes of this machine, started when they are needed and kept until `close`.
+    """Processes of this machine, started when they are needed, or before, and kept until `close`.
 
     say: takes a remark, once, if a worker is ended from outside.
     """
@@ -137,6 +140,12 @@ class Processes(Workers):
         self._closed = self._noted = False
         self._idle: list[Process] = []
         self._busy: dict[Process, Event] = {}  # each with what says that its run is over
+
+    def prepare(self) -> None:
+        """Start all of them, so that they get ready while this process does something else."""
+        with self._lock:
+            while len(self._idle) < self.count:
+                self._idle.append(Process())
 
     def run(
         self, function: Callable[..., R], units: Iterable[U], shared: object = None
