@@ -21,6 +21,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -345,8 +346,13 @@ class Layer:
         self, projection: Projection, part: str = "", experts: Sequence[int] | None = None
     ) -> Tensor | None:
         """Return the same tensor of the float model."""
-        same = next(m for m in self.reference.moe_layers() if m.path == projection.moe.path)
-        return _float(self.reference, replace(projection, moe=same), part, experts)
+        same = replace(projection, moe=self._originals[projection.moe.path])
+        return _float(self.reference, same, part, experts)
+
+    @cached_property
+    def _originals(self) -> dict[str, MoE]:
+        """The experts nodes of the float model by path; to find them takes a while."""
+        return {m.path: m for m in self.reference.moe_layers()}
 
     def stored(self, projection: Projection) -> dict[str, Tensor | None]:
         """Return a coded projection's stored tensors, by the names of `vq4.TENSORS`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
@@ -211,8 +212,21 @@ class Routed:
     logits: Tensor | None  # [T, E] of the router
 
     def rows(self, expert: int) -> Tensor:
-        """The tokens that chose `expert`, [n]."""
-        return ((self.index == expert) & (self.weight != 0)).any(-1).nonzero().squeeze(-1)
+        """The tokens that chose `expert`, [n], in order."""
+        if expert >= len(self._tokens):
+            return self.index.new_empty(0)
+        found: Tensor = self._tokens[expert].unique_consecutive()
+        return found
+
+    @cached_property
+    def _tokens(self) -> tuple[Tensor, ...]:
+        """The tokens of each expert's slots, in order."""
+        slots = (self.weight != 0).flatten().nonzero().squeeze(-1)
+        chosen = self.index.flatten()[slots]
+        order = chosen.argsort(stable=True)
+        counts: list[int] = torch.bincount(chosen).tolist()
+        found: tuple[Tensor, ...] = (slots[order] // self.index.shape[1]).split(counts)
+        return found
 
     def weight_of(self, expert: int, rows: Tensor) -> Tensor:
         """Routing weights [n] of `expert` on `rows`, 0 for a token that did not choose it."""
