@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,7 +20,7 @@ from moecc.ir.graph import run_nodes
 from moecc.ir.program import Program, Weight, stage_nodes
 from moecc.ir.tensors import Held
 from moecc.pipeline import batches
-from moecc.pipeline.batches import run_batches
+from moecc.pipeline.batches import pull_experts, run_batches, split
 from moecc.pipeline.stream import Stream
 from moecc.pipeline.workers.base import Alone
 from moecc.pipeline.workers.processes import Processes
@@ -179,6 +180,38 @@ def test_routing_at_its_edges(name: str, index: list[list[int]], weight: list[li
     checked(program_of(name), given(*drawn), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["experts", "experts-all"])
+def test_gradients_pulled_through_experts_one_by_one_are_those_of_all_at_once(name: str) -> None:
+    """A batch goes to one expert alone, twice; expert 2 gets no other token."""
+    program = program_of(name)
+    node, drawn = program.moe_layers()[0].node, [routed(5), routed(5), routed(2)]
+    drawn[1][1] = torch.full_like(drawn[1][1], 2)
+    weights = {n: program.read(w.name) for n, w in program.weights.items()}
+    grads = [floats(i, *x.shape) for i, (x, _, _) in enumerate(drawn)]
+    values = [{n.name: t for n, t in zip(node.args, batch, strict=False)} for batch in drawn]
+    found = pull_experts(program, node, values, weights, grads)
+    operands = [weights[n.name] if isinstance(n, fx.Node) else None for n in node.args[3:]]
+    for (x, index, weight), grad, pulled in zip(drawn, grads, found, strict=True):
+        inputs = x.requires_grad_(), weight.requires_grad_()
+        y = ops.REFERENCE[node.target](x, index, weight, *operands, **node.kwargs)
+        for got, want in zip(pulled, torch.autograd.grad(y, inputs, grad), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+def test_parts_of_a_tuple_stay_with_what_makes_it() -> None:
+    """A part that is taken behind the experts is no value of its own there."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    pair = graph.call_function(torch.topk, (x, 2))
+    first = graph.call_function(operator.getitem, (pair, 0))
+    experts = graph.call_function(ops.EXPERTS, (first,))
+    second = graph.call_function(operator.getitem, (pair, 1))
+    last = graph.call_function(torch.add, (experts, second))
+    nodes = [pair, first, experts, second, last]
+    assert split(nodes) == [[pair, first, second], [experts], [last]]
+    assert split([experts, pair, first]) == [[experts], [pair, first]] and split([]) == []
+
+
 @pytest.mark.parametrize("around", AROUND)
 def test_values_that_share_numbers_still_do_behind_the_experts(around: str) -> None:
     """An op may write into one of them."""
@@ -270,6 +303,20 @@ def test_workers_give_what_one_of_them_gives(monkeypatch: pytest.MonkeyPatch, at
                     if isinstance(value, Tensor):
                         assert torch.equal(value, tensor(found[key])), key
                         torch.testing.assert_close(value, tensor(near[key]))
+        node = float_model.moe_layers()[0].node
+        rows = (floats(i, 6, width, dtype=torch.float32) for i, width in enumerate((16, 2, 16)))
+        x, weight, grad = rows
+        index = torch.arange(12).view(6, 2) % 4
+        names = [n.name for n in node.args[:3] if isinstance(n, fx.Node)]
+        there: list[dict[str, Value]] = [dict(zip(names, (x, index, weight), strict=True))]
+        weights = {n: float_model.read(w.name) for n, w in float_model.weights.items()}
+        (want,), (pulled,), (near_by,) = (
+            pull_experts(float_model, node, there, weights, [grad], workers)
+            for workers in (Alone(), pool, None)
+        )
+        for one, other, third in zip(want, pulled, near_by, strict=True):
+            assert torch.equal(one, other)
+            torch.testing.assert_close(one, third)
 
 
 def tensor(value: Value) -> Tensor:
