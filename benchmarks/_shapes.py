@@ -53,8 +53,15 @@ class Shape:
             self.experts, 2 * self.intermediate, self.hidden, self.intermediate, self.chosen
         )
         attention = 4 * self.hidden**2
-        ends = 150_000 * self.hidden
-        return Scope((own,) * self.layers, tokens, self.layers * attention, ends, weighted)
+        vocabulary = 150_000
+        return Scope(
+            (own,) * self.layers,
+            tokens,
+            self.layers * attention,
+            vocabulary * self.hidden,
+            weighted,
+            outputs=vocabulary,
+        )
 
     def small(self, experts: int, layers: int) -> transformers.PretrainedConfig:
         """Return the configuration with fewer experts and layers."""

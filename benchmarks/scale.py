@@ -31,7 +31,7 @@ from _shapes import EXAMPLE, SHAPES, Shape, write
 
 from moecc.pipeline.order import resolve
 from moecc.pipeline.parse import parse_passes
-from moecc.pipeline.plan import fitting
+from moecc.pipeline.plan import fitting, needed
 from moecc.pipeline.work import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +164,7 @@ def predictions(pipelines: Sequence[str]) -> str:
         for text in pipelines:
             passes = resolve(parse_passes(text, bits=2)[0])[0]
             scope = shape.scope(64 * 512, weighted=any(p.weighs_errors for p in passes))
-            plans = [fitting(scope, n, n, 1 << 60, scope.weights // 2) for n in (1, 16, 64)]
+            plans = [fitting(scope, n, n, 1 << 60, *needed(scope, passes)) for n in (1, 16, 64)]
             found = [p.times(machine, passes, p.workers) for p in plans]
             hours = [sum(t for t in times.values() if t) / 3600 for times in found]
             memory = " and ".join(f"{p.memory / 2**30:.0f}" for p in plans[:2])

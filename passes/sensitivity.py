@@ -16,11 +16,11 @@
      Scale routing to weigh `routing` times as much as kl, over all layers that have a router behind
      them, and add both up.
 
-All of this goes layer by layer, forward and backward, and expert by expert. Memory: one layer
-without its experts, one expert, the activations between all layers for the batches that go through
-together, and two S [D, D], one for the experts of a layer and one for the values that leave it.
-Both are kept on disk once the backward has passed them. Batches go together as far as memory
-allows, so that a layer is read once for all of them.
+All of this goes layer by layer, forward and backward, and expert by expert (`_tune.gradients`).
+Memory: one layer without its experts, a few experts, what is alive within a layer for the `tokens`
+tokens, two S [D, D], the logits of a batch, and 1 GiB of what the backward needs. Scratch disk: the
+rest of that, two activations per token and layer, while a kind is measured; and two S per layer
+and kind at most.
 
 Not measured: routers whose scores the trace does not show, and routers that choose all experts; the
 audit's notes name the former. Cost in bits per weight: none.
@@ -38,11 +38,16 @@ from torch import Tensor
 from moecc.ir.program import Program
 from moecc.ir.tensors import CPU
 from moecc.options import option
-from moecc.passes._tune.gradients import Gradients, Measured
+from moecc.passes._tune.gradients import AT_ONCE, IN_MEMORY, Gradients, Measured
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.stream import first_tokens
 from moecc.pipeline.work import Scope, Work
+
+# time against that of its products alone: measured on layers of Qwen3-30B-A3B
+_BESIDE = 1.6
+_ALIVE = 10  # float32 copies of all tokens' hidden states within a layer
+_LOGITS, _CHUNKS = 2, 3  # copies of a batch's logits, and of those that are worked on together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +73,23 @@ class MeasureSensitivity(Pass):
 
     def work(self, scope: Scope) -> Work:
         kinds = sum(bool(weight) for weight in (self.kl, self.routing))
-        tokens = kinds * min(self.tokens, scope.tokens / max(kinds, 1))
-        # forward and backward, and forward again where memory is short
-        done = Work(here=3.5 * tokens * scope.forward)
-        done.here += sum(2 * tokens * layer.hidden**2 for layer in scope.layers)
-        return done
+        if not kinds:
+            return Work()
+        tokens = min(self.tokens, scope.tokens / kinds)
+        squares = sum(layer.hidden**2 for layer in scope.layers)
+        held = 2 * 4 * tokens * sum(layer.hidden for layer in scope.layers)
+        alive = _ALIVE * 4 * tokens * scope.hidden
+        weights = scope.largest + 3 * scope.expert + 2 * scope.hidden**2
+        outputs = bool(self.kl) * 2 * scope.outputs * scope.hidden
+        head = bool(self.kl) * (_LOGITS * scope.row * scope.outputs + _CHUNKS * AT_ONCE)
+        return Work(
+            # forward, again with a graph, and backward; and for what lies between experts
+            products=_BESIDE * 3 * kinds * tokens * (scope.forward - scope.dense),
+            here=_BESIDE * tokens * (kinds * (4 * scope.dense + squares) + outputs),
+            memory=min(held, IN_MEMORY) + alive + 4 * (weights + head),
+            scratch=max(0.0, held - IN_MEMORY),
+            kept=kinds * 4 * squares,
+        )
 
     def run(self, program: Program, ctx: Context) -> bool:
         assert ctx.reference is not None
@@ -82,7 +99,7 @@ class MeasureSensitivity(Pass):
         for i, kind in enumerate(kinds):
             batches = first_tokens(ctx.batches[i :: len(kinds)] or ctx.batches, self.tokens)
             means[kind] = gradients.once(kind, batches)
-        kl, routing = (means.get(kind, Measured({})) for kind in ("kl", "routing"))
+        kl, routing = (means.get(kind, Measured()) for kind in ("kl", "routing"))
         ctx.data["sensitivity"] = Combined(kl, routing, self.kl, self.routing, program.device)
         return False
 

@@ -83,7 +83,7 @@ def test_models_run_forward_and_backward_on_a_device(family: str) -> None:
     here = trace(make(family))
     there = replace(here.copy(), device=DEVICE)
     rows = [ids[:, :16] for ids in TOKENS[:2]]
-    want, got = Context(), Context()
+    want, got = Context(), Context(workers=OnDevice())
     run_passes(here, resolved("sensitivity"), want, rows)
     with device():
         run_passes(there, resolved("sensitivity"), got, rows)

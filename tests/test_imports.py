@@ -31,7 +31,17 @@ PASSES_SEE = (
     *(f"moecc.checkpoint.{part}" for part in ("memory", "files", "reading")),
     *(
         f"moecc.pipeline.{part}"
-        for part in ("passes", "estimate", "stream", "bits", "fate", "work", "workers", "device")
+        for part in (
+            "passes",
+            "estimate",
+            "batches",
+            "stream",
+            "bits",
+            "fate",
+            "work",
+            "workers",
+            "device",
+        )
     ),
     *("moecc.passes._code", "moecc.passes._tune"),
 )

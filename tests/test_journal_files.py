@@ -224,6 +224,9 @@ def test_kept_work_is_found_by_its_key(tmp_path: Path) -> None:
     file.write_bytes(flip(file.read_bytes()))
     assert said == [] and again.kept("a/b c") is None
     assert said == [f"note: {file} does not match its digest; its work is done again"]
+    for _ in range(2):  # nothing is there the second time
+        again.forget("a/b c")
+        assert again.kept("a/b c") is None and not file.exists() and len(said) == 1
 
 
 def test_what_units_kept_goes_once_the_layer_is_saved(program: Program, tmp_path: Path) -> None:

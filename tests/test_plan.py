@@ -10,7 +10,7 @@ from pipelines import Tiny, resolved
 from moecc.errors import MoeccError
 from moecc.pipeline import work
 from moecc.pipeline.pace import Pace, duration
-from moecc.pipeline.plan import fitting, planned, scope_of
+from moecc.pipeline.plan import PROCESS, fitting, planned, scope_of
 from moecc.pipeline.work import DECODE, Coding, Experts, Machine, Scope, Work
 
 QWEN = Experts(128, 1536, 2048, 768, 8)
@@ -70,6 +70,40 @@ def test_a_bound_that_can_not_be_held_is_refused(tiny: Tiny) -> None:
     ):
         planned(tiny("M"), resolved("kbvq"), 48, 16, most=1000)
     assert planned(tiny("M"), resolved("kbvq"), 48, 16, most=1 << 40).workers == 1
+
+
+def test_what_is_left_of_a_bound_is_spare(tiny: Tiny) -> None:
+    """Where more is free than the bound, it does not count."""
+    found = planned(tiny("M"), resolved("kbvq,rilq"), 48, 16, most=1 << 40)
+    assert found.spare == (1 << 40) - found.memory
+    assert fitting(SCOPE, 4, 4, 1 << 30, 0).spare == 0
+    many = fitting(SCOPE, 4, 4, 1 << 40, 0)
+    assert many.spare == (1 << 40) - many.own - 4 * many.worker
+
+
+def test_a_run_takes_the_memory_and_disk_of_its_costs(tiny: Tiny) -> None:
+    """Of 8192 tokens in 48 layers, two activations are held; what exceeds 1 GiB is on disk."""
+    both, kl = (resolved(t)[0].work(SCOPE) for t in ("sensitivity", "sensitivity{routing=0}"))
+    held = 2 * 48 * 4 * 8192 * 2048
+    assert both.scratch == kl.scratch == held - (1 << 30)
+    assert both.kept == 2 * kl.kept == 2 * 48 * 4 * 2048**2
+    assert both.memory > (1 << 30) + 4 * SCOPE.largest
+    wide = resolved("sensitivity")[0].work(replace(SCOPE, outputs=150_000))
+    assert wide.memory >= both.memory + 4 * 2 * SCOPE.row * 150_000
+    few = resolved("sensitivity")[0].work(replace(SCOPE, tokens=512))
+    assert few.scratch == 0 and few.memory < both.memory - (1 << 29)
+    (off,) = resolved("sensitivity{kl=0,routing=0}")
+    assert off.work(SCOPE) == Work()
+
+    program = tiny("MM")
+    scope = scope_of(program, resolved("vsraq"), 48, 16)
+    assert scope.outputs == 16
+    codes = scope.weights * 2 // 8
+    plain, costly = (planned(program, resolved(t), 48, 16) for t in ("kbvq", "vsraq,kbvq"))
+    assert plain.scratch == codes and costly.scratch == codes + 2 * 2 * 4 * 16**2
+    least = int(resolved("sensitivity")[0].work(scope).memory)
+    assert fitting(scope, 1, 1, 0, 0, 1 << 40).own == PROCESS + (1 << 40)
+    assert costly.own >= PROCESS + least
 
 
 def test_a_plan_is_said_with_its_time_if_that_is_worth_measuring(

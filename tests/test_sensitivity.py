@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pipelines import TOKENS, Tiny, compiled
-from torch import Tensor
+from torch import Tensor, fx
 
 from moecc.errors import MoeccError
 from moecc.ir.graph import run_nodes
 from moecc.ir.program import Program, output_node, stage_nodes
-from moecc.passes._tune.gradients import Gradients, Measured, _Sums
-from moecc.passes._tune.pieces import Stage
+from moecc.passes._tune import gradients
+from moecc.passes._tune.gradients import Gradients, Held, Measured, Sums
 from moecc.passes._tune.routing import selection_scores
 from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.whole import Whole
@@ -75,36 +75,23 @@ def test_watched_values_come_in_the_order_of_the_graph(traced: Program) -> None:
     assert Whole(traced, set(), watch=names).watched == in_order
 
 
-@pytest.mark.parametrize("memory", [0, 1 << 40])
-def test_sensitivity_is_the_same_if_weights_do_not_stay_in_memory(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, memory: int, batches: list[Tensor]
-) -> None:
-    program = tiny("MMM")
-    want = {k: Gradients(program, Context()).measure(k, batches) for k in ("kl", "routing")}
-    monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: False)
-    # batches one by one without memory, all together with it
-    monkeypatch.setattr("moecc.passes._tune.gradients.memory_left", lambda device: memory)
-    got = {k: Gradients(program, Context()).measure(k, batches) for k in want}
-    for kind, found in want.items():
-        assert found.keys() == got[kind].keys() and found
-        assert all(torch.equal(s, got[kind][n]) for n, s in found.items())
-
-
 @pytest.mark.parametrize(("kind", "last"), [("routing", 2), ("kl", 4)])
 def test_nothing_behind_the_last_loss_runs(
     kind: str, last: int, tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts are in stages 1 and 2; without a router behind it, a layer's routing has no loss."""
-    ran: list[int] = []
+    program = tiny("MMD")
+    ran: dict[int, int] = Counter()
+    stage_of = {n.name: n.meta["layer"] for n in program.graph.nodes if "layer" in n.meta}
 
-    def noting(whole: Whole, stage: int) -> Stage:
-        ran.append(stage)
-        return Stage(whole, stage)
+    def noting(nodes: Sequence[fx.Node], *more: Any) -> Any:
+        ran[max(stage_of[n.name] for n in nodes)] += 1
+        return run_nodes(nodes, *more)
 
-    monkeypatch.setattr("moecc.passes._tune.gradients.Stage", noting)
-    monkeypatch.setattr(Gradients, "_together", lambda self, batches: (1, True))
-    Gradients(tiny("MMD"), Context()).measure(kind, batches[:1])
-    assert ran == [*range(last), *range(last, 0, -1)]
+    monkeypatch.setattr("moecc.pipeline.batches.run_nodes", noting)
+    monkeypatch.setattr("moecc.passes._tune.gradients.run_nodes", noting)
+    Gradients(program, Context()).measure(kind, batches[:1])
+    assert set(ran) == set(range(last + 1))
 
 
 class Shelf:
@@ -119,43 +106,70 @@ class Shelf:
         self.works[key] = Kept({k: t.clone() for k, t in work.tensors.items()}, work.facts)
         return self.works[key]
 
+    def forget(self, key: str) -> None:
+        del self.works[key]
+
     def context(self) -> Context:
-        return Context(keep=self.keep, kept=self.works.get)
+        return Context(keep=self.keep, kept=self.works.get, forget=self.forget)
 
 
-@pytest.mark.parametrize("together", [1, 2])
 def test_costs_of_a_layer_are_kept_before_the_backward_reaches_the_next(
-    together: int, tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, batches: list[Tensor]
 ) -> None:
-    monkeypatch.setattr(Gradients, "_together", lambda self, batches: (together, False))
     program, shelf = tiny("MM"), Shelf()
     found = Gradients(program, shelf.context()).measure("kl", batches[:2])
     first, second = (m.path for m in program.moe_layers())
     behind_second, behind_first = (n for n in found if n not in (first, second))
     # nothing but a sum is behind the experts
     assert torch.equal(found[first], found[behind_first])
-    kept = [f"sensitivity kl {n}" for n in (behind_second, behind_first)]
-    assert shelf.order == [*kept * (2 // together), "sensitivity kl"]
+    assert shelf.order == ["sensitivity kl 2", "sensitivity kl 1", "sensitivity kl"]
+    assert [len(shelf.works[key].tensors) for key in shelf.order] == [1, 1, 0]
+    assert not torch.equal(found[second], found[first])
+    assert torch.equal(found[second], found[behind_second])
     for name, cost in found.items():
         assert found.trace(name) == pytest.approx(float(cost.trace()), rel=1e-5)
 
 
-@pytest.mark.parametrize("alike", [(True, True), (True, False), (False, True), (False, False)])
-def test_one_sum_serves_names_whose_gradients_are_the_same_so_far(alike: tuple[bool, bool]) -> None:
-    """Two groups of two batches; b's gradients are a's in some groups."""
-    sums, drawn = _Sums(Shelf().context(), "kl"), torch.Generator().manual_seed(0)
-    all_of: dict[str, list[Tensor]] = {"a": [], "b": []}
-    for same, mean in zip(alike, (False, True), strict=True):
-        of_a, of_b = ([torch.randn(3, 4, generator=drawn) for _ in range(2)] for _ in "ab")
-        for name, found in (("a", of_a), ("b", of_a if same else of_b)):
-            sums.add(name, found)
-            all_of[name] += found
-        sums.keep(mean=mean)
-    measured = sums.measured()
-    for name, found in all_of.items():
-        g = torch.cat(found)
+@pytest.mark.parametrize("same", [True, False])
+def test_one_cost_serves_names_whose_gradients_are_the_same(same: bool) -> None:
+    sums, drawn = Sums(), torch.Generator().manual_seed(0)
+    a, b = ([torch.randn(2, 3, 4, generator=drawn) for _ in range(2)] for _ in "ab")
+    sums.add("a", a)
+    sums.add("b", a if same else b)
+    measured = Measured([sums.kept()])
+    for name, found in (("a", a), ("b", a if same else b)):
+        g = torch.cat(found).flatten(0, 1)
         torch.testing.assert_close(measured[name], g.T @ g / len(g))
-    assert (measured.works["a"] is measured.works["b"]) == all(alike)
+        assert measured.trace(name) == pytest.approx(float((g * g).sum()) / len(g))
+    assert len(sums.found) == 2 - same and list(measured) == ["a", "b"]
+
+
+@pytest.mark.parametrize("most", [0, 1000, 3000, 1 << 30])
+@pytest.mark.parametrize("kind", ["kl", "routing"])
+def test_values_that_memory_does_not_hold_are_kept_until_the_backward_has_taken_them(
+    kind: str, most: int, tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dense layer before the experts holds nothing."""
+    program, shelf, sizes = tiny("DMM"), Shelf(), list[tuple[int, int]]()
+    want = Gradients(program, Context()).measure(kind, batches[:2])
+    adding = Held.add
+
+    def noting(self: Held, *args: Any) -> None:
+        adding(self, *args)
+        on_disk = [w for key, w in shelf.works.items() if "values" in key]
+        spilled = sum(t.nbytes for work in on_disk for t in work.tensors.values())
+        sizes.append((self.in_memory(), spilled))
+
+    monkeypatch.setattr(Held, "add", noting)
+    monkeypatch.setattr(gradients, "IN_MEMORY", most)
+    found = Gradients(program, shelf.context()).measure(kind, batches[:2])
+    assert all(torch.equal(cost, found[name]) for name, cost in want.items())
+    assert not [key for key in shelf.works if "values" in key]
+    state = 2 * 6 * 16 * 4  # bytes: of two batches of six tokens
+    # before two layers, in front of the last loss, and what experts give
+    whole = state * (5 if kind == "kl" else 3)
+    assert sizes[-1] == (sizes[-1][0], whole - sizes[-1][0])
+    assert all(here <= most for here, _ in sizes) and (sizes[-1][1] > 0) == (most < whole)
 
 
 def test_costs_that_an_interrupted_run_has_kept_are_not_measured_again(
@@ -179,12 +193,9 @@ def test_costs_that_an_interrupted_run_has_kept_are_not_measured_again(
         assert all(torch.equal(cost, want[name]) for name, cost in found.items())
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_experts_that_do_not_stay_in_memory_are_read_one_at_a_time(
-    inside: bool, tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+def test_experts_are_read_one_at_a_time_forward_and_backward(
+    tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For all batches: forward, backward, and for what lies behind them if that isn't held."""
-    monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: False)
     program = tiny("MM")
     read, reading = Counter[tuple[str, tuple[int, ...]]](), program.read
 
@@ -193,16 +204,12 @@ def test_experts_that_do_not_stay_in_memory_are_read_one_at_a_time(
         return reading(name, experts=experts)
 
     monkeypatch.setattr(program, "read", noting)
-    monkeypatch.setattr(Gradients, "_together", lambda self, batches: (4, inside))
     Gradients(program, Context()).measure("kl", batches[:4])
-    experts = program.moe_layers()[0].sizes[0]
     one_by_one = {
-        (f"layers.{layer}.{name}", (e,)): 3
-        - inside
-        - (layer == 0)  # no gradient enters the first layer
+        (f"layers.{layer}.{name}", (e,)): 1 + layer  # no gradient enters the first layer
         for layer in range(2)
         for name in ("gate_up", "down")
-        for e in range(experts)
+        for e in range(program.moe_layers()[0].sizes[0])
     }
     assert {key: n for key, n in read.items() if key[0].endswith(("gate_up", "down"))} == one_by_one
 
@@ -240,10 +247,9 @@ def test_weights_that_stay_in_memory_are_read_once(
     kept: bool, tiny: Tiny, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, read = tiny("MD"), []
-    monkeypatch.setattr("moecc.passes._tune.whole.fits_in_memory", lambda program: kept)
     reading = program.read
     monkeypatch.setattr(program, "read", lambda name: read.append(name) or reading(name))
-    whole = Whole(program, set())
+    whole = Whole(program, set(), spare=kept * (1 << 20))
     for ids in batches[:2]:
         whole.forward(ids, lambda wanted: {})
     layers = [w.name for w in program.weights.values() if w.name != "head.weight"]
@@ -260,9 +266,11 @@ def test_sensitivity_of_routing_counts_later_routers_alone(traced: Program) -> N
 
 
 def diagonal(**sizes: tuple[float, float]) -> Measured:
-    return Measured(
-        {name: Kept({"S": torch.diag(torch.tensor(x))}, sum(x)) for name, x in sizes.items()}
-    )
+    works = []
+    for name, size in sizes.items():
+        facts = {"same": {name: name}, "traces": {name: sum(size)}}
+        works.append(Kept({name: torch.diag(torch.tensor(size))}, facts))
+    return Measured(works)
 
 
 @pytest.mark.parametrize(("kl_weight", "routing_weight"), [(1.0, 1.0), (2.0, 0.5), (0.25, 3.0)])

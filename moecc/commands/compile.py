@@ -179,6 +179,7 @@ def compile_model(
                 draft,
                 texts,
                 those,
+                intended.spare,
                 progress,
                 say,
             )
@@ -248,6 +249,7 @@ class _Run:
     draft: Draft
     texts: Dump
     workers: Workers
+    spare: int  # bytes beyond the plan's
     progress: Progress
     say: Say
     start: float = field(default_factory=time.perf_counter)
@@ -282,6 +284,8 @@ class _Run:
             progress=self.progress,
             keep=journal.keep,
             kept=journal.kept,
+            forget=journal.forget,
+            spare=self.spare,
             workers=self.workers,
         )
         if journal.found:

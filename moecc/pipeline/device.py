@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moecc.checkpoint.memory import free_memory
 from moecc.errors import MoeccError, quoted, reason
 from moecc.ir.tensors import CPU
 
@@ -91,14 +90,6 @@ def whole_memory(device: torch.device) -> int:
 def for_a_unit(device: torch.device) -> int:
     """Return the bytes of a GPU's memory that one unit of coding may take."""
     return whole_memory(device) // 4
-
-
-def memory_left(device: torch.device) -> int:
-    """Return the bytes that are free for this process where a device keeps its tensors."""
-    if device.type != "cuda":
-        return free_memory()
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
 def peak(device: torch.device) -> int:

@@ -164,6 +164,10 @@ class Journal:
         file = TensorFile(self.folder / name)
         return Kept(file, json.loads(file.metadata["facts"]))
 
+    def forget(self, key: str) -> None:
+        """Remove the work kept under `key`."""
+        (self.folder / self._kept(key)).unlink(missing_ok=True)
+
     def _name(self, stage: int, kind: str) -> str:
         return f"layer-{self._group}-{stage:04d}.{kind}"
 

@@ -213,6 +213,8 @@ class Context:
     keep: Callable[[str, Kept], Kept] = lambda key, work: work
     # key -> the last work kept under it, by an interrupted run too
     kept: Callable[[str], Kept | None] = lambda key: None
+    forget: Callable[[str], None] = lambda key: None  # the work kept under a key
+    spare: int = 1 << 30  # bytes that weights may take where they stay in memory
     # who computes units of work: `workers.run(function, units, shared)`
     workers: Workers = field(default_factory=Alone)
     # set when a run starts: the traced model, the float model that passes compare with, and the

@@ -11,7 +11,7 @@ from moecc.checkpoint.cores import usable_cores
 from moecc.checkpoint.files import size
 from moecc.checkpoint.memory import free_memory
 from moecc.errors import MoeccError
-from moecc.ir.program import Program
+from moecc.ir.program import Program, output_node
 from moecc.ir.tensors import CPU
 from moecc.pipeline.batches import TOGETHER
 from moecc.pipeline.device import for_a_unit, kind_of, whole_memory
@@ -46,7 +46,8 @@ def scope_of(program: Program, passes: Sequence[Pass], tokens: int, row: int) ->
     ends = (0, program.layers - 1)  # embedding and head
     dense = sum(count for stage, count in stages.items() if stage not in ends)
     largest, bits = max(stages.values(), default=0), _widest(passes)
-    return Scope(tuple(found), tokens, dense, largest, weighted, bits, row)
+    outputs = output_node(program).meta["val"].shape[-1]
+    return Scope(tuple(found), tokens, dense, largest, weighted, bits, row, outputs)
 
 
 def _widest(passes: Sequence[Pass]) -> int:
@@ -65,6 +66,7 @@ class Plan:
     scratch: int
     device: torch.device = CPU
     there: int = 0  # bytes of a GPU's memory
+    spare: int = 0  # bytes that may be taken beyond, where tensors are
 
     @property
     def memory(self) -> int:
@@ -130,11 +132,11 @@ def planned(
     that all processes may take. Raise MoeccError if they would take more, or if a GPU has less.
     """
     scope = scope_of(program, passes, tokens, row)
-    scratch = scope.weights * scope.bits // 8 + _kept(scope)
+    scratch, least = needed(scope, passes)
     if program.device.type == "cpu":
-        found = fitting(scope, workers, usable_cores(), most or free_memory(), scratch)
+        found = fitting(scope, workers, usable_cores(), most or free_memory(), scratch, least)
     else:
-        found = on_gpu(scope, program.device, scratch)
+        found = on_gpu(scope, program.device, scratch, least)
     if most is not None and found.memory > most:
         advice = "give more, or fewer --workers, --rows or a smaller --length"
         raise MoeccError(
@@ -143,25 +145,44 @@ def planned(
     return found
 
 
-def fitting(scope: Scope, workers: int | None, cores: int, most: int, scratch: int) -> Plan:
-    """Return the plan with as many workers as are wanted or, without a wish, as fit."""
+def needed(scope: Scope, passes: Sequence[Pass]) -> tuple[int, int]:
+    """Return bytes on disk, and of memory that a pass takes beside this process."""
+    works = [p.work(scope) for p in passes]
+    # what passes over the whole model take for a while is gone before there are codes
+    passing = max([scope.weights * scope.bits // 8, *(work.scratch for work in works)])
+    memory = max((work.memory for work in works), default=0)
+    return int(passing + sum(work.kept for work in works)), int(memory)
+
+
+def fitting(
+    scope: Scope, workers: int | None, cores: int, most: int, scratch: int, least: int = 0
+) -> Plan:
+    """Return the plan with as many workers as are wanted or, without a wish, as fit.
+
+    least: bytes that a pass takes in this process.
+    """
     unit = _unit(scope)  # this process has work of that size too, such as a basis
-    own = max(_own(scope), _resting(scope) + unit)
+    own = max(_own(scope), _resting(scope) + unit, PROCESS + least)
     worker = WORKER + unit + 2 * _payload(scope)
     count = workers
     if count is None:
         count = max(1, min(cores, (most - own) // worker, 1 + scope.weights // _OF_A_WORKER))
     if count == 1:
         own = max(own, _resting(scope) + unit + 2 * _payload(scope))
-    return Plan(scope, count, own, worker, scratch)
+    found = Plan(scope, count, own, worker, scratch)
+    return replace(found, spare=max(0, most - found.memory))
 
 
-def on_gpu(scope: Scope, device: torch.device, scratch: int) -> Plan:
-    """Return the plan on a GPU. Raise MoeccError if it has too little memory."""
+def on_gpu(scope: Scope, device: torch.device, scratch: int, least: int) -> Plan:
+    """Return the plan on a GPU. Raise MoeccError if it has too little memory.
+
+    least: bytes of its memory that a pass takes.
+    """
     whole = whole_memory(device)
     experts = max((layer.experts for layer in scope.layers), default=0)
     together = min(experts * (_unit(scope) + _payload(scope)), for_a_unit(device))
-    there = _activations(scope) + max(_unit(scope) + _payload(scope), together)
+    coding = max(_unit(scope) + _payload(scope), together)
+    there = max(_activations(scope) + coding, least)
     if there > whole:
         advice = "give fewer --rows, a smaller --length, or --device cpu"
         raise MoeccError(
@@ -169,21 +190,12 @@ def on_gpu(scope: Scope, device: torch.device, scratch: int) -> Plan:
             f"{advice}"
         )
     own = CUDA + _resting(replace(scope, tokens=0)) + 4 * scope.largest + together // _COPIES
-    return Plan(scope, 1, own, 0, scratch, device, there)
-
-
-def _hidden(scope: Scope) -> int:
-    return max((layer.hidden for layer in scope.layers), default=0)
-
-
-def _largest(scope: Scope) -> int:
-    """Return the weights of the largest expert."""
-    return max((layer.weights for layer in scope.layers), default=0)
+    return Plan(scope, 1, own, 0, scratch, device, there, whole - there)
 
 
 def _resting(scope: Scope) -> int:
     """Return bytes of this process while a layer is coded."""
-    states = 4 * scope.tokens * _hidden(scope)
+    states = 4 * scope.tokens * scope.hidden
     layer = max((x.experts * x.weights for x in scope.layers), default=0)
     return PROCESS + 4 * states + layer * scope.bits // 8
 
@@ -197,12 +209,7 @@ def _activations(scope: Scope) -> int:
     """Return bytes of the tokens that go through a layer, and of its weights."""
     together = min(TOGETHER, scope.tokens)
     states = _ACTIVATIONS * scope.tokens + _OF_A_PART * together
-    return 4 * (states * _hidden(scope) + scope.largest + 3 * _largest(scope))
-
-
-def _kept(scope: Scope) -> int:
-    """Return bytes of what a pass over the whole model keeps: two S of each layer."""
-    return 4 * sum(2 * layer.hidden**2 for layer in scope.layers) if scope.weighted else 0
+    return 4 * (states * scope.hidden + scope.largest + 3 * scope.expert)
 
 
 def _unit(scope: Scope) -> int:
@@ -220,4 +227,4 @@ def _payload(scope: Scope) -> int:
     tokens = [
         2 * scope.tokens * layer.top_k // layer.experts * layer.hidden for layer in scope.layers
     ]
-    return 4 * (2 * _largest(scope) + max(tokens, default=0))
+    return 4 * (2 * scope.expert + max(tokens, default=0))

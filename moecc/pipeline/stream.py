@@ -17,7 +17,6 @@ from moecc.errors import MoeccError
 from moecc.ir.graph import needed_for
 from moecc.ir.program import Program, output_node, stage_nodes
 from moecc.pipeline.batches import Visit, run_batches
-from moecc.pipeline.device import memory_left
 from moecc.pipeline.workers.base import Workers
 from moecc.types import Value
 
@@ -169,16 +168,14 @@ def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
     return list(batches[: max(1, tokens // batches[0].numel())])
 
 
-def fits_in_memory(program: Program) -> bool:
-    """Return whether all weights fit in half of the memory that its device has left.
+def fits_in_memory(program: Program, room: int) -> bool:
+    """Return whether all weights take less than half of so many bytes, so that they can stay.
 
-    So that they can stay there.
+    The other half is for the float model, which passes compare with.
     """
     values = [
         n.meta["val"]
         for n in program.graph.nodes
         if n.op == "placeholder" and n.name in program.weights
     ]
-    return bool(
-        sum(v.numel() * v.element_size() for v in values) < memory_left(program.device) // 2
-    )
+    return bool(sum(v.numel() * v.element_size() for v in values) < room // 2)

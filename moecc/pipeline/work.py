@@ -47,11 +47,22 @@ class Scope:
     weighted: bool = False  # whether errors of outputs have costs of their own, [N, N]
     bits: int = 2  # of the widest codes
     row: int = 1024  # tokens of a calibration batch
+    outputs: int = 0  # numbers that the model gives for a token
 
     @property
     def weights(self) -> int:
         """Of all routed experts."""
         return sum(layer.experts * layer.weights for layer in self.layers)
+
+    @property
+    def hidden(self) -> int:
+        """The widest."""
+        return max((layer.hidden for layer in self.layers), default=0)
+
+    @property
+    def expert(self) -> int:
+        """Weights of the largest expert."""
+        return max((layer.weights for layer in self.layers), default=0)
 
     @property
     def around(self) -> float:
@@ -93,6 +104,9 @@ class Work:
     factors: float = 0.0  # factorizations, by workers
     coded: list[Coding] = field(default_factory=list)  # by workers
     here: float = 0.0  # products in the process that runs the passes
+    memory: float = 0.0  # bytes of that process, where it takes more than other passes do
+    scratch: float = 0.0  # bytes on disk while the pass runs
+    kept: float = 0.0  # bytes that it leaves on disk
     known: bool = True
 
 

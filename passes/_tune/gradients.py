@@ -1,110 +1,174 @@
 """Mean outer products of gradients with respect to layers' outputs, layer by layer.
 
 This is step 1 of `sensitivity`: S = E[g g^T] [D, D] over tokens, for the outputs of the experts and
-for the values between layers. As many batches as memory has room for go through together, so that
-weights are read once forward and once backward for all of them; which go together changes no bit. A
-layer's S are kept, on disk if there is a journal, as soon as the backward has passed the layer.
+for the values between layers.
+  1. Run forward without a graph, all batches through one stage, then through the next, and through
+     one expert after the other. Hold the values before each stage, and what its experts give.
+  2. Run backward from the last stage to the first. Between experts, run each stage again, batch by
+     batch, now with a graph; pull the gradients through its experts one by one. Add up the S of the
+     stage, and keep them.
+So each weight is read once forward and once backward, and no more than one expert's are in memory.
+What is held beyond `IN_MEMORY`, and all S of the stages that are passed, are kept on disk if there
+is a journal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
+from moecc.checkpoint.files import DTYPE_NAMES
+from moecc.checkpoint.memory import release
 from moecc.errors import MoeccError
+from moecc.ir.graph import run_nodes, written
 from moecc.ir.moe import MoE
 from moecc.ir.program import Program
 from moecc.ir.tensors import CPU
 from moecc.passes._tune.block import output_logits
-from moecc.passes._tune.pieces import Experts, Piece, Stage
 from moecc.passes._tune.routing import boundary_nearness, selection_scores, standardized
 from moecc.passes._tune.whole import Values, Whole
-from moecc.pipeline.device import memory_left
+from moecc.pipeline.batches import pull_experts, run_batches, split
 from moecc.pipeline.passes import Context, Kept
-from moecc.pipeline.stream import require_numbers
+from moecc.pipeline.stream import StageWeights, require_numbers
+from moecc.types import Value
 
 SHARPNESS = 4.0  # 1 / (standard deviations from the top-k boundary at which a score counts 1/e)
+IN_MEMORY = 1 << 30  # bytes of values that are held in memory
+AT_ONCE = 1 << 22  # logits that are worked on together
 
 _MOST = 1e30  # that squares may add up to: products of them must fit into float32 too
-_WITHIN = 8  # what a layer holds beside its inputs, in units of what it leaves behind
-Grads = dict[str, Tensor]  # of values, by name
+Grads: TypeAlias = dict[str, Tensor]  # of values, by name
 
 
-@dataclass(frozen=True)
 class Measured(Mapping[str, Tensor]):
-    """S [D, D] by path of an MoE layer and by name of a value between layers, and their traces."""
+    """S [D, D] by path of an MoE layer and by name of a value between layers, and their traces.
 
-    works: Mapping[str, Kept]
+    works: what was kept of each stage.
+    """
+
+    def __init__(self, works: Sequence[Kept] = ()):
+        self._tensors = {n: w.tensors for w in works for n in w.facts["same"]}
+        self._same = {n: same for w in works for n, same in w.facts["same"].items()}
+        self._traces = {n: t for w in works for n, t in w.facts["traces"].items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.works[name].tensors["S"]
+        return self._tensors[name][self._same[name]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.works)
+        return iter(self._same)
 
     def __len__(self) -> int:
-        return len(self.works)
+        return len(self._same)
 
     def trace(self, name: str) -> float:
-        """The trace of S; S isn't read."""
-        return float(self.works[name].facts)
+        """Return the trace of S; S isn't read."""
+        return float(self._traces[self._same[name]])
 
 
-class _Sums:
-    """Sums of outer products by name: some in memory, those of passed layers kept."""
+@dataclass
+class Sums:
+    """The S of one stage."""
 
-    def __init__(self, ctx: Context, kind: str):
-        self.ctx, self.kind = ctx, kind
-        self.now: dict[str, Tensor] = {}
-        self.added: dict[str, list[Tensor]] = {}
-        self.tokens: dict[str, int] = {}
-        self.works: dict[str, Kept] = {}
-        self.source: dict[str, str] = {}  # the name under which the work of another is kept
+    found: dict[str, Tensor] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)  # name -> the one that has the same S
+    added: dict[str, Sequence[Tensor]] = field(default_factory=dict)
 
-    def add(self, name: str, gradients: list[Tensor]) -> None:
-        """Add the gradients of some batches.
+    def add(self, name: str, gradients: Sequence[Tensor]) -> None:
+        """Add the S of a name, from its gradients in all batches.
 
         If nothing but a sum is behind the experts, theirs is that of the value that leaves the
-        layer. Then one S is kept for both.
+        layer. Then it is one S.
         """
         found = [g.flatten(0, -2).float() for g in gradients]
-        same = next((n for n, other in self.added.items() if _all_equal(found, other)), name)
-        self.added[name] = found
-        self.tokens[name] = self.tokens.get(name, 0) + sum(map(len, found))
-        if self.source.setdefault(name, same) == same != name:
-            return
-        before = self.works.get(self.source[name])
-        self.source[name] = name
+        for other, its in self.added.items():
+            if all(map(torch.equal, its, found)):
+                self.same[name] = other
+                return
+        self.same[name], self.added[name] = name, found
+        width = found[0].shape[-1]
+        total = self.found[name] = found[0].new_zeros(width, width)
         for g in found:
-            outer = g.T @ g
-            if name in self.now:
-                outer = self.now[name].add_(outer)
-            elif before is not None:
-                outer = before.tensors["S"].to(outer.device) + outer
-            self.now[name] = outer
+            total.addmm_(g.T, g)
+        total.div_(sum(map(len, found)))
 
-    def keep(self, *, mean: bool) -> None:
-        """Keep what was added since. mean: whether that was all, so that it is divided."""
-        for name, total in self.now.items():
-            total = total.div_(self.tokens[name]) if mean else total
-            work = Kept({"S": total.to(CPU)}, float(total.trace()))
-            self.works[name] = self.ctx.keep(_key(self.kind, name), work)
-        self.now, self.added = {}, {}
-
-    def measured(self) -> Measured:
-        return Measured({name: self.works[source] for name, source in self.source.items()})
+    def kept(self) -> Kept:
+        """Return all of it, with traces."""
+        traces = {name: float(total.trace()) for name, total in self.found.items()}
+        tensors = {name: total.to(CPU) for name, total in self.found.items()}
+        return Kept(tensors, {"same": self.same, "traces": traces})
 
 
-def _all_equal(some: list[Tensor], others: list[Tensor]) -> bool:
-    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(some, others, strict=True))
+class Held:
+    """The values of all batches that the backward needs, by the stage that needs them.
+
+    They stay where they are up to `IN_MEMORY` bytes; those of later stages are kept on disk. A
+    value that passes stages by is held once.
+    """
+
+    def __init__(self, ctx: Context, key: str, device: torch.device):
+        self.ctx, self.key, self.device = ctx, key, device
+        self.bytes = 0
+        self._since: dict[str, int] = {}  # value -> the stage that it is held with
+        self._of: dict[int, dict[str, int]] = {}  # the same of the values that a stage needs
+        self._there: dict[int, list[Values]] = {}  # those held with a stage
+        self._kept: dict[int, Mapping[str, Tensor]] = {}  # those on disk, by `_entry`
+
+    def add(self, stage: int, values: Sequence[Values], written: Collection[str] = ()) -> None:
+        """Hold the values that a stage needs; `written`: those that change in it."""
+        new = sorted(values[0].keys() - self._since)
+        self._since |= dict.fromkeys(new, stage)
+        self._of[stage] = {name: self._since[name] for name in values[0]}
+        there = self._there[stage] = [{name: v[name] for name in new} for v in values]
+        for name in written:
+            self._since.pop(name, None)
+        large = {
+            _entry(batch, name): value
+            for batch, its in enumerate(there)
+            for name, value in its.items()
+            if isinstance(value, Tensor) and value.dtype in DTYPE_NAMES
+        }
+        self.bytes += sum(value.nbytes for value in large.values())
+        if self.bytes > IN_MEMORY:
+            on_disk = Kept({entry: value.to(CPU) for entry, value in large.items()})
+            self._kept[stage] = self.ctx.keep(self._name(stage), on_disk).tensors
+            for batch, its in enumerate(there):
+                for name in [n for n in its if _entry(batch, n) in large]:
+                    del its[name]
+
+    def take(self, stage: int) -> list[Values]:
+        """Return what a stage needs, from the last stage to the first; it is no longer held."""
+        found = [Values() for _ in self._there[stage]]
+        for name, since in self._of.pop(stage).items():
+            on_disk = self._kept.get(since, {})
+            for batch, values in enumerate(found):
+                entry, there = _entry(batch, name), self._there[since][batch]
+                values[name] = there[name] if name in there else on_disk[entry].to(self.device)
+        del self._there[stage]
+        if self._kept.pop(stage, None) is not None:
+            self.ctx.forget(self._name(stage))
+        return found
+
+    def in_memory(self) -> int:
+        """Return the bytes of what is held in memory."""
+        tensors = [
+            value
+            for stage in self._there.values()
+            for values in stage
+            for value in values.values()
+            if isinstance(value, Tensor)
+        ]
+        return sum(t.nbytes for t in tensors)
+
+    def _name(self, stage: int) -> str:
+        return f"{self.key} values {stage}"
 
 
-def _key(kind: str, name: str = "") -> str:
-    return f"sensitivity {kind} {name}".rstrip()
+def _entry(batch: int, name: str) -> str:
+    return f"{batch} {name}"
 
 
 class Gradients:
@@ -119,6 +183,7 @@ class Gradients:
         self.layers = {
             n.name: n.meta["layer"] for n in program.graph.nodes if n.op == "call_function"
         }
+        self.program = program
         self.whole = Whole(program, set(self.experts), watch=self.routers)
         self.has_head = output_logits(program) is not None
         if not self.has_head:
@@ -127,86 +192,78 @@ class Gradients:
                 "sensitivity is that of its last hidden state"
             )
 
-    def once(self, kind: str, batches: list[Tensor]) -> Measured:
+    def once(self, kind: str, batches: Sequence[Tensor]) -> Measured:
         """What `measure` returns, unless an interrupted run has kept all of it."""
-        whole = self.ctx.kept(_key(kind))
+        whole = self.ctx.kept(f"sensitivity {kind}")
         if whole is not None:
-            sources: dict[str, str] = whole.facts
-            works = {name: self.ctx.kept(_key(kind, name)) for name in {*sources.values()}}
-            there = {name: work for name, work in works.items() if work is not None}
+            works = [self.ctx.kept(_key(kind, stage)) for stage in whole.facts]
+            there = [work for work in works if work is not None]
             if len(there) == len(works):
-                return Measured({name: there[source] for name, source in sources.items()})
+                return Measured(there)
         return self.measure(kind, batches)
 
-    def measure(self, kind: str, batches: list[Tensor]) -> Measured:
+    def measure(self, kind: str, batches: Sequence[Tensor]) -> Measured:
         """S of one kind, kl or routing, on token ids of equally large batches.
 
         Raise MoeccError if the model's numbers leave the range of float32.
         """
-        self.kind, self.sums = kind, _Sums(self.ctx, kind)
-        last = self.whole.program.layers - 1
+        self.kind = kind
         highest = max((self.layers[r] for r in self.routers), default=0)
-        self.top = highest if kind == "routing" else last
+        self.top = highest if kind == "routing" else self.program.layers - 1
+        works: dict[int, Kept] = {}
         if self.top >= self.first:
-            step, inside = self._together(batches)
-            starts = self.ctx.progress(range(0, len(batches), step), f"sensitivity {kind}")
-            for i in starts:
-                last = i + step >= len(batches)
-                self._backward(i, batches[i : i + step], inside=inside, last=last)
-        self.ctx.keep(_key(kind), Kept(facts=self.sums.source))
-        return self.sums.measured()
+            held = self._forward(batches)
+            # gradients of the values that are alive after the stage, of each batch
+            after: list[Grads] = [{} for _ in batches]
+            stages = range(self.top, self.first - 1, -1)
+            for stage in self.ctx.progress(stages, f"sensitivity {kind}, backward"):
+                sums = Sums()
+                for name in after[0]:
+                    if self.layers[name] == stage:  # else it passes by, and this is only a part
+                        sums.add(name, [grads[name] for grads in after])
+                self._pull(stage, held.take(stage), after, sums)
+                work = sums.kept()
+                self._require_range(work)
+                if sums.found:
+                    works[stage] = self.ctx.keep(_key(kind, stage), work)
+        self.ctx.keep(f"sensitivity {kind}", Kept(facts=list(works)))
+        return Measured(list(works.values()))
 
-    def _together(self, batches: list[Tensor]) -> tuple[int, bool]:
-        """Batches at a time, and whether the values inside the layers are held as well.
+    @torch.no_grad()
+    def _forward(self, batches: Sequence[Tensor]) -> Held:
+        """Run forward up to the last loss; return what is held for the backward."""
+        device = self.program.device
+        values: list[Values] = [{self.whole.input: ids.to(device)} for ids in batches]
+        held = Held(self.ctx, f"sensitivity {self.kind}", device)
+        stages = range(self.top + 1)
+        for stage in self.ctx.progress(stages, f"sensitivity {self.kind}, forward"):
+            if stage < self.top:
+                values = self._run(stage, values, held)
+            else:
+                held.add(stage, values)
+            release()
+        return held
 
-        As many as memory holds activations of between all layers. If it holds all that is inside,
-        too, no layer runs forward twice.
-        """
-        before: list[list[Values]] = [[{self.whole.input: batches[0]}]]
-        held = []
-        for stage in range(min(2, self.whole.program.layers - 1)):
-            there = {t.data_ptr() for (values,) in before for t in _tensors(values)}
-            found = self._forward(stage, before[-1])
-            # what the first decoder layer leaves behind and what it holds, the others do too
-            held = [_bytes(some, there) for some in (found[1:], found[-1:])]
-            before = found
-        inside, between = held
-        room, layers = memory_left(self.whole.program.device) // 4, self.top + _WITHIN
-        if len(batches) * inside * layers <= room:
-            return len(batches), True
-        return max(1, room // max(1, between * layers)), False
+    def _run(self, stage: int, values: list[Values], held: Held) -> list[Values]:
+        """Return the values behind a stage; hold those before it and what its experts give."""
+        nodes, alive = self.whole.stages[stage], self.whole.alive[stage]
+        into = {i.name for n in nodes for i in written(n)}
+        here = [_copied(into, there) for there in values]
+        needed = [dict(there) for there in values]
 
-    def _forward(self, stage: int, values: list[Values]) -> list[list[Values]]:
-        """The values before each piece of a stage, and those behind it."""
-        here, found = Stage(self.whole, stage), [values]
-        for piece in here.pieces:
-            found.append(here.forward(piece, found[-1]))
-        return found
+        def visit(node: fx.Node, value: Value, batch: int) -> None:
+            if node.name in self.experts:
+                assert isinstance(value, Tensor)
+                needed[batch][node.name] = value.clone() if node.name in into else value
 
-    def _backward(self, start: int, batches: list[Tensor], *, inside: bool, last: bool) -> None:
-        """Add the gradients of batches start, start + 1, ...; `last`: there are no more.
+        weights = StageWeights(self.program)
+        run_batches(self.program, nodes, here, weights, alive, visit, self.ctx.workers)
+        if stage >= self.first:
+            held.add(stage, needed, into)
+        return [{k: v for k, v in there.items() if k in alive} for there in here]
 
-        inside: whether to hold what is inside the layers from forward to backward.
-        """
-        kept: list[list[list[Values]]] = []  # before each piece of a stage that was held
-        values: list[Values] = [{self.whole.input: ids} for ids in batches]
-        for stage in range(self.top):
-            *before, values = self._forward(stage, values)
-            kept.append(before if inside else before[:1])
-        kept.append([values])
-        # gradients of the values that are alive after the stage, of each batch
-        after: list[Grads] = [{} for _ in batches]
-        for stage in range(self.top, self.first - 1, -1):
-            for name in after[0]:
-                if self.layers[name] == stage:  # else it passes by, and this is only a part
-                    self.sums.add(name, [grads[name] for grads in after])
-            self._pull(stage, start, kept.pop(), after)
-            self._require_range()
-            self.sums.keep(mean=last)
-
-    def _require_range(self) -> None:
-        for name, total in self.sums.now.items():
-            size = float(total.trace())
+    def _require_range(self, work: Kept) -> None:
+        for name, size in work.facts["traces"].items():
             if not size < _MOST:
                 layer = self.layers.get(name)
                 where = name if layer is None else f"the output of layer {layer - 1}"
@@ -215,83 +272,140 @@ class Gradients:
                     "more than float32 can add up; check the weights of the layers behind it"
                 )
 
-    def _pull(self, stage: int, start: int, before: list[list[Values]], after: list[Grads]) -> None:
+    def _pull(self, stage: int, values: list[Values], after: list[Grads], sums: Sums) -> None:
         """Make gradients `after` a stage, and those of losses inside it, those of its inputs.
 
-        before: the values before its first pieces. Adds the gradients of its experts' outputs to
-        the sums.
+        values: what was held for the stage. Adds the gradients of its experts' outputs to the sums.
         """
-        here = Stage(self.whole, stage)
-        for piece in here.pieces[len(before) - 1 : -1]:
-            before.append(here.forward(piece, before[-1]))
-        for piece in reversed(here.pieces):
+        weights = StageWeights(self.program)
+        parts = split(self.whole.stages[stage])
+        while parts and not after[0] and not any(n.name in self.sources for n in parts[-1]):
+            parts.pop()  # no loss is behind
+        before = self._inside(parts, values, weights)
+        for part in reversed(parts):
             entering = before.pop()
-            if piece.experts is not None:
-                self._pull_experts(Experts(here, piece.experts), entering, after)
+            if part[0].name in self.experts:
+                self._pull_experts(part[0], entering, weights, after, sums)
                 continue
-            for i, (leaving, grads) in enumerate(zip(entering, after, strict=True)):
-                self._pull_piece(here, piece, start + i, leaving, grads)
+            for batch, (there, grads) in enumerate(zip(entering, after, strict=True)):
+                self._pull_batch(part, batch, there, weights, grads)
+        release()
 
-    def _pull_experts(self, experts: Experts, values: list[Values], after: list[Grads]) -> None:
-        of_result = [grads.pop(experts.name, None) for grads in after]
-        found = [g for g in of_result if g is not None]
+    @property
+    def sources(self) -> set[str]:
+        """The nodes from whose values losses are taken."""
+        return {self.whole.output} if self.kind == "kl" else set(self.routers)
+
+    @torch.no_grad()
+    def _inside(
+        self, parts: Sequence[Sequence[fx.Node]], values: list[Values], weights: StageWeights
+    ) -> list[list[Values]]:
+        """Return the values before each part of a stage."""
+        before = [values]
+        for i, part in enumerate(parts[:-1]):
+            behind = [n for p in parts[i + 1 :] for n in p]
+            needed = {n.name for m in behind for n in m.all_input_nodes}
+            needed |= self.experts.keys() & {n.name for n in behind}  # what they give is held
+            here = [_copied(_changed(part), there) for there in before[-1]]
+            if part[0].name not in here[0]:
+                run_batches(
+                    self.program,
+                    part,
+                    here,
+                    weights,
+                    needed,
+                    lambda node, value, batch: None,
+                    self.ctx.workers,
+                )
+            before.append([{k: v for k, v in there.items() if k in needed} for there in here])
+        return before
+
+    def _pull_experts(
+        self,
+        node: fx.Node,
+        values: list[Values],
+        weights: StageWeights,
+        after: list[Grads],
+        sums: Sums,
+    ) -> None:
+        found = [g for grads in after if (g := grads.pop(node.name, None)) is not None]
         if len(found) < len(after):  # no loss is behind
             return
-        self.sums.add(self.experts[experts.name], found)
-        if not self.whole.moving.intersection(experts.inputs):
+        sums.add(self.experts[node.name], found)
+        inputs = [n.name for n in (node.args[0], node.args[2]) if isinstance(n, fx.Node)]
+        if not self.whole.moving.intersection(inputs):
             return
-        for grads, pulled in zip(after, experts.pull(values, found), strict=True):
-            for name, g in zip(experts.inputs, pulled, strict=True):
+        pulled = pull_experts(self.program, node, values, weights, found, self.ctx.workers)
+        for grads, of_inputs in zip(after, pulled, strict=True):
+            for name, grad in zip(inputs, of_inputs, strict=True):
                 if name in self.whole.moving:
-                    _add(grads, name, g)
+                    _add(grads, name, grad)
 
-    def _pull_piece(
-        self, here: Stage, piece: Piece, batch: int, values: Values, after: Grads
+    def _pull_batch(
+        self,
+        part: Sequence[fx.Node],
+        batch: int,
+        values: Values,
+        weights: StageWeights,
+        after: Grads,
     ) -> None:
+        """Pull gradients `after` a part without experts, and those of its losses, to its inputs."""
         leaves = self.whole.leaves(values)
         inputs = {k: v for k, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
-        if not inputs:
+        made = {n.name for n in part} | _changed(part)
+        ends = [(k, after.pop(k)) for k in sorted(made & after.keys())]
+        if not inputs or not (ends or self.sources.intersection(made)):
             return
+        found = _copied(_changed(part), leaves)
+        keep = self.sources.union(k for k, _ in ends)
         with torch.enable_grad():
-            found = here.run(piece, leaves)
-            losses = [x for x in self._losses(piece, batch, found) if x.requires_grad]
-        made = {k: after.pop(k) for k in piece.made & after.keys()}
-        reached = {k: g for k, g in made.items() if found[k].requires_grad}
-        if not (reached or losses):
+            for _ in run_nodes(part, found, weights, keep):
+                pass
+            pairs = [(found[k], g) for k, g in ends] + list(self._losses(part, batch, found))
+        pairs = [(value, g) for value, g in pairs if value.requires_grad]
+        if not pairs:
             return
-        ends = [*(found[k] for k in reached), *losses]
-        starts = [*reached.values(), *map(torch.ones_like, losses)]
-        grads = torch.autograd.grad(ends, list(inputs.values()), starts, allow_unused=True)
-        for name, g in zip(inputs, grads, strict=True):
-            if g is not None:
-                _add(after, name, g)
+        results, starts = zip(*pairs, strict=True)
+        grads = torch.autograd.grad(results, list(inputs.values()), starts, allow_unused=True)
+        for name, grad in zip(inputs, grads, strict=True):
+            if grad is not None:
+                _add(after, name, grad)
 
-    def _losses(self, piece: Piece, batch: int, values: Values) -> Iterator[Tensor]:
-        """The losses of the kind on what a piece makes, for values of one batch."""
-        for node in piece.nodes:
-            if self.kind == "routing" and node.name in self.routers:
-                scores, draw = (
-                    values[node.name].flatten(0, -2).float(),
-                    self._draw(batch, node.name),
-                )
-                yield self._decisions(scores, self.routers[node.name], draw)
-            elif self.kind == "kl" and node.name == self.whole.output:
-                output = values[node.name].flatten(0, -2).float()
-                require_numbers(output, "what the head gives")
-                yield self._output(output, self._draw(batch, "output"))
+    def _losses(
+        self, part: Sequence[fx.Node], batch: int, values: Values
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield values of one batch that losses are taken from, or losses, and their gradients."""
+        for name in [n.name for n in part if n.name in self.sources]:
+            value = values[name]
+            assert isinstance(value, Tensor)
+            found = value.flatten(0, -2).float()
+            if self.kind == "routing":
+                draw = self._draw(batch, name)
+                loss = self._decisions(found, self.routers[name], draw)
+                yield loss, torch.ones_like(loss)
+            else:
+                require_numbers(found, "what the head gives")
+                yield found, self._output(found.detach(), self._draw(batch, "output"))
 
     def _draw(self, batch: int, name: str) -> torch.Generator:
-        """Random numbers that do not depend on which batches go through together."""
+        """Random numbers that are a batch's own."""
         seed = self.ctx.seed_for("sensitivity", self.kind, batch, name)
         return torch.Generator().manual_seed(seed)
 
     def _output(self, output: Tensor, draw: torch.Generator) -> Tensor:
-        """kl's loss, summed over tokens: output [T, vocabulary], or [T, D] without a head."""
+        """The gradient of kl's loss, summed over tokens.
+
+        output: [T, vocabulary], or [T, D] without a head.
+        """
         if not self.has_head:
-            return (output * _normal(output, draw)).sum()
-        chances = output.detach().softmax(-1).cpu()
-        labels = torch.multinomial(chances, 1, generator=draw).squeeze(-1).to(output.device)
-        return F.cross_entropy(output, labels, reduction="sum")
+            return _normal(output, draw)
+        grad = torch.empty_like(output)
+        few = max(1, AT_ONCE // output.shape[1])
+        for logits, part in zip(output.split(few), grad.split(few), strict=True):
+            chances = logits.softmax(-1)
+            labels = torch.multinomial(chances.to(CPU), 1, generator=draw).to(output.device)
+            part.copy_(chances.scatter_add_(-1, labels, chances.new_full(labels.shape, -1.0)))
+        return grad
 
     def _decisions(self, scores: Tensor, top_k: int, draw: torch.Generator) -> Tensor:
         """One router's part of routing's loss, summed over tokens: scores [T, E]."""
@@ -300,18 +414,22 @@ class Gradients:
         return (_normal(s, draw) * nearness.sqrt() * s).sum()
 
 
+def _key(kind: str, stage: int) -> str:
+    return f"sensitivity {kind} {stage}"
+
+
+def _changed(nodes: Sequence[fx.Node]) -> set[str]:
+    """The values that come from elsewhere and that an in-place op writes into."""
+    return {i.name for n in nodes for i in written(n)} - {n.name for n in nodes}
+
+
+def _copied(names: set[str], values: Values) -> Values:
+    """The same values, with copies of those called `names`."""
+    return {k: v.clone() if k in names else v for k, v in values.items()}
+
+
 def _add(grads: Grads, name: str, grad: Tensor) -> None:
     grads[name] = grads[name] + grad if name in grads else grad
-
-
-def _tensors(values: Values) -> Iterable[Tensor]:
-    return (v for v in values.values() if isinstance(v, Tensor))
-
-
-def _bytes(states: list[list[Values]], there: set[int]) -> int:
-    """Bytes of one batch's values, without those that are `there`; each counts once."""
-    found = {t.data_ptr(): t.nbytes for (values,) in states for t in _tensors(values)}
-    return sum(n for place, n in found.items() if place not in there)
 
 
 def _normal(like: Tensor, draw: torch.Generator) -> Tensor:

@@ -48,11 +48,11 @@ class ModelLoss:
             selection_scores(m).name: m.top_k for m in program.moe_layers() if m.logits is not None
         }
         self.routers = routers if weights["routing"] else {}
-        self.whole = Whole(program, trained.placeholders, watch=self.routers)
+        self.whole = Whole(program, trained.placeholders, watch=self.routers, spare=ctx.spare)
         self.batches = list(ctx.batches)
         self.rows, self.held_out = split(len(self.batches))
         assert ctx.reference is not None
-        self.teacher = Whole(ctx.reference, set(), watch=self.routers)
+        self.teacher = Whole(ctx.reference, set(), watch=self.routers, spare=ctx.spare)
         self.targets: dict[int, Values] = {}
         self.scale: dict[str, float] = {}
 

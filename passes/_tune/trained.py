@@ -29,7 +29,7 @@ class Trained:
         """
         self.program, self.lr = program, lr
         # the adapted weights, read once if they fit
-        self.kept = StageWeights(program) if fits_in_memory(program) else None
+        self.kept = StageWeights(program) if fits_in_memory(program, ctx.spare) else None
         coded = [m for m in program.moe_layers() if m.node.target is VQ_EXPERTS]
         self.experts = Tuned(program, coded if experts else [])
         self.a: dict[str, Tensor] = {}

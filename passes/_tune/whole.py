@@ -33,13 +33,15 @@ Inner = Mapping[str, Callable[[Tensor], Tensor]]  # node name -> the loss of its
 class Whole:
     """A program, stage by stage, in which functions of parameters stand for some weights."""
 
-    def __init__(self, program: Program, trained: set[str], watch: Container[str] = ()):
+    def __init__(
+        self, program: Program, trained: set[str], watch: Container[str] = (), *, spare: int = 0
+    ):
         """trained: the placeholders of these weights. watch: nodes inside the layers to report.
 
-        Weights stay in memory once they are read, if all of them fit.
+        spare: bytes; weights stay in memory once they are read, if all of them fit in there.
         """
         self.program = program
-        self.kept = StageWeights(program) if fits_in_memory(program) else None
+        self.kept = StageWeights(program) if fits_in_memory(program, spare) else None
         self.input, self.output = program.user_inputs[0].name, output_node(program).name
         run = tunable(program)
         self.stages = [stage_nodes(run, i) for i in range(program.layers)]
