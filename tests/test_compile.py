@@ -6,6 +6,7 @@ A sample of the families by default; MOECC_ALL_FAMILIES=1 runs all of tests/fami
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from made import (
     load,
     logits,
 )
-from refusals import edit_tensors
+from refusals import Refused, edit_tensors
 from safetensors.torch import save_file
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -265,3 +266,42 @@ def test_adapters_are_merged_in_the_dtype_of_the_checkpoint(
     moved = load(tmp_path / "other").get_parameter(f"{name}.weight").detach()
     torch.testing.assert_close(moved, (before + 8 * b @ a).bfloat16().float())
     assert "vq" not in (tmp_path / "other" / "config.json").read_text()
+
+
+# ---------------------------------------------------------------- memory
+
+
+TELLING_PASS = '''"""Notes the bytes that passes may take beyond the plan."""
+
+from dataclasses import dataclass
+
+from moecc.pipeline.passes import Pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telling(Pass):
+    name = "telling"
+
+    def run(self, program, ctx):
+        ctx.notes.append(f"{ctx.spare} bytes to spare")
+        return False
+'''
+
+
+def test_a_bound_on_memory_reaches_the_passes(
+    model: Path, compile: Compile, tmp_path: Path
+) -> None:
+    file = tmp_path / "telling.py"
+    file.write_text(TELLING_PASS, encoding="utf-8")
+    got = compile(model, tmp_path / "out", str(file), "--max-memory", "8GiB", "--workers", 1)
+    assert got.code == 0, got.err
+    (spare,) = re.findall(r"(\d+) bytes to spare", got.err)
+    (planned,) = re.findall(r"about ([\d.]+) MB of memory", got.err)
+    assert int(spare) + float(planned) * 1e6 == pytest.approx(8 << 30, abs=1e4)
+
+
+def test_a_bound_that_cannot_hold_is_refused_before_it_starts(
+    model: Path, refused: Refused
+) -> None:
+    line = refused(model, "--max-memory", "100MiB")
+    assert "takes about" in line and "more than 104.86 MB; give more" in line
