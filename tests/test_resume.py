@@ -316,7 +316,7 @@ def test_the_journal_of_a_round_has_only_the_tensors_it_changed(
         stop(patch, "writing", 0, interrupt)
         assert compile(mixtral, tmp_path / "out", EVERYTHING).code == 130
     folder = tmp_path / "out.partial" / "journal"
-    files = [TensorFile(folder / f"layer-{i}-0001.safetensors") for i in (1, 2)]
+    files = [TensorFile(folder / f"layer-{i}-0002.safetensors") for i in (1, 2)]
     coded, tuned = ({n for n in file if ".experts." in n} for file in files)
     assert {n.rpartition(".")[2] for n in coded} >= {"codes", "scale", "codebook", "mean_codes"}
     assert tuned and not any(n.endswith(("codes", "signs")) for n in tuned)

@@ -307,6 +307,7 @@ def test_the_units_of_killed_workers_are_done_again(
     note = "note: a worker was ended by SIGKILL; its unit of work is done again"
     assert said == [note]
     pool._idle[0].stop()  # one that is idle
+    until(lambda: not pool._idle[0].runs)
     assert list(pool.run(units.killed_first, [(i, tmp_path, 0) for i in (4, 5)])) == [16, 25]
     advice = "one unit of work ended 2 workers, the last by SIGKILL; memory may be short: give"
     with pytest.raises(Mendable, match=advice):
