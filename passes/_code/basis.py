@@ -49,6 +49,7 @@ from moecc.passes._code.half import compact
 from moecc.passes._code.metric import damped
 
 MORE, _TURNS = 16, 24  # vectors beside those that are wanted, and products with the matrix
+_SMALL = 512  # rows of a matrix whose eigenvectors take no longer than those products
 _OWN = ("coef", "coef_scale")  # what each expert has of its own
 
 
@@ -192,7 +193,7 @@ def largest(gram: Tensor, rank: int) -> Tensor:
     what they miss is little of the energy, though not each is exact.
     """
     drawn = rank + MORE
-    if len(gram) <= 4 * drawn:
+    if len(gram) <= max(_SMALL, 4 * drawn):
         vectors: Tensor = torch.linalg.eigh(gram)[1]
         return vectors[:, -rank:].flip(-1)
     draw = torch.Generator().manual_seed(0)
