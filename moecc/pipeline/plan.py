@@ -26,6 +26,7 @@ _ACTIVATIONS = 8  # float32 copies of all tokens' hidden states at a time
 _OF_A_PART = 6  # those of the tokens that go through an expert together
 _MOST_BITS = 4  # of a code
 _COPIES = 8  # float32 copies of a matrix and of its metric while it is coded
+_PAIRS = 32  # and of the costs of output errors, for whose sums `affine` takes float64
 # Weights that a core codes in the time in which a worker starts. Less is not worth one.
 _OF_A_WORKER = 2_000_000
 _WORTH_TIMING = 50_000_000  # weights; for less, the time isn't worth measuring the machine
@@ -215,11 +216,11 @@ def _activations(scope: Scope) -> int:
 def _unit(scope: Scope) -> int:
     """Return bytes that coding the largest unit takes."""
     sizes = [
-        columns * (rows + columns) + (rows * rows if scope.weighted else 0)
+        _COPIES * columns * (rows + columns) + (_PAIRS * rows * rows if scope.weighted else 0)
         for layer in scope.layers
         for rows, columns in layer.shapes
     ]
-    return 4 * _COPIES * max(sizes, default=0)
+    return 4 * max(sizes, default=0)
 
 
 def _payload(scope: Scope) -> int:

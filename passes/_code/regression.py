@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moecc.ir.relative import relative
-from moecc.passes._code.metric import OUTPUT_DAMPING, damped
+from moecc.passes._code.metric import OUTPUT_DAMPING, damped, damping
 
 _PRIOR = 32.0
 
@@ -119,7 +119,9 @@ class CoupledSums:
         spread = self.vv / total
         if offset:
             spread -= self.cost * torch.outer(mean_v, mean_v)
-        beyond = _solved(damped(spread.unsqueeze(0), 1e-6)[0], joint - spread.sum(1))
+        wanted, diagonal = joint - spread.sum(1), spread.diagonal()
+        diagonal += damping(diagonal.unsqueeze(0), 1e-6)[0]
+        beyond = _solved(spread, wanted)
         trust = p.count / (p.count + _PRIOR)
         slope = 1 + trust * beyond
         return slope, trust * (mean_t - slope * mean_v)
