@@ -60,7 +60,7 @@ def drawn(experts: int, rows: int, columns: int, device: str, *, coupled: bool) 
         return x.mT @ x / 256 + 0.05 * torch.eye(size, device=device)
 
     weight = torch.randn(experts, rows, columns, generator=g).to(device)
-    return weight, moments(columns), moments(rows) if coupled else None
+    return weight, moments(columns), moments(rows).unsqueeze(1) if coupled else None
 
 
 def coded(case: Case, bits: int) -> Coded:

@@ -26,7 +26,7 @@ Shapes: E experts, n tokens, N rows, K columns; slope and offset [E, N], operand
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -38,6 +38,7 @@ from moecc.ir.gates import apply_gate
 from moecc.ir.moe import MoE
 from moecc.ir.ops import VQ_EXPERTS
 from moecc.options import option
+from moecc.passes._code.metric import OUTPUT_DAMPING, damped
 from moecc.passes._code.moments import Common, Expert, Moments, Routed, hidden_units, routed_tokens
 from moecc.passes._code.rate import gain
 from moecc.passes._code.regression import Sums, shift, sums_of
@@ -78,6 +79,17 @@ class Line:
     sums: Sums
     lines: dict[bool, tuple[Tensor, Tensor]]  # slope and offset by whether there is an offset
 
+    @classmethod
+    def woven(cls, parts: Sequence[Line], sums: Sums) -> Line:
+        """That of all channels from those of each block, as `_code.metric` has blocks."""
+
+        def channels(offset: bool, which: int) -> Tensor:
+            return torch.stack([part.lines[offset][which] for part in parts], -1).flatten()
+
+        coded, slope, both = (sum(getattr(p, n) for p in parts) for n in ("coded", "slope", "both"))
+        lines = {offset: (channels(offset, 0), channels(offset, 1)) for offset in (True, False)}
+        return cls(coded, slope, both, sums, lines)
+
 
 class Fit(NamedTuple):
     """Slope and offset [E, N] of a projection, None if they do not help; its `shift`."""
@@ -111,10 +123,10 @@ class AffineCorrection(LayerPass):
             seen = min(_MOST_TOKENS, scope.tokens * layer.top_k / layer.experts)
             done.products += layer.experts * seen * 5 * layer.weights
             if scope.weighted:
-                sizes = (layer.rows, layer.hidden)
-                done.products += layer.experts * sum(2 * seen * n**2 for n in sizes)
+                sizes = list(zip((layer.rows, layer.hidden), layer.blocks, strict=True))
+                done.products += layer.experts * sum(2 * seen * n**2 / b for n, b in sizes)
                 # solved in float64, three times
-                done.factors += layer.experts * sum(3 * factor(n) for n in sizes)
+                done.factors += layer.experts * sum(3 * factor(n, b) for n, b in sizes)
         return done
 
     def run_layer(self, layer: Layer, ctx: Context) -> bool:
@@ -174,7 +186,21 @@ def regress(unit: Unit, common: Common | None = None) -> Line:
     cost = None
     if unit.expert is not None and common is not None:
         cost = unit.expert.under(common).output(name)
-    fit, rest = (sums_of(v[i::2], t[i::2], unit.weight[i::2], cost) for i in (0, 1))
+    return judged(v, t, unit.weight, cost)
+
+
+def judged(v: Tensor, t: Tensor, weight: Tensor, cost: Tensor | None) -> Line:
+    """The line of channels v, t [n, N] under costs [b, B, B] of their errors, if any."""
+    if cost is None:
+        return _judged(v, t, weight)
+    blocks = damped(cost.unsqueeze(0), OUTPUT_DAMPING)[0]
+    some = (slice(i, None, len(blocks)) for i in range(len(blocks)))
+    parts = [_judged(v[:, n], t[:, n], weight, b) for n, b in zip(some, blocks, strict=True)]
+    return Line.woven(parts, Sums.of(v, t, weight))
+
+
+def _judged(v: Tensor, t: Tensor, weight: Tensor, cost: Tensor | None = None) -> Line:
+    fit, rest = (sums_of(v[i::2], t[i::2], weight[i::2], cost) for i in (0, 1))
     coded_error, slope_error = rest.error(1.0, 0.0), rest.error(fit.line(offset=False)[0], 0.0)
     both = fit + rest
     lines = {offset: both.line(offset=offset) for offset in (True, False)}

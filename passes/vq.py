@@ -91,15 +91,15 @@ class VectorQuantize(LayerPass):
 
     def work(self, scope: Scope) -> Work:
         done = Work()
-        for layer, rows, columns, tokens in each(scope):
+        for layer, rows, columns, blocks, tokens in each(scope):
             done.products += tokens * (columns**2 + layer.rows * layer.hidden)
             done.factors += layer.experts * factor(columns)
-            if scope.weighted:
-                done.factors += layer.experts * factor(rows)
-                done.products += tokens * (rows**2 + layer.rows * layer.hidden)
+            if blocks:
+                done.factors += layer.experts * factor(rows, blocks)
+                done.products += tokens * (rows**2 / blocks + layer.rows * layer.hidden)
                 done.products += layer.experts * layer.hidden**2 * layer.intermediate
-            code = partial(self.trial, scope.weighted)
-            coded = Coding(layer.experts, rows, columns, scope.weighted, str(self), code)
+            coupled, code = rows // blocks if blocks else 0, partial(self.trial, blocks > 0)
+            coded = Coding(layer.experts, rows, columns, coupled, str(self), code)
             done.coded.append(coded)
         return done
 
@@ -108,7 +108,7 @@ class VectorQuantize(LayerPass):
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(1, rows, columns, generator=generator)
         moment = torch.eye(columns).unsqueeze(0)
-        output = torch.eye(rows).unsqueeze(0) if weighted else None
+        output = torch.eye(rows).view(1, 1, rows, rows) if weighted else None
         bits, rounds = self.bits, self.rounds
         encode(weight, moment, output, bits=bits, shared=False, seed=0, rounds=rounds)
 
@@ -219,7 +219,8 @@ class Job:
         device = self.layer.program.device
         if device.type == "cpu":
             return max(1, AT_ONCE // (rows * columns))
-        return on_device(experts, rows, columns, device, weighted=self.moments.weighted)
+        blocks = self.moments.blocks(self.projection)
+        return on_device(experts, rows, columns, device, blocks=blocks)
 
     def begin(self, workers: Workers) -> None:
         """Find the codebook that units begin with; a single one makes its own."""

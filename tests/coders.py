@@ -96,9 +96,8 @@ def error_of(c: Coder, s: Coded) -> Tensor:
     d, h = (s.dense().double() - c.target.double()), c.moment.double()
     found = [sum(float(row @ h[e] @ row) for row in d[e]) for e in range(len(d))]
     if c.output is not None:
-        found = [
-            float(torch.trace(c.output[e].double() @ d[e] @ h[e] @ d[e].T)) for e in range(len(d))
-        ]
+        s = from_blocks(c.output).double()
+        found = [float(torch.trace(s[e] @ d[e] @ h[e] @ d[e].T)) for e in range(len(d))]
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -131,8 +130,8 @@ def slow_nearest(
     return best, chosen
 
 
-def costs(likeness: float, seed: int = 0, rows: int = 64) -> Tensor:
-    """Return full costs [E, N, N] of output errors.
+def costs(likeness: float, seed: int = 0, rows: int = 64, blocks: int = 1) -> Tensor:
+    """Return costs of output errors in so many blocks, [E, b, B, B], full ones.
 
     The larger `likeness`, the more alike are the rows.
     """
@@ -140,7 +139,21 @@ def costs(likeness: float, seed: int = 0, rows: int = 64) -> Tensor:
     a = torch.randn(E, rows, 4 * rows, generator=g) + likeness * torch.randn(
         E, 1, 4 * rows, generator=g
     )
-    return a @ a.mT / a.shape[-1]
+    return in_blocks(a @ a.mT / a.shape[-1], blocks)
+
+
+def in_blocks(output: Tensor, blocks: int) -> Tensor:
+    """Return the blocks of a matrix: [.., N, N] -> [.., b, B, B]."""
+    return torch.stack([output[..., i::blocks, i::blocks] for i in range(blocks)], -3)
+
+
+def from_blocks(output: Tensor) -> Tensor:
+    """Return the matrix that has these blocks, and zeros beside them."""
+    blocks, rows = output.shape[-3:-1]
+    found = output.new_zeros(*output.shape[:-3], blocks * rows, blocks * rows)
+    for i in range(blocks):
+        found[..., i::blocks, i::blocks] = output[..., i, :, :]
+    return found
 
 
 def relative(weight: Tensor, moment: Tensor, coded: Coded) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from coders import costs
+from coders import costs, from_blocks
 
 from moecc.passes._code.moments import Routed
 from moecc.passes._code.regression import CoupledSums, Sums, sums_of
+from moecc.passes.affine import judged
 
 
 @pytest.mark.parametrize("offset", [True, False])
@@ -52,13 +53,10 @@ def test_the_error_of_a_line_is_summed_over_tokens(coupled: bool) -> None:
     g = torch.Generator().manual_seed(2)
     v, t = torch.randn(2, 9, 6, generator=g).double()
     weight = torch.rand(9, generator=g).double()
-    cost = costs(1.0, rows=6)[0].double() if coupled else None
+    cost = costs(1.0, rows=6)[0, 0].double() if coupled else None
     sums = sums_of(v, t, weight, cost)
     assert isinstance(sums, CoupledSums if coupled else Sums) and sums.plain.count == 9
-    # every direction costs at least a fifth of the mean
-    metric = torch.eye(6).double()
-    if cost is not None:
-        metric = cost + 0.2 * float(cost.diagonal().mean()) * metric
+    metric = torch.eye(6).double() if cost is None else cost
     slope, shift = torch.rand(6, generator=g).double(), torch.randn(6, generator=g).double()
     for a, b in ((slope, shift), (slope, 0.0), (1.0, 0.0)):
         left = t - a * v - b
@@ -78,7 +76,7 @@ def test_slopes_under_output_costs_are_least_squares_together(offset: bool) -> N
     g = torch.Generator().manual_seed(0)
     v, weight = torch.randn(4000, 6, generator=g).double(), torch.rand(4000, generator=g).double()
     t = 1.3 * v + 0.4 * v.roll(1, 1) + 0.2 + 0.1 * torch.randn(4000, 6, generator=g)
-    cost = costs(1.0, rows=6)[0].double()
+    cost = costs(1.0, rows=6)[0, 0].double()
     sums = CoupledSums.of(v[::2], t[::2], weight[::2], cost) + CoupledSums.of(
         v[1::2], t[1::2], weight[1::2], cost
     )
@@ -101,3 +99,25 @@ def test_a_slot_without_weight_gives_an_expert_no_token() -> None:
     weight = torch.tensor([[0.0, 0.4], [0.3, 0.2], [0.0, 0.0]])
     routed = Routed(torch.randn(3, 4), index, weight, None)
     assert [routed.rows(e).tolist() for e in range(4)] == [[1], [0], [1], []]
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_channels_are_judged_block_by_block_as_if_all_together(blocks: int) -> None:
+    """Under costs of which every direction has at least a fifth of the mean."""
+    g = torch.Generator().manual_seed(4)
+    v, weight = torch.randn(200, 6, generator=g).double(), torch.rand(200, generator=g).double()
+    t = 1.2 * v + 0.3 * v.roll(3, 1) + 0.1 + torch.randn(200, 6, generator=g)
+    cost = costs(1.0, rows=6, blocks=blocks)[0].double()
+    whole = from_blocks(cost)
+    whole += 0.2 * whole.diagonal().mean() * torch.eye(6)
+    found, parts = judged(v, t, weight, cost), (slice(0, None, 2), slice(1, None, 2))
+    fit, rest = (CoupledSums.of(v[i], t[i], weight[i], whole) for i in parts)
+    assert found.coded == pytest.approx(rest.error(1.0, 0.0), rel=1e-6)
+    assert found.slope == pytest.approx(rest.error(fit.line(offset=False)[0], 0.0), rel=1e-6)
+    assert found.both == pytest.approx(rest.error(*fit.line()), rel=1e-6)
+    for offset, line in found.lines.items():
+        torch.testing.assert_close(line, (fit + rest).line(offset=offset), rtol=1e-5, atol=1e-7)
+    want = Sums.of(v, t, weight)
+    torch.testing.assert_close(vars(found.sums), vars(want))
+    alike = judged(v, t, weight, None)
+    torch.testing.assert_close(alike.lines[True], want.line(), rtol=1e-6, atol=1e-9)

@@ -32,7 +32,7 @@ def both(bits: int, *, coupled: bool = False, **shape: int) -> tuple[Coded, Code
     if coupled:
         experts, rows = shape["experts"], shape["rows"]
         x = torch.randn(experts, rows, 3 * rows, generator=torch.Generator().manual_seed(5))
-        output = x @ x.mT / (3 * rows)
+        output = (x @ x.mT / (3 * rows)).unsqueeze(1)
     c = coder(bits, output=output, **shape)
     start = choose(c, codebooks(bits, books=shape["experts"]), scales(c))
     return start, sweep(c, start)

@@ -18,6 +18,7 @@ from coders import (
     distance,
     drawn,
     error_of,
+    from_blocks,
     loops,  # noqa: F401 (a fixture)
     random_state,
     scales,
@@ -31,7 +32,17 @@ from moecc.passes._code import metric
 from moecc.passes._code.codebooks import Nearest, clamp_codebook, kmeans, rounded
 from moecc.passes._code.coder import Coder
 from moecc.passes._code.feedback import choose, choose_rows, finders
-from moecc.passes._code.metric import damped, feedback_factor, pivots, weighted, weighted_error
+from moecc.passes._code.metric import (
+    apart,
+    costly,
+    damped,
+    diagonal,
+    feedback_factor,
+    pivots,
+    together,
+    weighted,
+    weighted_error,
+)
 
 # ---- measures
 
@@ -61,15 +72,18 @@ def test_damping_adds_a_share_of_the_mean_diagonal() -> None:
     assert bool(torch.linalg.eigvalsh(damped(torch.zeros(1, K, K))).min() > 0)
 
 
-def test_weighted_error_with_output_costs_against_the_loop() -> None:
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_weighted_error_with_output_costs_against_the_loop(blocks: int) -> None:
     d, h = drawn(1)
-    s = costs(1.0)[:, :N, :N]
+    output = costs(1.0, rows=N, blocks=blocks)
+    s = from_blocks(output)
     want = [
         sum(float(s[e, a, b] * (d[e, a] @ h[e] @ d[e, b])) for a in range(N) for b in range(N))
         for e in range(E)
     ]
-    torch.testing.assert_close(weighted_error(d, h, s), torch.tensor(want), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(weighted(d, h, s), s @ d @ h)
+    got = weighted_error(d, h, output)
+    torch.testing.assert_close(got, torch.tensor(want), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(weighted(d, h, output), s @ d @ h)
     torch.testing.assert_close(weighted(d, h, None), d @ h)
 
 
@@ -78,6 +92,21 @@ def test_the_factor_of_feedback_gives_back_the_inverse() -> None:
     u = feedback_factor(h)
     assert torch.equal(u, u.triu())
     torch.testing.assert_close(u.mT @ u, torch.linalg.inv(h), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 6])
+def test_blocks_of_costs_stand_for_the_matrix_with_zeros_beside_them(blocks: int) -> None:
+    rows, s = torch.randn(E, N, 3), costs(1.0, rows=N, blocks=blocks)
+    for b in range(blocks):
+        assert torch.equal(apart(rows, blocks)[:, b], rows[:, b::blocks])
+    assert torch.equal(together(apart(rows, blocks)), rows)
+    torch.testing.assert_close(costly(rows, s), from_blocks(s) @ rows)
+    assert torch.equal(diagonal(s), from_blocks(s).diagonal(dim1=-2, dim2=-1))
+    torch.testing.assert_close(from_blocks(damped(s, 0.2)), damped(from_blocks(s), 0.2))
+    left = together(pivots(s, 0.2).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(left, pivots(from_blocks(s), 0.2))
+    alike = pivots(s[:1].expand(4, -1, -1, -1), 0.2)
+    assert torch.equal(alike, pivots(s[:1], 0.2).expand(4, -1, -1))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2])

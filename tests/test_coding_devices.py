@@ -28,7 +28,7 @@ def _without_compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_codes_as_the_cpu_does(bits: int, coupled: bool, feedback: bool) -> None:
     """To the last bit: the numbers of an expert are added up in the same order."""
     weight, moment = drawn(bits, rows=20, columns=24)
-    output = costs(1.0, rows=20) if coupled else None
+    output = costs(1.0, rows=20, blocks=2) if coupled else None
     options = dict(bits=bits, shared=False, seed=3, rounds=3, feedback=feedback)
     want = encode(weight, moment, output, **options)
     with device() as there:

@@ -16,6 +16,7 @@ from torch import Tensor
 from moecc.ir.moe import Projection
 from moecc.ir.program import Program
 from moecc.passes import affine
+from moecc.passes._code.metric import damped
 from moecc.passes._code.regression import Regression, shift, sums_of
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
@@ -64,7 +65,9 @@ class Found:
                 v, cost = behind @ coded.T, self.costs[name]
                 t = intended @ self.original[name][e].double().T
                 shared = behind @ low.T
-                pairs.append((v, t - shared, w, None if cost is None else cost[e].double()))
+                if cost is not None:
+                    (cost,) = damped(cost[e].double(), 0.2)
+                pairs.append((v, t - shared, w, cost))
                 slope, offset = (self.held[name][n] for n in ("slope", "offset"))
                 y = v * (1 if slope is None else slope[e]) + shared
                 for more in (offset, self.held[name]["bias"]):

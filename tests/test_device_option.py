@@ -145,10 +145,10 @@ def test_the_memory_of_a_gpu_bounds_what_it_codes_together(two_cards: None) -> N
     """Equally many experts in each unit; one at least."""
     cuda = torch.device("cuda", 0)
     for experts, found in ((128, 64), (64, 64), (8, 8)):
-        assert units.on_device(experts, 1536, 2048, cuda, weighted=True) == found
-    assert units.on_device(120, 1536, 2048, cuda, weighted=True) == 60
-    assert units.on_device(120, 1536, 2048, cuda, weighted=False) == 120
-    assert units.on_device(8, 100_000, 100_000, cuda, weighted=False) == 1
+        assert units.on_device(experts, 1536, 2048, cuda, blocks=1) == found
+    assert units.on_device(120, 1536, 2048, cuda, blocks=1) == 60
+    assert units.on_device(120, 1536, 2048, cuda, blocks=0) == 120
+    assert units.on_device(8, 100_000, 100_000, cuda, blocks=0) == 1
 
 
 def test_a_plan_says_what_a_gpu_needs_and_refuses_too_small_a_one(

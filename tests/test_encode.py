@@ -17,10 +17,10 @@ from moecc.pipeline.bits import coded_bits
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("likeness", [1.0, 10.0])
-def test_codes_follow_the_cost_of_output_errors(bits: int, likeness: float) -> None:
+@pytest.mark.parametrize(("likeness", "blocks"), [(1.0, 1), (10.0, 1), (10.0, 2)])
+def test_codes_follow_the_cost_of_output_errors(bits: int, likeness: float, blocks: int) -> None:
     weight, moment = drawn(5, rows=64, columns=64)
-    cost = costs(likeness)
+    cost = costs(likeness, blocks=blocks)
     plain, knowing = (
         encode(weight, moment, output, bits=bits, shared=False, seed=0).dense() - weight
         for output in (None, cost)
@@ -45,11 +45,12 @@ def test_codes_do_not_depend_on_the_unit_of_costs(size: float) -> None:
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
-def test_equal_costs_change_nothing() -> None:
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_equal_costs_change_nothing(blocks: int) -> None:
     weight, moment = drawn(5, rows=64, columns=64)
     coded = (
         encode(weight, moment, c, bits=2, shared=False, seed=0)
-        for c in (None, torch.eye(64).expand(E, -1, -1))
+        for c in (None, torch.eye(64 // blocks).expand(E, blocks, -1, -1))
     )
     plain, same = (float(weighted_error(c.dense() - weight, moment).sum()) for c in coded)
     assert abs(same / plain - 1) < 0.05  # so much lies between two searches for the same minimum

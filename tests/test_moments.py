@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import slow_vq4 as slow
 import torch
+from coders import from_blocks, in_blocks
 from pipelines import Tiny, derive, resolved
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,8 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from moecc.errors import MoeccError
 from moecc.ir import ops
+from moecc.ir.gates import rows_per_unit
 from moecc.ir.program import Program
+from moecc.passes._code.codebooks import Book
 from moecc.passes._code.moments import (
+    Common,
+    Expert,
     Routed,
     Seen,
     _sent,
@@ -29,6 +35,9 @@ from moecc.passes._code.moments import (
     measure,
     routed_tokens,
 )
+from moecc.passes._code.sharing import Metric
+from moecc.passes._code.units import Settings, Unit, code
+from moecc.passes.affine import judged
 from moecc.passes.moments import MeasureMoments
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
 from moecc.pipeline.run import run_passes
@@ -134,12 +143,12 @@ def test_moments_are_means_over_the_tokens_of_each_expert(
     np.testing.assert_allclose(found.of("down"), want.hidden, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.typical(), np.mean(want.inputs, 0), rtol=1e-4, atol=1e-5)
     behind = found.output_of("down")
-    assert behind is not None and torch.equal(behind, cost.expand(4, -1, -1))
+    assert behind is not None and torch.equal(behind, cost.expand(4, 1, -1, -1))
     got = found.output_of("gate_up")
     assert got is not None
     for e, tilt in enumerate(want.slopes):
         unit = want.down[e].T @ cost.double().numpy() @ want.down[e]
-        np.testing.assert_allclose(got[e], np.tile(unit, (2, 2)) * tilt, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(got[e, 0], np.tile(unit, (2, 2)) * tilt, rtol=1e-3, atol=1e-3)
     fewest, worst = min((want.tokens[e], e) for e in range(4))
     note = (
         f"{moe.path}: {len(want.starved)} of 4 experts got fewer than 28 routed tokens, "
@@ -172,7 +181,7 @@ def test_an_expert_s_metric_is_computed_when_it_is_asked_for(
             moment, output = expert.metric(name)
             assert output is not None
             np.testing.assert_allclose(moment, moments[e], rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(output, costs, rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(output[0], costs, rtol=1e-3, atol=1e-3)
             assert torch.equal(moment, expert.moment(name))
     for name in ("gate_up", "down"):
         for get in (found.of, found.output_of):
@@ -230,7 +239,8 @@ def test_errors_that_float32_cannot_add_up_are_refused_with_their_projection(
         for name in ("gate_up", "down"):
             expert = found.expert(e)
             moment, output = expert.metric(name)
-            traces = [float(m.double().trace()) for m in (moment, output) if m is not None]
+            both = [m.view(m.shape[-1], -1) for m in (moment, output) if m is not None]
+            traces = [float(m.double().trace()) for m in both]
             norm = float(expert.weight(name).double().square().sum())
             most = math.prod(max(factor, 1) for factor in (norm, *traces))
             monkeypatch.setattr("moecc.passes._code.moments._MOST", 1.001 * most)
@@ -322,6 +332,7 @@ def test_matrices_of_one_expert_are_in_memory_at_a_time(
         found = measure(layer, moe, routed, torch.eye(16))
     one = 4 * 16 * 16  # bytes of one expert's moment
     assert measuring.most < 16 * one
+    found.output_of("down")  # a view that all experts share, and keep
 
     def most(experts: range) -> int:
         with Peak() as peak:
@@ -331,6 +342,51 @@ def test_matrices_of_one_expert_are_in_memory_at_a_time(
         return peak.most
 
     assert most(range(64)) == max(most(range(e, e + 1)) for e in range(64)) < 32 * one
+
+
+def drawn_expert(gate: str, units: int, hidden: int, block: int) -> Expert:
+    """Return an expert with a bias and six tokens; errors of its output have random costs."""
+    g, rows = torch.Generator().manual_seed(3), units * rows_per_unit(gate)
+    a = dict(act="silu", gate=gate, alpha=1.3, limit=0.8)
+    x, s = torch.randn(6, hidden, generator=g), torch.randn(hidden, hidden, generator=g)
+    up, down = (torch.randn(*size, generator=g) for size in ((rows, hidden), (hidden, units)))
+    seen, bias = Seen(x, torch.rand(6, generator=g)), torch.randn(rows, generator=g)
+    return Expert(Common(a, torch.eye(hidden), s @ s.T, block), "e", seen, seen, up, down, bias)
+
+
+@pytest.mark.parametrize("gate", ["glu", "oai", "none"])
+@pytest.mark.parametrize(("block", "blocks"), [(18, (1, 1)), (6, (3, 3)), (2, (9, 15))])
+def test_costs_in_blocks_are_those_of_all_rows_but_for_what_is_between_blocks(
+    gate: str, block: int, blocks: tuple[int, int]
+) -> None:
+    """Here of 9 hidden units and 15 channels."""
+    expert = drawn_expert(gate, 9, 15, block)
+    alike = replace(expert, common=replace(expert.common, block=100), made={})
+    for name, count in zip(("gate_up", "down"), blocks, strict=True):
+        got, full = expert.output(name), alike.output(name)
+        assert got is not None and full is not None and (len(got), len(full)) == (count, 1)
+        torch.testing.assert_close(got, in_blocks(full[0], count))
+        if name == "gate_up" and gate != "none":  # a unit's gate row and up row are in one block
+            torch.testing.assert_close(from_blocks(got).diagonal(9), full[0].diagonal(9))
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_no_step_of_coding_makes_a_matrix_of_all_rows_with_all_rows(name: str) -> None:
+    expert = drawn_expert("glu", *((512, 16) if name == "gate_up" else (16, 1024)), 32)
+    weight = expert.weight(name).unsqueeze(0)
+    settings = Settings(bits=2, shared=False, rounds=2, feedback=True, seed=0)
+    # k-means, which has no costs, takes more
+    book = Book(torch.randint(-127, 128, (1, 256, 4)).float(), torch.full((1, 1), 0.02))
+    unit = Unit(name, (expert,), weight, settings, book)
+    v, t = torch.randn(2, 9, 1024)
+    with Peak() as peak:
+        code(unit, expert.common)
+        moment, output = expert.metric(name)
+        assert output is not None
+        Metric.of(weight, moment.unsqueeze(0), output.unsqueeze(0))
+        judged(v, t, torch.rand(9), output)
+    given = name == "down"  # S, which all experts share, is such a matrix
+    assert peak.most < (1 + given) * 4 * 1024**2
 
 
 @pytest.mark.parametrize("routing", ["squared", "one"])

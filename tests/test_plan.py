@@ -11,7 +11,7 @@ from moecc.errors import MoeccError
 from moecc.pipeline import work
 from moecc.pipeline.pace import Pace, duration
 from moecc.pipeline.plan import PROCESS, fitting, planned, scope_of
-from moecc.pipeline.work import DECODE, Coding, Experts, Machine, Scope, Work
+from moecc.pipeline.work import BLOCK, DECODE, Coding, Experts, Machine, Scope, Work, blocks
 
 QWEN = Experts(128, 1536, 2048, 768, 8)
 SCOPE = Scope((QWEN,) * 48, 32768, 48 * 4 * 2048**2, 150_000 * 2048)
@@ -49,6 +49,42 @@ def test_workers_are_as_many_as_cores_memory_and_work_allow() -> None:
     assert fitting(SCOPE, 5, 16, 0, 0).workers == 5  # as users say
     small = Scope((Experts(4, 16, 16, 8, 2),), 48, 0, 0)
     assert fitting(small, None, 16, 1 << 50, 0).workers == 1  # it is done before others start
+
+
+@pytest.mark.parametrize(
+    ("rows", "units", "most", "count"),
+    [
+        (1536, 768, 1536, 1),
+        (1536, 768, 1535, 2),
+        (28672, 14336, 1024, 28),
+        (7168, 7168, 2048, 4),
+        (18, 9, 6, 3),  # two of 9 rows are too large, and 9 units make no four
+        (26, 13, 12, 13),  # a prime number of units
+        (8, 4, 1, 4),  # no unit is cut
+    ],
+)
+def test_rows_are_cut_into_as_few_blocks_of_whole_units_as_can_be(
+    rows: int, units: int, most: int, count: int
+) -> None:
+    assert blocks(rows, units, most) == count
+
+
+def test_costs_of_outputs_count_by_their_blocks() -> None:
+    """Those of all rows together would be 28672^2 numbers and as many steps for every weight."""
+    mixtral = Experts(8, 28672, 4096, 14336, 2)
+    plain = Scope((mixtral,), 4096, 0, 0)
+    weighted = replace(plain, weighted=True)
+    up, down = mixtral.blocks
+    assert max(28672 / up, 4096 / down) <= BLOCK
+    (vq,) = (p for p in resolved("vq") if p.name == "vq")
+    works = [vq.work(scope) for scope in (plain, weighted)]
+    assert [[c.coupled for c in w.coded] for w in works] == [[0, 0], [28672 // up, 4096 // down]]
+    factors = up * (28672 / up) ** 3 + down * (4096 / down) ** 3
+    assert works[1].factors - works[0].factors == pytest.approx(8 * 2 / 3 * factors)
+    block = 28672 // up
+    grown = 4 * (8 * up * block**2 + 24 * block**2)  # of float32; affine has one in float64
+    memory = [fitting(s, 2, 2, 1 << 50, 0).worker for s in (plain, weighted)]
+    assert 0 < memory[1] - memory[0] <= grown
 
 
 def test_memory_grows_with_tokens_and_costs_of_outputs() -> None:
@@ -125,7 +161,7 @@ def test_a_plan_is_said_with_its_time_if_that_is_worth_measuring(
 def test_time_is_that_of_all_parts_of_the_work() -> None:
     machine = Machine(product=1e9, factor=5e8)
     machine._known["so", False] = (1e-6, 1e-9)
-    coding = Coding(3, 100, 200, weighted=False, how="so", code=lambda r, c: None)
+    coding = Coding(3, 100, 200, coupled=0, how="so", code=lambda r, c: None)
     assert machine.seconds(coding) == pytest.approx(3 * 100 * 200 * (1e-6 + 200 * 1e-9))
     done = Work(products=2e9, factors=1e9, coded=[coding], here=4e9)
     spread = 2 + 2 + machine.seconds(coding)
@@ -142,7 +178,7 @@ def test_the_time_of_a_weight_is_fitted_to_two_widths(monkeypatch: pytest.Monkey
     def code(rows: int, columns: int) -> None:
         clock[0] += rows * columns * (1e-6 + 1e-9 * columns) + work.factor(columns) / 1e9
 
-    coding = Coding(1, 10, 4096, weighted=False, how="so", code=code)
+    coding = Coding(1, 10, 4096, coupled=0, how="so", code=code)
     assert machine.seconds(coding) == pytest.approx(10 * 4096 * (1e-6 + 1e-9 * 4096), rel=1e-6)
 
 

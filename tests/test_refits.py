@@ -18,6 +18,8 @@ from coders import (
     coder,
     costs,
     error_of,
+    from_blocks,
+    in_blocks,
     loops,  # noqa: F401 (a fixture)
     never_more,
     random_state,
@@ -39,24 +41,30 @@ Start = Callable[..., tuple[Coder, Coded]]  # `state` or `random_state`
 pytestmark = pytest.mark.usefixtures("loops")
 
 
-@given(bits=st.sampled_from(BITS), seed=st.integers(0, 10_000), likeness=st.floats(0, 30))
+@given(
+    bits=st.sampled_from(BITS),
+    seed=st.integers(0, 10_000),
+    likeness=st.floats(0, 30),
+    blocks=st.sampled_from([1, 3]),
+)
 def test_a_sweep_under_output_costs_never_increases_the_error(
-    bits: int, seed: int, likeness: float
+    bits: int, seed: int, likeness: float, blocks: int
 ) -> None:
-    c = coder(bits, seed, rows=24, output=costs(likeness, seed, 24))
+    c = coder(bits, seed, rows=24, output=costs(likeness, seed, 24, blocks))
     s = choose(c, codebooks(bits, seed), scales(c))
     swept = sweep(c, s)
     # the rows of a block move together, so a step may overshoot a little
     assert bool((error_of(c, swept) <= 1.05 * error_of(c, s)).all())
 
 
-def test_refits_under_output_costs_are_least_squares() -> None:
-    c = coder(2, rows=24, output=costs(2.0, rows=24))
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_refits_under_output_costs_are_least_squares(blocks: int) -> None:
+    c = coder(2, rows=24, output=costs(2.0, rows=24, blocks=blocks))
     s = choose(c, codebooks(2), scales(c))
     refit, q = refit_scale(c, s), s.unscaled().double()
     assert c.output is not None
     for e in range(E):
-        left = torch.linalg.cholesky(c.output[e].double()).T
+        left = torch.linalg.cholesky(from_blocks(c.output)[e].double()).T
         right = torch.linalg.cholesky(c.moment[e].double())
         columns = torch.stack(
             [(left[:, n : n + 1] @ q[e, n : n + 1] @ right).flatten() for n in range(24)], 1
@@ -97,15 +105,21 @@ def slow_sweep(
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("likeness", [None, 0.1, 3.0])
-def test_a_swept_code_is_the_best_with_all_others_fixed(bits: int, likeness: float | None) -> None:
-    """Rows that depend on each other move 16 together, by less if they pull the same way."""
-    rows = 6 if likeness is None else 18
-    output = None if likeness is None else costs(likeness, rows=rows)
+@pytest.mark.parametrize(("likeness", "blocks"), [(None, 1), (0.1, 1), (3.0, 1), (3.0, 2)])
+def test_a_swept_code_is_the_best_with_all_others_fixed(
+    bits: int, likeness: float | None, blocks: int
+) -> None:
+    """Rows that depend on each other move 16 together, by less if they pull the same way.
+
+    So do 16 of every block of costs.
+    """
+    rows = 6 if likeness is None else 18 * blocks
+    output = None if likeness is None else from_blocks(costs(likeness, rows=rows, blocks=blocks))
     if output is not None:  # of unequal sizes
         size = torch.linspace(0.5, 3, rows)
         output = size * output * size.unsqueeze(-1)
-    c = coder(bits, rows=rows, output=output)
+    given = None if output is None else in_blocks(output, blocks)
+    c = coder(bits, rows=rows, output=given)
     s = Coded(*vars(choose(c, codebooks(bits), scales(c))).values())
     if bits == 3:  # signs that the codes were not chosen with
         s = dataclasses.replace(s, negative=torch.rand(s.negative.shape) < 0.5)  # type: ignore[union-attr]
@@ -113,7 +127,8 @@ def test_a_swept_code_is_the_best_with_all_others_fixed(bits: int, likeness: flo
     for e in range(E):
         h, scale, table = (x[e].double().numpy() for x in (c.moment, s.scale, s.codebook))
         w, q = c.target[e].double().numpy(), s.unscaled()[e].double().numpy()
-        for block in (slice(0, 16), slice(16, 18)) if rows > 6 else (slice(0, 6),):
+        steps = (slice(0, 16 * blocks), slice(16 * blocks, rows)) if rows > 6 else (slice(0, 6),)
+        for block in steps:
             start = q.copy()
             for n in range(block.start, block.stop):
                 off = w - start * scale[:, None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from coders import BITS, E, K, N, costs, drawn, error_of, random_state
+from coders import BITS, E, K, N, costs, drawn, error_of, from_blocks, random_state
 
 from moecc.passes._code import coding
 from moecc.passes._code.codebooks import Book, kmeans, rounded
@@ -36,7 +36,7 @@ def test_rounds_start_from_rows_of_size_one_under_a_damped_metric(
     weight, moment = drawn(3)
     weight = weight * torch.linspace(0.01, 3, N).unsqueeze(-1)
     weight[1, 2] = 0
-    output = costs(1.0, rows=N) if kind in ("costs", "no feedback") else None
+    output = costs(1.0, rows=N, blocks=2) if kind in ("costs", "no feedback") else None
     g = torch.Generator().manual_seed(4)
     random = Book(
         (torch.rand(1, 256, 2 if bits == 4 else 4, generator=g) * 100).round(), torch.ones(1, 1)
@@ -101,16 +101,20 @@ def test_rounds_start_from_rows_of_size_one_under_a_damped_metric(
     assert torch.equal(got.codebook, start.codebook)
 
 
-def test_costs_are_those_of_rows_of_size_one_the_costly_ones_first() -> None:
-    output, size = costs(1.0, rows=N), torch.linspace(3, 0.5, E * N).view(E, N, 1)
+@pytest.mark.parametrize("blocks", [1, 2, 6])
+def test_costs_are_those_of_rows_of_size_one_the_costly_ones_of_a_block_first(blocks: int) -> None:
+    output = costs(1.0, rows=N, blocks=blocks)
+    size = torch.linspace(3, 0.5, E * N).view(E, N, 1)
     got, order = _costly_first(output, size)
     for e in range(E):
-        s = torch.outer(size[e, :, 0], size[e, :, 0]) * output[e]
+        s = torch.outer(size[e, :, 0], size[e, :, 0]) * from_blocks(output)[e]
         s = s + 0.2 * s.diagonal().mean() * torch.eye(N)
         s = s / s.diagonal().mean()
-        rows = sorted(range(N), key=lambda n: -float(s[n, n]))
+        each = [sorted(range(b, N, blocks), key=lambda n: -float(s[n, n])) for b in range(blocks)]
+        # the most costly row of each block, the second of each, ..
+        rows = [n for level in zip(*each, strict=True) for n in level]
         assert order[e, :, 0].tolist() == rows
-        torch.testing.assert_close(got[e], s[rows][:, rows])
+        torch.testing.assert_close(from_blocks(got)[e], s[rows][:, rows])
 
 
 CHOOSE, BOOK, SWEEP, SCALE = "choose", "refit_codebook", "sweep", "refit_scale"
@@ -170,10 +174,10 @@ def test_of_two_states_each_expert_keeps_its_better_one(bits: int) -> None:
     assert _better(None, least, state, error, False) == (state, error)
 
 
-@pytest.mark.parametrize("coupled", [True, False])
-def test_the_error_of_a_state_by_its_definition(coupled: bool) -> None:
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_the_error_of_a_state_by_its_definition(blocks: int) -> None:
     c, state = random_state(3)
-    c = replace(c, output=costs(1.0, rows=N) if coupled else None)
+    c = replace(c, output=costs(1.0, rows=N, blocks=blocks) if blocks else None)
     torch.testing.assert_close(c.error(state).double(), error_of(c, state), rtol=1e-4, atol=0)
 
 

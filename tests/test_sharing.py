@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from coders import costs, drawn
+from coders import costs, drawn, from_blocks
 from conftest import tiny_program
 from pipelines import Tiny, derive, resolved
 from torch import Tensor
@@ -30,10 +30,13 @@ USED = torch.tensor([0.5, 0.2, 0.3])
 
 
 def case(*, output: bool, input_side: bool = True) -> Case:
-    """Return the case of a projection of three experts; all of them are in its sample."""
+    """Return the case of a projection of three experts; all of them are in its sample.
+
+    output: whether errors of the output have costs, in two blocks.
+    """
     moe = tiny_program("M").moe_layers()[0]
     weight, moment = drawn(4, experts=E, rows=N, columns=K)
-    s = costs(1.0, rows=N)[[0, 1, 0]] if output else None
+    s = costs(1.0, rows=N, blocks=2)[[0, 1, 0]] if output else None
     p = moe.gate_up if input_side else moe.down
     c = Case(p, weight, Metric.of(weight, moment, s), USED, list(range(E)), E, torch.Tensor, seed=0)
     return of_weights(c, weight + 2 * weight.mean(0))
@@ -57,7 +60,7 @@ def test_a_case_is_made_of_a_sample_of_its_layer_s_experts(
     """Four experts fit, of those with tokens; they stand for all, and the mean is that of all."""
     monkeypatch.setattr("moecc.passes._code.sharing._IN_SAMPLE", 1)
     found: dict[str, Case] = {}
-    cost = costs(1.0, rows=16)[0]
+    cost = costs(1.0, rows=16)[0, 0]
 
     def run_layer(self: Pass, layer: Layer, ctx: Context) -> bool:
         if not layer.moe:
@@ -150,7 +153,11 @@ def energy(c: Case, remainder: Tensor) -> list[float]:
     for e in experts:
         mass = float(c.used[e]) * (1 if c.metric.output is not None else 1 / whole)
         columns = left_over(c.metric.moment[e], 0.01).mean()
-        rows = np.ones(N) if c.metric.output is None else left_over(c.metric.output[e], 0.2)
+        rows = (
+            np.ones(N)
+            if c.metric.output is None
+            else left_over(from_blocks(c.metric.output)[e], 0.2)
+        )
         squares = remainder.expand(len(experts), -1, -1)[e].double().square().sum(-1).numpy()
         found.append(mass * columns * float(rows @ squares))
     return found
@@ -240,7 +247,7 @@ def test_a_cost_is_measured_on_some_experts_and_scaled_to_all(
         assert w is not None and h is not None
         coded = encode(w, h, s, bits=2, shared=True, seed=0, rounds=1, turns=5)
         d = (coded.dense() - w)[0].double()
-        own = torch.eye(N).double() if s is None else s[0].double()
+        own = torch.eye(N).double() if s is None else from_blocks(s)[0].double()
         error = float(torch.trace(own @ d @ h[0].double() @ d.T))
         measured += float(used[e]) * (1 if output else 1 / whole) * error
     energy = c.energy(remainder)

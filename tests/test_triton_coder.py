@@ -56,7 +56,7 @@ def chosen(
     if coupled:
         experts, rows = shape["experts"], shape["rows"]
         x = torch.randn(experts, rows, 3 * rows, generator=torch.Generator().manual_seed(5))
-        output = x @ x.mT / (3 * rows)
+        output = (x @ x.mT / (3 * rows)).unsqueeze(1)
     c = coder(bits, output=output, **shape)
     table = codebooks(bits, books=books) if table is None else table
     start = choose(c, table, scales(c))

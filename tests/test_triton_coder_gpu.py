@@ -47,7 +47,7 @@ def given(bits: int, shape: str, *, coupled: bool) -> tuple[Coder, Tensor, Tenso
     output = None
     if coupled:
         x = torch.randn(told["experts"], told["rows"], 3 * told["rows"])
-        output = x @ x.mT / x.shape[-1]
+        output = (x @ x.mT / x.shape[-1]).unsqueeze(1)
     c = coder(bits, output=output, **told)
     return on_gpu(c), codebooks(bits, books=told["experts"]).to(CUDA), scales(c).to(CUDA)
 

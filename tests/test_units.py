@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from coders import BITS, costs
+from coders import BITS, costs, from_blocks, in_blocks
 from conftest import tiny_batches, tiny_program
 from made import flip
 from pipelines import compiled, derive, resolved
@@ -32,19 +32,25 @@ from moecc.passes.vq import Job
 from moecc.pipeline.journal import Journal
 from moecc.pipeline.passes import Context, Layer, LayerPass, Pass
 from moecc.pipeline.run import Hooks, run_passes
+from moecc.pipeline.work import BLOCK
 from moecc.pipeline.workers.base import Alone
 from moecc.pipeline.workers.packed import Packed
 
 
-def experts(count: int, *, rows: int = 8, columns: int = 12, cost: bool = False) -> list[Expert]:
-    """Return experts with a gate_up of `rows` rows, each with tokens of its own."""
+def experts(
+    count: int, *, rows: int = 8, columns: int = 12, cost: bool = False, block: int = BLOCK
+) -> list[Expert]:
+    """Return experts with a gate_up of `rows` rows, each with tokens of its own.
+
+    block: rows whose errors count together.
+    """
     g = torch.Generator().manual_seed(1)
     a = dict(act="silu", gate="glu", alpha=0.0, limit=0.0)
     x = torch.randn(count, 3 * columns, columns, generator=g) * torch.linspace(0.3, 2, columns)
     up = torch.randn(count, rows, columns, generator=g)
     down = torch.randn(count, columns, rows // 2, generator=g)
-    sensitivity = costs(1.0, rows=columns)[0] if cost else None
-    common = Common(a, torch.eye(columns), sensitivity)
+    sensitivity = from_blocks(costs(1.0, rows=columns))[0] if cost else None
+    common = Common(a, torch.eye(columns), sensitivity, block)
     seen = [Seen(tokens, torch.rand(len(tokens), generator=g)) for tokens in x]
     return [Expert(common, "e", s, s, up[e], down[e], None) for e, s in enumerate(seen)]
 
@@ -81,18 +87,20 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("projection", ["gate_up", "down"])
-@pytest.mark.parametrize("cost", [False, True])
+@pytest.mark.parametrize(("cost", "block"), [(False, BLOCK), (True, BLOCK), (True, 4)])
 @pytest.mark.parametrize(
     "settings", [dict(bits=3, rounds=2), dict(shared=True), dict(bits=4, feedback=False)]
 )
 def test_a_unit_is_coded_under_the_metric_of_its_experts(
-    projection: str, cost: bool, settings: dict[str, Any]
+    projection: str, cost: bool, block: int, settings: dict[str, Any]
 ) -> None:
     """The error is that of the whole weight's output, of which this may be what is left."""
-    some = experts(3, cost=cost)
+    some = experts(3, cost=cost, block=block)
     made, common = unit(some, projection, 0.75, **settings), some[0].common
     moment = torch.stack([e.moment(projection) for e in some])
     outputs = [e.output(projection) for e in some]
+    blocks = {BLOCK: 1, 4: {"gate_up": 2, "down": 3}[projection]}[block]
+    assert [0 if o is None else len(o) for o in outputs] == [blocks * cost] * 3
     output = torch.stack([o for o in outputs if o is not None]) if cost else None
     assert torch.equal(made.metric(common)[0], moment)
     padded, wide = pad_columns(made.weight, moment)
@@ -127,13 +135,13 @@ def test_the_error_of_a_unit_is_a_share_of_its_output_and_at_most_all_of_it() ->
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("cost", [False, True])
+@pytest.mark.parametrize(("cost", "block"), [(False, BLOCK), (True, BLOCK), (True, 8)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_experts_are_coded_to_the_same_in_units_of_any_size(
-    bits: int, cost: bool, shared: bool
+    bits: int, cost: bool, block: int, shared: bool
 ) -> None:
     """They begin with one book; a shared one is used as it is."""
-    some = experts(6, rows=16, cost=cost)
+    some = experts(6, rows=16, cost=cost, block=block)
     common = some[0].common
     book = begun(unit(some[::2], bits=bits, shared=shared), common)
     found = []
@@ -200,22 +208,24 @@ def decoded(found: dict[str, Tensor], columns: int) -> Tensor:
     return values * found["scale"].unsqueeze(-1)
 
 
-@pytest.mark.parametrize("numel", [1, 5, 8])
+@pytest.mark.parametrize(("numel", "block"), [(1, BLOCK), (5, BLOCK), (8, BLOCK), (5, 4)])
 def test_a_shared_codebook_begins_with_as_many_rows_as_can_be_coded_together(
-    numel: int, monkeypatch: pytest.MonkeyPatch
+    numel: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every second, every third of them: those whose weights fit."""
-    some = experts(8, rows=12, columns=16, cost=True)
+    """Every second, every third of each block of costs: those whose weights fit."""
+    some = experts(8, rows=12, columns=16, cost=True, block=block)
     made = unit(some, bits=3, shared=True, rounds=2)
     common = some[0].common
     moment, output = made.metric(common)
     monkeypatch.setattr(units, "JOINTLY", numel * 12 * 16)
-    rows = list(range(0, 12, {1: 8, 5: 2, 8: 1}[numel]))
     assert output is not None
+    step, blocks = {1: 8, 5: 2, 8: 1}[numel], output.shape[1]
+    assert blocks == (1 if block == BLOCK else 3)
+    rows = [n for n in range(12) if n // blocks % step == 0]
     want = encode(
         made.weight[:, rows],
         moment,
-        output[:, rows][:, :, rows],
+        in_blocks(from_blocks(output)[:, rows][:, :, rows], blocks),
         **{**vars(made.settings)},
     )
     book = fit(made, common)
@@ -240,10 +250,10 @@ def test_a_beginning_with_experts_that_see_nothing_serves_all(shared: bool) -> N
 
 
 @pytest.mark.parametrize("how", ["pickled", "packed"])
-@pytest.mark.parametrize("cost", [False, True])
-def test_a_unit_is_coded_to_the_same_in_another_process(how: str, cost: bool) -> None:
+@pytest.mark.parametrize(("cost", "block"), [(False, BLOCK), (True, BLOCK), (True, 4)])
+def test_a_unit_is_coded_to_the_same_in_another_process(how: str, cost: bool, block: int) -> None:
     """Whether or not a matrix of it is computed already."""
-    some = experts(6, cost=cost)
+    some = experts(6, cost=cost, block=block)
     common = some[0].common
 
     def sent(value: Any) -> Any:
@@ -470,7 +480,7 @@ def test_a_correction_is_fitted_to_the_same_in_another_process(sensitive: bool) 
         return False
 
     def run(self: Pass, program: Program, ctx: Context) -> bool:
-        ctx.data["sensitivity"] = {"layers.0": costs(1.0, rows=16)[0]} if sensitive else {}
+        ctx.data["sensitivity"] = {"layers.0": costs(1.0, rows=16)[0, 0]} if sensitive else {}
         return False
 
     first, look = derive(Pass, "costs", run=run), derive(LayerPass, "look", run_layer=run_layer)

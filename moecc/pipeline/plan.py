@@ -17,7 +17,7 @@ from moecc.pipeline.batches import TOGETHER
 from moecc.pipeline.device import for_a_unit, kind_of, whole_memory
 from moecc.pipeline.pace import duration
 from moecc.pipeline.passes import Pass
-from moecc.pipeline.work import Experts, Machine, Scope
+from moecc.pipeline.work import Experts, Machine, Scope, each
 
 PROCESS = 600 << 20  # bytes of a process that has imported torch and traced a model
 WORKER = 400 << 20  # of one that codes
@@ -26,7 +26,7 @@ _ACTIVATIONS = 8  # float32 copies of all tokens' hidden states at a time
 _OF_A_PART = 6  # those of the tokens that go through an expert together
 _MOST_BITS = 4  # of a code
 _COPIES = 8  # float32 copies of a matrix and of its metric while it is coded
-_PAIRS = 32  # and of the costs of output errors, for whose sums `affine` takes float64
+_PAIRS = 24  # and of a block of costs of output errors, for whose sums `affine` takes float64
 # Weights that a core codes in the time in which a worker starts. Less is not worth one.
 _OF_A_WORKER = 2_000_000
 _WORTH_TIMING = 50_000_000  # weights; for less, the time isn't worth measuring the machine
@@ -216,11 +216,16 @@ def _activations(scope: Scope) -> int:
 def _unit(scope: Scope) -> int:
     """Return bytes that coding the largest unit takes."""
     sizes = [
-        _COPIES * columns * (rows + columns) + (_PAIRS * rows * rows if scope.weighted else 0)
-        for layer in scope.layers
-        for rows, columns in layer.shapes
+        _COPIES * (columns * (rows + columns) + count * _block(rows, count))
+        + _PAIRS * _block(rows, count)
+        for _, rows, columns, count, _ in each(scope)
     ]
     return 4 * max(sizes, default=0)
+
+
+def _block(rows: int, count: int) -> int:
+    """Return the numbers in each of `count` blocks of costs of errors in `rows` outputs."""
+    return (rows // count) ** 2 if count else 0
 
 
 def _payload(scope: Scope) -> int:

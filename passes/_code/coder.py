@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moecc.ir import vq4
 from moecc.passes._code.coded import Coded
-from moecc.passes._code.metric import feedback_factor
+from moecc.passes._code.metric import apart, costly, feedback_factor
 
-_BLOCKS = 32  # of rows that are coded one after the other if the metric couples rows
-_ROWS = 16  # in a block, at least
+_STEPS = 32  # in which rows are coded, one after the other, if the metric couples them
+_ROWS = 16  # of each block in a step, at least
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class Coder:
     importance: Tensor  # [E, K]: the diagonal of H, relative to its mean
     bits: int
     feedback: bool  # False: plain nearest codes by importance
-    output: Tensor | None = None  # S [E, N, N], the costly rows first; None: the identity
+    output: Tensor | None = None  # S [E, b, B, B], costly rows first; None: the identity
     _left: tuple[Coded, Tensor] | None = None  # of the last state that was asked for
 
     @property
@@ -39,12 +39,25 @@ class Coder:
         """Weights per code."""
         return vq4.group_size(self.bits)
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of S."""
+        return 1 if self.output is None else self.output.shape[1]
+
     @cached_property
-    def blocks(self) -> list[slice]:
-        """Rows that are coded at once; a single block if S is the identity."""
-        rows = self.target.shape[1]
-        step = rows if self.output is None else max(_ROWS, rows // _BLOCKS)
+    def steps(self) -> list[slice]:
+        """Rows of each block that are coded at once; a single step if S is the identity."""
+        rows = self.target.shape[1] // self.blocks
+        step = rows if self.output is None else max(_ROWS, rows // _STEPS)
         return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+    def rows(self, step: slice) -> slice:
+        """The rows of all blocks in a step."""
+        return slice(step.start * self.blocks, step.stop * self.blocks)
+
+    def apart(self, rows: Tensor) -> Tensor:
+        """The rows of each block: [E, n, K] -> [E, b, n/b, K]."""
+        return apart(rows, self.blocks)
 
     @cached_property
     def order(self) -> Tensor:
@@ -76,22 +89,22 @@ class Coder:
 
     @cached_property
     def row_upper(self) -> Tensor:
-        """U with S^-1 = U^T U, [E, N, N]."""
+        """U with S^-1 = U^T U, [E, b, B, B]."""
         assert self.output is not None
         return feedback_factor(self.output)
 
     @cached_property
     def shortened(self) -> list[Tensor]:
-        """What a step of all rows in one of `blocks` is divided by, [E, 1, 1] for each block.
+        """What a move of all rows in one of `steps` is divided by, [E, 1, 1] for each step.
 
         All rows move at once. If they pull the same way, that overshoots.
         """
         assert self.output is not None
         found = []
-        for rows in self.blocks:
-            inner = self.output[:, rows, rows]
+        for step in self.steps:
+            inner = self.output[..., step, step]
             own = inner.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-            largest = torch.linalg.eigvalsh(inner / (own * own.mT).sqrt())[:, -1]
+            largest = torch.linalg.eigvalsh(inner / (own * own.mT).sqrt())[..., -1].amax(1)
             found.append(largest.clamp(min=2.0)[:, None, None] - 1)
         return found
 
@@ -135,7 +148,7 @@ class Coder:
     @cached_property
     def costly(self) -> Tensor:
         """S W H, [E, N, K]; W H if S is the identity."""
-        return self.pulled if self.output is None else self.output @ self.pulled
+        return costly(self.pulled, self.output)
 
     def left(self, state: Coded, image: Tensor | None = None) -> Tensor:
         """(W - Q) H of a state's weights Q, [E, N, K].
@@ -150,6 +163,5 @@ class Coder:
 
     def error(self, state: Coded) -> Tensor:
         """The cost of each expert's error, [E]."""
-        left = self.left(state)
-        cost = left if self.output is None else self.output @ left
+        cost = costly(self.left(state), self.output)
         return (cost * (self.target - state.dense())).sum((-2, -1))

@@ -13,11 +13,11 @@
   4. Choose each code again with all others fixed: coordinate descent under H (`sweep`). Repeat
      steps 2 to 4 and keep the best state seen; only the first repetition does step 2 again.
   5. If output errors have a cost S of their own (`sensitivity`), the error is tr(S D H D^T) instead
-     of tr(D H D^T), where D is the weight error. Rows then depend on each other. Code them a block
-     at a time, the most costly first, and carry their error over to the rows that are not coded
-     yet, through the Cholesky factor of S^-1 (YAQA does so on both sides, arXiv 2505.22988). A
-     sweep goes through the same blocks, each with all others fixed, and the scales of all rows are
-     one linear system.
+     of tr(D H D^T), where D is the weight error. Rows then depend on each other, as far as they are
+     in one block of S (`metric`). Code some of each block at a time, the most costly first, and
+     carry their error over to its rows that are not coded yet, through the Cholesky factor of S^-1
+     (YAQA does so on both sides, arXiv 2505.22988). A sweep takes the same steps, each with all
+     other rows fixed, and the scales of a block's rows are one linear system.
 
 Shapes: E experts, N rows, K columns (a multiple of 8: padded before), G = K/v groups, C = E
 codebooks or 1. All arithmetic is in float32; a fixed seed gives the same codes.
@@ -34,7 +34,7 @@ from moecc.passes._code.codebooks import Book, groups, kmeans, rounded
 from moecc.passes._code.coded import Coded
 from moecc.passes._code.coder import Coder
 from moecc.passes._code.feedback import choose
-from moecc.passes._code.metric import OUTPUT_DAMPING, damped
+from moecc.passes._code.metric import OUTPUT_DAMPING, apart, damped, together
 from moecc.passes._code.refit import refit_codebook, refit_scale
 from moecc.passes._code.sweep import sweep
 
@@ -56,7 +56,7 @@ def encode(
 ) -> Coded:
     """Code weight [E, N, K] under second moments [E, K, K] of its input.
 
-    output: the costs of output errors, [E, N, N]; None if all channels count alike. shared: one
+    output: the costs of output errors, [E, b, B, B]; None if all channels count alike. shared: one
     codebook for all experts. rounds: of refits. feedback: False leaves out steps 2 to 5 (plain
     k-means, for ablation). turns: of k-means. book: to start with instead of one by k-means; one
     that all experts share is used as it is.
@@ -105,15 +105,20 @@ def _size(weight: Tensor) -> Tensor:
 
 
 def _costly_first(output: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Costs [E, N, N] of errors of rows divided by `size`, sorted; and the order [E, N, 1].
+    """Costs [E, b, B, B] of errors of rows divided by `size`, sorted; and the order [E, N, 1].
 
-    The most costly row comes first. The costs are damped and have the mean 1.
+    The most costly row of each block comes first. The costs are damped and have the mean 1.
     """
+    blocks = output.shape[1]
+    size = apart(size, blocks)
     output = damped(size * output * size.mT, OUTPUT_DAMPING)
-    output = output / output.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    mean = output.diagonal(dim1=-2, dim2=-1).flatten(1).mean(-1)
+    output = output / mean[:, None, None, None]
     costs = output.diagonal(dim1=-2, dim2=-1)
     order = costs.argsort(dim=-1, descending=True, stable=True).unsqueeze(-1)
-    return output.take_along_dim(order, 1).take_along_dim(order.mT, 2), order
+    sorted_ = output.take_along_dim(order, -2).take_along_dim(order.mT, -1)
+    first = torch.arange(blocks, device=order.device).view(-1, 1, 1)
+    return sorted_, together(order * blocks + first)
 
 
 def _refined(coder: Coder, state: Coded, rounds: int, *, shared: bool, fixed_book: bool) -> Coded:

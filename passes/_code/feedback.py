@@ -18,6 +18,7 @@ from moecc.passes._code import native, triton_coder
 from moecc.passes._code.codebooks import Nearest, Tables
 from moecc.passes._code.coded import Coded, joined
 from moecc.passes._code.coder import Coder
+from moecc.passes._code.metric import together
 
 Search: TypeAlias = Callable[[slice, Tensor, Coded], None]
 
@@ -28,14 +29,14 @@ def choose(coder: Coder, codebook: Tensor, scale: Tensor) -> Coded:
     if coder.output is None:
         return choose_rows(coder, coder.target, codebook, scale, find)
     rest, parts = coder.target.clone(), []
-    for block in coder.blocks:
-        part = choose_rows(coder, rest[:, block], codebook, scale[:, block], find)
+    for step in coder.steps:
+        rows = coder.rows(step)
+        part = choose_rows(coder, rest[:, rows], codebook, scale[:, rows], find)
         parts.append(part)
-        later = slice(block.stop, None)
-        lower = coder.row_upper[:, block, block].mT
-        error = rest[:, block] - part.dense()
-        carried = torch.linalg.solve_triangular(lower, error, upper=False)
-        rest[:, later] -= coder.row_upper[:, block, later].mT @ carried
+        upper = coder.row_upper[..., step, :]
+        error = coder.apart(rest[:, rows] - part.dense())
+        carried = torch.linalg.solve_triangular(upper[..., step].mT, error, upper=False)
+        rest[:, rows.stop :] -= together(upper[..., step.stop :].mT @ carried)
     return joined(parts, 1, codebook)
 
 

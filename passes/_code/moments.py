@@ -15,8 +15,9 @@ from torch import Tensor, fx
 
 from moecc.errors import MoeccError, counted
 from moecc.ir.gates import apply_gate
-from moecc.ir.moe import MoE
+from moecc.ir.moe import MoE, Projection
 from moecc.pipeline.passes import Layer
+from moecc.pipeline.work import BLOCK, blocks
 from moecc.types import Json
 
 MIN_TOKENS = 64  # an expert with fewer routed tokens is starved
@@ -34,6 +35,17 @@ class Common:
     attributes: Json
     average: Tensor  # the mean of x x^T over all tokens of the layer
     cost: Tensor | None  # S, the layer's sensitivity; None: all channels alike
+    block: int = BLOCK  # rows of an expert whose errors count together, at most
+
+    @cached_property
+    def blocks(self) -> Tensor | None:
+        """The blocks [b, B, B] of S, a view; see `metric`."""
+        if self.cost is None:
+            return None
+        count = blocks(len(self.cost), len(self.cost), self.block)
+        apart = self.cost.unflatten(1, (-1, count)).unflatten(0, (-1, count))
+        found: Tensor = apart.diagonal(dim1=1, dim2=3).movedim(-1, 0)
+        return found
 
 
 _NOTHING = Common({}, torch.empty(0), None)
@@ -104,12 +116,12 @@ class Expert:
         return self._once(projection, self._moment)
 
     def output(self, projection: str) -> Tensor | None:
-        """The costs [N, N] of errors in the output of `gate_up` or `down`.
+        """The costs [b, B, B] of errors in the output of `gate_up` or `down`, in b blocks.
 
-        None if all channels count alike.
+        None if all channels count alike. `metric` says which rows are in a block.
         """
         if self.common.cost is None or projection == "down":
-            return self.common.cost
+            return self.common.blocks
         return self._once("output", self._costs)
 
     def weight(self, projection: str) -> Tensor:
@@ -133,15 +145,29 @@ class Expert:
         return self.reaching.mean_outer(lambda x: hidden_units(a, x, gate_up, self.bias))
 
     def _costs(self, _: str) -> Tensor:
+        gate_up, down = self.weight("gate_up"), self.weight("down")
+        count = blocks(len(gate_up), down.shape[1], self.common.block)
+        found = gate_up.new_empty(count, len(gate_up) // count, len(gate_up) // count)
+        for i in range(count):
+            bias = None if self.bias is None else self.bias[i::count]
+            found[i] = self._block(gate_up[i::count], bias, down[:, i::count])
+        return found
+
+    def _block(self, gate_up: Tensor, bias: Tensor | None, down: Tensor) -> Tensor:
+        """The costs [B, B] of errors in the rows of some hidden units."""
         assert self.common.cost is not None
-        a, gate_up = self.common.attributes, self.weight("gate_up")
-        slopes = self.reaching.mean_outer(lambda x: gate_slopes(a, x, gate_up, self.bias))
-        return slopes.mul_(_behind(self.weight("down"), self.common.cost, len(gate_up)))
+        a = self.common.attributes
+        slopes = self.reaching.mean_outer(lambda x: gate_slopes(a, x, gate_up, bias))
+        return slopes.mul_(_behind(down, self.common.cost, len(gate_up)))
 
     def _require_range(self, projection: str, moment: Tensor, output: Tensor | None) -> None:
         """Raise MoeccError unless float32 holds tr(S) |W|^2 tr(H); no error's cost is larger."""
         norm = torch.linalg.vector_norm(self.weight(projection), dtype=torch.float64).square()
-        traces = [m.diagonal().sum(dtype=torch.float64) for m in (moment, output) if m is not None]
+        traces = [
+            m.diagonal(dim1=-2, dim2=-1).sum(dtype=torch.float64)
+            for m in (moment, output)
+            if m is not None
+        ]
         most = float(torch.stack([norm, *traces]).clamp(min=1).prod())
         if not most < _MOST:
             raise MoeccError(
@@ -168,13 +194,20 @@ class Moments:
         """Whether errors of the output have costs of their own."""
         return self.common.cost is not None
 
+    def blocks(self, projection: Projection) -> int:
+        """Blocks of rows whose errors count together; 0 if all channels count alike."""
+        rows, units = projection.shape[1], projection.moe.sizes[3]
+        if not self.weighted:
+            return 0
+        return blocks(rows, units if projection.input_side else rows, self.common.block)
+
     def of(self, projection: str, experts: Sequence[int] | None = None) -> Tensor:
         """The moments [n, K, K] of `gate_up` or `down` of some experts, by default of all."""
         chosen = range(len(self.tokens)) if experts is None else experts
         return torch.stack([self.expert(e).moment(projection) for e in chosen])
 
     def output_of(self, projection: str, experts: Sequence[int] | None = None) -> Tensor | None:
-        """The costs [n, N, N] of errors in the output of `gate_up` or `down` of some experts.
+        """The costs [n, b, B, B] of errors in the output of `gate_up` or `down` of some experts.
 
         None if all channels count alike.
         """
@@ -337,9 +370,9 @@ def _shrinkage(tokens: int) -> float:
 
 
 def _behind(down: Tensor, cost: Tensor, rows: int) -> Tensor:
-    """The costs of errors in one expert's hidden units, for the rows that make them: [rows, rows].
+    """The costs of errors in some hidden units, for the rows that make them: [rows, rows].
 
-    Gate and up rows move the same hidden units, so the costs [F, F] repeat for both.
+    down: their columns. Gate and up rows move the same units, so the costs repeat for both.
     """
     return (down.T @ cost @ down).repeat(2, 2)[:rows, :rows]
 

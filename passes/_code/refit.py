@@ -10,7 +10,7 @@ from torch import Tensor
 from moecc.passes._code.codebooks import clamp_codebook
 from moecc.passes._code.coded import Coded, lookup
 from moecc.passes._code.coder import Coder
-from moecc.passes._code.metric import damped, weighted
+from moecc.passes._code.metric import costly, damped, diagonal, together, weighted
 from moecc.passes._code.sums import sums_by_code
 
 _TURNS = 12  # of conjugate gradients, at most
@@ -29,7 +29,9 @@ def refit_scale(coder: Coder, state: Coded) -> Coded:
         bottom = (qh * q).sum(-1)
         scale = torch.where(bottom > 0, top / bottom.clamp(min=1e-20), state.scale)
     else:
-        scale = torch.linalg.solve(damped(coder.output * (qh @ q.mT), 1e-6), top)
+        shared = coder.output * (coder.apart(qh) @ coder.apart(q).mT)
+        right = coder.apart(top.unsqueeze(-1))
+        scale = together(torch.linalg.solve(damped(shared, 1e-6), right)).squeeze(-1)
     found = replace(state, scale=torch.where(scale > 0, scale, state.scale))
     coder.left(found, qh)
     return found
@@ -61,12 +63,11 @@ def best_codebook(coder: Coder, state: Coded, turns: int = _TURNS, gain: float =
         return gather((w if sign is None else w * sign) * scale)
 
     c = state.codebook.clone()
-    diagonal = coder.moment.diagonal(dim1=-2, dim2=-1).unsqueeze(1) * scale.square()
+    each = coder.moment.diagonal(dim1=-2, dim2=-1).unsqueeze(1) * scale.square()
     if coder.output is not None:
-        diagonal = diagonal * coder.output.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    precondition = 1 / gather(diagonal).clamp(min=1e-12)
-    left = coder.left(state)
-    residual = back(left if coder.output is None else coder.output @ left)
+        each = each * diagonal(coder.output).unsqueeze(-1)
+    precondition = 1 / gather(each).clamp(min=1e-12)
+    residual = back(costly(coder.left(state), coder.output))
     z = precondition * residual
     direction, rz = z, (residual * z).sum((-2, -1), keepdim=True)
     error = coder.error(state)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moecc.ir.relative import relative
-from moecc.passes._code.metric import OUTPUT_DAMPING, damped, damping
+from moecc.passes._code.metric import damping
 
 _PRIOR = 32.0
 
@@ -146,10 +146,8 @@ def _solved(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def sums_of(v: Tensor, t: Tensor, weight: Tensor, cost: Tensor | None) -> Regression:
-    """The sums under costs of output errors [N, N], damped here; None: all channels alike."""
-    if cost is None:
-        return Sums.of(v, t, weight)
-    return CoupledSums.of(v, t, weight, damped(cost.unsqueeze(0), OUTPUT_DAMPING)[0])
+    """The sums under costs of output errors [N, N], damped; None: all channels alike."""
+    return Sums.of(v, t, weight) if cost is None else CoupledSums.of(v, t, weight, cost)
 
 
 def shift(

@@ -65,7 +65,7 @@ class Metric:
     """How errors of a sample's experts count, and how coding spreads them."""
 
     moment: Tensor  # [E', K, K]
-    output: Tensor | None  # [E', N, N]: costs of output errors; None: all channels alike
+    output: Tensor | None  # [E', b, B, B]: costs of output errors; None: all channels alike
     columns: Tensor  # [E']: the part of an error's cost that is left in a column, on average
     rows: Tensor  # and in each row, [E', N]; [E', 1] if all count alike
     size: Tensor  # [E']: the weights' own cost, tr(W H W^T)
@@ -74,7 +74,7 @@ class Metric:
     def of(cls, weight: Tensor, moment: Tensor, output: Tensor | None) -> Self:
         """The metric of weights [E', N, K]."""
         alike = weight.new_ones(len(weight), 1)
-        rows = alike if output is None else pivots(output, OUTPUT_DAMPING)
+        rows = alike if output is None else pivots(output, OUTPUT_DAMPING).mT.flatten(1)
         size = weighted_error(weight, moment)
         return cls(moment, output, pivots(moment).mean(-1), rows, size)
 
@@ -98,7 +98,7 @@ def look(unit: Sampled, common: Common) -> Metric:
     moment, output = expert.metric(unit.projection)
     own = None if output is None else output.unsqueeze(0)
     found = Metric.of(expert.weight(unit.projection).unsqueeze(0), moment.unsqueeze(0), own)
-    return replace(found, output=None) if output is common.cost else found
+    return replace(found, output=None) if output is common.blocks else found
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Trial:
 
     weight: Tensor  # [1, N, K]
     moment: Tensor  # [1, K, K]
-    output: Tensor | None  # [1, N, N]
+    output: Tensor | None  # [1, b, B, B]
     bits: int
     seed: int
 
@@ -184,7 +184,7 @@ class Case:
     def of(cls, layer: Layer, projection: Projection, moments: Moments, ctx: Context) -> Case:
         """The case of `projection` as it is in `layer`'s program."""
         name, (experts, rows, columns) = projection.name, projection.shape
-        some = sample(moments.mass, rows * columns + columns**2 + rows**2)
+        some = sample(moments.mass, _numbers(rows, columns, moments.blocks(projection)))
         weight = layer.weight(projection, experts=some)
         assert weight is not None
         seen = (Sampled(name, moments.expert(e).bare(name)) for e in some)
@@ -196,7 +196,7 @@ class Case:
         return cls(
             projection,
             weight,
-            Metric.joined(found, moments.common.cost),
+            Metric.joined(found, moments.common.blocks),
             mass * moments.mass.sum() / mass.sum().clamp(min=1e-30),
             some,
             experts,
@@ -351,16 +351,21 @@ def sample_size(experts: int, numbers: int) -> int:
     return min(experts, max(_LEAST_SAMPLE, min(_MOST_SAMPLE, _IN_SAMPLE // numbers)))
 
 
+def _numbers(rows: int, columns: int, blocks: int) -> int:
+    """Numbers of an expert's weights and metric."""
+    return rows * columns + columns**2 + rows**2 // max(blocks, 1)
+
+
 def choosing(scope: Scope) -> Work:
     """The work of a choice in every layer, and of a basis of all experts."""
     done = Work()
-    for layer, rows, columns, tokens in each(scope):
-        some = sample_size(layer.experts, rows * columns + columns**2 + rows**2)
+    for layer, rows, columns, blocks, tokens in each(scope):
+        some = sample_size(layer.experts, _numbers(rows, columns, blocks))
         share = some / layer.experts
         done.products += share * tokens * (columns**2 + layer.rows * layer.hidden)
         done.products += some * rows * columns**2
         done.factors += some * factor(columns)
-        done.factors += some * factor(rows) * scope.weighted
+        done.factors += some * factor(rows, blocks) if blocks else 0
         done.here += some * rows * columns**2
         done.here += 2 * max(columns, layer.hidden) ** 3
         if some == layer.experts:

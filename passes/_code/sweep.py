@@ -17,6 +17,7 @@ from moecc.passes._code import native, triton_coder
 from moecc.passes._code.codebooks import Nearest, Tables
 from moecc.passes._code.coded import Coded
 from moecc.passes._code.coder import Coder
+from moecc.passes._code.metric import diagonal, together
 
 _Search: TypeAlias = Callable[[Coded, Tensor, Tensor], None]
 _BLOCK = 128  # columns whose changes are carried over to all later ones at once
@@ -24,14 +25,15 @@ _TILE = 1024  # rows of all experts that go through the columns together
 
 
 def sweep(coder: Coder, state: Coded) -> Coded:
-    """Go once through all groups of all rows, one block of rows after the other."""
+    """Go once through all groups of all rows, one step of rows after the other."""
     codes = state.codes.clone()
     negative = None if state.negative is None else state.negative.clone()
     dense, scale = state.unscaled(), state.scale.unsqueeze(-1)
-    carried = coder.left(state).clone()  # kept up to date between blocks
+    carried = coder.left(state).clone()  # kept up to date between steps
     search = _searching(coder, state.codebook)
-    for block, rows in enumerate(coder.blocks):
-        own = carried[:, rows] if coder.output is None else _coupled(coder, carried, block)
+    for number, step in enumerate(coder.steps):
+        rows = coder.rows(step)
+        own = carried[:, rows] if coder.output is None else _coupled(coder, carried, number)
         signs = None if negative is None else negative[:, rows]
         part = Coded(codes[:, rows], signs, state.codebook, state.scale)
         search(part, dense[:, rows], own / scale[:, rows])
@@ -52,13 +54,13 @@ def _searching(coder: Coder, codebook: Tensor) -> _Search:
     )
 
 
-def _coupled(coder: Coder, carried: Tensor, block: int) -> Tensor:
-    """The pull on each row of a block if all rows outside it stay: [E, N, K] -> [E, n, K]."""
+def _coupled(coder: Coder, carried: Tensor, number: int) -> Tensor:
+    """The pull on each row of a step if all rows outside it stay: [E, N, K] -> [E, n, K]."""
     assert coder.output is not None
-    rows = coder.blocks[block]
-    own = coder.output[:, rows, rows].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    pull: Tensor = coder.output[:, rows] @ carried / (own * coder.shortened[block])
-    return pull
+    step = coder.steps[number]
+    own = diagonal(coder.output[..., step, step]).unsqueeze(-1)
+    pull = together(coder.output[..., step, :] @ coder.apart(carried))
+    return pull / (own * coder.shortened[number])
 
 
 def _native(coder: Coder, tables: Tables, part: Coded, dense: Tensor, pull: Tensor) -> None:

@@ -18,7 +18,7 @@ from moecc.ir.relative import relative
 from moecc.passes._code.codebooks import Book, clustered, drawn, rounded
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import TURNS, encode, fitted_book, start_groups
-from moecc.passes._code.metric import damping, weighted_error
+from moecc.passes._code.metric import apart, damping, together, weighted_error
 from moecc.passes._code.moments import Common, Expert, stacked
 from moecc.pipeline.device import for_a_unit
 from moecc.pipeline.workers.base import Workers
@@ -29,14 +29,12 @@ JOINTLY = 1 << 26  # weights of experts that can be given a codebook of all toge
 _COPIES = 10  # float32 copies of a matrix and of its metric while a GPU codes it
 
 
-def on_device(
-    experts: int, rows: int, columns: int, device: torch.device, *, weighted: bool
-) -> int:
+def on_device(experts: int, rows: int, columns: int, device: torch.device, *, blocks: int) -> int:
     """Return how many experts a GPU codes together: equally many in each unit, if it can.
 
-    weighted: whether errors of outputs have costs of their own.
+    blocks: of rows whose errors count together; 0: all count alike.
     """
-    one = 4 * _COPIES * (columns * (rows + columns) + rows * rows * weighted)
+    one = 4 * _COPIES * (columns * (rows + columns) + (rows * rows // blocks if blocks else 0))
     most = min(experts, max(1, for_a_unit(device) // one))
     units = -(-experts // most)
     return -(-experts // units)
@@ -69,7 +67,7 @@ class Unit:
         return self.stored.float()
 
     def metric(self, common: Common) -> tuple[Tensor, Tensor | None]:
-        """Second moments [n, K, K] of the input and costs [n, N, N] of output errors, if any."""
+        """Second moments [n, K, K] of the input and costs [n, b, B, B] of output errors, if any."""
         found = [expert.under(common).metric(self.projection) for expert in self.experts]
         outputs = [output for _, output in found if output is not None]
         return stacked([moment for moment, _ in found]), stacked(outputs) if outputs else None
@@ -169,7 +167,9 @@ def fit(unit: Unit, common: Common) -> Book:
     moment, output = unit.metric(common)
     weight, moment = pad_columns(unit.weight, moment)
     rows = slice(None, None, max(1, -(-weight.numel() // JOINTLY)))
-    some, costs = weight[:, rows], None if output is None else output[:, rows, rows]
+    blocks = 1 if output is None else output.shape[1]
+    some = together(apart(weight, blocks)[..., rows, :])
+    costs = None if output is None else output[..., rows, rows]
     coded = encode(
         some,
         moment,
