@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,29 @@ def test_inspect_knows_the_least_that_a_budget_can_be(moecc: Command) -> None:
     assert enough.json["estimate"]["bits_per_weight_experts"][1] == pytest.approx(2.2)
     few = moecc("inspect", TINYMOE, "--passes", "kbvq", "--bits", "2.05")
     assert few.code == 2 and "the least is 2.094" in few.err
+
+
+def test_inspect_plans_what_compile_would(moecc: Command, tmp_path: Path) -> None:
+    """With the same rows, workers and bound, which is refused if it can't be held."""
+    some = ("--passes", "vsraq,kbvq", "--rows", "5", "--length", "48", "--workers", "2")
+    intended = moecc("inspect", TINYMOE, *some, "--json").json["estimate"]["plan"]
+    ran = moecc("compile", TINYMOE, *some, "-o", tmp_path / "out", "--max-memory", "64MiB")
+    said = moecc("inspect", TINYMOE, *some, "--max-memory", "64MiB")
+    assert (ran.code, said.code) == (2, 2) and ran.err.endswith(said.err)
+    assert "by 2 workers" in intended[0] and said.err.count("\n") == 1
+    assert re.search("about (.*) of memory", intended[0])[1] in said.err  # type: ignore[index]
+    (more,) = moecc("inspect", TINYMOE, *some[:2], "--json").json["estimate"]["plan"]
+    assert more != intended[0]
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--bits 2", "--rows 2", "--length 64", "--workers 1", "--max-memory 9GB", "--device cpu"],
+)
+def test_an_option_of_a_plan_needs_passes(moecc: Command, option: str) -> None:
+    refused = moecc("inspect", TINYMOE, *option.split())
+    assert refused.code == 2
+    assert f"{option.split()[0]} says something about passes; give --passes too" in refused.err
 
 
 def test_inspect_counts_every_byte(moecc: Command) -> None:

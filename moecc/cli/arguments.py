@@ -189,29 +189,19 @@ def _compile(parser: argparse.ArgumentParser) -> None:
         help="write the program's text after every pass into DIR",
     )
     parser.add_argument(
-        "--workers",
-        type=_positive,
-        metavar="N",
-        help="processes that code experts (default: one per core, if memory allows)",
-    )
-    parser.add_argument(
         "--ray",
         metavar="ADDRESS",
         help="code on a Ray cluster: HOST:PORT, ray://HOST:PORT, auto, or local to start one here",
     )
-    parser.add_argument(
-        "--max-memory",
-        type=_memory,
-        metavar="SIZE",
-        help="that all processes together may take, such as 16GiB (default: what is free)",
-    )
-    _device(parser)
+    _machine(parser)
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder (a config.json is enough) or hub id")
     parser.add_argument("--passes", metavar="P", help="say what this pipeline would give")
     parser.add_argument("--bits", type=_bits, metavar="B", help=_BITS)
+    _rows(parser)
+    _machine(parser)
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:
@@ -313,6 +303,22 @@ def _rows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=_positive, default=512, metavar="L", help="tokens of a row (default: 512)"
     )
+
+
+def _machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="processes that code experts (default: one per core, if memory allows)",
+    )
+    parser.add_argument(
+        "--max-memory",
+        type=_memory,
+        metavar="SIZE",
+        help="that all processes together may take, such as 16GiB (default: what is free)",
+    )
+    _device(parser)
 
 
 def _device(parser: argparse.ArgumentParser) -> None:

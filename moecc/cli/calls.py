@@ -78,13 +78,25 @@ def compile(options: argparse.Namespace) -> Outcome:
 def inspect(options: argparse.Namespace) -> Outcome:
     """Show a model's structure: 0, what `inspect_model` returns, its table.
 
-    Raise MoeccError if the model or a pass is refused, or if --bits is given without --passes.
+    Raise MoeccError if the model or a pass is refused, or if an option of a pipeline is given
+    without --passes.
     """
     from moecc.commands.inspect import inspect_model, table
 
-    if options.bits is not None and options.passes is None:
-        raise MoeccError("--bits says something about passes; give --passes too")
-    found = inspect_model(options.model, passes=options.passes, bits=options.bits)
+    of_passes = ("bits", "rows", "length", "workers", "max_memory", "device")
+    if options.passes is None and (given := [o for o in of_passes if o in options.given]):
+        option = "--" + given[0].replace("_", "-")
+        raise MoeccError(f"{option} says something about passes; give --passes too")
+    found = inspect_model(
+        options.model,
+        passes=options.passes,
+        bits=options.bits,
+        rows=options.rows,
+        length=options.length,
+        workers=options.workers,
+        max_memory=options.max_memory,
+        device=options.device,
+    )
     return 0, found, table(found)
 
 

@@ -54,14 +54,13 @@ from moecc.pipeline.order import groups, require_whole, resolve
 from moecc.pipeline.pace import total
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Context, Pass
-from moecc.pipeline.plan import planned
+from moecc.pipeline.plan import BATCH, planned
 from moecc.pipeline.run import Hooks, PassReport, run_passes
 from moecc.pipeline.workers.base import Workers
 from moecc.pipeline.workers.choice import require_one, workers_for
 from moecc.target import Target, emit, parse_target
 from moecc.types import Json, Progress, Say
 
-BATCH = 2  # calibration rows that go through a layer together
 CHECKED = (2, 64)  # rows and tokens of the reload check
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
 import torch
@@ -32,16 +32,15 @@ from moecc.ir.moe import MoE
 from moecc.ir.program import Program
 from moecc.ir.restriction import Restriction
 from moecc.pipeline.bits import per_weight
+from moecc.pipeline.device import device_called
 from moecc.pipeline.estimate import Estimate, Matrix, Outlook
 from moecc.pipeline.order import require_whole, resolve
 from moecc.pipeline.parse import parse_passes
 from moecc.pipeline.passes import Pass
-from moecc.pipeline.plan import planned
+from moecc.pipeline.plan import BATCH, planned
 from moecc.target import Sizes
 from moecc.types import Json
 
-ROW = 2 * 512  # tokens of a batch of `moecc compile` by default
-TOKENS = 32 * ROW
 # bookkeeping, which does not show how a router chooses
 _SILENT = frozenset(
     "view reshape getitem to _to_copy unsqueeze squeeze expand zeros_like flatten".split()
@@ -67,14 +66,26 @@ class MoELayer:
     form: str
 
 
-def inspect_model(model: str, *, passes: str | None = None, bits: float | None = None) -> Json:
+def inspect_model(
+    model: str,
+    *,
+    passes: str | None = None,
+    bits: float | None = None,
+    rows: int = 64,
+    length: int = 512,
+    workers: int | None = None,
+    max_memory: int | None = None,
+    device: str = "cpu",
+) -> Json:
     """Return what `moecc inspect --json` prints of `model`, a folder or a hub id.
 
-    passes: a pipeline to estimate. bits: the default of its options of that name. Raise MoeccError
-    if the model cannot be traced, if its weights do not fit it, or if it is compressed already and
-    a pipeline is given.
+    passes: a pipeline to estimate and to plan. bits: the default of its options of that name. The
+    others are those of `compile_model`, for the plan. Raise MoeccError if the model cannot be
+    traced, if its weights do not fit it, if it is compressed already and a pipeline is given, or if
+    the pipeline takes more than `max_memory` bytes.
     """
     wanted = _resolved(passes, bits) if passes is not None else None
+    where = device_called(device)
     found = skeleton(model)
     store = store_of(found)
     if store is not None:
@@ -102,7 +113,9 @@ def inspect_model(model: str, *, passes: str | None = None, bits: float | None =
         experts = sum(moe.weights for moe in program.moe_layers())
         rest = result["parameters"] - experts
         result["estimate"] = _estimated(estimate, wanted, rest, estimate.weights / experts)
-        intended = planned(program, wanted, TOKENS, ROW)
+        tokens, row = rows * length, min(rows, BATCH) * length
+        there = replace(program, device=where)
+        intended = planned(there, wanted, tokens, row, workers=workers, most=max_memory)
         result["estimate"]["plan"] = intended.lines(wanted, torch.get_num_threads())
     return result
 

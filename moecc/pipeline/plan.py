@@ -19,6 +19,7 @@ from moecc.pipeline.pace import duration
 from moecc.pipeline.passes import Pass
 from moecc.pipeline.work import Experts, Machine, Scope, each
 
+BATCH = 2  # calibration rows that go through a layer together
 PROCESS = 600 << 20  # bytes of a process that has imported torch and traced a model
 WORKER = 400 << 20  # of one that codes
 CUDA = 2 << 30  # that its libraries take in a process
