@@ -300,6 +300,18 @@ def test_a_bound_on_memory_reaches_the_passes(
     assert int(spare) + float(planned) * 1e6 == pytest.approx(8 << 30, abs=1e4)
 
 
+def test_what_was_written_is_checked_within_the_bound(
+    model: Path, compile: Compile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much memory is free. A large artifact is made by counting the small one often."""
+    monkeypatch.setattr(verify, "free_memory", lambda: 1 << 60)
+    monkeypatch.setattr(verify, "_EXPANSION", 1 << 20)
+    bound = "--max-memory", "8GiB", "--workers", 1
+    loaded = [compile(model, tmp_path / "free"), compile(model, tmp_path / "out", QUICK, *bound)]
+    by = [got.json["reloaded_by"] for got in loaded]
+    assert by == ["transformers", "moecc, layer by layer"]
+
+
 def test_a_bound_that_cannot_hold_is_refused_before_it_starts(
     model: Path, refused: Refused
 ) -> None:

@@ -179,6 +179,7 @@ def compile_model(
                 texts,
                 those,
                 intended.spare,
+                None if max_memory is None else intended.left(max_memory),
                 progress,
                 say,
             )
@@ -249,6 +250,7 @@ class _Run:
     texts: Dump
     workers: Workers
     spare: int  # bytes beyond the plan's
+    left: int | None  # bytes for the check of what was written; None: what is free
     progress: Progress
     say: Say
     start: float = field(default_factory=time.perf_counter)
@@ -321,7 +323,7 @@ class _Run:
             self.say(f"note: {note}")
         artifact, facts = self.draft.output, self.facts(ctx, reports)
         rows = write_artifact(artifact, planned, self.program, self.config, facts, self.progress)
-        check = verify.reload_and_compare(artifact, self.program, self.check_ids())
+        check = verify.reload_and_compare(artifact, self.program, self.check_ids(), self.left)
         self.say(check.line())
         lowered = None if self.target is None else _lower(self.target, artifact, self.say)
         write_report(artifact, facts, rows)

@@ -75,6 +75,10 @@ class Plan:
         """Of all processes."""
         return self.own + (self.workers * self.worker if self.workers > 1 else 0)
 
+    def left(self, most: int) -> int:
+        """Return what of `most` bytes is left while processes are there and have no work."""
+        return most - PROCESS - (self.workers * WORKER if self.workers > 1 else 0)
+
     def lines(self, passes: Sequence[Pass], threads: int) -> list[str]:
         """Return the plan in words; time is measured on this machine, which takes a moment.
 
