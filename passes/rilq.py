@@ -36,12 +36,17 @@ from moecc.ir.program import Program
 from moecc.options import option
 from moecc.passes._code.machinery import coding_by
 from moecc.passes._tune.block import output_logits
+from moecc.passes._tune.divergence import OF_LOGITS
+from moecc.passes._tune.experts import graph
 from moecc.passes._tune.model_loss import ModelLoss
 from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.training import Training
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Pass
 from moecc.pipeline.work import DECODE, Scope, Work
+
+# copies of what is trained: its units, gradients, Adam's two, the best state and the present one
+_TRAINED = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +87,19 @@ class ModelLossAdapters(Pass):
         done = Work(here=(4 * self.steps * self.batches * scope.row) * scope.forward)
         done.here += 12 * held_out * scope.forward  # the float model's, once
         done.here += rows * scope.weights * DECODE
+        done.memory = self._memory(scope)
         return done
+
+    def _memory(self, scope: Scope) -> float:
+        """Bytes of the float model's targets, of what is trained, and of one layer's graph."""
+        scores = sum(layer.experts for layer in scope.layers)  # of a token
+        targets = scope.tokens * (scope.hidden + scores)
+        between = scope.row * scope.hidden * len(scope.layers)
+        tuned = sum(layer.experts * (layer.rows + layer.hidden) for layer in scope.layers)
+        adapters = self.rank * 8 * scope.hidden * len(scope.layers)  # of four matrices in each
+        trained = _TRAINED * (tuned * self.experts + adapters)
+        head = OF_LOGITS * scope.row * scope.outputs
+        return 4 * (targets + between + trained + graph(scope, scope.row) + head)
 
     def machinery(self, device: torch.device) -> str:
         return coding_by(device)

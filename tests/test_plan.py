@@ -142,6 +142,28 @@ def test_a_run_takes_the_memory_and_disk_of_its_costs(tiny: Tiny) -> None:
     assert costly.own >= PROCESS + least
 
 
+def test_passes_count_what_they_hold_beside_the_tokens_of_a_layer() -> None:
+    """The metrics of sampled experts, the float model's scores, and a step's slots and logits."""
+
+    def memory(text: str, scope: Scope = SCOPE) -> float:
+        return next(p for p in resolved(text) if p.name in text).work(scope).memory
+
+    up, down = 1536 * 2048 + 2048**2 + 1536**2, 2048 * 768 + 768**2 + 2048**2
+    sampled = 6 * up + 10 * down  # as many as 1 << 26 numbers hold
+    assert memory("klt") == SCOPE.states + 2 * 4 * sampled
+    wide = replace(SCOPE, outputs=150_000)
+    for text, tokens in (("vsraq", 1024), ("vsraq{batches=3}", 3 * 1024), ("rilq", 1024)):
+        assert memory(text, wide) - memory(text) == 4 * 4 * tokens * 150_000, text
+        taller = replace(SCOPE, layers=(replace(QWEN, rows=2 * 1536),) * 48)
+        assert memory(text, taller) >= memory(text) + 4 * tokens * 8 * 1536, text
+    assert memory("vsraq{head=0}", wide) == memory("vsraq")
+    assert memory("vsraq") > SCOPE.states
+    scores = 4 * SCOPE.tokens * 128 * 48
+    more = replace(SCOPE, tokens=2 * SCOPE.tokens)
+    assert memory("rilq", more) - memory("rilq") == scores + 4 * SCOPE.tokens * 2048
+    assert memory("rilq{rank=32}") - memory("rilq") == 4 * 7 * 16 * 8 * 2048 * 48
+
+
 def test_a_plan_is_said_with_its_time_if_that_is_worth_measuring(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moecc.checkpoint.memory import release
 from moecc.errors import Mendable, MoeccError, fault, naming
 from moecc.ir.program import Program
 from moecc.pipeline import storable
@@ -156,6 +157,7 @@ class _Run:
             if done:
                 self.layer(layer, passes, reports)
                 layer.data.clear()  # it may hold all tokens
+                release()
                 program.module.recompile()
                 self.hooks.after_layer(stage, program, ctx)
             if not head:

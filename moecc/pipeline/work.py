@@ -71,6 +71,19 @@ class Scope:
     outputs: int = 0  # numbers that the model gives for a token
 
     @property
+    def states(self) -> int:
+        """Bytes of what is held of all tokens while passes work on a layer.
+
+        Its inputs, those of its experts, and the float model's, and what an expert's tokens take.
+        """
+        return int(4 * (4 + 4 * self.share) * self.tokens * self.hidden)
+
+    @property
+    def share(self) -> float:
+        """The part of all tokens that an expert sees, at most, if all see equally many."""
+        return max((layer.top_k / layer.experts for layer in self.layers), default=0.0)
+
+    @property
     def weights(self) -> int:
         """Of all routed experts."""
         return sum(layer.experts * layer.weights for layer in self.layers)

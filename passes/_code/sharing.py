@@ -41,7 +41,7 @@ from moecc.passes._code.moments import Common, Expert, Moments, evenly
 from moecc.passes._code.rate import gain
 from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.passes import Context, Layer
-from moecc.pipeline.work import Scope, Work, each, factor
+from moecc.pipeline.work import Experts, Scope, Work, each, factor
 from moecc.pipeline.workers.base import Alone, Workers
 
 # bits of a mean -> the cost of its error, as a share of the mean's energy: measured
@@ -356,9 +356,18 @@ def _numbers(rows: int, columns: int, blocks: int) -> int:
     return rows * columns + columns**2 + rows**2 // max(blocks, 1)
 
 
+def _in_cases(layer: Experts, *, weighted: bool) -> int:
+    """Numbers of the cases of a layer's projections, which are looked at together."""
+    parts = zip(layer.shapes, layer.blocks, strict=True)
+    each_has = [_numbers(*shape, blocks * weighted) for shape, blocks in parts]
+    return sum(numbers * sample_size(layer.experts, numbers) for numbers in each_has)
+
+
 def choosing(scope: Scope) -> Work:
     """The work of a choice in every layer, and of a basis of all experts."""
-    done = Work()
+    held = (_in_cases(layer, weighted=scope.weighted) for layer in {*scope.layers})
+    # each is there twice while it is joined
+    done = Work(memory=scope.states + 2 * 4 * max(held, default=0))
     for layer, rows, columns, blocks, tokens in each(scope):
         some = sample_size(layer.experts, _numbers(rows, columns, blocks))
         share = some / layer.experts

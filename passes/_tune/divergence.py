@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moecc.passes._tune.function import Context, applied
 
+OF_LOGITS = 4  # copies of a batch's logits: both models', and two gradients
 _AT_ONCE = 1 << 18  # logits that are worked on together
 
 

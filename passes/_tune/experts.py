@@ -30,6 +30,15 @@ from moecc.ir.reference import VQ_OPERANDS, by_expert, inverse, norm_output
 from moecc.ir.register import Operand
 from moecc.passes._tune.function import Context, applied
 from moecc.passes._tune.lookup import CodedMatrix
+from moecc.pipeline.work import Scope
+
+_COPIES = 4  # of the rows of slots, with their gradients
+
+
+def graph(scope: Scope, tokens: float) -> float:
+    """Numbers that are held for one layer with its graph: the weights that are read, and values."""
+    slots = max((x.top_k * (x.hidden + x.rows) for x in scope.layers), default=0)
+    return _COPIES * tokens * slots + scope.largest + 3 * scope.expert
 
 
 def tunable(program: Program) -> Program:
