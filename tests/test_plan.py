@@ -148,9 +148,12 @@ def test_passes_count_what_they_hold_beside_the_tokens_of_a_layer() -> None:
     def memory(text: str, scope: Scope = SCOPE) -> float:
         return next(p for p in resolved(text) if p.name in text).work(scope).memory
 
-    up, down = 1536 * 2048 + 2048**2 + 1536**2, 2048 * 768 + 768**2 + 2048**2
-    sampled = 6 * up + 10 * down  # as many as 1 << 26 numbers hold
+    plain, costs = (1536 * 2048 + 2048**2, 2048 * 768 + 768**2), (1536**2, 2048**2)
+    some = (6, 10)  # as many as 1 << 26 numbers hold, costs among them
+    sampled = sum(n * x for n, x in zip(some, plain, strict=True))
     assert memory("klt") == SCOPE.states + 2 * 4 * sampled
+    more = memory("klt", replace(SCOPE, weighted=True)) - memory("klt")
+    assert more == 2 * 4 * sum(n * x for n, x in zip(some, costs, strict=True))
     wide = replace(SCOPE, outputs=150_000)
     for text, tokens in (("vsraq", 1024), ("vsraq{batches=3}", 3 * 1024), ("rilq", 1024)):
         assert memory(text, wide) - memory(text) == 4 * 4 * tokens * 150_000, text
@@ -159,8 +162,8 @@ def test_passes_count_what_they_hold_beside_the_tokens_of_a_layer() -> None:
     assert memory("vsraq{head=0}", wide) == memory("vsraq")
     assert memory("vsraq") > SCOPE.states
     scores = 4 * SCOPE.tokens * 128 * 48
-    more = replace(SCOPE, tokens=2 * SCOPE.tokens)
-    assert memory("rilq", more) - memory("rilq") == scores + 4 * SCOPE.tokens * 2048
+    longer = replace(SCOPE, tokens=2 * SCOPE.tokens)
+    assert memory("rilq", longer) - memory("rilq") == scores + 4 * SCOPE.tokens * 2048
     assert memory("rilq{rank=32}") - memory("rilq") == 4 * 7 * 16 * 8 * 2048 * 48
 
 

@@ -358,9 +358,11 @@ def _numbers(rows: int, columns: int, blocks: int) -> int:
 
 def _in_cases(layer: Experts, *, weighted: bool) -> int:
     """Numbers of the cases of a layer's projections, which are looked at together."""
-    parts = zip(layer.shapes, layer.blocks, strict=True)
-    each_has = [_numbers(*shape, blocks * weighted) for shape, blocks in parts]
-    return sum(numbers * sample_size(layer.experts, numbers) for numbers in each_has)
+    total = 0
+    for (rows, columns), blocks in zip(layer.shapes, layer.blocks, strict=True):
+        some = sample_size(layer.experts, _numbers(rows, columns, blocks * weighted))
+        total += some * (rows * columns + columns**2 + weighted * rows**2 // blocks)
+    return total
 
 
 def choosing(scope: Scope) -> Work:
