@@ -36,8 +36,7 @@ from moecc.ir.program import Program
 from moecc.options import option
 from moecc.passes._code.machinery import coding_by
 from moecc.passes._tune.block import output_logits
-from moecc.passes._tune.divergence import OF_LOGITS
-from moecc.passes._tune.experts import graph
+from moecc.passes._tune.experts import graph_bytes
 from moecc.passes._tune.model_loss import ModelLoss
 from moecc.passes._tune.trained import Trained
 from moecc.passes._tune.training import Training
@@ -98,8 +97,7 @@ class ModelLossAdapters(Pass):
         tuned = sum(layer.experts * (layer.rows + layer.hidden) for layer in scope.layers)
         adapters = self.rank * 8 * scope.hidden * len(scope.layers)  # of four matrices in each
         trained = _TRAINED * (tuned * self.experts + adapters)
-        head = OF_LOGITS * scope.row * scope.outputs
-        return 4 * (targets + between + trained + graph(scope, scope.row) + head)
+        return 4 * (targets + between + trained) + graph_bytes(scope, scope.row, head=True)
 
     def machinery(self, device: torch.device) -> str:
         return coding_by(device)

@@ -32,8 +32,7 @@ from moecc.ir.ops import VQ_EXPERTS
 from moecc.options import option
 from moecc.passes._code.machinery import coding_by
 from moecc.passes._tune.block import Block
-from moecc.passes._tune.divergence import OF_LOGITS
-from moecc.passes._tune.experts import graph
+from moecc.passes._tune.experts import graph_bytes
 from moecc.passes._tune.tuned import Tuned, split
 from moecc.pipeline.estimate import Estimate
 from moecc.pipeline.passes import Context, Layer, LayerPass
@@ -69,8 +68,7 @@ class AlignRouting(LayerPass):
             done.here += (3 * self.steps * step + 4 * held_out) * (chosen + around)
             times = self.steps + 4 * held_out / scope.row
             done.here += times * layer.experts * layer.weights * DECODE
-        head = step * scope.outputs * (self.head > 0)
-        done.memory = scope.states + 4 * (graph(scope, step) + OF_LOGITS * head)
+        done.memory = scope.states + graph_bytes(scope, step, head=self.head > 0)
         return done
 
     def machinery(self, device: torch.device) -> str:

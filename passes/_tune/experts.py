@@ -28,6 +28,7 @@ from moecc.ir.ops import VQ_EXPERTS
 from moecc.ir.program import Program
 from moecc.ir.reference import VQ_OPERANDS, by_expert, inverse, norm_output
 from moecc.ir.register import Operand
+from moecc.passes._tune.divergence import OF_LOGITS
 from moecc.passes._tune.function import Context, applied
 from moecc.passes._tune.lookup import CodedMatrix
 from moecc.pipeline.work import Scope
@@ -35,10 +36,14 @@ from moecc.pipeline.work import Scope
 _COPIES = 4  # of the rows of slots, with their gradients
 
 
-def graph(scope: Scope, tokens: float) -> float:
-    """Numbers that are held for one layer with its graph: the weights that are read, and values."""
+def graph_bytes(scope: Scope, tokens: int, *, head: bool) -> int:
+    """Bytes for one layer with its graph: the weights that are read, and values of `tokens`.
+
+    head: of their logits too.
+    """
     slots = max((x.top_k * (x.hidden + x.rows) for x in scope.layers), default=0)
-    return _COPIES * tokens * slots + scope.largest + 3 * scope.expert
+    logits = OF_LOGITS * scope.outputs * head
+    return 4 * (tokens * (_COPIES * slots + logits) + scope.largest + 3 * scope.expert)
 
 
 def tunable(program: Program) -> Program:
