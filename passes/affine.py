@@ -38,7 +38,7 @@ from moecc.ir.gates import apply_gate
 from moecc.ir.moe import MoE
 from moecc.ir.ops import VQ_EXPERTS
 from moecc.options import option
-from moecc.passes._code.metric import OUTPUT_DAMPING, damped
+from moecc.passes._code.metric import OUTPUT_DAMPING, damped, woven
 from moecc.passes._code.moments import Common, Expert, Moments, Routed, hidden_units, routed_tokens
 from moecc.passes._code.rate import gain
 from moecc.passes._code.regression import Sums, shift, sums_of
@@ -84,7 +84,7 @@ class Line:
         """That of all channels from those of each block, as `_code.metric` has blocks."""
 
         def channels(offset: bool, which: int) -> Tensor:
-            return torch.stack([part.lines[offset][which] for part in parts], -1).flatten()
+            return woven(torch.stack([part.lines[offset][which] for part in parts]))
 
         coded, slope, both = (sum(getattr(p, n) for p in parts) for n in ("coded", "slope", "both"))
         lines = {offset: (channels(offset, 0), channels(offset, 1)) for offset in (True, False)}

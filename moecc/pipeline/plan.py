@@ -17,7 +17,7 @@ from moecc.pipeline.batches import TOGETHER
 from moecc.pipeline.device import for_a_unit, kind_of, whole_memory
 from moecc.pipeline.pace import duration
 from moecc.pipeline.passes import Pass
-from moecc.pipeline.work import Experts, Machine, Scope, each
+from moecc.pipeline.work import Experts, Machine, Scope, costs, each
 
 BATCH = 2  # calibration rows that go through a layer together
 PROCESS = 700 << 20  # bytes of a process that has imported torch and traced a model
@@ -222,16 +222,11 @@ def _activations(scope: Scope) -> int:
 def _unit(scope: Scope) -> int:
     """Return bytes that coding the largest unit takes."""
     sizes = [
-        _COPIES * (columns * (rows + columns) + count * _block(rows, count))
-        + _PAIRS * _block(rows, count)
-        for _, rows, columns, count, _ in each(scope)
+        _COPIES * (columns * (rows + columns) + costs(rows, blocks))
+        + _PAIRS * costs(rows, blocks) // max(blocks, 1)
+        for _, rows, columns, blocks, _ in each(scope)
     ]
     return 4 * max(sizes, default=0)
-
-
-def _block(rows: int, count: int) -> int:
-    """Return the numbers in each of `count` blocks of costs of errors in `rows` outputs."""
-    return (rows // count) ** 2 if count else 0
 
 
 def _payload(scope: Scope) -> int:

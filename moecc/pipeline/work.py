@@ -31,6 +31,11 @@ def blocks(rows: int, units: int, most: int = BLOCK) -> int:
     return next(count for count in range(least, units + 1) if units % count == 0)
 
 
+def costs(rows: int, blocks: int) -> int:
+    """Return the numbers of all blocks of costs of errors in `rows` outputs; 0 without blocks."""
+    return rows * rows // blocks if blocks else 0
+
+
 @dataclass(frozen=True)
 class Experts:
     """The experts of a layer: E, N rows of gate_up, D hidden, F intermediate; k per token."""

@@ -59,9 +59,14 @@ def together(blocks: Tensor) -> Tensor:
     return blocks.transpose(-3, -2).flatten(-3, -2)
 
 
+def woven(values: Tensor) -> Tensor:
+    """A number of each row, from those of the blocks: [.., b, N/b] -> [.., N]."""
+    return values.mT.flatten(-2)
+
+
 def diagonal(output: Tensor) -> Tensor:
     """The cost of each row, [.., N]."""
-    return together(output.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).squeeze(-1)
+    return woven(output.diagonal(dim1=-2, dim2=-1))
 
 
 def feedback_factor(metric: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from moecc.passes._code.codebooks import clamp_codebook
 from moecc.passes._code.coded import Coded, lookup
 from moecc.passes._code.coder import Coder
-from moecc.passes._code.metric import costly, damped, diagonal, together, weighted
+from moecc.passes._code.metric import costly, damped, diagonal, weighted, woven
 from moecc.passes._code.sums import sums_by_code
 
 _TURNS = 12  # of conjugate gradients, at most
@@ -31,7 +31,7 @@ def refit_scale(coder: Coder, state: Coded) -> Coded:
     else:
         shared = coder.output * (coder.apart(qh) @ coder.apart(q).mT)
         right = coder.apart(top.unsqueeze(-1))
-        scale = together(torch.linalg.solve(damped(shared, 1e-6), right)).squeeze(-1)
+        scale = woven(torch.linalg.solve(damped(shared, 1e-6), right).squeeze(-1))
     found = replace(state, scale=torch.where(scale > 0, scale, state.scale))
     coder.left(found, qh)
     return found

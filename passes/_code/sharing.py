@@ -36,12 +36,12 @@ from moecc.passes._code.basis import (
 )
 from moecc.passes._code.coded import pad_columns
 from moecc.passes._code.coding import encode
-from moecc.passes._code.metric import OUTPUT_DAMPING, pivots, weighted_error
+from moecc.passes._code.metric import OUTPUT_DAMPING, pivots, weighted_error, woven
 from moecc.passes._code.moments import Common, Expert, Moments, evenly
 from moecc.passes._code.rate import gain
 from moecc.pipeline.bits import basis_bits, coded_bits
 from moecc.pipeline.passes import Context, Layer
-from moecc.pipeline.work import Experts, Scope, Work, each, factor
+from moecc.pipeline.work import Experts, Scope, Work, costs, each, factor
 from moecc.pipeline.workers.base import Alone, Workers
 
 # bits of a mean -> the cost of its error, as a share of the mean's energy: measured
@@ -74,7 +74,7 @@ class Metric:
     def of(cls, weight: Tensor, moment: Tensor, output: Tensor | None) -> Self:
         """The metric of weights [E', N, K]."""
         alike = weight.new_ones(len(weight), 1)
-        rows = alike if output is None else pivots(output, OUTPUT_DAMPING).mT.flatten(1)
+        rows = alike if output is None else woven(pivots(output, OUTPUT_DAMPING))
         size = weighted_error(weight, moment)
         return cls(moment, output, pivots(moment).mean(-1), rows, size)
 
@@ -361,7 +361,7 @@ def _in_cases(layer: Experts, *, weighted: bool) -> int:
     total = 0
     for (rows, columns), blocks in zip(layer.shapes, layer.blocks, strict=True):
         some = sample_size(layer.experts, _numbers(rows, columns, blocks * weighted))
-        total += some * (rows * columns + columns**2 + weighted * rows**2 // blocks)
+        total += some * (rows * columns + columns**2 + costs(rows, blocks * weighted))
     return total
 
 

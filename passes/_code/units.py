@@ -21,6 +21,7 @@ from moecc.passes._code.coding import TURNS, encode, fitted_book, start_groups
 from moecc.passes._code.metric import apart, damping, together, weighted_error
 from moecc.passes._code.moments import Common, Expert, stacked
 from moecc.pipeline.device import for_a_unit
+from moecc.pipeline.work import costs
 from moecc.pipeline.workers.base import Workers
 
 AT_ONCE = 1 << 19  # weights of a unit on a CPU; an expert that has more is a unit of its own
@@ -34,7 +35,7 @@ def on_device(experts: int, rows: int, columns: int, device: torch.device, *, bl
 
     blocks: of rows whose errors count together; 0: all count alike.
     """
-    one = 4 * _COPIES * (columns * (rows + columns) + (rows * rows // blocks if blocks else 0))
+    one = 4 * _COPIES * (columns * (rows + columns) + costs(rows, blocks))
     most = min(experts, max(1, for_a_unit(device) // one))
     units = -(-experts // most)
     return -(-experts // units)
@@ -169,11 +170,10 @@ def fit(unit: Unit, common: Common) -> Book:
     rows = slice(None, None, max(1, -(-weight.numel() // JOINTLY)))
     blocks = 1 if output is None else output.shape[1]
     some = together(apart(weight, blocks)[..., rows, :])
-    costs = None if output is None else output[..., rows, rows]
     coded = encode(
         some,
         moment,
-        costs,
+        None if output is None else output[..., rows, rows],
         bits=s.bits,
         shared=True,
         seed=s.seed,
